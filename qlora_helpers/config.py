@@ -1,0 +1,224 @@
+"""What to run: one frozen dataclass, filled from defaults, a preset, the machine's profile and parameters.
+
+Later layers win. One checker looks at names, types and ranges, because papermill looks at none of them.
+"""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from qlora_helpers.errors import UserError, nearest
+
+PROFILES = ("cpu", "t4", "gpu")
+EMBEDDED_MODEL = "smollm2-135m-instruct"
+SAMPLE_DATA = "sample"
+
+
+def _field(
+    default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: tuple | None = None
+) -> Any:
+    """A dataclass field with the range or the choices that `_check` enforces."""
+    return dataclasses.field(
+        default=default, metadata={"help": help, "low": low, "high": high, "choices": choices}
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run, fully resolved. Equal configs with equal data give the same run.
+
+    Build it with `Config.preset` or `Config.from_params`; both raise `UserError` for a name, a type or a value
+    that cannot be.
+    """
+
+    preset_name: str = _field("", "published experiment this came from")
+    profile: str = _field("cpu", "size of machine", choices=PROFILES)
+
+    model: str = _field(EMBEDDED_MODEL, "hub id, folder, or the embedded model's name")
+    revision: str = _field("main", "commit or branch of the model on the hub")
+    quantization: str = _field("nf4", "how the frozen base is stored", choices=("nf4", "fp4", "none"))
+    double_quant: bool = _field(True, "quantise the quantisation constants too")
+    compute_dtype: str = _field(
+        "auto", "arithmetic; auto looks at the GPU", choices=("auto", "bfloat16", "float16", "float32")
+    )
+    memory_limit_gib: float | None = _field(None, "hold the run to this much GPU memory", low=0.5)
+
+    dataset: str | None = _field(SAMPLE_DATA, "hub id, file, or 'sample' for the project's own rows")
+    dataset_revision: str = _field("main", "commit or branch of the data set on the hub")
+    template: str = _field("guanaco", "how turns become text", choices=("guanaco", "instruction", "auto"))
+    system: str | None = _field(None, "system prompt, for the model's own chat template only")
+    train_on: str = _field("assistant", "which tokens are trained", choices=("assistant", "all"))
+    max_length: int = _field(256, "tokens a row may have", low=8)
+    over_length: str = _field("truncate", "what happens to longer rows", choices=("truncate", "drop"))
+    n_samples: int | None = _field(None, "rows to train on; None takes all usable ones", low=1)
+    n_heldout: int = _field(100, "rows that are never trained on", low=1)
+    data_seed: int = _field(0, "decides which rows are held out and which are trained on", low=0)
+
+    rank: int = _field(16, "rank r of the adapter", low=1)
+    alpha: int = _field(32, "the adapter's output is scaled by alpha / r", low=1)
+    dropout: float = _field(0.05, "dropout before the adapter", low=0, high=0.9)
+    target_modules: tuple[str, ...] = _field(
+        ("q_proj", "v_proj"), "layers that get an adapter, or all-linear"
+    )
+    bias: str = _field("none", "which biases are trained", choices=("none", "lora_only", "all"))
+
+    epochs: int = _field(1, "passes over the training rows", low=1)
+    batch_size: int = _field(4, "rows per forward pass", low=1)
+    gradient_accumulation: int = _field(1, "passes per optimizer step", low=1)
+    learning_rate: float = _field(2e-4, "peak learning rate", low=0, high=1)
+    lr_scheduler: str = _field("linear", "shape of the learning rate", choices=("linear", "cosine", "constant"))
+    warmup_ratio: float = _field(0.0, "share of the steps that warm up", low=0, high=1)
+    weight_decay: float = _field(0.0, "AdamW's weight decay", low=0)
+    optimizer: str = _field(
+        "adamw_torch", "optimizer", choices=("adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
+    )
+    max_grad_norm: float = _field(1.0, "gradients are clipped to this norm", low=0)
+    gradient_checkpointing: bool = _field(False, "recompute activations: less memory, more time")
+    eval_steps: int | None = _field(None, "steps between held-out losses; None is once an epoch", low=1)
+    save_steps: int = _field(50, "steps between checkpoints", low=1)
+    keep_best: bool = _field(False, "end with the checkpoint of the lowest held-out loss")
+    early_stopping_patience: int | None = _field(
+        None, "stop after this many held-out losses without a new low", low=1
+    )
+    max_new_tokens: int = _field(128, "length of the sample answers, in tokens", low=1)
+    seed: int = _field(0, "adapter's first weights, order of rows, dropout", low=0)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "Config":
+        """The published experiment `name`, as published, on a machine with a GPU; `changes` win over it."""
+        return cls.from_params(preset=name, profile="gpu", **changes)
+
+    @classmethod
+    def from_params(cls, **params: Any) -> "Config":
+        """Resolve notebook or command-line parameters. A parameter that is None leaves the layer below as it is.
+
+        `preset` names a published experiment; `profile` is cpu, t4, gpu, or auto, which looks at this machine.
+        """
+        given = {key: value for key, value in params.items() if value is not None}
+        preset = given.pop("preset", "tinyllama-guanaco-100")
+        profile = _resolve_profile(given.pop("profile", "auto"))
+        _check(given)
+        layers = {**load_preset(preset), "preset_name": preset, "profile": profile}
+        settings = dict(_load_yaml("profiles", profile))
+        share, most = settings.pop("sample_share", 1.0), settings.pop("sample_limit", None)
+        layers["n_samples"] = round(layers["n_samples"] * share) if layers.get("n_samples") else most
+        layers |= settings | given
+        return cls(**_check(layers))
+
+    @property
+    def effective_batch(self) -> int:
+        """Rows per optimizer step."""
+        return self.batch_size * self.gradient_accumulation
+
+    @property
+    def identity(self) -> str:
+        """Fingerprint of everything that decides the result: two runs may share a folder only if it is equal.
+
+        Left out: what only decides where and how fast. How a batch is split over passes is such a thing.
+        """
+        beside = ("preset_name", "profile", "memory_limit_gib", "save_steps", "batch_size", "max_new_tokens")
+        beside += ("gradient_accumulation", "gradient_checkpointing")
+        deciding = {key: value for key, value in self.to_dict().items() if key not in beside}
+        deciding["effective_batch"] = self.effective_batch
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as written to `config.json`."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def replace(self, **changes: Any) -> "Config":
+        """A copy with other values, checked like any parameters."""
+        return Config(**_check({**dataclasses.asdict(self), **changes}))
+
+    def steps(self, n_rows: int) -> int:
+        """Optimizer steps for `n_rows` training rows: a last short batch counts as one."""
+        return self.epochs * -(-n_rows // self.effective_batch)
+
+    def __str__(self) -> str:
+        lines = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            shown = ", ".join(value) if isinstance(value, tuple) else str(value)
+            lines.append(f"{field.name:<25}{shown:<44}  {field.metadata['help']}")
+        return "\n".join(lines)
+
+
+@cache
+def _load_yaml(folder: str, name: str) -> dict[str, Any]:
+    import yaml
+
+    return yaml.safe_load((resources.files("qlora_helpers") / folder / f"{name}.yaml").read_text("utf-8"))
+
+
+def preset_names() -> list[str]:
+    """Names of all published experiments."""
+    folder = resources.files("qlora_helpers") / "presets"
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """The keys that a preset sets. `extends: other` starts from another preset."""
+    if name not in preset_names():
+        raise UserError(f"preset: there is no '{name}'.{nearest(str(name), preset_names())}")
+    keys = dict(_load_yaml("presets", name))
+    parent = keys.pop("extends", None)
+    return {**(load_preset(parent) if parent else {}), **keys}
+
+
+def _resolve_profile(profile: str) -> str:
+    if profile == "auto":
+        from qlora_helpers.device import detect  # imports torch: only when we are asked to look
+
+        return detect().profile
+    if profile not in PROFILES:
+        raise UserError(f"profile: there is no '{profile}'.{nearest(str(profile), ('auto', *PROFILES))}")
+    return profile
+
+
+def _check(values: dict[str, Any]) -> dict[str, Any]:
+    """Return `values` with numbers and tuples in their field's type, or say what is wrong with the first bad one."""
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    hints = typing.get_type_hints(Config)
+    checked = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise UserError(f"parameter: there is no '{name}'.{nearest(name, fields)}")
+        checked[name] = _check_value(name, value, hints[name], fields[name].metadata)
+    return checked
+
+
+def _check_value(name: str, value: Any, hint: Any, limits: typing.Mapping[str, Any]) -> Any:
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    kind = next(kind for kind in kinds if kind is not type(None))
+    value = _as_kind(name, value, kind)
+    low, high, choices = limits["low"], limits["high"], limits["choices"]
+    if choices and value not in choices:
+        raise UserError(f"{name}: '{value}' is not one of {', '.join(choices)}.")
+    if low is not None and not value >= low:  # written so that NaN fails
+        raise UserError(f"{name}: {value} is too small. Mend: {low:g} or more.")
+    if high is not None and not value <= high:
+        raise UserError(f"{name}: {value} is too large. Mend: {high:g} or less.")
+    return value
+
+
+def _as_kind(name: str, value: Any, kind: Any) -> Any:
+    if kind == tuple[str, ...]:
+        value = value.replace(",", " ").split() if isinstance(value, str) else value
+        if isinstance(value, list | tuple) and value and all(isinstance(v, str) and v for v in value):
+            return tuple(value)
+        raise UserError(f"{name}: expected names such as q_proj v_proj, got {value!r}.")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+    hint = " Mend: in YAML write 2.0e-4, not 2e-4." if kind is float and isinstance(value, str) else ""
+    raise UserError(f"{name}: expected {words}, got {value!r} ({type(value).__name__}).{hint}")

@@ -1,0 +1,194 @@
+"""The base model, in 4 bits or 16, and the adapter on it: what is frozen, what is trained, what each part weighs."""
+
+import logging
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
+from transformers.utils import logging as hf_logging
+
+from qlora_helpers import embedded
+from qlora_helpers.config import EMBEDDED_MODEL, Config
+from qlora_helpers.device import Device
+from qlora_helpers.errors import UserError
+
+ALL_LINEAR = ("all-linear",)
+
+# Noise that a reader can do nothing about: bitsandbytes looking for an optional faster kernel, bars for reading a file,
+# and the announcement of a new name that only transformers 5.2x knows.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+hf_logging.disable_progress_bar()
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
+
+
+def load_tokenizer(config: Config) -> Any:
+    """The model's own tokenizer. Its padding token only fills: labels and attention mask leave padding out."""
+    tokenizer = _from_pretrained(AutoTokenizer, config)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(config: Config, device: Device) -> Any:
+    """The frozen base, stored as `config.quantization` says, computing in the device's dtype."""
+    dtype = getattr(torch, device.dtype)
+    quantization = None
+    if config.quantization != "none":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=config.quantization,
+            bnb_4bit_use_double_quant=config.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    base = _from_pretrained(
+        AutoModelForCausalLM,
+        config,
+        dtype=dtype,
+        quantization_config=quantization,
+        device_map={"": 0} if device.kind == "cuda" else None,
+        use_safetensors=True,
+    )
+    _keep_trainable_on_cpu(base)
+    for parameter in base.parameters():
+        parameter.requires_grad_(False)
+    return base.eval()
+
+
+def attach_lora(base: Any, config: Config) -> Any:
+    """Put a fresh adapter on the base. The seed is set first, so equal seeds give equal first weights.
+
+    Raises `UserError` if the model has no layer of an asked-for name.
+    """
+    _check_targets(base, config)
+    targets = "all-linear" if config.target_modules == ALL_LINEAR else list(config.target_modules)
+    set_seed(config.seed)
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        bias=config.bias,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, lora)
+    train_in_float32(model)
+    return model
+
+
+def load_adapter(base: Any, adapter: Path) -> Any:
+    """A saved adapter on the base it was trained on, ready for answers and losses."""
+    if not (adapter / "adapter_model.safetensors").exists():
+        raise UserError(f"adapter: {adapter} holds none. Mend: run the notebook that trains it to its end.")
+    return PeftModel.from_pretrained(base, adapter).eval()
+
+
+def train_in_float32(model: Any) -> None:
+    """Trainable weights to float32. The fp16 gradient scaler has no kernel for bf16, to which TRL casts them."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def trainable_per_layer(model: Any) -> dict[str, int]:
+    """Trainable parameters by the layer they sit on, such as `q_proj`, summed over the blocks."""
+    counts: dict[str, int] = defaultdict(int)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            owner = name.split(".lora_")[0] if ".lora_" in name else name.rsplit(".", 1)[0]
+            counts[owner.rsplit(".", 1)[-1]] += parameter.numel()
+    return dict(counts)
+
+
+def weight_table(model: Any) -> list[dict[str, Any]]:
+    """Parameters and bytes as stored, by module class; 4-bit weights count with their quantisation constants."""
+    table: dict[str, dict[str, Any]] = {}
+    output = model.get_output_embeddings()
+    seen: set[int] = set()
+    for module in model.modules():
+        label = "output head" if module is output else type(module).__name__
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in seen:  # an output head may share the embeddings' weights
+                continue
+            seen.add(id(parameter))
+            row = table.setdefault(label, {"module": label, "parameters": 0, "bytes": 0})
+            row["parameters"] += true_size(parameter)
+            row["bytes"] += _stored_bytes(parameter)
+    return sorted(table.values(), key=lambda row: -row["bytes"])
+
+
+def round_trip(weight: torch.Tensor, quantization: str, double_quant: bool) -> torch.Tensor:
+    """A weight matrix after going to 4 bits and back, in float32."""
+    packed, state = bnb.functional.quantize_4bit(
+        weight.float().contiguous(), quant_type=quantization, compress_statistics=double_quant
+    )
+    return bnb.functional.dequantize_4bit(packed, state).float()
+
+
+def four_bit_levels(quantization: str) -> list[float]:
+    """The 16 values a 4-bit weight can take, as shares of the largest weight in its block of 64."""
+    return sorted(bnb.functional.get_4bit_type(quantization, device="cpu").tolist())
+
+
+def true_size(parameter: Any) -> int:
+    """Number of weights: a 4-bit tensor packs two in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return state.shape.numel() if state is not None else parameter.numel()
+
+
+def _stored_bytes(parameter: Any) -> int:
+    size = parameter.numel() * parameter.element_size()
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        size += state.absmax.numel() * state.absmax.element_size()
+        if state.nested:
+            size += state.state2.absmax.numel() * state.state2.absmax.element_size()
+    return size
+
+
+def _from_pretrained(loader: Any, config: Config, **options: Any) -> Any:
+    source: str | Path = config.model
+    if config.model == EMBEDDED_MODEL:
+        source = embedded.fetch()
+    elif Path(config.model).expanduser().is_dir():
+        source = Path(config.model).expanduser()
+    else:
+        options["revision"] = config.revision
+    try:
+        return loader.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:  # ValueError: a folder that holds no model
+        why = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"model: '{config.model}' is neither a model folder nor to be had from the hub ({why}). Mend: check the "
+            f"name and the connection, or pass model=FOLDER, or model={EMBEDDED_MODEL}."
+        ) from None
+
+
+def _keep_trainable_on_cpu(base: Any) -> None:
+    """On CPUs with AVX512_BF16, bitsandbytes repacks 4-bit weights at the first evaluation, on a path without gradients:
+    training would go on without learning. This keeps the path that has them.
+    """
+    for module in base.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _check_targets(base: Any, config: Config) -> None:
+    if config.target_modules == ALL_LINEAR:
+        return
+    head = base.get_output_embeddings()
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    for target in config.target_modules:
+        if target not in linear:
+            raise UserError(
+                f"target_modules: {config.model} has no linear layer '{target}'. "
+                f"Mend: choose from {', '.join(sorted(linear))}, or all-linear."
+            )

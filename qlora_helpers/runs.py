@@ -1,0 +1,224 @@
+"""Where a run goes: its folder, its lock, its manifest, its checkpoints; and finding what an earlier notebook made."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_helpers.config import Config
+from qlora_helpers.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+SEAL = "complete.json"
+
+
+def workdir(given: str | None = None) -> Path:
+    """The folder that holds all runs: the given one, else `QLORA_WORKDIR`, else Google Drive if it is mounted, else
+    `runs/` in the checkout, else `runs/` here. It is made if it is missing; one that cannot be written is an error.
+    """
+    drive = Path("/content/drive/MyDrive")
+    if given or os.environ.get("QLORA_WORKDIR"):
+        path = Path(given or os.environ["QLORA_WORKDIR"])
+    elif drive.is_dir():
+        path = drive / "qlora_runs"
+    else:
+        path = (ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()) / "runs"
+    path = path.expanduser().resolve()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"output folder: {path} cannot be written ({reason}). Mend: choose another folder.") from None
+    return path
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write whole, then rename: a kill leaves the old file or the new one, never a half."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write whole, then rename, like `write_json`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One JSON object a line, written whole and renamed."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All rows of a file that this package wrote."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run on disk. `metrics.json` is written last, so a folder that has it is complete."""
+
+    path: Path
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def name(self) -> str:
+        """The folder's own name, such as exp1."""
+        return self.path.name
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run came to its end."""
+        return (self / "metrics.json").exists()
+
+    @property
+    def adapter(self) -> Path:
+        """Where the adapter, its tokenizer and its model card are."""
+        return self / "adapter"
+
+    def read(self, name: str) -> Any:
+        """Parse one of the run's JSON files; a damaged one is an error that names it."""
+        try:
+            return json.loads((self / name).read_text("utf-8"))
+        except FileNotFoundError:
+            raise UserError(
+                f"run folder: {self.path} has no {name}. Mend: run its notebook to the end."
+            ) from None
+        except (ValueError, OSError) as error:
+            raise UserError(
+                f"run folder: {self / name} cannot be read ({error}). Mend: delete the folder and run again."
+            ) from None
+
+    def identity(self) -> dict[str, str] | None:
+        """Fingerprints of the config and the data this folder belongs to; None for a new folder."""
+        return self.read("config.json").get("identity") if (self / "config.json").exists() else None
+
+    def log(self) -> list[dict[str, Any]]:
+        """Training and held-out losses, a line a step."""
+        return read_jsonl(self / "log.jsonl")
+
+
+def find(folder: Path, identity: dict[str, str]) -> RunFolder | None:
+    """The run in `folder` that has this identity, complete ones first, whatever its name."""
+    runs = [RunFolder(path.parent) for path in sorted(folder.glob("*/config.json"))]
+    same = [run for run in runs if run.identity() == identity]
+    return next((run for run in same if run.complete), same[0] if same else None)
+
+
+def choose(folder: Path, name: str | None, default: str, identity: dict[str, str]) -> RunFolder:
+    """The folder a run goes to.
+
+    An asked-for `name` is kept, and is an error if another config's run is there. Without one, an equal run is
+    taken up wherever it is; else `default`, with a suffix where that is taken by another config.
+    """
+    if name is None:
+        default_run = RunFolder(folder / default)
+        taken = default_run.identity() not in (None, identity)
+        return find(folder, identity) or (
+            RunFolder(folder / f"{default}-{identity['config'][:8]}") if taken else default_run
+        )
+    run = RunFolder(folder / name)
+    there = run.identity()
+    if there not in (None, identity):
+        what = "config" if there["config"] != identity["config"] else "data"  # type: ignore[index]
+        raise UserError(
+            f"run folder: {run.path} holds a run with other {what}. Mend: choose another name or output folder, "
+            "or delete that one."
+        )
+    return run
+
+
+@contextlib.contextmanager
+def lock(run: RunFolder) -> Iterator[None]:
+    """Keep the run folder for this process; another one that wants it gets a `UserError` at once."""
+    import filelock
+
+    run.path.mkdir(parents=True, exist_ok=True)
+    holder = filelock.FileLock(run / ".lock")
+    try:
+        holder.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(
+            f"run folder: {run.path} is in use by another process. Mend: wait for it, or stop it first."
+        ) from None
+    try:
+        yield
+    finally:
+        holder.release()
+
+
+def manifest(config: Config, device: Any, data: dict[str, Any]) -> dict[str, Any]:
+    """What a reader needs to repeat the run: versions, device, git commit, data fingerprint and row ids."""
+    from qlora_helpers.device import versions
+
+    return {"versions": versions(), "device": device.to_dict(), "git_commit": git_commit(), "data": data} | {
+        "config_fingerprint": config.identity
+    }
+
+
+def short_hash(content: Any) -> str:
+    """First 12 hex digits of the sha256 of a JSON value: a name for what it stands for."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout, with `-dirty` where files differ from it; None outside a checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+            cwd=ROOT, capture_output=True, text=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None
+
+
+def seal(checkpoint: Path, identity: dict[str, str]) -> None:
+    """Mark a checkpoint as whole: every file's size, and whose run it is. Written last."""
+    sizes = {
+        str(file.relative_to(checkpoint)): file.stat().st_size
+        for file in sorted(checkpoint.rglob("*"))
+        if file.is_file()
+    }
+    write_json(checkpoint / SEAL, {"identity": identity, "files": sizes})
+
+
+def last_checkpoint(run: RunFolder, identity: dict[str, str]) -> Path | None:
+    """The newest whole checkpoint; half-written newer ones are removed, and said so."""
+    found = sorted((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for checkpoint in reversed(found):
+        if _is_whole(checkpoint, identity):
+            return checkpoint
+        print(f"{checkpoint} is not whole (the run was cut off while writing it): passed over.")
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def _is_whole(checkpoint: Path, identity: dict[str, str]) -> bool:
+    try:
+        sealed = json.loads((checkpoint / SEAL).read_text("utf-8"))
+        sizes_match = all((checkpoint / name).stat().st_size == size for name, size in sealed["files"].items())
+    except (OSError, ValueError, KeyError):
+        return False
+    if sealed["identity"] != identity:
+        raise UserError(
+            f"checkpoint: {checkpoint} belongs to another config. Mend: delete it, or choose another run name."
+        )
+    return sizes_match

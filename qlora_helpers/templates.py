@@ -1,0 +1,173 @@
+"""Rows to tokens and labels: which tokens are trained, found by character offsets; and a viewer that shows them."""
+
+import html
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from qlora_helpers.config import Config
+from qlora_helpers.errors import UserError
+from qlora_helpers.sources import Message, Row
+
+IGNORE = -100  # the label that cross-entropy skips
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as the model sees it. `labels` has -100 where nothing is learned; `cut` counts tokens over the limit."""
+
+    row: Row
+    text: str
+    input_ids: list[int]
+    labels: list[int]
+    offsets: list[Span]
+    cut: int
+
+    @property
+    def trained(self) -> int:
+        """Tokens that the loss counts. The first token is never predicted, so it is not among them."""
+        return sum(label != IGNORE for label in self.labels[1:])
+
+
+def render(messages: tuple[Message, ...], config: Config, tokenizer: Any) -> tuple[str, list[Span]]:
+    """Text of a conversation, and the character spans of its answers with their end tokens."""
+    if config.template == "auto":
+        return _render_chat(messages, config, tokenizer)
+    text, spans = "", []
+    for turn in messages:
+        if turn["role"] == "user":
+            text += _question(turn, config.template)
+            continue
+        start = len(text)
+        text += f"{_gap(config.template)}{turn['content']}{tokenizer.eos_token}"
+        spans.append((start, len(text)))
+    return text, spans
+
+
+def render_prompt(messages: tuple[Message, ...], config: Config, tokenizer: Any) -> str:
+    """Text that ends where the answer has to begin. The gap after the marker is the model's to write, as in training."""
+    if config.template == "auto":
+        return _apply_chat(messages, config, tokenizer, add_generation_prompt=True)
+    eos = tokenizer.eos_token
+    return "".join(
+        _question(turn, config.template)
+        if turn["role"] == "user"
+        else f"{_gap(config.template)}{turn['content']}{eos}"
+        for turn in messages
+    )
+
+
+def _question(turn: Message, template: str) -> str:
+    """A user's turn up to and including the marker after which the answer starts."""
+    if template == "guanaco":
+        given = f"\n\n{turn['input']}" if turn.get("input") else ""
+        return f"### Human: {turn['content']}{given}### Assistant:"
+    given = f"### Input:\n{turn['input']}\n\n" if turn.get("input") else ""
+    return f"### Instruction:\n{turn['content']}\n\n{given}### Response:"
+
+
+def _gap(template: str) -> str:
+    return " " if template == "guanaco" else "\n"
+
+
+def _apply_chat(messages: tuple[Message, ...], config: Config, tokenizer: Any, **options: Any) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"template: {config.model} has no chat template. Mend: template=guanaco or template=instruction."
+        )
+    head = [{"role": "system", "content": config.system}] if config.system else []
+    turns = [
+        {"role": m["role"], "content": m["content"] + (f"\n\n{m['input']}" if m.get("input") else "")}
+        for m in messages
+    ]
+    try:
+        return tokenizer.apply_chat_template([*head, *turns], tokenize=False, **options)
+    except Exception as error:  # jinja errors, raised by the template itself, are of many kinds
+        raise UserError(f"template: the chat template of {config.model} refuses these turns ({error}).") from None
+
+
+def _render_chat(messages: tuple[Message, ...], config: Config, tokenizer: Any) -> tuple[str, list[Span]]:
+    """The answer's span lies between the text that asks for it and the text that holds it, less trailing space."""
+    text = _apply_chat(messages, config, tokenizer)
+    spans = []
+    for number, turn in enumerate(messages):
+        if turn["role"] != "assistant":
+            continue
+        before = _apply_chat(messages[:number], config, tokenizer, add_generation_prompt=True)
+        after = _apply_chat(messages[: number + 1], config, tokenizer).rstrip()
+        if not (text.startswith(before) and text.startswith(after)):
+            raise UserError(
+                f"template: the chat template of {config.model} rewrites earlier turns, so its answers cannot be found. "
+                "Mend: template=guanaco or template=instruction."
+            )
+        spans.append((len(before), len(after)))
+    return text, spans
+
+
+def encode(rows: list[Row], config: Config, tokenizer: Any) -> list[Example]:
+    """Tokens and labels of each row, in order, cut at `max_length`."""
+    rendered = [render(row.messages, config, tokenizer) for row in rows]
+    if not rendered:
+        return []
+    # A chat template writes its own start token; for the plain layouts the tokenizer adds it.
+    tokens = tokenizer(
+        [text for text, _ in rendered],
+        add_special_tokens=config.template != "auto",
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    columns = zip(rows, rendered, tokens["input_ids"], tokens["offset_mapping"], strict=True)
+    return [_example(row, text, spans, ids, offsets, config) for row, (text, spans), ids, offsets in columns]
+
+
+def _example(
+    row: Row, text: str, spans: list[Span], ids: list[int], offsets: list[Span], config: Config
+) -> Example:
+    if config.train_on == "all":
+        labels = list(ids)
+    else:
+        labels = [
+            token if end > start and any(a <= start and end <= b for a, b in spans) else IGNORE
+            for token, (start, end) in zip(ids, offsets, strict=True)
+        ]
+    keep = config.max_length
+    return Example(row, text, ids[:keep], labels[:keep], offsets[:keep], max(0, len(ids) - keep))
+
+
+@dataclass(frozen=True)
+class LabelView:
+    """One row with its tokens marked trained, masked or end: HTML in a notebook, text in a terminal."""
+
+    pieces: list[tuple[str, str]]
+
+    def __repr__(self) -> str:
+        lines = []
+        for kind, group in groupby(self.pieces, key=lambda piece: piece[0]):
+            tokens = [text for _, text in group]
+            lines.append(f"{kind:<8}{len(tokens):>4}  {''.join(tokens)!r}")
+        return "\n".join(["kind    tokens  text", *lines])
+
+    def _repr_html_(self) -> str:
+        # Translucent backgrounds under inherited text colour read well on light and on dark pages.
+        colours = {"trained": "rgba(40,160,80,.35)", "masked": "rgba(128,128,128,.18)", "end": "rgba(220,120,0,.55)"}
+        spans = "".join(
+            f'<span title="{kind}" style="background:{colours[kind]};border-radius:3px;margin-right:1px">'
+            f"{html.escape(text).replace(chr(10), '↵<br>')}</span>"
+            for kind, text in self.pieces
+        )
+        legend = " ".join(
+            f'<span style="background:{colour};padding:0 .5em;border-radius:3px">{kind}</span>'
+            for kind, colour in colours.items()
+        )
+        return f'<div style="line-height:1.9;font-family:monospace">{legend}<br>{spans}</div>'
+
+
+def show_labels(example: Example, tokenizer: Any) -> LabelView:
+    """What one row teaches. The end token is the one with the tokenizer's end-of-sequence id, where it is trained."""
+    pieces, shown = [], 0
+    for token, label, (start, end) in zip(example.input_ids, example.labels, example.offsets, strict=True):
+        kind = "masked" if label == IGNORE else "end" if token == tokenizer.eos_token_id else "trained"
+        pieces.append((kind, example.text[max(start, shown) : end]))  # several tokens may share one character
+        shown = max(shown, end)
+    return LabelView(pieces)

@@ -1,0 +1,305 @@
+"""One run: TRL's SFTTrainer, configured; taken up where it was cut off; its results saved."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from qlora_helpers import evaluation, model_card, runs
+from qlora_helpers.cleaning import Data
+from qlora_helpers.config import Config
+from qlora_helpers.device import Device, detect, limit_memory, peak_memory_gib
+from qlora_helpers.errors import UserError
+from qlora_helpers.evaluation import RowLoss
+from qlora_helpers.model import attach_lora, load_base, train_in_float32
+from qlora_helpers.runs import RunFolder
+
+FP16_SCALE = 1024.0  # the default, 65536, overflows at first: the scaler would skip the first steps
+
+
+def identity(config: Config, data: Data) -> dict[str, str]:
+    """What makes two runs the same run: the config's deciding values, and the words it was trained and measured on."""
+    return {"config": config.identity, "data": data.source_fingerprint}
+
+
+def train(
+    config: Config, data: Data, tokenizer: Any, run: RunFolder, callbacks: Sequence[TrainerCallback] = ()
+) -> RunFolder:
+    """Train `config` into `run` and return it, complete. A complete run is left as it is; one that was cut off goes on.
+
+    Raises `UserError` if another process uses the folder, if it holds another run, or if training goes wrong in a
+    way that the result would not show: a loss that is zero or no number, an adapter that did not move.
+    """
+    me = identity(config, data)
+    with runs.lock(run):
+        if run.complete:
+            print(f"{run.path} is complete: nothing to train.")
+            return run
+        device = detect(config.compute_dtype)
+        limit_memory(device, config.memory_limit_gib)
+        runs.write_json(run / "config.json", {"identity": me, "config": config.to_dict()})
+        base = load_base(config, device)
+        base_losses = baseline(base, config, data, tokenizer, device, run.path.parent)
+        _write_manifest(run, config, device, data, base)
+        model = attach_lora(base, config)
+        trainer = build_trainer(model, config, data, tokenizer, device, run, callbacks)
+        trainer.add_callback(LogWriter(run / "log.jsonl", evaluation.mean_loss(base_losses)))
+        _fit(trainer, run, me)
+        _save_results(trainer, config, data, tokenizer, device, run, base_losses)
+    return run
+
+
+class QloraTrainer(SFTTrainer):
+    """SFTTrainer with four changes, each of a few lines; the training loop is the library's."""
+
+    device_: Device
+    heldout: list[Any]
+    identity: dict[str, str]
+    heldout_rows: list[RowLoss]
+    heldout_step = -1
+    _started = 0.0
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The library's loss without TRL's entropy and accuracy, which cost a tenth of a step on a CPU."""
+        return Trainer.compute_loss(self, model, inputs, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Time the arithmetic alone: evaluation and saving are not training."""
+        started = time.perf_counter()
+        loss = super().training_step(*args, **kwargs)
+        if self.device_.kind == "cuda":
+            torch.cuda.synchronize()
+        self._started += time.perf_counter() - started
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Each step's line also says how long it took; the trainer's state keeps it through a restart."""
+        if "loss" in logs:
+            logs["seconds"], self._started = self._started, 0.0
+        Trainer.log(self, logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Held-out loss per trained token, from the one function that measures it everywhere."""
+        self.heldout_rows = evaluation.heldout_losses(self.model, self.heldout, self.device_)
+        self.heldout_step = self.state.global_step
+        metrics = {"eval_loss": evaluation.mean_loss(self.heldout_rows)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The library's checkpoint without TRL's model card, sealed when it is whole."""
+        Trainer._save_checkpoint(self, model, trial)
+        runs.seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.identity)
+
+
+class LogWriter(TrainerCallback):
+    """`log.jsonl`, a line a step. After a restart the lines past the checkpoint are dropped."""
+
+    def __init__(self, path: Path, base_loss: float) -> None:
+        self.path, self.base_loss = path, base_loss
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the file with the loss before training, and what an earlier part of this run logged."""
+        first = {"step": 0, "epoch": 0.0, "eval_loss": self.base_loss}
+        runs.write_jsonl(self.path, [first, *filter(_is_step, state.log_history)])
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the newest line."""
+        if _is_step(state.log_history[-1]):
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+class Guard(TrainerCallback):
+    """Stops a run that only looks like one."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """A training loss that is zero or no number means that nothing is learned from here on."""
+        loss = (logs or {}).get("loss")
+        if loss is not None and (loss == 0 or not math.isfinite(loss)):
+            raise UserError(
+                f"training: the loss at step {state.global_step} is {loss}. Mend: a lower learning_rate if it is nan, "
+                "or a look at the label viewer if it is 0: no token may be trained."
+            )
+
+
+class SaveBest(TrainerCallback):
+    """Saves a checkpoint whenever the held-out loss is a new low, so that the best one is there at the end."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Compare with the best so far, which the trainer notes only after this."""
+        control.should_save |= state.best_metric is None or metrics["eval_loss"] < state.best_metric
+
+
+def build_trainer(
+    model: Any,
+    config: Config,
+    data: Data,
+    tokenizer: Any,
+    device: Device,
+    run: RunFolder,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> QloraTrainer:
+    """The trainer for this run. Labels are ours, so TRL's own templating and masking have nothing to do."""
+    rows = [{"input_ids": example.input_ids, "labels": example.labels} for example in data.train]
+    callbacks = [Guard(), *callbacks]
+    if config.keep_best:
+        callbacks.append(SaveBest())
+    if config.early_stopping_patience:
+        callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+    trainer = QloraTrainer(
+        model=model,
+        args=_arguments(config, len(rows), device, run),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:1]),  # never read: `evaluate` measures the held-out rows
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    train_in_float32(model)
+    if device.kind == "cuda" and device.dtype == "float16":
+        trainer.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=FP16_SCALE)
+    trainer.device_, trainer.heldout, trainer.identity = device, data.heldout, identity(config, data)
+    return trainer
+
+
+def _arguments(config: Config, n_rows: int, device: Device, run: RunFolder) -> SFTConfig:
+    steps = config.steps(n_rows)
+    eval_steps = min(config.eval_steps or steps // config.epochs, steps)
+    save_steps = config.save_steps
+    if config.keep_best:  # the library wants evaluations and checkpoints in step; SaveBest adds what lies between
+        save_steps = math.ceil(save_steps / eval_steps) * eval_steps
+    return SFTConfig(
+        output_dir=str(run / "checkpoints"),
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler,
+        warmup_steps=math.ceil(config.warmup_ratio * steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim=config.optimizer,
+        gradient_checkpointing=config.gradient_checkpointing,
+        eval_strategy="steps",
+        eval_steps=eval_steps,
+        save_strategy="steps",
+        save_steps=save_steps,
+        save_total_limit=3,
+        load_best_model_at_end=config.keep_best,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # the filter would hide a loss that is no number
+        include_num_input_tokens_seen="non_padding",
+        bf16=device.kind == "cuda" and device.dtype == "bfloat16",
+        fp16=device.kind == "cuda" and device.dtype == "float16",
+        use_cpu=device.kind == "cpu",
+        dataloader_pin_memory=device.kind == "cuda",
+        max_length=None,  # rows are cut already
+        seed=config.seed,
+        report_to="none",
+    )
+
+
+def baseline(
+    base: Any, config: Config, data: Data, tokenizer: Any, device: Device, folder: Path
+) -> list[RowLoss]:
+    """Held-out losses and answers of the base model, measured once for all runs that share model and held-out rows."""
+    where = baseline_folder(config, data, device, folder)
+    if not (where / "heldout_losses.jsonl").exists():
+        prompts = evaluation.answer_prompts(data.heldout)
+        answers = evaluation.answer(base, tokenizer, config, device, prompts)
+        runs.write_jsonl(where / "answers.jsonl", answers)
+        losses = evaluation.heldout_losses(base, data.heldout, device)
+        runs.write_jsonl(where / "heldout_losses.jsonl", evaluation.to_rows(losses))
+    return read_losses(where)
+
+
+def baseline_folder(config: Config, data: Data, device: Device, folder: Path) -> RunFolder:
+    """Where the base model's losses are: named after everything they depend on."""
+    keys = ("model", "revision", "quantization", "double_quant", "template", "system", "train_on", "max_length")
+    depends = [getattr(config, key) for key in (*keys, "max_new_tokens")]
+    depends += [device.dtype, data.heldout_fingerprint]
+    return RunFolder(folder / f"base-{runs.short_hash(depends)}")
+
+
+def read_losses(run: RunFolder) -> list[RowLoss]:
+    """Per-row held-out losses of a run or of the base."""
+    return [RowLoss(**row) for row in runs.read_jsonl(run / "heldout_losses.jsonl")]
+
+
+def _is_step(line: dict[str, Any]) -> bool:
+    return "loss" in line or "eval_loss" in line
+
+
+def _write_manifest(run: RunFolder, config: Config, device: Device, data: Data, base: Any) -> None:
+    content = runs.manifest(config, device, data.to_manifest())
+    content["model"] = {
+        "name": config.model,
+        "revision": getattr(base.config, "_commit_hash", None) or config.revision,
+    }
+    runs.write_json(run / "manifest.json", content)
+
+
+def _fit(trainer: QloraTrainer, run: RunFolder, me: dict[str, str]) -> None:
+    """Train to the end, from the last whole checkpoint if there is one."""
+    checkpoint = runs.last_checkpoint(run, me)
+    if checkpoint:
+        print(f"Going on from {checkpoint.name}.")
+    if trainer.device_.kind == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    moved = any(p.detach().abs().max() > 0 for name, p in trainer.model.named_parameters() if "lora_B" in name)
+    if not moved:
+        raise UserError(
+            "training: the adapter has not moved from its first weights. Mend: more steps or a higher learning_rate."
+        )
+
+
+def _save_results(
+    trainer: QloraTrainer,
+    config: Config,
+    data: Data,
+    tokenizer: Any,
+    device: Device,
+    run: RunFolder,
+    base_losses: list[RowLoss],
+) -> None:
+    """Adapter, tokenizer, model card, answers and losses; `metrics.json` last, since it says that the run is complete."""
+    model, state = trainer.model, trainer.state
+    peak = peak_memory_gib(device)
+    if trainer.heldout_step != state.global_step or config.keep_best:
+        trainer.evaluate()
+    runs.write_jsonl(run / "heldout_losses.jsonl", evaluation.to_rows(trainer.heldout_rows))
+    prompts = evaluation.answer_prompts(data.heldout)
+    runs.write_jsonl(run / "answers.jsonl", evaluation.answer(model, tokenizer, config, device, prompts))
+    steps = [line for line in state.log_history if "loss" in line]
+    seconds = sum(line["seconds"] for line in steps)
+    metrics = {
+        "train_rows": len(data.train),
+        "steps": state.global_step,
+        "epochs": config.epochs,
+        "train_loss": sum(line["loss"] for line in steps) / len(steps),
+        "eval_loss": evaluation.mean_loss(trainer.heldout_rows),
+        "base_eval_loss": evaluation.mean_loss(base_losses),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(state.num_input_tokens_seen / seconds, 1),
+        "peak_memory_gib": round(peak, 3),
+        "seed": config.seed,
+        "device": device.name,
+        "compute_dtype": device.dtype,
+    }
+    model.save_pretrained(run.adapter)
+    tokenizer.save_pretrained(run.adapter)
+    runs.write_text(run.adapter / "README.md", model_card.render(config, metrics, run.read("manifest.json")))
+    runs.write_json(run / "metrics.json", metrics)
