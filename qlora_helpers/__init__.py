@@ -3,8 +3,16 @@
 Importing it is cheap: torch and the Hugging Face libraries are imported by the modules that use them.
 """
 
+import logging
+import warnings
+
 from qlora_helpers.config import Config
 from qlora_helpers.errors import UserError
+
+# Noise that a reader can do nothing about: bitsandbytes looking for an optional faster kernel, and the announcement of
+# a new name that only transformers 5.2x knows.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
 
 __version__ = "0.1.0"
 __all__ = ["Config", "UserError", "__version__"]

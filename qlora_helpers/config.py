@@ -86,6 +86,7 @@ class Config:
     early_stopping_patience: int | None = _field(
         None, "stop after this many held-out losses without a new low", low=1
     )
+    seconds_per_step: float = _field(1.0, "rough time of a step, for 'about N minutes'", low=0)
     max_new_tokens: int = _field(128, "length of the sample answers, in tokens", low=1)
     seed: int = _field(0, "adapter's first weights, order of rows, dropout", low=0)
 
@@ -122,7 +123,7 @@ class Config:
 
         Left out: what only decides where and how fast. How a batch is split over passes is such a thing.
         """
-        beside = ("preset_name", "profile", "memory_limit_gib", "save_steps", "batch_size", "max_new_tokens")
+        beside = ("preset_name", "profile", "memory_limit_gib", "save_steps", "batch_size", "max_new_tokens", "seconds_per_step")
         beside += ("gradient_accumulation", "gradient_checkpointing")
         deciding = {key: value for key, value in self.to_dict().items() if key not in beside}
         deciding["effective_batch"] = self.effective_batch
@@ -139,6 +140,10 @@ class Config:
     def steps(self, n_rows: int) -> int:
         """Optimizer steps for `n_rows` training rows: a last short batch counts as one."""
         return self.epochs * -(-n_rows // self.effective_batch)
+
+    def minutes(self, n_rows: int) -> str:
+        """Rough training time in words. Measured for TinyLlama (GPU) and the embedded model (CPU) only."""
+        return f"about {max(1, round(self.steps(n_rows) * self.seconds_per_step / 60))} min"
 
     def __str__(self) -> str:
         lines = []

@@ -18,5 +18,5 @@ class UserError(Exception):
 def nearest(name: str, known: Iterable[str]) -> str:
     """Say which known name is meant, or list them all: ` Did you mean 'epochs'?`."""
     known = sorted(known)
-    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    close = get_close_matches(name, known, n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(known)}."

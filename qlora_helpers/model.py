@@ -1,7 +1,5 @@
 """The base model, in 4 bits or 16, and the adapter on it: what is frozen, what is trained, what each part weighs."""
 
-import logging
-import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -9,29 +7,17 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 from transformers.utils import logging as hf_logging
 
-from qlora_helpers import embedded
-from qlora_helpers.config import EMBEDDED_MODEL, Config
+from qlora_helpers.config import Config
 from qlora_helpers.device import Device
 from qlora_helpers.errors import UserError
+from qlora_helpers.hub import from_pretrained
 
 ALL_LINEAR = ("all-linear",)
 
-# Noise that a reader can do nothing about: bitsandbytes looking for an optional faster kernel, bars for reading a file,
-# and the announcement of a new name that only transformers 5.2x knows.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-hf_logging.disable_progress_bar()
-warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
-
-
-def load_tokenizer(config: Config) -> Any:
-    """The model's own tokenizer. Its padding token only fills: labels and attention mask leave padding out."""
-    tokenizer = _from_pretrained(AutoTokenizer, config)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+hf_logging.disable_progress_bar()  # the bar for reading a file; downloads keep theirs
 
 
 def load_base(config: Config, device: Device) -> Any:
@@ -45,7 +31,7 @@ def load_base(config: Config, device: Device) -> Any:
             bnb_4bit_use_double_quant=config.double_quant,
             bnb_4bit_compute_dtype=dtype,
         )
-    base = _from_pretrained(
+    base = from_pretrained(
         AutoModelForCausalLM,
         config,
         dtype=dtype,
@@ -148,24 +134,6 @@ def _stored_bytes(parameter: Any) -> int:
         if state.nested:
             size += state.state2.absmax.numel() * state.state2.absmax.element_size()
     return size
-
-
-def _from_pretrained(loader: Any, config: Config, **options: Any) -> Any:
-    source: str | Path = config.model
-    if config.model == EMBEDDED_MODEL:
-        source = embedded.fetch()
-    elif Path(config.model).expanduser().is_dir():
-        source = Path(config.model).expanduser()
-    else:
-        options["revision"] = config.revision
-    try:
-        return loader.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:  # ValueError: a folder that holds no model
-        why = str(error).strip().splitlines()[0].rstrip(".")
-        raise UserError(
-            f"model: '{config.model}' is neither a model folder nor to be had from the hub ({why}). Mend: check the "
-            f"name and the connection, or pass model=FOLDER, or model={EMBEDDED_MODEL}."
-        ) from None
 
 
 def _keep_trainable_on_cpu(base: Any) -> None:

@@ -122,27 +122,26 @@ def find(folder: Path, identity: dict[str, str]) -> RunFolder | None:
     return next((run for run in same if run.complete), same[0] if same else None)
 
 
-def choose(folder: Path, name: str | None, default: str, identity: dict[str, str]) -> RunFolder:
-    """The folder a run goes to.
-
-    An asked-for `name` is kept, and is an error if another config's run is there. Without one, an equal run is
-    taken up wherever it is; else `default`, with a suffix where that is taken by another config.
+def choose(folder: Path, name: str, identity: dict[str, str]) -> RunFolder:
+    """The folder a run goes to: an equal run is taken up whatever its name; else `name`, with a suffix where another
+    config's run has it, so that nothing is overwritten.
     """
-    if name is None:
-        default_run = RunFolder(folder / default)
-        taken = default_run.identity() not in (None, identity)
-        return find(folder, identity) or (
-            RunFolder(folder / f"{default}-{identity['config'][:8]}") if taken else default_run
-        )
-    run = RunFolder(folder / name)
-    there = run.identity()
-    if there not in (None, identity):
-        what = "config" if there["config"] != identity["config"] else "data"  # type: ignore[index]
-        raise UserError(
-            f"run folder: {run.path} holds a run with other {what}. Mend: choose another name or output folder, "
-            "or delete that one."
-        )
-    return run
+    named = RunFolder(folder / name)
+    if named.identity() in (None, identity):
+        return named
+    return find(folder, identity) or RunFolder(folder / f"{name}-{short_hash(identity)[:8]}")
+
+
+def check_free(run: RunFolder, config: Config) -> None:
+    """Raise `UserError` if the folder holds a run of another config, naming the settings that differ."""
+    if run.identity() is None or run.identity()["config"] == config.identity:  # type: ignore[index]
+        return
+    there, here = run.read("config.json")["config"], config.to_dict()
+    differ = [f"{key} {there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]]
+    raise UserError(
+        f"run folder: {run.path} holds a run of another config ({'; '.join(differ[:3])}). "
+        "Mend: choose another output folder, or delete that one."
+    )
 
 
 @contextlib.contextmanager

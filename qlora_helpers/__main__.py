@@ -1,0 +1,117 @@
+"""The command line: `python -m qlora_helpers run | batch | fetch`. Heavy imports wait until a command needs them."""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qlora_helpers import __version__
+from qlora_helpers.config import PROFILES
+from qlora_helpers.errors import UserError, nearest
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line that name the nearest option or command."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage."""
+        raise UserError(message)
+
+    commands: Mapping[str, "Parser"] = {}
+
+
+def build_parser() -> Parser:
+    """All commands and options."""
+    parser = Parser(prog="qlora_helpers", description="QLoRA notebooks, headless.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"qlora_helpers {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+
+    run = commands.add_parser("run", help="execute notebooks 01-07 and write the comparison", allow_abbrev=False)
+    run.add_argument("--samples", type=int, nargs=2, metavar=("N1", "N2"), help="rows of experiments 1 and 2")
+    run.add_argument("--seed", type=int, help="seed of both experiments")
+    batch = commands.add_parser("batch", help="one run per sample count and seed", allow_abbrev=False)
+    batch.add_argument("--samples", type=int, nargs="+", required=True, metavar="N", help="rows to train on")
+    batch.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="S", help="seeds")
+    for command in (run, batch):
+        command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for everything written")
+        command.add_argument("--profile", default="auto", help=f"{', '.join(PROFILES)}, or auto: look at this machine")
+        command.add_argument("--epochs", type=int, help="passes over the training rows")
+        command.add_argument("--dataset", help="file or hub id")
+        command.add_argument("--model", help="folder or hub id")
+        command.add_argument("--n-heldout", type=int, metavar="N", help="rows that are never trained on")
+        command.add_argument("--save-steps", type=int, metavar="N", help="steps between checkpoints")
+    commands.add_parser("fetch", help="fetch the embedded model into the cache", allow_abbrev=False)
+    parser.commands = commands.choices
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; 0 on success, 2 with one line on stderr for what the user can mend."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        parser = build_parser()
+        _check_names(argv, parser)
+        args = vars(parser.parse_args(argv))
+        command = args.pop("command")
+        if command is None:
+            parser.print_help()
+            return 0
+        COMMANDS[command](**args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _check_names(argv: list[str], parser: Parser) -> None:
+    """An unknown command or option comes with its nearest neighbour, before anything else that may be wrong."""
+    if not argv or argv[0].startswith("-"):
+        return
+    if argv[0] not in parser.commands:
+        raise UserError(f"command: there is no '{argv[0]}'.{nearest(argv[0], parser.commands)}")
+    options = parser.commands[argv[0]]._option_string_actions
+    for word in argv[1:]:
+        name = word.split("=")[0]
+        if name.startswith("--") and name not in options:
+            raise UserError(f"option: there is no '{name}'.{nearest(name, options)}")
+
+
+def _run(**args: Any) -> None:
+    from qlora_helpers import comparison, series
+    from qlora_helpers.runs import RunFolder
+
+    report = series.run_series(**args)
+    result = RunFolder(report.parent).read("comparison.json")
+    print(f"\n{comparison.table_markdown(result)}\n")
+    for found in result["differences"]:
+        print(found["text"])
+    print(f"\nReport: {report}")
+
+
+def _batch(**args: Any) -> None:
+    from qlora_helpers import series
+
+    batch = series.run_batch(**args)
+    print("\n| run | rows | seed | steps | base loss | held-out loss | seconds |\n|---|---|---|---|---|---|---|")
+    for run in batch:
+        m = run.read("metrics.json")
+        print(
+            f"| {run.name} | {m['train_rows']} | {m['seed']} | {m['steps']} | {m['base_eval_loss']:.4f} "
+            f"| {m['eval_loss']:.4f} | {m['seconds']:.0f} |"
+        )
+
+
+def _fetch() -> None:
+    from qlora_helpers import embedded
+
+    print(embedded.fetch())
+
+
+COMMANDS = {"run": _run, "batch": _batch, "fetch": _fetch}
+
+if __name__ == "__main__":
+    sys.exit(main())

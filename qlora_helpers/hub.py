@@ -1,0 +1,37 @@
+"""Where model files come from: the embedded model, a folder, or a model hub at a pinned revision."""
+
+from pathlib import Path
+from typing import Any
+
+from qlora_helpers import embedded
+from qlora_helpers.config import EMBEDDED_MODEL, Config
+from qlora_helpers.errors import UserError
+
+
+def from_pretrained(loader: Any, config: Config, **options: Any) -> Any:
+    """`loader.from_pretrained` for the config's model. Raises `UserError` if it cannot be had."""
+    source: str | Path = config.model
+    if config.model == EMBEDDED_MODEL:
+        source = embedded.fetch()
+    elif Path(config.model).expanduser().is_dir():
+        source = Path(config.model).expanduser()
+    else:
+        options["revision"] = config.revision
+    try:
+        return loader.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:  # ValueError: a folder that holds no model
+        why = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            f"model: '{config.model}' is neither a model folder nor to be had from the hub ({why}). Mend: check the "
+            f"name and the connection, or pass model=FOLDER, or model={EMBEDDED_MODEL}."
+        ) from None
+
+
+def load_tokenizer(config: Config) -> Any:
+    """The model's own tokenizer. Its padding token only fills: labels and attention mask leave padding out."""
+    from transformers import AutoTokenizer
+
+    tokenizer = from_pretrained(AutoTokenizer, config)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

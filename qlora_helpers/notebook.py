@@ -1,0 +1,47 @@
+"""What every notebook does first: take its parameters, check them, and find its work folder."""
+
+import ast
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_helpers import runs
+from qlora_helpers.config import Config
+
+MARK = "# Parameters"  # the first line of our parameters cells, and of the cell that papermill injects
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A notebook's config, the folder its runs are in, and the run name that was asked for, if any."""
+
+    config: Config
+    folder: Path
+    run_name: str | None
+
+
+def resolve(namespace: Mapping[str, Any], experiment: int | None = None) -> Setup:
+    """Turn a notebook's parameters into a `Config`; called as `resolve(globals())`.
+
+    Any setting of `Config` may be injected, listed in the notebook or not. A name that is no parameter raises
+    `UserError` with the nearest one: papermill itself only warns. In a notebook about several experiments,
+    `preset_1` is the `preset` of experiment 1, and so on.
+    """
+    given = _parameters(namespace)
+    if experiment is not None:
+        own = {name.removesuffix(f"_{experiment}"): v for name, v in given.items() if name.endswith(f"_{experiment}")}
+        given = {name: v for name, v in given.items() if not name[-2:-1] == "_" or not name[-1].isdigit()} | own
+    work, run_name = given.pop("workdir", None), given.pop("run_name", None)
+    return Setup(Config.from_params(**given), runs.workdir(work), run_name)
+
+
+def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of all names that a parameters cell assigns: ours, and the one papermill put after it."""
+    names: dict[str, Any] = {}
+    for source in namespace["In"]:
+        if source.lstrip().startswith(MARK):
+            for node in ast.parse(source).body:
+                targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+                names |= {t.id: namespace[t.id] for t in targets if isinstance(t, ast.Name)}
+    return names

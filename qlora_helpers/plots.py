@@ -1,0 +1,316 @@
+"""Every figure: built from run folders and tables, for phones and dark pages, shown without pyplot."""
+
+import functools
+import io
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec
+
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from qlora_helpers.runs import RunFolder
+
+if TYPE_CHECKING:
+    import torch
+
+    from qlora_helpers.cleaning import Data
+
+# Okabe and Ito's colours, told apart with any kind of colour vision.
+BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PALETTE = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", VERMILLION, "#F0E442")
+GREY = "#666666"
+WIDTH = 6.4  # inches
+BLOCK = 64  # weights that share one scale in NF4
+BINS = np.linspace(-1, 1, 82).tolist()  # an odd number of bins, so that one is centred on zero
+TURN = 0.005  # nats by which the held-out loss must have risen from its minimum to be called overfitting
+REFRESH_SECONDS = 2.0
+STYLE = {
+    "font.size": 11,
+    "figure.titlesize": 12,
+    "figure.titleweight": "bold",
+    "figure.labelsize": 11,
+    "figure.constrained_layout.w_pad": 0.1,
+    "figure.constrained_layout.h_pad": 0.1,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "legend.frameon": False,
+}
+Arguments = ParamSpec("Arguments")
+
+
+class NotebookFigure(Figure):
+    """A figure that a notebook shows even where pyplot, which tells IPython how, was never imported."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        png = io.BytesIO()
+        self.savefig(png, format="png", dpi=150, facecolor="white")
+        width, height = self.get_size_inches() * 100
+        return png.getvalue(), {"width": round(width), "height": round(height)}
+
+
+def _styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
+    """Draw in this module's style whatever matplotlib is set to, and leave that setting alone."""
+
+    @functools.wraps(draw)
+    def styled(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
+        with style.context(["default", STYLE]):
+            figure = draw(*args, **kwargs)
+            figure.draw_without_rendering()  # ticks are made when first drawn, in the style of that moment
+        return figure
+
+    return styled
+
+
+def _new(title: str, height: float) -> tuple[NotebookFigure, Axes]:
+    figure = NotebookFigure(figsize=(WIDTH, height), facecolor="white", layout="constrained")
+    figure.suptitle(title)
+    return figure, figure.subplots()
+
+
+@_styled
+def token_lengths(data: "Data", limit: int) -> Figure:
+    """Full length in tokens of the training and held-out rows, and the limit at which they are cut."""
+    figure, axes = _new("How long are the rows?", 4.0)
+    parts = {"train": (data.train, BLUE), "held-out": (data.heldout, ORANGE)}
+    lengths = {name: [len(e.input_ids) + e.cut for e in rows] for name, (rows, _) in parts.items()}
+    bins = np.linspace(0, max([limit, *lengths["train"], *lengths["held-out"]]), 31).tolist()
+    for name, (rows, color) in parts.items():
+        share = sum(e.cut > 0 for e in rows) / max(len(rows), 1)
+        label = f"{name}: {len(rows)} rows, {share:.0%} cut"
+        axes.hist(lengths[name], bins, color=color, alpha=0.3)
+        axes.hist(lengths[name], bins, color=color, histtype="step", linewidth=2, label=label)
+    axes.axvline(limit, color="black", linestyle="--", linewidth=1.5, label=f"limit: {limit} tokens")
+    axes.set(xlabel="length (tokens)", ylabel="number of rows")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+@_styled
+def levels(weights: "dict[str, torch.Tensor]", levels: list[float]) -> Figure:
+    """Real weights, each divided by the largest of its block of 64, and the levels that 4 bits can store.
+
+    The levels lie close together where the weights are many.
+    """
+    figure, axes = _new("Where the weights are, and the 4-bit levels", 3.8)
+    for (name, weight), color in zip(weights.items(), PALETTE * len(weights), strict=False):
+        flat = weight.detach().float().cpu().flatten().numpy()
+        blocks = flat[: len(flat) // BLOCK * BLOCK].reshape(-1, BLOCK)
+        largest = np.abs(blocks).max(axis=1, keepdims=True)
+        scaled = blocks / np.where(largest == 0, 1, largest)
+        axes.hist(scaled.ravel(), BINS, density=True, histtype="step", color=color, linewidth=1.8)
+        axes.plot([], color=color, linewidth=1.8, label=name)
+    top = axes.get_ylim()[1]
+    axes.vlines(
+        levels, -0.16 * top, -0.03 * top, color="black", linewidth=1.8, label=f"the {len(levels)} levels"
+    )
+    axes.set(xlabel=f"weight ÷ largest weight in its block of {BLOCK}", ylabel="density")
+    axes.set(ylim=(-0.19 * top, top), xticks=(-1, -0.5, 0, 0.5, 1))
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+@_styled
+def round_trip_errors(errors: dict[str, float]) -> Figure:
+    """What the weights lose on the way to 4 bits and back: relative error, in percent, by storage."""
+    figure, axes = _new("What 4 bits lose", 1.3 + 0.5 * len(errors))
+    _bars(axes, errors, [f"{error:.2f} %" for error in errors.values()])
+    axes.set(xlabel="relative error of the weights (%)", ylabel="storage")
+    return figure
+
+
+@_styled
+def trainable_per_layer(counts: dict[str, int]) -> Figure:
+    """Trainable parameters by the layer they sit on."""
+    figure, axes = _new(f"What is trained: {sum(counts.values()):,} parameters", 1.3 + 0.5 * len(counts))
+    _bars(axes, {name: n / 1000 for name, n in counts.items()}, [f"{n:,}" for n in counts.values()])
+    axes.set(xlabel="trainable parameters (thousands)", ylabel="layer")
+    return figure
+
+
+def _bars(axes: Axes, values: dict[str, float], labels: list[str]) -> None:
+    bars = axes.barh(list(values), list(values.values()), color=BLUE, height=0.6)
+    axes.bar_label(bars, labels, padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+
+
+@_styled
+def weights_by_module(tables: dict[str, list[dict[str, Any]]]) -> Figure:
+    """Memory of the weights by module class, one bar a way of storing, from the rows of `model.weight_table`.
+
+    Classes too small to be seen in the bars are left out of the legend.
+    """
+    figure, axes = _new("What the weights weigh", 1.9 + 0.6 * len(tables))
+    mib = {name: {row["module"]: row["bytes"] / 2**20 for row in rows} for name, rows in tables.items()}
+    totals = {name: sum(sizes.values()) for name, sizes in mib.items()}
+    modules = sorted({module for sizes in mib.values() for module in sizes})
+    left = np.zeros(len(mib))
+    for module, color in zip(modules, PALETTE * len(modules), strict=False):
+        widths = np.array([sizes.get(module, 0.0) for sizes in mib.values()])
+        label = module if widths.max() > max(totals.values()) / 100 else f"_{module}"
+        bars = axes.barh(list(mib), widths, left=left, color=color, height=0.6, label=label)
+        left += widths
+    axes.bar_label(bars, [f"{total:,.0f} MiB" for total in totals.values()], padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set(xlabel="memory (MiB)", ylabel="storage")
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+@_styled
+def loss_curves(logs: dict[str, list[dict[str, Any]]]) -> Figure:
+    """Training and held-out loss by step, one panel a run, from the lines of `log.jsonl`, on one scale.
+
+    Where the held-out loss has turned up, its minimum is marked and what follows is shaded.
+    """
+    rows, columns = (1, len(logs)) if len(logs) <= 2 else (len(logs), 1)
+    figure = NotebookFigure(figsize=(WIDTH, 1.4 + 2.4 * rows), facecolor="white", layout="constrained")
+    figure.suptitle("Loss during training")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    for axes, (name, lines) in zip(panels, logs.items(), strict=True):
+        axes.set_title(name)
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+        axes.grid(axis="y")
+        axes.margins(y=0.2)
+        _draw_losses(axes, lines)
+    figure.supxlabel("training step")
+    figure.supylabel("loss (nats per token)")
+    marks = {
+        label: mark for axes in panels for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(list(marks.values()), list(marks), loc="outside lower center", ncols=3)
+    return figure
+
+
+def _draw_losses(axes: Axes, lines: list[dict[str, Any]]) -> None:
+    train = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    heldout: dict[int, float] = {}
+    for line in lines:
+        if (
+            "eval_loss" in line
+        ):  # keep_best measures the kept weights at the end: no point of this curve, so first wins
+            heldout.setdefault(line["step"], line["eval_loss"])
+    axes.plot(list(train), list(train.values()), color=BLUE, linewidth=1, label="training")
+    steps, losses = list(heldout), list(heldout.values())
+    axes.plot(steps, losses, color=VERMILLION, linewidth=2.8, marker="o", markersize=5, label="held-out")
+    turn = _turning_point(heldout)
+    if turn is None:
+        return
+    axes.axvspan(turn, max(heldout), color=ORANGE, alpha=0.2, linewidth=0)
+    axes.plot(
+        turn, heldout[turn], "o", markersize=12, color="black", fillstyle="none", label="lowest held-out"
+    )
+    edge = axes.get_xaxis_transform()
+    axes.text(max(heldout), 0.98, "overfitting", transform=edge, ha="right", va="top", fontweight="bold")
+
+
+def _turning_point(heldout: dict[int, float]) -> int | None:
+    """The step of the lowest held-out loss, if the last one lies clearly above it."""
+    if not heldout:
+        return None
+    best = min(heldout, key=heldout.__getitem__)
+    return best if heldout[max(heldout)] - heldout[best] > TURN else None
+
+
+@_styled
+def differences(result: dict[str, Any]) -> Figure:
+    """Each difference of `comparison.compare`, its 95% interval and verdict. Left of zero is better."""
+    entries = result["differences"]
+    figure, axes = _new("Did the held-out loss change?", 1.8 + 0.6 * len(entries))
+    bounds = [d[key] for d in entries for key in ("low", "high") if math.isfinite(d[key])]
+    left, right = min([0.0, *bounds]), max([0.0, *bounds])
+    reach = (right - left) or 1.0
+    left, right = min(left - 0.05 * reach, -0.35 * reach), max(right + 0.05 * reach, 0.35 * reach)
+    colors = {"better": BLUE, "worse": VERMILLION}
+    for row, d in enumerate(entries):
+        color = colors.get(d["verdict"], GREY)
+        axes.hlines(row, max(d["low"], left), min(d["high"], right), color=color, linewidth=3)
+        axes.plot(d["value"], row, marker="o", markersize=9, color=color)
+        words = d["verdict"].replace("not ", "not\n")
+        axes.annotate(words, (1.02, row), xycoords=axes.get_yaxis_transform(), va="center", color=color)
+    axes.axvline(0, color="black", linewidth=1.5)
+    for x, side in ((left / 2, "← better"), (right / 2, "worse →")):
+        axes.annotate(side, (x, 1.02), xycoords=axes.get_xaxis_transform(), ha="center", va="bottom")
+    axes.set(xlim=(left, right), ylim=(len(entries) - 0.5, -0.5), ylabel="runs compared")
+    axes.set_xlabel("difference in held-out loss, 95% interval\n(nats per token)")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_yticks(range(len(entries)), [f"{d['b']} vs {d['a']}" for d in entries])
+    return figure
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write `figure` as a PNG of 300 dpi, whole and renamed into place; returns `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        whole = Path(folder) / path.name
+        figure.savefig(whole, format="png", dpi=300, facecolor="white")
+        os.replace(whole, path)
+    return path
+
+
+class _LiveLoss:
+    """The run so far, redrawn in one place of a notebook while it trains; outside one, nothing."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+        self._handle: Any = None
+        self._shown = -math.inf
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Redraw, if the last time is long enough ago."""
+        self._show(state)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Redraw; always at the last step, since an evaluation may come after the end of training."""
+        self._show(state, always=state.global_step >= state.max_steps)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the whole curve behind."""
+        self._show(state, always=True)
+
+    def _show(self, state: Any, always: bool = False) -> None:
+        now = time.monotonic()
+        if not _in_notebook() or (now - self._shown < REFRESH_SECONDS and not always):
+            return
+        self._shown = now
+        # The file has the loss before training; for the rest it may lag a line behind.
+        logged = self.run.log() if (self.run / "log.jsonl").exists() else []
+        first = [line for line in logged if line["step"] == 0]
+        figure = loss_curves({"this run": [*first, *state.log_history]})
+        if self._handle is None:
+            from IPython.display import display
+
+            self._handle = display(figure, display_id=True)
+        else:
+            self._handle.update(figure)
+
+
+def _in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this; it has then imported IPython itself."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
+def __getattr__(name: str) -> Any:
+    """`LiveLoss`, made when first asked for: its base class takes seconds to import."""
+    if name != "LiveLoss":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from transformers import TrainerCallback
+
+    made = type("LiveLoss", (_LiveLoss, TrainerCallback), {"__doc__": _LiveLoss.__doc__})
+    globals()[name] = made
+    return made

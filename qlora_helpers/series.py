@@ -1,0 +1,100 @@
+"""The notebooks in order, headless, through papermill; and one notebook over many parameters."""
+
+import itertools
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from qlora_helpers import cleaning, hub, runs
+from qlora_helpers.config import EMBEDDED_MODEL, Config
+from qlora_helpers.errors import UserError
+from qlora_helpers.runs import RunFolder
+
+EXPERIMENTS = {"05_train_exp1": "tinyllama-guanaco-100", "06_train_exp2": "tinyllama-guanaco-200"}
+SERIES = ("01_install", "02_load_data", "03_quantize", "04_attach_lora", *EXPERIMENTS, "07_compare")
+
+
+def notebooks_folder() -> Path:
+    """The notebooks of the checkout, else those of the installed package."""
+    checkout = runs.ROOT / "notebooks"
+    return checkout if checkout.is_dir() else Path(__file__).parent / "_notebooks"
+
+
+def run_series(out: Path, samples: list[int] | None, **params: Any) -> Path:
+    """Execute notebooks 01–07 into `out`; returns the path of the report.
+
+    `samples` are the rows of experiments 1 and 2; `params` go to every notebook. What is there already is reused.
+    Raises `UserError` before anything is written if parameters or data cannot be.
+    """
+    first, second = samples or (None, None)
+    experiments = zip(("exp1", "exp2"), EXPERIMENTS.values(), (first, second), strict=True)
+    for name, preset, n_samples in experiments:
+        _check(RunFolder(out / name), preset=preset, n_samples=n_samples, **params)
+    folder = runs.workdir(str(out))
+    common = {"workdir": str(folder), **params}
+    own: dict[str, dict[str, Any]] = {
+        "02_load_data": {"n_samples": first},
+        "05_train_exp1": {"n_samples": first, "run_name": "exp1"},
+        "06_train_exp2": {"n_samples": second, "run_name": "exp2"},
+        "07_compare": {"n_samples_1": first, "n_samples_2": second},
+    }
+    for number, name in enumerate(SERIES, 1):
+        params_here = common | own.get(name, {})
+        target = folder / "notebooks" / f"{name}.ipynb"
+        if "run_name" in params_here:
+            target = folder / params_here["run_name"] / "notebook.ipynb"
+        execute(name, target, params_here, f"[{number}/{len(SERIES)}] {name}")
+    return folder / "report.md"
+
+
+def run_batch(out: Path, samples: list[int], seeds: list[int], **params: Any) -> list[RunFolder]:
+    """Notebook 05 for every sample count and seed, a run folder each; complete runs are not run again."""
+    settings = list(itertools.product(samples, seeds))
+    batch = [RunFolder(out / f"n{n_samples}-seed{seed}") for n_samples, seed in settings]
+    for run, (n_samples, seed) in zip(batch, settings, strict=True):
+        _check(run, preset="tinyllama-guanaco-100", n_samples=n_samples, seed=seed, **params)
+    folder = runs.workdir(str(out))
+    for number, (run, (n_samples, seed)) in enumerate(zip(batch, settings, strict=True), 1):
+        label = f"[{number}/{len(settings)}] {run.name}"
+        if run.complete:
+            print(f"{label}: complete, not run again")
+            continue
+        own = {"workdir": str(folder), "run_name": run.name, "n_samples": n_samples, "seed": seed}
+        execute("05_train_exp1", run / "notebook.ipynb", {**params, **own}, label)
+    return batch
+
+
+def execute(name: str, target: Path, params: dict[str, Any], label: str) -> None:
+    """One notebook through papermill into `target`, with a bar of its cells.
+
+    A `UserError` in the notebook comes out as one; any other error names the notebook and the cell.
+    """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a debugger's note on frozen modules
+    try:
+        papermill.execute_notebook(
+            notebooks_folder() / f"{name}.ipynb",
+            target,
+            parameters={key: value for key, value in params.items() if value is not None},
+            kernel_name="python3",
+            progress_bar={"desc": label, "file": sys.stdout},
+        )
+    except PapermillExecutionError as error:
+        if error.ename == "UserError":
+            raise UserError(f"{error.evalue}") from None
+        why = (error.evalue.strip().splitlines() or [""])[-1]
+        raise UserError(
+            f"notebook {name}, cell {error.exec_count}: {error.ename}: {why}. The executed notebook: {target}."
+        ) from None
+
+
+def _check(run: RunFolder, **params: Any) -> None:
+    """Resolve the config and prepare its data here, so that bad input is found before anything is written."""
+    config = Config.from_params(**params)
+    runs.check_free(run, config)
+    if config.model == EMBEDDED_MODEL or Path(config.model).expanduser().is_dir():
+        cleaning.prepare(config, hub.load_tokenizer(config))

@@ -1,0 +1,140 @@
+"""What the tests share: a small tokenizer, a tiny random Llama, and configs that use them. Nothing is downloaded."""
+
+import json
+import os
+
+# Before any Hugging Face library is imported: a test that asks the hub is a broken test.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+from hypothesis import settings
+
+from qlora_helpers.config import Config
+from qlora_helpers.runs import ROOT
+from qlora_helpers.sources import Row
+
+settings.register_profile("tests", derandomize=True, deadline=None, database=None)
+settings.load_profile("tests")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer(kind: str = "plain"):
+    """A byte-level BPE of 1,000 words.
+
+    Kinds: `llama3` looks whole words up first, as Llama 3 does, where older libraries lost the offsets (tokenizers
+    issue 1688); `trimmed` leaves leading spaces out of its offsets, as RoBERTa's layout does.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    lines = (ROOT / "data" / "conversations.jsonl").read_text("utf-8").splitlines()
+    bpe = Tokenizer(models.BPE(ignore_merges=kind == "llama3"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
+    start = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bpe.token_to_id("<s>"))])
+    bpe.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=kind == "trimmed"), start])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The tiny model's tokenizer."""
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tokenizer, tmp_path_factory):
+    """A random Llama of two layers, as the loading code finds it on disk."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def config(model_folder):
+    """16 rows in 4 steps on the tiny model; a test changes what it is about with `config.replace`."""
+    return Config.from_params(
+        profile="cpu",
+        model=str(model_folder),
+        n_samples=16,
+        n_heldout=6,
+        max_length=64,
+        rank=4,
+        alpha=8,
+        learning_rate=0.01,
+        max_new_tokens=8,
+        eval_steps=2,
+        save_steps=2,
+    )
+
+
+@pytest.fixture(scope="session")
+def device():
+    """This machine, computing in float32, where losses can be compared closely."""
+    from qlora_helpers.device import detect
+
+    return detect("float32")
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    """Write rows as JSON lines and return the file's path."""
+
+    def write(rows, name="rows.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def make_row():
+    """A conversation from its turns, the user's first."""
+
+    def make(*turns, given=""):
+        roles = ("user", "assistant")
+        messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        if given:
+            messages[0]["input"] = given
+        return Row(tuple(messages), "line 1")
+
+    return make

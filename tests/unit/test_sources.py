@@ -1,0 +1,189 @@
+"""Rows from files: layouts, rejected rows, and what is said about a file that cannot be read."""
+
+import json
+
+import pytest
+from hypothesis import example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from qlora_helpers import Config, UserError, sources
+
+GOOD = {"text": "### Human: a### Assistant: b"}
+
+
+def turns(row):
+    """A row's turns as pairs of role and text."""
+    return [(m["role"], m["content"]) for m in row.messages]
+
+
+def load(path):
+    return sources.load(Config(dataset=str(path)))
+
+
+def refusal(path):
+    """The message that this data set is refused with; always one line."""
+    with pytest.raises(UserError) as caught:
+        load(path)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("### Human: a### Assistant: b", ["a", "b"]),
+        ("### Human: a\n### Assistant: b\n### Human: c### Assistant: d", ["a", "b", "c", "d"]),
+        ("### Human: a### Assistant: ### Steps\n1. x\n### More\ny", ["a", "### Steps\n1. x\n### More\ny"]),
+        ("### Human: a### Assistant: b### Human: unanswered", ["a", "b"]),
+        ("  ### Human:a### Assistant:b  ", ["a", "b"]),
+    ],
+)
+def test_guanaco(write_rows, text, want):
+    loaded = load(write_rows([{"text": text}]))
+    assert loaded.layout == "guanaco"
+    assert turns(loaded.rows[0]) == list(zip(["user", "assistant"] * 2, want, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("Hello ### Human: a### Assistant: b", "does not start with"),
+        ("no markers at all", "does not start with"),
+        ("### Human: only a question", "no answer"),
+        ("### Assistant: b", "alternate"),
+        ("### Human: a### Human: b### Assistant: c", "alternate"),
+        ("### Human: a### Assistant:  ", "empty turn"),
+        (7, "int where text should be"),
+    ],
+)
+def test_a_bad_row_among_good_ones_is_rejected_with_its_reason(write_rows, text, reason):
+    loaded = load(write_rows([GOOD, {"text": text}, GOOD]))
+    assert len(loaded.rows) == 2
+    assert [r["origin"] for r in loaded.rejected] == ["line 2"]
+    assert reason in loaded.rejected[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("row", "layout", "user", "given"),
+    [
+        ({"instruction": " a ", "output": "b"}, "instruction", "a", None),
+        ({"instruction": "a", "input": "x ", "output": "b"}, "instruction", "a", "x"),
+        ({"instruction": "a", "input": None, "output": "b"}, "instruction", "a", None),
+        ({"prompt": "a", "completion": "b"}, "prompt-completion", "a", None),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            "messages",
+            "a",
+            None,
+        ),
+    ],
+)
+def test_other_layouts(write_rows, row, layout, user, given):
+    loaded = load(write_rows([row]))
+    assert loaded.layout == layout
+    assert turns(loaded.rows[0]) == [("user", user), ("assistant", "b")]
+    assert loaded.rows[0].messages[0].get("input") == given
+
+
+def test_messages_leave_the_system_turn_out_and_reject_what_is_none(write_rows):
+    system = {"role": "system", "content": "s"}
+    good = [system, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    loaded = load(write_rows([{"messages": m} for m in (good, "text", [1], [{"role": []}], [{"content": "x"}])]))
+    assert [turns(row) for row in loaded.rows] == [[("user", "a"), ("assistant", "b")]]
+    assert len(loaded.rejected) == 4
+
+
+def test_later_rows_without_the_columns_are_rejected(write_rows):
+    loaded = load(write_rows([GOOD, {"other": 1}, [1], "text"]))
+    assert len(loaded.rows) == 1
+    assert [r["reason"] for r in loaded.rejected] == ["no column text"] * 3
+
+
+def test_json_list_bom_and_crlf_read_the_same(tmp_path):
+    rows = [GOOD, {"text": "### Human: é🎉### Assistant: ü"}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    files = {
+        "list.json": json.dumps(rows).encode(),
+        "plain.jsonl": "\n".join(lines).encode(),
+        "bom.jsonl": b"\xef\xbb\xbf" + "\n".join(lines).encode(),
+        "crlf.jsonl": ("\r\n".join(lines) + "\r\n\r\n").encode(),
+    }
+    read = []
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        read.append([row.messages for row in load(tmp_path / name).rows])
+    assert read == [read[0]] * 4
+    assert read[0][1][0]["content"] == "é🎉"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", b"", "is empty"),
+        ("a.jsonl", b" \n\n", "is empty"),
+        ("a.json", b"[]", "has no rows"),
+        ("a.json", b"{}", "no list of rows"),
+        ("a.json", b'[\n{"text": "x"},\n{"text": \n', "line 4"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": "x\n', "line 3"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "not UTF-8 on line 2"),
+        ("a.jsonl", b'{"question": "a", "reply": "b"}', "has: question, reply"),
+        ("a.jsonl", b"[1, 2]", "has: none"),
+        ("a.jsonl", b"[" * 100_000, "line 1"),
+        ("a.jsonl", b'{"one\\ntwo": 1}', "columns"),
+        ("a.csv", b"text\nx\n", "neither .jsonl nor .json"),
+    ],
+)
+def test_unreadable_files_say_why_and_where(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    message = refusal(tmp_path / name)
+    assert message.startswith("dataset: ")
+    assert says in message
+    assert "Mend: " in message
+
+
+def test_missing_file_and_no_dataset(tmp_path):
+    assert "no file" in refusal(tmp_path / "none.jsonl")
+    assert "no file" in refusal(tmp_path)
+    with pytest.raises(UserError, match="none of its own"):
+        sources.load(Config.preset("tinyllama-coding"))
+
+
+def test_sample_data_is_read_whole():
+    loaded = sources.load(Config())
+    assert len(loaded.rows) >= 128
+    assert not loaded.rejected
+
+
+def test_equal_words_have_equal_ids(make_row):
+    assert make_row("a", "b").id == make_row("a", "b").id
+    assert len({make_row("a", "b").id, make_row("a", "c").id, make_row("a", "b", given="x").id}) == 3
+    assert make_row("How  ARE\nyou?", "b").prompt == make_row("how are you?", "c").prompt
+
+
+def test_half_a_surrogate_pair_does_not_end_the_load(write_rows):
+    """JSON may escape half a character. Such a row cannot be encoded, so it has to be turned away here."""
+    loaded = load(write_rows([GOOD, {"text": "### Human: \ud83d### Assistant: b"}]))
+    assert len([row.id for row in loaded.rows]) + len(loaded.rejected) == 2
+
+
+texts = st.text() | st.just("### Human: a### Assistant: b")
+records = st.dictionaries(
+    st.sampled_from(["text", "messages", "prompt", "completion", "instruction", "output", "input"]) | st.text(),
+    texts | st.none() | st.integers() | st.lists(texts),
+)
+contents = st.binary() | st.lists(records.map(json.dumps) | st.text(), max_size=4).map(
+    lambda lines: "\n".join(lines).encode("utf-8", "surrogatepass")
+)
+
+
+@given(contents)
+@example(b'{"one\\ntwo": 1}')
+@hypothesis_settings(max_examples=300)
+def test_any_bytes_give_rows_or_one_line(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_bytes(content)
+    try:
+        assert all(row.id for row in load(path).rows)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1

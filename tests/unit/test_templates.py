@@ -1,0 +1,143 @@
+"""Which tokens are trained: against strings written by hand, so that the labels are not checked with their own code."""
+
+import pytest
+from conftest import make_tokenizer
+
+from qlora_helpers import Config, UserError, templates
+
+TWO_ROUNDS = (("Hi there", "Hello!", "And now?", "Bye."), "")
+WITH_INPUT = (("Add these", "5"), "2, 3")
+HEADING = (("How?", "### Steps\n\n1. Go\n### Human matters\nEnd"), "")
+UNICODE = (("Où ça ?", "Là-bas 🎉🇫🇷 — naïve"), "")
+CODE = (("Code?", "def f(x):\n    if x:\n        return  1\n\n\n    y = 2"), "")
+CASES = {
+    "two rounds": (TWO_ROUNDS, "guanaco", " Hello!</s> Bye.</s>"),
+    "input": (WITH_INPUT, "guanaco", " 5</s>"),
+    "heading in the reply": (HEADING, "guanaco", " ### Steps\n\n1. Go\n### Human matters\nEnd</s>"),
+    "unicode": (UNICODE, "guanaco", " Là-bas 🎉🇫🇷 — naïve</s>"),
+    "code": (CODE, "guanaco", " def f(x):\n    if x:\n        return  1\n\n\n    y = 2</s>"),
+    "instruction": (WITH_INPUT, "instruction", "\n5</s>"),
+    "instruction, two rounds": (TWO_ROUNDS, "instruction", "\nHello!</s>\nBye.</s>"),
+    "chat": (TWO_ROUNDS, "auto", "Hello!</s>Bye.</s>"),
+    "chat, input": (WITH_INPUT, "auto", "5</s>"),
+    "chat, code": (CODE, "auto", "def f(x):\n    if x:\n        return  1\n\n\n    y = 2</s>"),
+}
+
+
+@pytest.fixture(scope="module", params=["plain", "llama3"])
+def words(request):
+    """Both kinds of tokenizer that the presets meet."""
+    return make_tokenizer(request.param)
+
+
+def encode(row, tokenizer, **settings):
+    return templates.encode([row], Config(**settings), tokenizer)[0]
+
+
+def trained_text(example, tokenizer):
+    """What the trained tokens say."""
+    return tokenizer.decode([i for i, label in zip(example.input_ids, example.labels, strict=True) if label != -100])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_answers_and_their_end_are_trained_and_nothing_else(words, make_row, case):
+    (turns, given), template, want = CASES[case]
+    example = encode(make_row(*turns, given=given), words, template=template)
+    assert trained_text(example, words) == want
+    assert all(label in (-100, token) for token, label in zip(example.input_ids, example.labels, strict=True))
+    assert example.trained == sum(label != -100 for label in example.labels)
+    assert example.cut == 0
+
+
+@pytest.mark.parametrize("template", ["guanaco", "instruction", "auto"])
+def test_train_on_all_trains_every_token(words, make_row, template):
+    example = encode(make_row("Hi", "Hello"), words, template=template, train_on="all")
+    assert example.labels == example.input_ids
+    assert example.trained == len(example.input_ids) - 1  # nothing predicts the first
+
+
+def test_a_cut_row_trains_what_is_left_and_no_end(words, make_row):
+    row = make_row("Hi", "^~^~^~^~^~")  # no merges: a token each
+    whole = encode(row, words)
+    prompt = sum(label == -100 for label in whole.labels)
+    cut = encode(row, words, max_length=prompt + 5)
+    assert trained_text(whole, words) == " ^~^~^~^~^~</s>"
+    assert trained_text(cut, words) == " ^~^~"
+    assert words.eos_token_id not in cut.input_ids
+    assert cut.cut == len(whole.input_ids) - prompt - 5
+    assert len(cut.input_ids) == len(cut.labels) == len(cut.offsets) == prompt + 5
+
+
+def test_a_row_cut_before_its_answer_trains_nothing(words, make_row):
+    assert encode(make_row("a question longer than eight tokens, surely so", "b"), words, max_length=8).trained == 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_generation_prompt_is_a_prefix_of_the_row(words, make_row, case):
+    """Otherwise the model is asked in another way than it was taught."""
+    (turns, given), template, _ = CASES[case]
+    row = make_row(*turns, given=given)
+    config = Config(template=template)
+    ids = encode(row, words, template=template).input_ids
+    for asked in range(1, len(turns), 2):
+        prompt = templates.render_prompt(row.messages[:asked], config, words)
+        prompt_ids = words(prompt, add_special_tokens=template != "auto")["input_ids"]
+        assert ids[: len(prompt_ids)] == prompt_ids
+
+
+def test_layouts_as_published(tokenizer, make_row):
+    row = make_row("Q", "A", given="I")
+    assert templates.render(row.messages, Config(), tokenizer)[0] == "### Human: Q\n\nI### Assistant: A</s>"
+    text = templates.render(row.messages, Config(template="instruction"), tokenizer)[0]
+    assert text == "### Instruction:\nQ\n\n### Input:\nI\n\n### Response:\nA</s>"
+    system = Config(template="auto", system="Be kind.")
+    assert templates.render(row.messages, system, tokenizer)[0].startswith("<|im_start|>system\nBe kind.</s>\n")
+
+
+def test_spaces_are_trained_whatever_the_tokenizer_says_of_them(make_row):
+    """Where offsets leave spaces out, a token of spaces only has an empty span."""
+    (turns, _), template, want = CASES["chat, code"]
+    trimming = make_tokenizer("trimmed")
+    example = encode(make_row(*turns), trimming, template=template)
+    assert trained_text(example, trimming) == want
+    assert "".join(text for _, text in templates.show_labels(example, trimming).pieces) == example.text
+
+
+def test_no_rows_give_no_examples(tokenizer):
+    assert templates.encode([], Config(), tokenizer) == []
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (None, "no chat template"),
+        ("{{ raise_exception('roles must alternate') }}", "refuses these turns"),
+        ("{% for m in messages %}{{ loop.length }}{{ m['content'] }}{% endfor %}", "rewrites earlier turns"),
+    ],
+)
+def test_chat_templates_that_cannot_be_used(make_row, template, says):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=says):
+        encode(make_row("a", "b", "c", "d"), tokenizer, template="auto")
+
+
+@pytest.mark.parametrize("case", ["two rounds", "unicode", "code", "chat"])
+def test_label_viewer_shows_the_whole_text(words, make_row, case):
+    (turns, given), template, want = CASES[case]
+    example = encode(make_row(*turns, given=given), words, template=template)
+    pieces = templates.show_labels(example, words).pieces
+    assert "".join(text for _, text in pieces) == example.text
+    assert "".join(text for kind, text in pieces if kind != "masked") == want
+    assert [text for kind, text in pieces if kind == "end"] == ["</s>"] * (len(turns) // 2)
+
+
+def test_label_viewer_as_text_and_html(tokenizer, make_row):
+    view = templates.show_labels(encode(make_row("Hi", "<script>alert(1)</script>\n& so on"), tokenizer), tokenizer)
+    kinds = [line.split()[0] for line in repr(view).splitlines()]
+    assert kinds == ["kind", "masked", "trained", "end"]
+    assert repr(view).splitlines()[-1].endswith("'</s>'")
+    html = view._repr_html_()
+    assert "<script" not in html
+    assert "&amp;" in html
+    assert all(f'title="{kind}"' in html for kind in ("masked", "trained", "end"))

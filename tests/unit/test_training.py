@@ -1,0 +1,312 @@
+"""One run of the tiny model: what it leaves behind, that it learns, and that a cut-off run ends like any other."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from qlora_helpers import UserError, cleaning, evaluation, model, runs, training
+from qlora_helpers.device import detect
+from qlora_helpers.runs import RunFolder
+
+METRICS = {
+    "train_rows", "steps", "epochs", "train_loss", "eval_loss", "base_eval_loss", "trainable_parameters", "seconds",
+    "tokens_per_second", "peak_memory_gib", "seed", "device",
+}  # fmt: skip
+
+
+class Keep(TrainerCallback):
+    """Holds on to the model that is trained."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.model = model
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C when a step begins."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.after:
+            raise KeyboardInterrupt
+
+
+class NeverTrain(TrainerCallback):
+    def on_train_begin(self, *args, **kwargs):
+        raise AssertionError("trained again")
+
+
+@pytest.fixture(scope="module")
+def config(config):
+    """Two epochs of four steps, a held-out loss after every step."""
+    return config.replace(epochs=2, eval_steps=1)
+
+
+@pytest.fixture(scope="module")
+def data(config, tokenizer):
+    return cleaning.prepare(config, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def train(config, data, tokenizer, tmp_path_factory):
+    """Train into a fresh folder, or into `run`."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def run_it(run=None, callbacks=(), rows=data, **changes):
+        run = run or RunFolder(folder / f"run{len(list(folder.iterdir()))}")
+        return training.train(config.replace(**changes), rows, tokenizer, run, callbacks)
+
+    return run_it
+
+
+@pytest.fixture(scope="module")
+def trained(train):
+    """The run that most tests look at, and its model."""
+    keep = Keep()
+    return SimpleNamespace(run=train(callbacks=[keep]), model=keep.model)
+
+
+def adapter(run):
+    return load_file(run.adapter / "adapter_model.safetensors")
+
+
+def same(a, b):
+    """Whether two adapters agree to the last bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def steps(run, key="loss"):
+    return [line for line in run.log() if key in line]
+
+
+def test_metrics(trained, config, data):
+    metrics = trained.run.read("metrics.json")
+    assert metrics.keys() >= METRICS
+    assert metrics["steps"] == config.steps(len(data.train)) == 8
+    assert (metrics["train_rows"], metrics["epochs"], metrics["seed"]) == (16, 2, config.seed)
+    assert metrics["trainable_parameters"] == 2 * config.rank * (128 + 96)
+    logged = [line["loss"] for line in steps(trained.run)]
+    assert metrics["train_loss"] == pytest.approx(sum(logged) / len(logged))
+    assert min(metrics[key] for key in ("seconds", "tokens_per_second", "peak_memory_gib")) > 0
+    assert all(math.isfinite(v) for v in metrics.values() if isinstance(v, float))
+
+
+def test_files(trained, data):
+    run = trained.run
+    for name in ("config.json", "manifest.json", "log.jsonl", "heldout_losses.jsonl", "answers.jsonl"):
+        assert (run / name).stat().st_size
+    for name in ("adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"):
+        assert (run.adapter / name).stat().st_size
+    manifest = run.read("manifest.json")
+    assert manifest["data"]["train_ids"] == [example.row.id for example in data.train]
+    assert manifest["data"]["heldout_fingerprint"] == data.heldout_fingerprint
+    assert {"versions", "device", "git_commit", "model"} <= manifest.keys()
+
+
+def test_a_line_a_step_and_a_gradient_after_every_evaluation(trained):
+    lines = steps(trained.run)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert [line["step"] for line in steps(trained.run, "eval_loss")] == list(range(9))
+    assert all(line["grad_norm"] > 0 for line in lines)
+
+
+def test_it_learns(trained):
+    metrics = trained.run.read("metrics.json")
+    assert metrics["eval_loss"] < metrics["base_eval_loss"]
+    first, last = (steps(trained.run, "eval_loss")[i]["eval_loss"] for i in (0, -1))
+    assert (first, last) == (metrics["base_eval_loss"], metrics["eval_loss"])
+
+
+def test_the_adapter_moved_and_the_base_did_not(trained, config):
+    saved = adapter(trained.run)
+    assert all(p.abs().max() > 0 for name, p in saved.items() if "lora_B" in name)
+    fresh = dict(model.load_base(config, detect()).named_parameters())
+    after = {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): p
+        for name, p in trained.model.named_parameters()
+        if ".lora_" not in name
+    }
+    assert after.keys() == fresh.keys()
+    assert all(torch.equal(after[name], fresh[name]) for name in fresh)
+
+
+def test_the_learning_rate_falls_to_zero(trained, config):
+    rates = [line["learning_rate"] for line in steps(trained.run)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] > 0.8 * config.learning_rate
+    assert rates[-1] <= config.learning_rate / len(rates)
+
+
+def test_the_saved_adapter_is_the_one_that_was_measured(trained, config, data, device):
+    device = detect(config.compute_dtype)
+    loaded = model.load_adapter(model.load_base(config, device), trained.run.adapter)
+    losses = evaluation.heldout_losses(loaded, data.heldout, device)
+    measured = training.read_losses(trained.run)
+    assert [row.id for row in losses] == [row.id for row in measured]
+    assert [row.loss_sum for row in losses] == pytest.approx([row.loss_sum for row in measured], rel=1e-5)
+    ids = torch.tensor([data.heldout[0].input_ids])
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, trained.model.eval()(ids).logits)
+
+
+def test_the_base_is_measured_once_for_all_runs(trained, config, data):
+    where = training.baseline_folder(config, data, detect(config.compute_dtype), trained.run.path.parent)
+    measured = evaluation.mean_loss(training.read_losses(where))
+    assert measured == trained.run.read("metrics.json")["base_eval_loss"]
+    more = config.replace(n_samples=8, seed=5)
+    assert training.baseline_folder(more, data, detect(), trained.run.path.parent) == where
+    other = config.replace(quantization="none")
+    assert training.baseline_folder(other, data, detect(), trained.run.path.parent) != where
+
+
+def test_a_complete_run_is_not_trained_again(trained, train, capsys):
+    before = (trained.run / "metrics.json").read_bytes()
+    assert train(trained.run, [NeverTrain()]) == trained.run
+    assert (trained.run / "metrics.json").read_bytes() == before
+    assert "nothing to train" in capsys.readouterr().out
+
+
+def test_another_configs_complete_run_is_not_taken_for_ours(trained, train):
+    with pytest.raises(UserError):
+        train(trained.run, [NeverTrain()], seed=1)
+
+
+def test_another_configs_cut_off_run_is_kept(train, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        train(run, [Interrupt(3)])
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(UserError):
+        train(run, [NeverTrain()], seed=1)
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_a_cut_off_run_ends_like_any_other(trained, train, tmp_path, capsys):
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        train(run, [Interrupt(5)])
+    assert [line["step"] for line in steps(run)] == [1, 2, 3, 4, 5]  # one past the checkpoint
+    assert not run.complete
+    train(run)
+    assert "Going on from checkpoint-4" in capsys.readouterr().out
+    assert same(adapter(run), adapter(trained.run))
+    timing = {"seconds"}
+    for mine, whole in zip(run.log(), trained.run.log(), strict=True):
+        assert {k: v for k, v in mine.items() if k not in timing} == {k: v for k, v in whole.items() if k not in timing}
+    machine = {"seconds", "tokens_per_second", "peak_memory_gib"}
+    mine, whole = (r.read("metrics.json") for r in (run, trained.run))
+    assert {k: v for k, v in mine.items() if k not in machine} == {k: v for k, v in whole.items() if k not in machine}
+
+
+def test_a_run_cut_off_while_saving_goes_on_from_the_checkpoint_before(trained, train, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        train(run, [Interrupt(7)])
+    (run / "checkpoints/checkpoint-6/optimizer.pt").write_bytes(b"half")
+    train(run)
+    assert same(adapter(run), adapter(trained.run))
+
+
+def test_a_run_cut_off_after_its_last_step_is_only_finished(trained, train, tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "run")
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "_save_results", interrupt)
+        train(run)
+    train(run)
+    assert same(adapter(run), adapter(trained.run))
+    assert run.read("metrics.json")["eval_loss"] == trained.run.read("metrics.json")["eval_loss"]
+
+
+def test_the_seed_decides_the_result(trained, train):
+    assert same(adapter(train()), adapter(trained.run))
+    assert not same(adapter(train(seed=1)), adapter(trained.run))
+
+
+def test_how_a_batch_is_split_hardly_matters(train):
+    losses = [
+        [line["loss"] for line in steps(train(batch_size=b, gradient_accumulation=a, dropout=0.0, epochs=1))]
+        for b, a in ((4, 1), (2, 2), (1, 4))
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert losses[2] == pytest.approx(losses[0], rel=0.01)
+
+
+def test_checkpointing_gradients_changes_nothing(train):
+    plain, frugal = (train(gradient_checkpointing=g, epochs=1) for g in (False, True))
+    want = [line["loss"] for line in steps(plain)]
+    assert [line["loss"] for line in steps(frugal)] == pytest.approx(want, rel=0.01)
+    assert all(line["grad_norm"] > 0 for line in steps(frugal))
+
+
+@pytest.mark.parametrize("recipe", [{"lr_scheduler": "cosine", "warmup_ratio": 0.25}, {"lr_scheduler": "constant"}])
+def test_the_best_checkpoint_is_the_result(train, data, config, recipe):
+    # a learning rate this high passes the lowest held-out loss on the way
+    run = train(keep_best=True, early_stopping_patience=2, learning_rate=0.5, **recipe)
+    held = [line["eval_loss"] for line in steps(run, "eval_loss") if line["step"]]
+    metrics = run.read("metrics.json")
+    assert metrics["eval_loss"] == pytest.approx(min(held), rel=1e-6)
+    assert metrics["eval_loss"] < max(held)
+    device = detect(config.compute_dtype)
+    loaded = model.load_adapter(model.load_base(config, device), run.adapter)
+    again = evaluation.mean_loss(evaluation.heldout_losses(loaded, data.heldout, device))
+    assert again == pytest.approx(metrics["eval_loss"], rel=1e-5)
+
+
+def test_keeping_the_best_logs_each_step_once(train):
+    run = train(keep_best=True, learning_rate=0.5)
+    assert [line["step"] for line in steps(run, "eval_loss")] == list(range(9))
+    assert [line["step"] for line in steps(run)] == list(range(1, 9))
+
+
+def test_early_stopping_stops(train):
+    run = train(early_stopping_patience=1, learning_rate=1.0, lr_scheduler="constant", epochs=10)
+    held = [line["eval_loss"] for line in steps(run, "eval_loss")[1:]]
+    assert run.read("metrics.json")["steps"] == len(held) < 40
+    assert held[-1] >= min(held[:-1])
+
+
+def test_training_on_all_tokens(train, config, tokenizer):
+    everything = config.replace(train_on="all", epochs=1)
+    run = train(rows=cleaning.prepare(everything, tokenizer), train_on="all", epochs=1)
+    assert len(steps(run)) == 4
+
+
+@pytest.mark.parametrize("loss", [0.0, float("nan"), float("inf")])
+def test_a_loss_that_teaches_nothing_stops_the_run(loss):
+    with pytest.raises(UserError, match="step 3") as caught:
+        training.Guard().on_log(None, SimpleNamespace(global_step=3), None, logs={"loss": loss})
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("logs", [{"loss": 1.5}, {"eval_loss": 0.0}, {}, None])
+def test_other_lines_do_not(logs):
+    training.Guard().on_log(None, SimpleNamespace(global_step=3), None, logs=logs)
+
+
+def test_an_adapter_that_does_not_move_is_no_result(train, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(UserError, match="not moved"):
+        train(run, learning_rate=0.0, epochs=1)
+    assert not run.complete
+
+
+def test_a_folder_in_use_is_refused(train, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with runs.lock(run), pytest.raises(UserError, match="in use"):
+        train(run)
+    assert not (run / "config.json").exists()
+
+
+def test_the_log_is_valid_json(trained):
+    for line in (trained.run / "log.jsonl").read_text("utf-8").splitlines():
+        json.loads(line)
