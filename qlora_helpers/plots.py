@@ -43,7 +43,6 @@ STYLE = {
     "axes.titlesize": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.axisbelow": True,
     "grid.color": "#DDDDDD",
     "legend.frameon": False,
 }
@@ -73,24 +72,22 @@ def _styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
     return styled
 
 
-def _new(title: str, height: float) -> tuple[NotebookFigure, Axes]:
+def _new(title: str, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
     figure = NotebookFigure(figsize=(WIDTH, height), facecolor="white", layout="constrained")
     figure.suptitle(title)
-    return figure, figure.subplots()
+    return figure, np.ravel(figure.subplots(rows, columns, sharey=True))
 
 
 @_styled
 def token_lengths(data: "Data", limit: int) -> Figure:
     """Full length in tokens of the training and held-out rows, and the limit at which they are cut."""
-    figure, axes = _new("How long are the rows?", 4.0)
-    parts = {"train": (data.train, BLUE), "held-out": (data.heldout, ORANGE)}
-    lengths = {name: [len(e.input_ids) + e.cut for e in rows] for name, (rows, _) in parts.items()}
+    figure, (axes,) = _new("How long are the rows?", 4.0)
+    sets = {"train": data.train, "held-out": data.heldout}
+    lengths = {name: [len(e.input_ids) + e.cut for e in rows] for name, rows in sets.items()}
     bins = np.linspace(0, max([limit, *lengths["train"], *lengths["held-out"]]), 31).tolist()
-    for name, (rows, color) in parts.items():
-        share = sum(e.cut > 0 for e in rows) / max(len(rows), 1)
-        label = f"{name}: {len(rows)} rows, {share:.0%} cut"
-        axes.hist(lengths[name], bins, color=color, alpha=0.3)
-        axes.hist(lengths[name], bins, color=color, histtype="step", linewidth=2, label=label)
+    for (name, rows), color in zip(sets.items(), (BLUE, ORANGE), strict=True):
+        label = f"{name}: {len(rows)} rows, {sum(e.cut > 0 for e in rows) / max(len(rows), 1):.0%} cut"
+        axes.hist(lengths[name], bins, histtype="stepfilled", fc=(color, 0.3), ec=color, lw=2, label=label)
     axes.axvline(limit, color="black", linestyle="--", linewidth=1.5, label=f"limit: {limit} tokens")
     axes.set(xlabel="length (tokens)", ylabel="number of rows")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -100,22 +97,16 @@ def token_lengths(data: "Data", limit: int) -> Figure:
 
 @_styled
 def levels(weights: "dict[str, torch.Tensor]", levels: list[float]) -> Figure:
-    """Real weights, each divided by the largest of its block of 64, and the levels that 4 bits can store.
-
-    The levels lie close together where the weights are many.
-    """
-    figure, axes = _new("Where the weights are, and the 4-bit levels", 3.8)
+    """Real weights as shares of the largest in their block, and the levels: close where weights are many."""
+    figure, (axes,) = _new("Where the weights are, and the 4-bit levels", 3.8)
     for (name, weight), color in zip(weights.items(), PALETTE * len(weights), strict=False):
         flat = weight.detach().float().cpu().flatten().numpy()
         blocks = flat[: len(flat) // BLOCK * BLOCK].reshape(-1, BLOCK)
         largest = np.abs(blocks).max(axis=1, keepdims=True)
         scaled = blocks / np.where(largest == 0, 1, largest)
-        axes.hist(scaled.ravel(), BINS, density=True, histtype="step", color=color, linewidth=1.8)
-        axes.plot([], color=color, linewidth=1.8, label=name)
+        axes.stairs(np.histogram(scaled, BINS, density=True)[0], BINS, color=color, linewidth=1.8, label=name)
     top = axes.get_ylim()[1]
-    axes.vlines(
-        levels, -0.16 * top, -0.03 * top, color="black", linewidth=1.8, label=f"the {len(levels)} levels"
-    )
+    axes.vlines(levels, -0.16 * top, -0.03 * top, color="black", label=f"the {len(levels)} levels")
     axes.set(xlabel=f"weight ÷ largest weight in its block of {BLOCK}", ylabel="density")
     axes.set(ylim=(-0.19 * top, top), xticks=(-1, -0.5, 0, 0.5, 1))
     figure.legend(loc="outside lower center", ncols=2)
@@ -125,7 +116,7 @@ def levels(weights: "dict[str, torch.Tensor]", levels: list[float]) -> Figure:
 @_styled
 def round_trip_errors(errors: dict[str, float]) -> Figure:
     """What the weights lose on the way to 4 bits and back: relative error, in percent, by storage."""
-    figure, axes = _new("What 4 bits lose", 1.3 + 0.5 * len(errors))
+    figure, (axes,) = _new("What 4 bits lose", 1.3 + 0.5 * len(errors))
     _bars(axes, errors, [f"{error:.2f} %" for error in errors.values()])
     axes.set(xlabel="relative error of the weights (%)", ylabel="storage")
     return figure
@@ -134,7 +125,7 @@ def round_trip_errors(errors: dict[str, float]) -> Figure:
 @_styled
 def trainable_per_layer(counts: dict[str, int]) -> Figure:
     """Trainable parameters by the layer they sit on."""
-    figure, axes = _new(f"What is trained: {sum(counts.values()):,} parameters", 1.3 + 0.5 * len(counts))
+    figure, (axes,) = _new(f"What is trained: {sum(counts.values()):,} parameters", 1.3 + 0.5 * len(counts))
     _bars(axes, {name: n / 1000 for name, n in counts.items()}, [f"{n:,}" for n in counts.values()])
     axes.set(xlabel="trainable parameters (thousands)", ylabel="layer")
     return figure
@@ -149,18 +140,16 @@ def _bars(axes: Axes, values: dict[str, float], labels: list[str]) -> None:
 
 @_styled
 def weights_by_module(tables: dict[str, list[dict[str, Any]]]) -> Figure:
-    """Memory of the weights by module class, one bar a way of storing, from the rows of `model.weight_table`.
-
-    Classes too small to be seen in the bars are left out of the legend.
-    """
-    figure, axes = _new("What the weights weigh", 1.9 + 0.6 * len(tables))
+    """Memory of the weights by module class, a bar for each storage, from rows of `model.weight_table`."""
+    figure, (axes,) = _new("What the weights weigh", 1.9 + 0.6 * len(tables))
     mib = {name: {row["module"]: row["bytes"] / 2**20 for row in rows} for name, rows in tables.items()}
     totals = {name: sum(sizes.values()) for name, sizes in mib.items()}
     modules = sorted({module for sizes in mib.values() for module in sizes})
     left = np.zeros(len(mib))
     for module, color in zip(modules, PALETTE * len(modules), strict=False):
         widths = np.array([sizes.get(module, 0.0) for sizes in mib.values()])
-        label = module if widths.max() > max(totals.values()) / 100 else f"_{module}"
+        seen = widths.max() > max(totals.values()) / 100
+        label = module if seen else f"_{module}"  # a class too thin to see stays out of the legend
         bars = axes.barh(list(mib), widths, left=left, color=color, height=0.6, label=label)
         left += widths
     axes.bar_label(bars, [f"{total:,.0f} MiB" for total in totals.values()], padding=4)
@@ -178,20 +167,18 @@ def loss_curves(logs: dict[str, list[dict[str, Any]]]) -> Figure:
     Where the held-out loss has turned up, its minimum is marked and what follows is shaded.
     """
     rows, columns = (1, len(logs)) if len(logs) <= 2 else (len(logs), 1)
-    figure = NotebookFigure(figsize=(WIDTH, 1.4 + 2.4 * rows), facecolor="white", layout="constrained")
-    figure.suptitle("Loss during training")
-    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+    figure, panels = _new("Loss during training", 1.4 + 2.4 * rows, rows, columns)
     for axes, (name, lines) in zip(panels, logs.items(), strict=True):
         axes.set_title(name)
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
         axes.grid(axis="y")
         axes.margins(y=0.2)
         _draw_losses(axes, lines)
-    figure.supxlabel("training step")
+    for axes in panels[-columns:]:
+        axes.set_xlabel("training step")
     figure.supylabel("loss (nats per token)")
-    marks = {
-        label: mark for axes in panels for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+    found = [axes.get_legend_handles_labels() for axes in panels]
+    marks = {label: mark for marks, labels in found for mark, label in zip(marks, labels, strict=True)}
     figure.legend(list(marks.values()), list(marks), loc="outside lower center", ncols=3)
     return figure
 
@@ -202,36 +189,32 @@ def _draw_losses(axes: Axes, lines: list[dict[str, Any]]) -> None:
     for line in lines:
         if (
             "eval_loss" in line
-        ):  # keep_best measures the kept weights at the end: no point of this curve, so first wins
+        ):  # a step's second one is of the weights that keep_best went back to: not of this curve
             heldout.setdefault(line["step"], line["eval_loss"])
     axes.plot(list(train), list(train.values()), color=BLUE, linewidth=1, label="training")
-    steps, losses = list(heldout), list(heldout.values())
-    axes.plot(steps, losses, color=VERMILLION, linewidth=2.8, marker="o", markersize=5, label="held-out")
+    losses = list(heldout.values())
+    axes.plot(list(heldout), losses, "o-", color=VERMILLION, linewidth=2.8, markersize=5, label="held-out")
     turn = _turning_point(heldout)
     if turn is None:
         return
     axes.axvspan(turn, max(heldout), color=ORANGE, alpha=0.2, linewidth=0)
-    axes.plot(
-        turn, heldout[turn], "o", markersize=12, color="black", fillstyle="none", label="lowest held-out"
-    )
+    axes.plot(turn, heldout[turn], "o", markersize=12, color="black", fillstyle="none", label="lowest")
     edge = axes.get_xaxis_transform()
     axes.text(max(heldout), 0.98, "overfitting", transform=edge, ha="right", va="top", fontweight="bold")
 
 
 def _turning_point(heldout: dict[int, float]) -> int | None:
     """The step of the lowest held-out loss, if the last one lies clearly above it."""
-    if not heldout:
-        return None
-    best = min(heldout, key=heldout.__getitem__)
-    return best if heldout[max(heldout)] - heldout[best] > TURN else None
+    best = min(heldout, key=heldout.__getitem__, default=None)
+    return best if best is not None and heldout[max(heldout)] - heldout[best] > TURN else None
 
 
 @_styled
 def differences(result: dict[str, Any]) -> Figure:
     """Each difference of `comparison.compare`, its 95% interval and verdict. Left of zero is better."""
     entries = result["differences"]
-    figure, axes = _new("Did the held-out loss change?", 1.8 + 0.6 * len(entries))
-    bounds = [d[key] for d in entries for key in ("low", "high") if math.isfinite(d[key])]
+    figure, (axes,) = _new("Did the held-out loss change?", 1.8 + 0.6 * len(entries))
+    bounds = [d[key] for d in entries for key in ("low", "value", "high") if math.isfinite(d[key])]
     left, right = min([0.0, *bounds]), max([0.0, *bounds])
     reach = (right - left) or 1.0
     left, right = min(left - 0.05 * reach, -0.35 * reach), max(right + 0.05 * reach, 0.35 * reach)
@@ -241,14 +224,14 @@ def differences(result: dict[str, Any]) -> Figure:
         axes.hlines(row, max(d["low"], left), min(d["high"], right), color=color, linewidth=3)
         axes.plot(d["value"], row, marker="o", markersize=9, color=color)
         words = d["verdict"].replace("not ", "not\n")
-        axes.annotate(words, (1.02, row), xycoords=axes.get_yaxis_transform(), va="center", color=color)
+        axes.text(1.02, row, words, transform=axes.get_yaxis_transform(), va="center", color=color)
     axes.axvline(0, color="black", linewidth=1.5)
     for x, side in ((left / 2, "← better"), (right / 2, "worse →")):
-        axes.annotate(side, (x, 1.02), xycoords=axes.get_xaxis_transform(), ha="center", va="bottom")
+        axes.text(x, 1.02, side, transform=axes.get_xaxis_transform(), ha="center", va="bottom")
     axes.set(xlim=(left, right), ylim=(len(entries) - 0.5, -0.5), ylabel="runs compared")
     axes.set_xlabel("difference in held-out loss, 95% interval\n(nats per token)")
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_yticks(range(len(entries)), [f"{d['b']} vs {d['a']}" for d in entries])
+    axes.set_yticks(range(len(entries)), [f"{d['b']}\nvs {d['a']}" for d in entries])
     return figure
 
 

@@ -69,6 +69,7 @@ def model_folder(tokenizer, tmp_path_factory):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    torch.set_num_threads(1)  # threads that wait for each other take ten times as long as products this small
     folder = tmp_path_factory.mktemp("tiny-llama")
     torch.manual_seed(0)
     shape = LlamaConfig(

@@ -1,0 +1,54 @@
+# Two commands do everything: `make run` executes the series, `make test` runs the fast tests.
+PYTHON ?= python3
+# One torch that is known to work. To choose your own build, for example PyTorch's CPU index: make TORCH="torch --index-url …"
+TORCH ?= torch==2.13.0
+OUT ?= runs/demo
+BIN := .venv/bin
+READY := .venv/.ready
+FAST_NOTEBOOKS := $(wildcard notebooks/0[1-4]_*.ipynb)
+NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg -p no:cacheprovider
+
+.PHONY: help install run test test-full lint notebooks figures clean
+
+help:
+	@echo "make run        execute notebooks 01-07 on this machine into $(OUT), and compare"
+	@echo "make test       the fast tests (minutes)"
+	@echo "make test-full  the long ones too"
+	@echo "make notebooks  execute the notebooks and store their outputs (CPU profile)"
+	@echo "make figures    redraw figures/ and the README's tables from results/"
+
+install: $(READY)
+
+$(READY): requirements.txt requirements-dev.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt --editable .
+	@touch $@
+
+run: $(READY)
+	$(BIN)/python -m qlora_helpers fetch
+	$(BIN)/python -m qlora_helpers run --profile cpu --out $(OUT)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m qlora_helpers fetch
+	QLORA_WORKDIR=$$(mktemp -d) $(NBVAL) $(FAST_NOTEBOOKS)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-full: lint
+	$(BIN)/python -m qlora_helpers fetch
+	QLORA_WORKDIR=$$(mktemp -d) $(NBVAL) notebooks
+	$(BIN)/python -m pytest
+
+notebooks: $(READY)
+	$(BIN)/python tooling/store_outputs.py
+
+figures: $(READY)
+	$(BIN)/python tooling/publish.py
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,101 @@
+"""What every notebook must be: short cells, one tagged parameters cell, the same bootstrap, outputs in order."""
+
+import ast
+from pathlib import Path
+
+import nbformat
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "notebooks"
+PATHS = sorted(FOLDER.glob("*.ipynb"))
+NOTEBOOKS = [pytest.param(nbformat.read(path, as_version=4), id=path.stem) for path in PATHS]
+STORY_LINES = 15
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def parameters(notebook):
+    tagged = [cell for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    return tagged[0].source
+
+
+def test_the_series_is_there():
+    assert [path.stem[:2] for path in PATHS][:7] == ["01", "02", "03", "04", "05", "06", "07"]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_order_of_cells(notebook):
+    kinds = [cell.cell_type for cell in notebook.cells[:5]]
+    assert kinds == ["markdown", "markdown", "code", "markdown", "code"]
+    assert notebook.cells[0].source.startswith("# 0")
+    assert "colab-badge" in notebook.cells[0].source
+    for word in ("You will see", "It needs", "leaves behind", "behind", "min"):
+        assert word.split()[-1] in notebook.cells[1].source
+    assert "parameters" in notebook.cells[4].metadata.tags
+    assert "notebook.resolve(globals()" in notebook.cells[5].source + notebook.cells[6].source
+
+
+def test_bootstrap_is_the_same_bytes_everywhere():
+    assert len({parameter.values[0].cells[2].source for parameter in NOTEBOOKS}) == 1
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_badge_points_to_this_notebook_in_the_bootstraps_repository(notebook, request):
+    repository = notebook.cells[2].source.split('REPOSITORY = "https://github.com/')[1].split('"')[0]
+    name = request.node.callspec.id
+    assert f"/github/{repository}/blob/main/notebooks/{name}.ipynb" in notebook.cells[0].source
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_parameters_are_literals_with_type_and_comment(notebook):
+    source = parameters(notebook)
+    assert source.startswith("# Parameters\n")
+    for node in ast.parse(source).body:
+        assert isinstance(node, ast.AnnAssign), ast.unparse(node)
+        ast.literal_eval(node.value)
+        assert "  # " in source.splitlines()[node.lineno - 1], ast.unparse(node)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_story_cells_are_short_and_define_nothing(notebook):
+    for cell in code_cells(notebook)[2:]:
+        assert len(cell.source.splitlines()) <= STORY_LINES, cell.source
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        assert not any(isinstance(node, kinds) for node in ast.walk(ast.parse(cell.source))), cell.source
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_outputs_are_stored_in_order_and_without_errors(notebook):
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert outputs
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert "widgets" not in notebook.metadata
+    assert not any("application/vnd.jupyter.widget-view+json" in output.get("data", {}) for output in outputs)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_stored_notebooks_are_small_and_name_no_folder_of_the_machine(path):
+    text = path.read_text("utf-8")
+    assert len(text) < 1_000_000
+    assert str(Path.home()) not in text
+    assert str(FOLDER.parent) not in text
+
+
+def test_05_and_06_differ_in_their_parameters_only():
+    first, second = (nbformat.read(FOLDER / name, as_version=4) for name in ("05_train_exp1.ipynb", "06_train_exp2.ipynb"))
+    assert parameters(first) != parameters(second)
+    same = [
+        [cell.source for cell in code_cells(notebook) if cell.source != parameters(notebook)] for notebook in (first, second)
+    ]
+    assert same[0] == same[1]
+    changed = [
+        (a, b)
+        for a, b in zip(parameters(first).splitlines(), parameters(second).splitlines(), strict=True)
+        if a != b
+    ]
+    assert [a.split(":")[0] for a, _ in changed] == ["preset", "run_name"]

@@ -1,0 +1,109 @@
+"""The series and the batch, executed for real through the command line on the embedded model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+METRICS = {
+    "train_rows", "steps", "epochs", "train_loss", "eval_loss", "base_eval_loss", "trainable_parameters", "seconds",
+    "tokens_per_second", "peak_memory_gib", "seed", "device",
+}  # fmt: skip
+
+
+def command(*words, cwd, **env):
+    environment = {key: value for key, value in os.environ.items() if key != "QLORA_WORKDIR"} | env
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, words)], cwd=cwd, capture_output=True, text=True, env=environment
+    )
+
+
+def read(path):
+    return json.loads(Path(path).read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory):
+    """All seven notebooks with 8 and 16 rows, run from a folder that is not the project's."""
+    out = tmp_path_factory.mktemp("series") / "out"
+    words = ["qlora_helpers", "run", "--profile", "cpu", "--samples", 8, 16, "--epochs", 1, "--n-heldout", 16]
+    done = command(*words, "--out", out, cwd=out.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out, words, done.stdout
+
+
+def test_run_folders_are_whole(series):
+    out, _, _ = series
+    for name, rows, steps in (("exp1", 8, 2), ("exp2", 16, 4)):
+        metrics = read(out / name / "metrics.json")
+        assert set(metrics) >= METRICS
+        assert (metrics["train_rows"], metrics["steps"], metrics["epochs"]) == (rows, steps, 1)
+        log = [json.loads(line) for line in (out / name / "log.jsonl").read_text().splitlines()]
+        losses = [line["loss"] for line in log if "loss" in line]
+        assert metrics["train_loss"] == pytest.approx(sum(losses) / steps)
+        for file in ("adapter/adapter_model.safetensors", "adapter/README.md", "manifest.json", "notebook.ipynb",
+                     "answers.jsonl", "figures/loss.png"):  # fmt: skip
+            assert (out / name / file).stat().st_size > 0
+
+
+def test_metrics_differ_with_the_rows_and_data_nests(series):
+    out, _, _ = series
+    first, second = (read(out / name / "metrics.json") for name in ("exp1", "exp2"))
+    assert first["eval_loss"] != second["eval_loss"]
+    assert first["base_eval_loss"] == second["base_eval_loss"]
+    data = [read(out / name / "manifest.json")["data"] for name in ("exp1", "exp2")]
+    assert data[0]["heldout_ids"] == data[1]["heldout_ids"]
+    assert data[0]["train_ids"] == data[1]["train_ids"][:8]
+    assert not set(data[1]["train_ids"]) & set(data[1]["heldout_ids"])
+
+
+def test_comparison_and_report(series):
+    out, _, stdout = series
+    result = read(out / "comparison.json")
+    assert [row["name"] for row in result["table"]] == ["base", "exp1", "exp2"]
+    assert "| base | – | – |" in stdout
+    assert str(out / "report.md") in stdout
+    report = (out / "report.md").read_text("utf-8")
+    for figure in ("figures/differences.png", "figures/loss_curves.png"):
+        assert figure in report
+        assert (out / figure).exists()
+    for prompt in ("Explain what is a variable in programming.", "How do computers store data?"):
+        assert prompt in report
+
+
+def test_run_again_reuses_and_another_config_is_refused(series):
+    out, words, _ = series
+    before = (out / "exp1" / "metrics.json").stat().st_mtime_ns
+    refused = command(*words[:4], 12, 16, *words[6:], "--out", out, cwd=out.parent)
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "n_samples 8 there, 12 here" in refused.stderr
+    assert (out / "exp1" / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_batch_reuses_what_is_complete(tmp_path):
+    words = ["qlora_helpers", "batch", "--profile", "cpu", "--seeds", 0, "--epochs", 1, "--save-steps", 1]
+    words += ["--n-heldout", 8, "--out", tmp_path / "batch"]
+    first = command(*words, "--samples", 4, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr[-3000:]
+    stamp = (tmp_path / "batch" / "n4-seed0" / "metrics.json").stat().st_mtime_ns
+    both = command(*words, "--samples", 4, 8, cwd=tmp_path)
+    assert both.returncode == 0, both.stderr[-3000:]
+    assert "n4-seed0: complete, not run again" in both.stdout
+    assert (tmp_path / "batch" / "n4-seed0" / "metrics.json").stat().st_mtime_ns == stamp
+    small, large = (read(tmp_path / "batch" / name / "metrics.json") for name in ("n4-seed0", "n8-seed0"))
+    assert (small["steps"], large["steps"]) == (1, 2)
+    assert small["eval_loss"] != large["eval_loss"]
+
+
+def test_papermill_from_outside_checks_names_and_types(tmp_path):
+    notebook = ROOT / "notebooks" / "02_load_data.ipynb"
+    for wrong, named in ((["-p", "n_sampels", "8"], "Did you mean 'n_samples'?"),
+                         (["-r", "learning_rate", "2e-4"], "write 2.0e-4")):  # fmt: skip
+        done = command("papermill", notebook, tmp_path / "out.ipynb", "-k", "python3", "-p", "profile", "cpu", *wrong, cwd=tmp_path)
+        assert done.returncode != 0
+        assert named in done.stderr

@@ -1,0 +1,322 @@
+"""Every figure says what it shows; overfitting is marked where it is; the live curve keeps to one place."""
+
+import builtins
+import io
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from qlora_helpers import plots
+from qlora_helpers.cleaning import Data
+from qlora_helpers.runs import ROOT, RunFolder
+from qlora_helpers.sources import Row
+from qlora_helpers.templates import Example
+
+
+def example(tokens: int, cut: int = 0) -> Example:
+    return Example(Row((), "here:1"), "", [1] * tokens, [1] * tokens, [], cut)
+
+
+DATA = Data([example(20), example(64, cut=30), example(40), example(64, cut=1)], [example(33)], [], "", 5, "")
+
+
+def log(heldout: list[float]) -> list[dict[str, float]]:
+    """A log with held-out losses at steps 0, 10, 20 and so on, as `training.LogWriter` writes it."""
+    lines = [{"step": 0, "epoch": 0.0, "eval_loss": heldout[0]}]
+    for number, loss in enumerate(heldout[1:]):
+        lines += [{"step": 10 * number + step, "loss": 2 - 0.01 * step} for step in range(1, 11)]
+        lines.append({"step": 10 * number + 10, "eval_loss": loss})
+    return lines
+
+
+def entry(a: str, b: str, value: float, low: float, high: float, verdict: str) -> dict[str, object]:
+    return {"a": a, "b": b, "value": value, "low": low, "high": high, "verdict": verdict}
+
+
+RESULT = {
+    "differences": [
+        entry("base", "exp1", -0.4, -0.45, -0.35, "better"),
+        entry("base", "exp2", 0.3, 0.2, 0.4, "worse"),
+        entry("exp1", "exp2", -0.01, -0.03, 0.02, "not distinguishable"),
+    ]
+}
+TABLES = {
+    "16-bit": [
+        {"module": "Linear", "parameters": 100 * 2**20, "bytes": 200 * 2**20},
+        {"module": "RMSNorm", "parameters": 8, "bytes": 16},
+    ],
+    "NF4": [
+        {"module": "Linear4bit", "parameters": 100 * 2**20, "bytes": 50 * 2**20},
+        {"module": "RMSNorm", "parameters": 8, "bytes": 16},
+    ],
+}
+FIGURES = {
+    "token_lengths": lambda: plots.token_lengths(DATA, 64),
+    "levels": lambda: plots.levels(
+        {"q_proj": torch.randn(64, 100, dtype=torch.bfloat16)}, np.linspace(-1, 1, 16).tolist()
+    ),
+    "round_trip_errors": lambda: plots.round_trip_errors({"NF4": 9.3, "FP4": 12.1}),
+    "weights_by_module": lambda: plots.weights_by_module(TABLES),
+    "trainable_per_layer": lambda: plots.trainable_per_layer({"q_proj": 500_000, "v_proj": 300_000}),
+    "loss_curves": lambda: plots.loss_curves({"exp1": log([2.0, 1.9]), "exp2": log([2.0, 1.8, 1.7])}),
+    "loss_curves of three": lambda: plots.loss_curves({name: log([2.0, 1.9]) for name in "abc"}),
+    "differences": lambda: plots.differences(RESULT),
+}
+
+
+def words(figure: Figure) -> list[str]:
+    """Every text in the panels and the legends."""
+    texts = [text for axes in figure.axes for text in axes.texts]
+    texts += [text for legend in figure.legends for text in legend.get_texts()]
+    return [text.get_text() for text in texts]
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_has_a_title_and_named_axes(name: str) -> None:
+    figure = FIGURES[name]()
+    assert isinstance(figure, Figure)
+    assert figure.get_suptitle()
+    assert figure.axes[-1].get_xlabel()
+    assert figure.axes[0].get_ylabel() or figure.get_supylabel()
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_nothing_is_cut_off_at_the_edge(name: str) -> None:
+    png, size = FIGURES[name]()._repr_png_()
+    image = pixels(png)
+    assert size["width"] == 640
+    frame = np.concatenate(
+        [image[:4].ravel(), image[-4:].ravel(), image[:, :4].ravel(), image[:, -4:].ravel()]
+    )
+    assert (frame == 255).all()
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_reader_s_dark_style_changes_nothing(name: str) -> None:
+    torch.manual_seed(0)
+    plain = FIGURES[name]()._repr_png_()[0]
+    with matplotlib.style.context("dark_background"):
+        torch.manual_seed(0)
+        dark = FIGURES[name]()._repr_png_()[0]
+        assert matplotlib.rcParams["text.color"] == "white"
+    assert np.array_equal(pixels(plain), pixels(dark))
+
+
+def test_importing_and_drawing_needs_neither_pyplot_nor_transformers() -> None:
+    code = (
+        "import sys; from qlora_helpers import plots; plots.round_trip_errors({'NF4': 9.0})._repr_png_(); "
+        "print([name for name in ('matplotlib.pyplot', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_legend_says_how_many_rows_are_cut() -> None:
+    assert words(plots.token_lengths(DATA, 64)) == [
+        "train: 4 rows, 50% cut",
+        "held-out: 1 rows, 0% cut",
+        "limit: 64 tokens",
+    ]
+
+
+def test_levels_divides_each_block_by_its_own_largest_weight() -> None:
+    block = torch.linspace(-1, 1, 64)
+    both = plots.levels({"w": torch.cat([block, 1000 * block])}, [-1.0, 0.0, 1.0])
+    one = plots.levels({"w": block}, [-1.0, 0.0, 1.0])
+    heights = [figure.axes[0].patches[0].get_data().values for figure in (both, one)]
+    assert heights[0] == pytest.approx(heights[1])
+
+
+def test_levels_takes_a_block_of_zeros() -> None:
+    heights = plots.levels({"w": torch.zeros(128)}, [0.0]).axes[0].patches[0].get_data().values
+    assert np.isfinite(heights).all()
+
+
+def test_totals_stand_beside_the_bars_and_thin_classes_not_in_the_legend() -> None:
+    assert words(plots.weights_by_module(TABLES)) == ["200 MiB", "50 MiB", "Linear", "Linear4bit"]
+
+
+@pytest.mark.parametrize(
+    ("heldout", "marked"),
+    [
+        ([2.0, 1.8, 1.6, 1.5], False),
+        ([2.0, 1.8, 1.5, 1.7], True),
+        ([2.0, 2.1], True),
+        ([2.0, 1.5, 1.504], False),
+        ([2.0, 1.5, 1.9, 1.4], False),
+        ([2.0], False),
+    ],
+)
+def test_overfitting_is_marked_where_the_heldout_loss_turns_up(heldout: list[float], marked: bool) -> None:
+    figure = plots.loss_curves({"run": log(heldout)})
+    assert ("overfitting" in words(figure)) is marked
+    assert ("lowest" in words(figure)) is marked
+    assert len(figure.axes[0].patches) == marked
+
+
+def test_the_shade_goes_from_the_lowest_loss_to_the_last() -> None:
+    shade = plots.loss_curves({"run": log([2.0, 1.5, 1.6, 1.8])}).axes[0].patches[0]
+    assert (shade.get_x(), shade.get_width()) == (10, 20)
+
+
+def test_only_the_run_that_overfits_is_marked() -> None:
+    figure = plots.loss_curves({"a": log([2.0, 1.5]), "b": log([2.0, 1.5, 1.9])})
+    assert [len(axes.patches) for axes in figure.axes] == [0, 1]
+    assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
+
+
+def test_the_weights_that_keep_best_went_back_to_do_not_hide_overfitting() -> None:
+    lines = [*log([2.0, 1.5, 1.9]), {"step": 20, "eval_loss": 1.5}]
+    assert "overfitting" in words(plots.loss_curves({"run": lines}))
+
+
+def test_two_runs_stand_side_by_side_and_three_in_a_column() -> None:
+    def corners(n: int) -> list[tuple[float, float]]:
+        axes = plots.loss_curves({str(i): log([2.0, 1.9]) for i in range(n)}).axes
+        return [(round(a.get_position().x0, 3), round(a.get_position().y0, 3)) for a in axes]
+
+    assert len({y for _, y in corners(2)}) == 1
+    assert len({x for x, _ in corners(3)}) == 1
+
+
+def test_differences_names_the_sides_and_the_verdicts() -> None:
+    figure = plots.differences(RESULT)
+    assert words(figure) == ["better", "worse", "not\ndistinguishable", "← better", "worse →"]
+    left, right = figure.axes[0].get_xlim()
+    assert left < -0.45
+    assert right > 0.4
+
+
+def test_differences_takes_an_interval_without_end() -> None:
+    entries = [
+        entry("base", "exp1", -0.4, -np.inf, np.inf, "not distinguishable"),
+        entry("a", "b", 0, 0, 0, ""),
+    ]
+    left, right = plots.differences({"differences": entries}).axes[0].get_xlim()
+    assert left < -0.4 < 0 < right < np.inf
+
+
+def test_save_writes_300_dpi_and_leaves_nothing_else(tmp_path) -> None:
+    path = tmp_path / "new" / "figures" / "errors.png"
+    for _ in range(2):
+        assert plots.save(plots.round_trip_errors({"NF4": 9.3}), path) == path
+    image = Image.open(path)
+    assert image.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+    assert image.size[0] == 1920
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_save_keeps_the_old_file_when_drawing_fails(tmp_path) -> None:
+    path = plots.save(plots.round_trip_errors({"NF4": 9.3}), tmp_path / "errors.png")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="Parse"):
+        plots.save(plots.round_trip_errors({"NF4": 9.3}).suptitle("$\\nonsense{$").get_figure(), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class FakeNotebook:
+    """Stands in for IPython's display: holds each figure that was shown, and how."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Figure]] = []
+        self.now = 100.0
+
+    def display(self, figure: Figure, display_id: bool) -> "FakeNotebook":
+        assert display_id
+        self.calls.append(("display", figure))
+        return self
+
+    def update(self, figure: Figure) -> None:
+        self.calls.append(("update", figure))
+
+
+@pytest.fixture
+def notebook(monkeypatch) -> FakeNotebook:
+    fake = FakeNotebook()
+    monkeypatch.setitem(
+        sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=object()))
+    )
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=fake.display))
+    monkeypatch.setattr(plots, "time", SimpleNamespace(monotonic=lambda: fake.now))
+    return fake
+
+
+def state(lines: list[dict[str, float]], steps: int = 30) -> SimpleNamespace:
+    return SimpleNamespace(log_history=lines, global_step=lines[-1]["step"], max_steps=steps)
+
+
+def drawn(figure: Figure) -> tuple[list[float], list[float]]:
+    """Steps of the training and of the held-out line."""
+    training, heldout = figure.axes[0].lines[:2]
+    return list(training.get_xdata()), list(heldout.get_xdata())
+
+
+def test_live_loss_is_a_trainer_callback(tmp_path) -> None:
+    from transformers import TrainerCallback
+
+    assert isinstance(plots.LiveLoss(RunFolder(tmp_path)), TrainerCallback)
+    assert plots.LiveLoss is plots.LiveLoss
+    with pytest.raises(AttributeError, match="LiveLos"):
+        _ = plots.LiveLos
+
+
+def test_live_loss_keeps_to_one_display_and_to_two_seconds(tmp_path, notebook) -> None:
+    live, lines = plots.LiveLoss(RunFolder(tmp_path)), log([2.0, 1.9, 1.8, 1.7])[1:]
+    live.on_log(None, state(lines[:1]), None)
+    notebook.now += 1.9
+    live.on_log(None, state(lines[:2]), None)
+    assert [how for how, _ in notebook.calls] == ["display"]
+    notebook.now += 0.2
+    live.on_evaluate(None, state(lines[:11]), None)
+    live.on_train_end(None, state(lines), None)
+    assert [how for how, _ in notebook.calls] == ["display", "update", "update"]
+    assert drawn(notebook.calls[-1][1]) == (list(range(1, 31)), [10, 20, 30])
+
+
+def test_live_loss_shows_an_evaluation_after_the_end(tmp_path, notebook) -> None:
+    live, lines = plots.LiveLoss(RunFolder(tmp_path)), log([2.0, 1.9, 1.8, 1.7])[1:]
+    live.on_train_end(None, state(lines[:-1]), None)
+    live.on_evaluate(None, state(lines), None)
+    assert drawn(notebook.calls[-1][1])[1] == [10, 20, 30]
+
+
+def test_live_loss_starts_from_the_loss_before_training(tmp_path, notebook) -> None:
+    lines = log([2.0, 1.9])
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:4]))
+    plots.LiveLoss(RunFolder(tmp_path)).on_log(None, state(lines[1:5]), None)
+    assert drawn(notebook.calls[0][1]) == ([1, 2, 3, 4], [0])
+
+
+@pytest.mark.parametrize("shell", [None, SimpleNamespace()])
+def test_live_loss_is_silent_without_a_kernel(tmp_path, notebook, monkeypatch, shell) -> None:
+    monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: shell)
+    live = plots.LiveLoss(RunFolder(tmp_path))
+    for event in (live.on_log, live.on_evaluate, live.on_train_end):
+        event(None, state(log([2.0, 1.9])), None)
+    assert notebook.calls == []
+
+
+def test_live_loss_does_not_import_ipython(tmp_path, monkeypatch) -> None:
+    monkeypatch.delitem(sys.modules, "IPython", raising=False)
+    real = builtins.__import__
+
+    def refuse(name: str, *args: object, **kwargs: object) -> object:
+        assert not name.startswith("IPython")
+        return real(name, *args, **kwargs)
+
+    live = plots.LiveLoss(RunFolder(tmp_path))
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    live.on_train_end(None, state(log([2.0, 1.9])), None)

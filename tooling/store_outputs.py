@@ -1,0 +1,41 @@
+"""Execute the notebooks in order in the CPU profile and store their outputs, without traces of this machine.
+
+usage: python tooling/store_outputs.py [NAME …]     (default: all of them)
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+
+from qlora_helpers import series
+
+
+def clean(path: Path, target: Path) -> None:
+    """Keep source, outputs and counts; drop what papermill and the front end leave in the metadata."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info")}
+    notebook.metadata["language_info"] = {"name": "python"}
+    notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags")
+        cell.metadata = {"tags": tags} if tags else {}
+        for output in cell.get("outputs", []):
+            output.get("metadata", {}).clear()
+            output.pop("transient", None)
+    nbformat.validate(notebook)
+    nbformat.write(notebook, target)
+
+
+def main(names: list[str]) -> None:
+    """Each notebook in one work folder, so that 07 finds the runs of 05 and 06."""
+    work = Path(tempfile.mkdtemp(prefix="qlora-demo-"))
+    for name in names or sorted(path.stem for path in series.notebooks_folder().glob("*.ipynb")):
+        executed = work / f"{name}.ipynb"
+        series.execute(name, executed, {"profile": "cpu", "workdir": str(work)}, name)
+        clean(executed, series.notebooks_folder() / f"{name}.ipynb")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
