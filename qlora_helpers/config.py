@@ -24,9 +24,7 @@ def _field(
     default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: tuple | None = None
 ) -> Any:
     """A dataclass field with the range or the choices that `_check` enforces."""
-    return dataclasses.field(
-        default=default, metadata={"help": help, "low": low, "high": high, "choices": choices}
-    )
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -63,9 +61,7 @@ class Config:
     rank: int = _field(16, "rank r of the adapter", low=1)
     alpha: int = _field(32, "the adapter's output is scaled by alpha / r", low=1)
     dropout: float = _field(0.05, "dropout before the adapter", low=0, high=0.9)
-    target_modules: tuple[str, ...] = _field(
-        ("q_proj", "v_proj"), "layers that get an adapter, or all-linear"
-    )
+    target_modules: tuple[str, ...] = _field(("q_proj", "v_proj"), "layers that get an adapter, or all-linear")
     bias: str = _field("none", "which biases are trained", choices=("none", "lora_only", "all"))
 
     epochs: int = _field(1, "passes over the training rows", low=1)
@@ -83,9 +79,7 @@ class Config:
     eval_steps: int | None = _field(None, "steps between held-out losses; None is once an epoch", low=1)
     save_steps: int = _field(50, "steps between checkpoints", low=1)
     keep_best: bool = _field(False, "end with the checkpoint of the lowest held-out loss")
-    early_stopping_patience: int | None = _field(
-        None, "stop after this many held-out losses without a new low", low=1
-    )
+    early_stopping_patience: int | None = _field(None, "stop after this many held-out losses without a new low", low=1)
     seconds_per_step: float = _field(1.0, "rough time of a step, for 'about N minutes'", low=0)
     max_new_tokens: int = _field(128, "length of the sample answers, in tokens", low=1)
     seed: int = _field(0, "adapter's first weights, order of rows, dropout", low=0)
@@ -123,7 +117,15 @@ class Config:
 
         Left out: what only decides where and how fast. How a batch is split over passes is such a thing.
         """
-        beside = ("preset_name", "profile", "memory_limit_gib", "save_steps", "batch_size", "max_new_tokens", "seconds_per_step")
+        beside = (
+            "preset_name",
+            "profile",
+            "memory_limit_gib",
+            "save_steps",
+            "batch_size",
+            "max_new_tokens",
+            "seconds_per_step",
+        )
         beside += ("gradient_accumulation", "gradient_checkpointing")
         deciding = {key: value for key, value in self.to_dict().items() if key not in beside}
         deciding["effective_batch"] = self.effective_batch

@@ -4,9 +4,7 @@ import functools
 import io
 import math
 import os
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
@@ -16,8 +14,6 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-
-from qlora_helpers.runs import RunFolder
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +28,6 @@ WIDTH = 6.4  # inches
 BLOCK = 64  # weights that share one scale in NF4
 BINS = np.linspace(-1, 1, 82).tolist()  # an odd number of bins, so that one is centred on zero
 TURN = 0.005  # nats by which the held-out loss must have risen from its minimum to be called overfitting
-REFRESH_SECONDS = 2.0
 STYLE = {
     "font.size": 11,
     "figure.titlesize": 12,
@@ -65,9 +60,7 @@ def _styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
     @functools.wraps(draw)
     def styled(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
         with style.context(["default", STYLE]):
-            figure = draw(*args, **kwargs)
-            figure.draw_without_rendering()  # ticks are made when first drawn, in the style of that moment
-        return figure
+            return draw(*args, **kwargs)
 
     return styled
 
@@ -187,9 +180,7 @@ def _draw_losses(axes: Axes, lines: list[dict[str, Any]]) -> None:
     train = {line["step"]: line["loss"] for line in lines if "loss" in line}
     heldout: dict[int, float] = {}
     for line in lines:
-        if (
-            "eval_loss" in line
-        ):  # a step's second one is of the weights that keep_best went back to: not of this curve
+        if "eval_loss" in line:  # a step's second one is of the weights that keep_best went back to: not of this curve
             heldout.setdefault(line["step"], line["eval_loss"])
     axes.plot(list(train), list(train.values()), color=BLUE, linewidth=1, label="training")
     losses = list(heldout.values())
@@ -243,57 +234,3 @@ def save(figure: Figure, path: Path) -> Path:
         figure.savefig(whole, format="png", dpi=300, facecolor="white")
         os.replace(whole, path)
     return path
-
-
-class _LiveLoss:
-    """The run so far, redrawn in one place of a notebook while it trains; outside one, nothing."""
-
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
-        self._handle: Any = None
-        self._shown = -math.inf
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Redraw, if the last time is long enough ago."""
-        self._show(state)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Redraw; always at the last step, since an evaluation may come after the end of training."""
-        self._show(state, always=state.global_step >= state.max_steps)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the whole curve behind."""
-        self._show(state, always=True)
-
-    def _show(self, state: Any, always: bool = False) -> None:
-        now = time.monotonic()
-        if not _in_notebook() or (now - self._shown < REFRESH_SECONDS and not always):
-            return
-        self._shown = now
-        # The file has the loss before training; for the rest it may lag a line behind.
-        logged = self.run.log() if (self.run / "log.jsonl").exists() else []
-        first = [line for line in logged if line["step"] == 0]
-        figure = loss_curves({"this run": [*first, *state.log_history]})
-        if self._handle is None:
-            from IPython.display import display
-
-            self._handle = display(figure, display_id=True)
-        else:
-            self._handle.update(figure)
-
-
-def _in_notebook() -> bool:
-    """Whether a Jupyter kernel runs this; it has then imported IPython itself."""
-    ipython = sys.modules.get("IPython")
-    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
-
-
-def __getattr__(name: str) -> Any:
-    """`LiveLoss`, made when first asked for: its base class takes seconds to import."""
-    if name != "LiveLoss":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from transformers import TrainerCallback
-
-    made = type("LiveLoss", (_LiveLoss, TrainerCallback), {"__doc__": _LiveLoss.__doc__})
-    globals()[name] = made
-    return made

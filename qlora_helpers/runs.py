@@ -98,9 +98,7 @@ class RunFolder:
         try:
             return json.loads((self / name).read_text("utf-8"))
         except FileNotFoundError:
-            raise UserError(
-                f"run folder: {self.path} has no {name}. Mend: run its notebook to the end."
-            ) from None
+            raise UserError(f"run folder: {self.path} has no {name}. Mend: run its notebook to the end.") from None
         except (ValueError, OSError) as error:
             raise UserError(
                 f"run folder: {self / name} cannot be read ({error}). Mend: delete the folder and run again."

@@ -1,7 +1,7 @@
 """The notebooks in order, headless, through papermill; and one notebook over many parameters."""
 
 import itertools
-import os
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,8 @@ def execute(name: str, target: Path, params: dict[str, Any], label: str) -> None
     from papermill.exceptions import PapermillExecutionError
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a debugger's note on frozen modules
+    # The notebooks check names themselves, and know more parameters than their cell lists.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
         papermill.execute_notebook(
             notebooks_folder() / f"{name}.ipynb",
@@ -82,6 +83,7 @@ def execute(name: str, target: Path, params: dict[str, Any], label: str) -> None
             parameters={key: value for key, value in params.items() if value is not None},
             kernel_name="python3",
             progress_bar={"desc": label, "file": sys.stdout},
+            extra_arguments=["--log-level=ERROR"],  # the kernel's remarks on its own transport
         )
     except PapermillExecutionError as error:
         if error.ename == "UserError":

@@ -79,9 +79,7 @@ def parse_guanaco(text: str) -> list[Message]:
     if parts[0].strip() or len(parts) < 3:
         raise ValueError("does not start with '### Human:'")
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": roles[r], "content": c.strip()} for r, c in zip(parts[1::2], parts[2::2], strict=True)
-    ]
+    return [{"role": roles[r], "content": c.strip()} for r, c in zip(parts[1::2], parts[2::2], strict=True)]
 
 
 def _is_path(dataset: str) -> bool:

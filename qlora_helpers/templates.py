@@ -51,9 +51,7 @@ def render_prompt(messages: tuple[Message, ...], config: Config, tokenizer: Any)
         return _apply_chat(messages, config, tokenizer, add_generation_prompt=True)
     eos = tokenizer.eos_token
     return "".join(
-        _question(turn, config.template)
-        if turn["role"] == "user"
-        else f"{_gap(config.template)}{turn['content']}{eos}"
+        _question(turn, config.template) if turn["role"] == "user" else f"{_gap(config.template)}{turn['content']}{eos}"
         for turn in messages
     )
 
@@ -78,8 +76,7 @@ def _apply_chat(messages: tuple[Message, ...], config: Config, tokenizer: Any, *
         )
     head = [{"role": "system", "content": config.system}] if config.system else []
     turns = [
-        {"role": m["role"], "content": m["content"] + (f"\n\n{m['input']}" if m.get("input") else "")}
-        for m in messages
+        {"role": m["role"], "content": m["content"] + (f"\n\n{m['input']}" if m.get("input") else "")} for m in messages
     ]
     try:
         return tokenizer.apply_chat_template([*head, *turns], tokenize=False, **options)
@@ -121,9 +118,7 @@ def encode(rows: list[Row], config: Config, tokenizer: Any) -> list[Example]:
     return [_example(row, text, spans, ids, offsets, config) for row, (text, spans), ids, offsets in columns]
 
 
-def _example(
-    row: Row, text: str, spans: list[Span], ids: list[int], offsets: list[Span], config: Config
-) -> Example:
+def _example(row: Row, text: str, spans: list[Span], ids: list[int], offsets: list[Span], config: Config) -> Example:
     if config.train_on == "all":
         labels = list(ids)
     else:

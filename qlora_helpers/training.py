@@ -209,9 +209,7 @@ def _arguments(config: Config, n_rows: int, device: Device, run: RunFolder) -> S
     )
 
 
-def baseline(
-    base: Any, config: Config, data: Data, tokenizer: Any, device: Device, folder: Path
-) -> list[RowLoss]:
+def baseline(base: Any, config: Config, data: Data, tokenizer: Any, device: Device, folder: Path) -> list[RowLoss]:
     """Held-out losses and answers of the base model, measured once for all runs that share model and held-out rows."""
     where = baseline_folder(config, data, device, folder)
     if not (where / "heldout_losses.jsonl").exists():

@@ -87,15 +87,16 @@ def test_stored_notebooks_are_small_and_name_no_folder_of_the_machine(path):
 
 
 def test_05_and_06_differ_in_their_parameters_only():
-    first, second = (nbformat.read(FOLDER / name, as_version=4) for name in ("05_train_exp1.ipynb", "06_train_exp2.ipynb"))
+    first, second = (
+        nbformat.read(FOLDER / name, as_version=4) for name in ("05_train_exp1.ipynb", "06_train_exp2.ipynb")
+    )
     assert parameters(first) != parameters(second)
     same = [
-        [cell.source for cell in code_cells(notebook) if cell.source != parameters(notebook)] for notebook in (first, second)
+        [cell.source for cell in code_cells(notebook) if cell.source != parameters(notebook)]
+        for notebook in (first, second)
     ]
     assert same[0] == same[1]
     changed = [
-        (a, b)
-        for a, b in zip(parameters(first).splitlines(), parameters(second).splitlines(), strict=True)
-        if a != b
+        (a, b) for a, b in zip(parameters(first).splitlines(), parameters(second).splitlines(), strict=True) if a != b
     ]
     assert [a.split(":")[0] for a, _ in changed] == ["preset", "run_name"]

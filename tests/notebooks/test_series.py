@@ -104,6 +104,8 @@ def test_papermill_from_outside_checks_names_and_types(tmp_path):
     notebook = ROOT / "notebooks" / "02_load_data.ipynb"
     for wrong, named in ((["-p", "n_sampels", "8"], "Did you mean 'n_samples'?"),
                          (["-r", "learning_rate", "2e-4"], "write 2.0e-4")):  # fmt: skip
-        done = command("papermill", notebook, tmp_path / "out.ipynb", "-k", "python3", "-p", "profile", "cpu", *wrong, cwd=tmp_path)
+        done = command(
+            "papermill", notebook, tmp_path / "out.ipynb", "-k", "python3", "-p", "profile", "cpu", *wrong, cwd=tmp_path
+        )
         assert done.returncode != 0
         assert named in done.stderr

@@ -1,7 +1,6 @@
 """What is dropped and why, and a split that depends on words only."""
 
 import dataclasses
-import random
 
 import pytest
 
@@ -46,8 +45,7 @@ def test_fewer_rows_are_the_first_of_more(prepare):
 def test_the_split_does_not_depend_on_the_files_order(prepare):
     twin = {"instruction": "Question number 3?", "output": "Another answer."}
     rows = [*ROWS, twin]
-    shuffled = random.Random(1).sample(rows, len(rows))
-    a, b = prepare(rows), prepare(shuffled)
+    a, b = prepare(rows, n_samples=None), prepare(rows[::-1], n_samples=None)
     assert (ids(a.train), ids(a.heldout)) == (ids(b.train), ids(b.heldout))
     assert a.source_fingerprint == b.source_fingerprint
 

@@ -156,6 +156,7 @@ def test_an_unknown_name_is_met_with_the_nearest():
         ("rank", 0, "1 or more"),
         ("dropout", 0.95, "0.9 or less"),
         ("learning_rate", float("nan"), "learning_rate"),
+        ("weight_decay", float("nan"), "weight_decay"),
         ("learning_rate", float("inf"), "1 or less"),
         ("seed", -1, "0 or more"),
     ],

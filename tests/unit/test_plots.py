@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from qlora_helpers import plots
+from qlora_helpers import live, plots
 from qlora_helpers.cleaning import Data
 from qlora_helpers.runs import ROOT, RunFolder
 from qlora_helpers.sources import Row
@@ -97,9 +97,7 @@ def test_nothing_is_cut_off_at_the_edge(name: str) -> None:
     png, size = FIGURES[name]()._repr_png_()
     image = pixels(png)
     assert size["width"] == 640
-    frame = np.concatenate(
-        [image[:4].ravel(), image[-4:].ravel(), image[:, :4].ravel(), image[:, -4:].ravel()]
-    )
+    frame = np.concatenate([image[:4].ravel(), image[-4:].ravel(), image[:, :4].ravel(), image[:, -4:].ravel()])
     assert (frame == 255).all()
 
 
@@ -107,7 +105,7 @@ def test_nothing_is_cut_off_at_the_edge(name: str) -> None:
 def test_a_reader_s_dark_style_changes_nothing(name: str) -> None:
     torch.manual_seed(0)
     plain = FIGURES[name]()._repr_png_()[0]
-    with matplotlib.style.context("dark_background"):
+    with matplotlib.style.context(["dark_background", {"savefig.facecolor": "black"}]):
         torch.manual_seed(0)
         dark = FIGURES[name]()._repr_png_()[0]
         assert matplotlib.rcParams["text.color"] == "white"
@@ -129,6 +127,11 @@ def test_the_legend_says_how_many_rows_are_cut() -> None:
         "held-out: 1 rows, 0% cut",
         "limit: 64 tokens",
     ]
+
+
+def test_a_row_counts_with_the_tokens_that_were_cut() -> None:
+    train = plots.token_lengths(DATA, 64).axes[0].patches[0].get_xy()[:, 0]
+    assert train.max() == 94
 
 
 def test_levels_divides_each_block_by_its_own_largest_weight() -> None:
@@ -172,7 +175,7 @@ def test_the_shade_goes_from_the_lowest_loss_to_the_last() -> None:
 
 
 def test_only_the_run_that_overfits_is_marked() -> None:
-    figure = plots.loss_curves({"a": log([2.0, 1.5]), "b": log([2.0, 1.5, 1.9])})
+    figure = plots.loss_curves({"a": log([2.0, 1.5]), "b": log([3.0, 2.5, 2.9])})
     assert [len(axes.patches) for axes in figure.axes] == [0, 1]
     assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
 
@@ -246,11 +249,9 @@ class FakeNotebook:
 @pytest.fixture
 def notebook(monkeypatch) -> FakeNotebook:
     fake = FakeNotebook()
-    monkeypatch.setitem(
-        sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=object()))
-    )
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=object())))
     monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=fake.display))
-    monkeypatch.setattr(plots, "time", SimpleNamespace(monotonic=lambda: fake.now))
+    monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: fake.now))
     return fake
 
 
@@ -267,44 +268,41 @@ def drawn(figure: Figure) -> tuple[list[float], list[float]]:
 def test_live_loss_is_a_trainer_callback(tmp_path) -> None:
     from transformers import TrainerCallback
 
-    assert isinstance(plots.LiveLoss(RunFolder(tmp_path)), TrainerCallback)
-    assert plots.LiveLoss is plots.LiveLoss
-    with pytest.raises(AttributeError, match="LiveLos"):
-        _ = plots.LiveLos
+    assert isinstance(live.LiveLoss(RunFolder(tmp_path)), TrainerCallback)
 
 
 def test_live_loss_keeps_to_one_display_and_to_two_seconds(tmp_path, notebook) -> None:
-    live, lines = plots.LiveLoss(RunFolder(tmp_path)), log([2.0, 1.9, 1.8, 1.7])[1:]
-    live.on_log(None, state(lines[:1]), None)
+    callback, lines = live.LiveLoss(RunFolder(tmp_path)), log([2.0, 1.9, 1.8, 1.7])[1:]
+    callback.on_log(None, state(lines[:1]), None)
     notebook.now += 1.9
-    live.on_log(None, state(lines[:2]), None)
+    callback.on_log(None, state(lines[:2]), None)
     assert [how for how, _ in notebook.calls] == ["display"]
     notebook.now += 0.2
-    live.on_evaluate(None, state(lines[:11]), None)
-    live.on_train_end(None, state(lines), None)
+    callback.on_evaluate(None, state(lines[:11]), None)
+    callback.on_train_end(None, state(lines), None)
     assert [how for how, _ in notebook.calls] == ["display", "update", "update"]
     assert drawn(notebook.calls[-1][1]) == (list(range(1, 31)), [10, 20, 30])
 
 
 def test_live_loss_shows_an_evaluation_after_the_end(tmp_path, notebook) -> None:
-    live, lines = plots.LiveLoss(RunFolder(tmp_path)), log([2.0, 1.9, 1.8, 1.7])[1:]
-    live.on_train_end(None, state(lines[:-1]), None)
-    live.on_evaluate(None, state(lines), None)
+    callback, lines = live.LiveLoss(RunFolder(tmp_path)), log([2.0, 1.9, 1.8, 1.7])[1:]
+    callback.on_train_end(None, state(lines[:-1]), None)
+    callback.on_evaluate(None, state(lines), None)
     assert drawn(notebook.calls[-1][1])[1] == [10, 20, 30]
 
 
 def test_live_loss_starts_from_the_loss_before_training(tmp_path, notebook) -> None:
     lines = log([2.0, 1.9])
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:4]))
-    plots.LiveLoss(RunFolder(tmp_path)).on_log(None, state(lines[1:5]), None)
+    live.LiveLoss(RunFolder(tmp_path)).on_log(None, state(lines[1:5]), None)
     assert drawn(notebook.calls[0][1]) == ([1, 2, 3, 4], [0])
 
 
 @pytest.mark.parametrize("shell", [None, SimpleNamespace()])
 def test_live_loss_is_silent_without_a_kernel(tmp_path, notebook, monkeypatch, shell) -> None:
     monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: shell)
-    live = plots.LiveLoss(RunFolder(tmp_path))
-    for event in (live.on_log, live.on_evaluate, live.on_train_end):
+    callback = live.LiveLoss(RunFolder(tmp_path))
+    for event in (callback.on_log, callback.on_evaluate, callback.on_train_end):
         event(None, state(log([2.0, 1.9])), None)
     assert notebook.calls == []
 
@@ -317,6 +315,6 @@ def test_live_loss_does_not_import_ipython(tmp_path, monkeypatch) -> None:
         assert not name.startswith("IPython")
         return real(name, *args, **kwargs)
 
-    live = plots.LiveLoss(RunFolder(tmp_path))
+    callback = live.LiveLoss(RunFolder(tmp_path))
     monkeypatch.setattr(builtins, "__import__", refuse)
-    live.on_train_end(None, state(log([2.0, 1.9])), None)
+    callback.on_train_end(None, state(log([2.0, 1.9])), None)

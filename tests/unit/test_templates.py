@@ -73,16 +73,18 @@ def test_a_row_cut_before_its_answer_trains_nothing(words, make_row):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_generation_prompt_is_a_prefix_of_the_row(words, make_row, case):
+def test_the_answer_starts_where_the_generation_prompt_ends(words, make_row, case):
     """Otherwise the model is asked in another way than it was taught."""
     (turns, given), template, _ = CASES[case]
     row = make_row(*turns, given=given)
     config = Config(template=template)
-    ids = encode(row, words, template=template).input_ids
+    example = encode(row, words, template=template)
     for asked in range(1, len(turns), 2):
         prompt = templates.render_prompt(row.messages[:asked], config, words)
         prompt_ids = words(prompt, add_special_tokens=template != "auto")["input_ids"]
-        assert ids[: len(prompt_ids)] == prompt_ids
+        assert example.input_ids[: len(prompt_ids)] == prompt_ids
+        assert example.labels[len(prompt_ids) - 1] == -100
+        assert example.labels[len(prompt_ids)] != -100
 
 
 def test_layouts_as_published(tokenizer, make_row):
