@@ -1,4 +1,4 @@
-"""What is dropped and why, and the split: held-out rows first, then training rows, in an order that depends only on words."""
+"""What is dropped and why, and the split: held-out rows first, then training rows, in an order made of words alone."""
 
 import hashlib
 from collections import Counter

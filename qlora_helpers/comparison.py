@@ -1,6 +1,7 @@
 """Runs against each other on one held-out set: paired intervals, and a verdict in words that follows from them."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def difference(a: str, losses_a: list[RowLoss], b: str, losses_b: list[RowLoss])
     gap = np.array([y.loss_sum - x.loss_sum for x, y in zip(losses_a, losses_b, strict=True)])
     tokens = np.array([row.tokens for row in losses_a], dtype=float)
     value = gap.sum() / tokens.sum()
-    low, high = _interval(gap, tokens) if np.ptp(gap) > 0 else (value, value)
+    low, high = _interval(gap, tokens)
     return Difference(a, b, float(value), float(low), float(high))
 
 
@@ -61,6 +62,8 @@ def _interval(gap: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
 
     if len(gap) < 2:  # one row says nothing about other rows
         return -np.inf, np.inf
+    if np.ptp(gap / tokens) < 1e-12:  # every resample gives the same: there is nothing to correct for
+        return gap.sum() / tokens.sum(), gap.sum() / tokens.sum()
     result = bootstrap(
         (gap, tokens),
         lambda g, t, axis: g.sum(axis=axis) / t.sum(axis=axis),
@@ -77,7 +80,7 @@ def compare(base: RunFolder, experiments: list[RunFolder]) -> dict[str, Any]:
     """The base model and complete runs on one held-out set, as written to `comparison.json`."""
     losses = {"base": _losses(base)} | {run.name: _losses(run) for run in experiments}
     names = list(losses)
-    pairs = [("base", name) for name in names[1:]] + list(zip(names[1:], names[2:], strict=False))
+    pairs = [("base", name) for name in names[1:]] + list(pairwise(names[1:]))
     differences = [difference(a, losses[a], b, losses[b]) for a, b in pairs]
     manifests = {run.name: run.read("manifest.json") for run in experiments}
     first = next(iter(manifests.values()))
@@ -152,7 +155,7 @@ def report_markdown(result: dict[str, Any], figures: list[str]) -> str:
     """`report.md`: the question, the table, the verdicts, the figures, the answers, the limits, the versions."""
     device = result["device"]
     answers = "\n\n".join(
-        f"**{entry['prompt']}**\n\n"
+        f"**Asked:** {_quote(entry['prompt'])}\n\n"
         + "\n".join(f"- *{name}*: {_quote(text)}" for name, text in entry.items() if name != "prompt")
         for entry in result["answers"]
     )
@@ -160,7 +163,7 @@ def report_markdown(result: dict[str, Any], figures: list[str]) -> str:
     return f"""# Did fine-tuning help, and how sure are we?
 
 {result["heldout_rows"]} held-out rows with {result["heldout_tokens"]:,} trained tokens (fingerprint
-`{result["heldout_fingerprint"]}`), none of them trained on. Loss is the mean per trained token, in nats, lower is better.
+`{result["heldout_fingerprint"]}`), none of them trained on. Loss: mean per trained token, in nats; lower is better.
 
 {table_markdown(result)}
 
@@ -186,7 +189,7 @@ only, not of the recipes. The training losses come from different numbers of ste
 
 
 def _quote(text: str) -> str:
-    """An answer on one line, as data: no Markdown or HTML of its own takes effect."""
+    """A text on one line, as data: no Markdown or HTML of its own takes effect."""
     flat = " ".join(text.split()).replace("`", "'")
     return f"`{flat}`" if flat else "(empty)"
 

@@ -6,6 +6,7 @@ Later layers win. One checker looks at names, types and ranges, because papermil
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Config:
     max_length: int = _field(256, "tokens a row may have", low=8)
     over_length: str = _field("truncate", "what happens to longer rows", choices=("truncate", "drop"))
     n_samples: int | None = _field(None, "rows to train on; None takes all usable ones", low=1)
-    n_heldout: int = _field(100, "rows that are never trained on", low=1)
+    n_heldout: int = _field(100, "rows that are never trained on", low=2)
     data_seed: int = _field(0, "decides which rows are held out and which are trained on", low=0)
 
     rank: int = _field(16, "rank r of the adapter", low=1)
@@ -85,12 +86,12 @@ class Config:
     seed: int = _field(0, "adapter's first weights, order of rows, dropout", low=0)
 
     @classmethod
-    def preset(cls, name: str, **changes: Any) -> "Config":
+    def preset(cls, name: str, /, **changes: Any) -> "Config":
         """The published experiment `name`, as published, on a machine with a GPU; `changes` win over it."""
         return cls.from_params(preset=name, profile="gpu", **changes)
 
     @classmethod
-    def from_params(cls, **params: Any) -> "Config":
+    def from_params(cls, /, **params: Any) -> "Config":
         """Resolve notebook or command-line parameters. A parameter that is None leaves the layer below as it is.
 
         `preset` names a published experiment; `profile` is cpu, t4, gpu, or auto, which looks at this machine.
@@ -117,16 +118,8 @@ class Config:
 
         Left out: what only decides where and how fast. How a batch is split over passes is such a thing.
         """
-        beside = (
-            "preset_name",
-            "profile",
-            "memory_limit_gib",
-            "save_steps",
-            "batch_size",
-            "max_new_tokens",
-            "seconds_per_step",
-        )
-        beside += ("gradient_accumulation", "gradient_checkpointing")
+        beside = {"preset_name", "profile", "memory_limit_gib", "save_steps", "max_new_tokens", "seconds_per_step"}
+        beside |= {"batch_size", "gradient_accumulation", "gradient_checkpointing"}
         deciding = {key: value for key, value in self.to_dict().items() if key not in beside}
         deciding["effective_batch"] = self.effective_batch
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
@@ -223,7 +216,7 @@ def _as_kind(name: str, value: Any, kind: Any) -> Any:
             return tuple(value)
         raise UserError(f"{name}: expected names such as q_proj v_proj, got {value!r}.")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value) if abs(value) < 2**1023 else math.inf
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]

@@ -40,7 +40,7 @@ class Device:
 def detect(compute_dtype: str = "auto") -> Device:
     """Look at this machine. `compute_dtype` other than auto overrides the choice, and the reason says so.
 
-    A GPU's capability decides, not `torch.cuda.is_bf16_supported()`, which says yes on a T4 because it can emulate bf16.
+    A GPU's capability decides, not `torch.cuda.is_bf16_supported()`, which says yes on a T4, by emulation.
     """
     import torch
 
@@ -127,5 +127,6 @@ def prove_four_bit(device: Device, size: int = 512) -> dict[str, dict[str, float
             f"bitsandbytes: its 4-bit product is off by {errors['4-bit (NF4)']:.0%}. Mend: reinstall bitsandbytes for "
             "this machine's torch."
         )
-    sizes = {"16-bit": half.nbytes, "4-bit (NF4)": layer.weight.nbytes + layer.weight.quant_state.absmax.nbytes}
+    packed: Any = layer.weight
+    sizes = {"16-bit": half.nbytes, "4-bit (NF4)": packed.nbytes + packed.quant_state.absmax.nbytes}
     return {name: {"relative error": errors[name], "KiB of weights": sizes[name] / 1024} for name in products}

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from qlora_helpers.errors import UserError
 
@@ -36,7 +37,11 @@ def fetch() -> Path:
     import filelock
 
     target = cache_folder() / "smollm2-135m-instruct"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = f"{target.parent} cannot be made ({error.strerror})"
+        raise UserError(f"embedded model: {why}. Mend: set QLORA_CACHE to another folder.") from None
     with filelock.FileLock(f"{target}.lock"):
         if not _is_sound(target):
             if target.exists():
@@ -63,8 +68,8 @@ def _sha256(path: Path) -> str:
 def _build(target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".embedded-") as scratch:
         gguf = Path(os.environ.get("QLORA_EMBEDDED_GGUF") or _download(Path(scratch)))
-        if _sha256(gguf) != GGUF_SHA256:
-            raise UserError(f"embedded model: {gguf} has the wrong sha256. Mend: delete it and run again.")
+        if not gguf.is_file() or _sha256(gguf) != GGUF_SHA256:
+            raise UserError(f"embedded model: {gguf} is missing or damaged (sha256). Mend: delete it and run again.")
         made = Path(scratch) / "model"
         _convert(gguf, made)
         files = {file.name: _sha256(file) for file in sorted(made.iterdir())}
@@ -93,8 +98,8 @@ def _convert(gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print("Making safetensors of it, once …", flush=True)
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, **_dequantize(), dtype=torch.bfloat16)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model: Any = AutoModelForCausalLM.from_pretrained(**source, **_dequantize(), dtype=torch.bfloat16)
     model.hf_quantizer = None  # or save_pretrained would write packed blocks
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

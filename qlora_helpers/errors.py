@@ -11,6 +11,9 @@ class UserError(Exception):
     IPython asks an exception for `_render_traceback_` before it draws one.
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))  # what it quotes may hold newlines
+
     def _render_traceback_(self) -> list[str]:
         return [f"UserError: {self}"]
 

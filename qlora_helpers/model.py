@@ -58,7 +58,7 @@ def attach_lora(base: Any, config: Config) -> Any:
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
-        bias=config.bias,
+        bias=config.bias,  # type: ignore[arg-type]
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(base, lora)
@@ -137,8 +137,8 @@ def _stored_bytes(parameter: Any) -> int:
 
 
 def _keep_trainable_on_cpu(base: Any) -> None:
-    """On CPUs with AVX512_BF16, bitsandbytes repacks 4-bit weights at the first evaluation, on a path without gradients:
-    training would go on without learning. This keeps the path that has them.
+    """On CPUs with AVX512_BF16, bitsandbytes repacks 4-bit weights at the first evaluation, on a path without
+    gradients: training would go on without learning. This keeps the path that has them.
     """
     for module in base.modules():
         if isinstance(module, bnb.nn.Linear4bit):

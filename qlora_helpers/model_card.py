@@ -36,8 +36,8 @@ effective batch of {config.effective_batch}) on {metrics["device"]}, in {metrics
 Data: {config.dataset} (fingerprint {manifest["data"]["source_fingerprint"]}), rows in the layout `{config.template}`,
 at most {config.max_length} tokens; trained tokens: {config.train_on}.
 
-Limits: one seed, one held-out set, loss only. A lower held-out loss says that the answers' wording fits the data better;
-it does not say that they are true. The licence is the base model's.
+Limits: one seed, one held-out set, loss only. A lower held-out loss says that the answers' wording fits the data
+better; it does not say that they are true. The licence is the base model's.
 
 Versions: {versions}.
 """

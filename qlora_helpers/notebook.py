@@ -1,6 +1,7 @@
 """What every notebook does first: take its parameters, check them, and find its work folder."""
 
 import ast
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from qlora_helpers import runs
 from qlora_helpers.config import Config
 
+NUMBERED = re.compile(r"_\d$")
 MARK = "# Parameters"  # the first line of our parameters cells, and of the cell that papermill injects
 
 
@@ -31,7 +33,7 @@ def resolve(namespace: Mapping[str, Any], experiment: int | None = None) -> Setu
     given = _parameters(namespace)
     if experiment is not None:
         own = {name.removesuffix(f"_{experiment}"): v for name, v in given.items() if name.endswith(f"_{experiment}")}
-        given = {name: v for name, v in given.items() if not name[-2:-1] == "_" or not name[-1].isdigit()} | own
+        given = {name: v for name, v in given.items() if not NUMBERED.search(name)} | own
     work, run_name = given.pop("workdir", None), given.pop("run_name", None)
     return Setup(Config.from_params(**given), runs.workdir(work), run_name)
 

@@ -66,7 +66,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """All rows of a file that this package wrote."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ def find(folder: Path, identity: dict[str, str]) -> RunFolder | None:
 
 
 def choose(folder: Path, name: str, identity: dict[str, str]) -> RunFolder:
-    """The folder a run goes to: an equal run is taken up whatever its name; else `name`, with a suffix where another
-    config's run has it, so that nothing is overwritten.
+    """The folder a run goes to: `name`, if it is free or holds an equal run. Where another run has it, an equal one
+    under any name, or `name` with a suffix: nothing is overwritten.
     """
     named = RunFolder(folder / name)
     if named.identity() in (None, identity):
@@ -130,15 +130,18 @@ def choose(folder: Path, name: str, identity: dict[str, str]) -> RunFolder:
     return find(folder, identity) or RunFolder(folder / f"{name}-{short_hash(identity)[:8]}")
 
 
-def check_free(run: RunFolder, config: Config) -> None:
-    """Raise `UserError` if the folder holds a run of another config, naming the settings that differ."""
-    if run.identity() is None or run.identity()["config"] == config.identity:  # type: ignore[index]
+def check_free(run: RunFolder, config: Config, identity: dict[str, str] | None = None) -> None:
+    """Raise `UserError` if the folder holds another run, naming what differs; the data too, if `identity` is given."""
+    found = run.identity()
+    wanted = identity or {"config": config.identity}
+    differ = [key for key in wanted if found and found.get(key) != wanted[key]]
+    if not differ:
         return
     there, here = run.read("config.json")["config"], config.to_dict()
-    differ = [f"{key} {there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]]
+    what = [f"{key} {there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]]
+    why = "; ".join(what[:3]) if "config" in differ else "its rows have changed"
     raise UserError(
-        f"run folder: {run.path} holds a run of another config ({'; '.join(differ[:3])}). "
-        "Mend: choose another output folder, or delete that one."
+        f"run folder: {run.path} holds another run ({why}). Mend: choose another output folder, or delete that one."
     )
 
 

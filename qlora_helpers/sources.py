@@ -119,9 +119,9 @@ def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
             raise UserError(f"dataset: {path} holds no list of rows. Mend: make it [{{…}}, {{…}}].")
         yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
         return
-    for number, line in enumerate(content.split("\n"), 1):
-        if line.strip():
-            yield f"line {number}", _json(line, path, number)
+    for number, text in enumerate(content.split("\n"), 1):
+        if text.strip():
+            yield f"line {number}", _json(text, path, number)
 
 
 def _json(text: str, path: Path, line: int) -> Any:
@@ -179,6 +179,8 @@ def _turns(record: Any, layout: str) -> list[Message]:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{type(value).__name__} where text should be")
+    if any("\ud800" <= char <= "\udfff" for char in value):  # half of a pair: no encoder takes it
+        raise ValueError("broken encoding")
     return value
 
 

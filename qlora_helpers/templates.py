@@ -46,7 +46,7 @@ def render(messages: tuple[Message, ...], config: Config, tokenizer: Any) -> tup
 
 
 def render_prompt(messages: tuple[Message, ...], config: Config, tokenizer: Any) -> str:
-    """Text that ends where the answer has to begin. The gap after the marker is the model's to write, as in training."""
+    """Text that ends where the answer begins: the gap after the marker is the model's to write, as in training."""
     if config.template == "auto":
         return _apply_chat(messages, config, tokenizer, add_generation_prompt=True)
     eos = tokenizer.eos_token
@@ -95,7 +95,7 @@ def _render_chat(messages: tuple[Message, ...], config: Config, tokenizer: Any) 
         after = _apply_chat(messages[: number + 1], config, tokenizer).rstrip()
         if not (text.startswith(before) and text.startswith(after)):
             raise UserError(
-                f"template: the chat template of {config.model} rewrites earlier turns, so its answers cannot be found. "
+                f"template: the chat template of {config.model} rewrites earlier turns: its answers cannot be found. "
                 "Mend: template=guanaco or template=instruction."
             )
         spans.append((len(before), len(after)))
@@ -119,15 +119,21 @@ def encode(rows: list[Row], config: Config, tokenizer: Any) -> list[Example]:
 
 
 def _example(row: Row, text: str, spans: list[Span], ids: list[int], offsets: list[Span], config: Config) -> Example:
-    if config.train_on == "all":
-        labels = list(ids)
-    else:
-        labels = [
-            token if end > start and any(a <= start and end <= b for a, b in spans) else IGNORE
-            for token, (start, end) in zip(ids, offsets, strict=True)
-        ]
+    labels = list(ids) if config.train_on == "all" else _answer_labels(ids, offsets, spans)
     keep = config.max_length
     return Example(row, text, ids[:keep], labels[:keep], offsets[:keep], max(0, len(ids) - keep))
+
+
+def _answer_labels(ids: list[int], offsets: list[Span], spans: list[Span]) -> list[int]:
+    """Token ids inside the spans, -100 elsewhere. Some tokenizers trim spaces from their offsets, so a token starts
+    where the one before it ended, unless both are parts of one character.
+    """
+    labels, previous = [], 0
+    for token, (start, end) in zip(ids, offsets, strict=True):
+        begin = start if start < end <= previous else previous
+        labels.append(token if any(a <= begin < b and end <= b for a, b in spans) else IGNORE)
+        previous = max(previous, end)
+    return labels
 
 
 @dataclass(frozen=True)
@@ -161,8 +167,8 @@ class LabelView:
 def show_labels(example: Example, tokenizer: Any) -> LabelView:
     """What one row teaches. The end token is the one with the tokenizer's end-of-sequence id, where it is trained."""
     pieces, shown = [], 0
-    for token, label, (start, end) in zip(example.input_ids, example.labels, example.offsets, strict=True):
+    for token, label, (_, end) in zip(example.input_ids, example.labels, example.offsets, strict=True):
         kind = "masked" if label == IGNORE else "end" if token == tokenizer.eos_token_id else "trained"
-        pieces.append((kind, example.text[max(start, shown) : end]))  # several tokens may share one character
+        pieces.append((kind, example.text[shown:end]))  # tokens tile the text; several may share one character
         shown = max(shown, end)
     return LabelView(pieces)

@@ -39,6 +39,7 @@ def train(
     """
     me = identity(config, data)
     with runs.lock(run):
+        runs.check_free(run, config, me)
         if run.complete:
             print(f"{run.path} is complete: nothing to train.")
             return run
@@ -97,7 +98,7 @@ class QloraTrainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The library's checkpoint without TRL's model card, sealed when it is whole."""
         Trainer._save_checkpoint(self, model, trial)
-        runs.seal(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.identity)
+        runs.seal(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}", self.identity)
 
 
 class LogWriter(TrainerCallback):
@@ -256,7 +257,8 @@ def _fit(trainer: QloraTrainer, run: RunFolder, me: dict[str, str]) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    moved = any(p.detach().abs().max() > 0 for name, p in trainer.model.named_parameters() if "lora_B" in name)
+    model: Any = trainer.model
+    moved = any(p.detach().abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
     if not moved:
         raise UserError(
             "training: the adapter has not moved from its first weights. Mend: more steps or a higher learning_rate."
@@ -272,10 +274,13 @@ def _save_results(
     run: RunFolder,
     base_losses: list[RowLoss],
 ) -> None:
-    """Adapter, tokenizer, model card, answers and losses; `metrics.json` last, since it says that the run is complete."""
-    model, state = trainer.model, trainer.state
+    """Adapter, tokenizer, model card, answers and losses; `metrics.json` last, since it says that all is there."""
+    model: Any = trainer.model
+    state = trainer.state
     peak = peak_memory_gib(device)
-    if trainer.heldout_step != state.global_step or config.keep_best:
+    if config.keep_best:  # the best weights are back: measured, but no step of their own in the log
+        trainer.heldout_rows = evaluation.heldout_losses(model, data.heldout, device)
+    elif trainer.heldout_step != state.global_step:
         trainer.evaluate()
     runs.write_jsonl(run / "heldout_losses.jsonl", evaluation.to_rows(trainer.heldout_rows))
     prompts = evaluation.answer_prompts(data.heldout)

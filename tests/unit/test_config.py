@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from qlora_helpers import Config, UserError
 from qlora_helpers.config import preset_names
+from qlora_helpers.runs import ROOT
 
 GUANACO = {
     "model": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
@@ -222,10 +223,12 @@ names = st.sampled_from([f.name for f in dataclasses.fields(Config) if f.name !=
 @example({"preset": []})
 @hypothesis_settings(max_examples=300)
 def test_any_parameters_give_a_config_or_one_line(params):
+    message = "fine"
     try:
-        assert isinstance(Config.from_params(profile="cpu", **params), Config)
+        Config.from_params(profile="cpu", **params)
     except UserError as error:
-        assert len(str(error).splitlines()) == 1
+        message = str(error)
+    assert len(message.splitlines()) == 1
 
 
 @pytest.mark.parametrize("value", ["no\nsuch", "no such"])
@@ -235,5 +238,5 @@ def test_an_unknown_profile_is_one_line(value):
 
 def test_importing_the_package_does_not_import_torch():
     code = "import sys, qlora_helpers; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

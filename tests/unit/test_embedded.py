@@ -65,7 +65,7 @@ def test_a_damaged_copy_is_made_anew(steps, capsys, damage):
 
 def test_a_file_with_another_sha256_is_refused(steps, monkeypatch):
     monkeypatch.setattr(embedded, "GGUF_SHA256", "0" * 64)
-    with pytest.raises(UserError, match="wrong sha256"):
+    with pytest.raises(UserError, match="sha256"):
         embedded.fetch()
     assert steps == ["download"]
     assert leftovers() == []
@@ -92,7 +92,7 @@ def test_a_file_at_hand_is_not_downloaded(steps, tmp_path, monkeypatch):
 
 def test_a_file_at_hand_that_is_not_there(steps, tmp_path, monkeypatch):
     monkeypatch.setenv("QLORA_EMBEDDED_GGUF", str(tmp_path / "none.gguf"))
-    with pytest.raises(UserError, match="none.gguf"):
+    with pytest.raises(UserError, match=r"none\.gguf"):
         embedded.fetch()
 
 

@@ -70,7 +70,7 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
     [
         ({}, "exp1"),
         ({"exp1": ME}, "exp1"),
-        ({"mine": ME}, "mine"),
+        ({"mine": ME}, "exp1"),
         ({"exp1": OTHER, "mine": ME}, "mine"),
         ({"exp1": ME, "mine": ME}, "exp1"),
     ],
@@ -119,8 +119,8 @@ def test_a_second_process_is_turned_away(tmp_path):
     )
     command = [sys.executable, "-c", code, str(run.path)]
     with runs.lock(run):
-        held = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    free = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        held = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
+    free = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
     assert "in use by another process" in held
     assert free.strip() == "in"
 

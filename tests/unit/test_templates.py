@@ -1,7 +1,6 @@
 """Which tokens are trained: against strings written by hand, so that the labels are not checked with their own code."""
 
 import pytest
-from conftest import make_tokenizer
 
 from qlora_helpers import Config, UserError, templates
 
@@ -25,7 +24,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module", params=["plain", "llama3"])
-def words(request):
+def words(request, make_tokenizer):
     """Both kinds of tokenizer that the presets meet."""
     return make_tokenizer(request.param)
 
@@ -96,7 +95,7 @@ def test_layouts_as_published(tokenizer, make_row):
     assert templates.render(row.messages, system, tokenizer)[0].startswith("<|im_start|>system\nBe kind.</s>\n")
 
 
-def test_spaces_are_trained_whatever_the_tokenizer_says_of_them(make_row):
+def test_spaces_are_trained_whatever_the_tokenizer_says_of_them(make_row, make_tokenizer):
     """Where offsets leave spaces out, a token of spaces only has an empty span."""
     (turns, _), template, want = CASES["chat, code"]
     trimming = make_tokenizer("trimmed")
@@ -117,7 +116,7 @@ def test_no_rows_give_no_examples(tokenizer):
         ("{% for m in messages %}{{ loop.length }}{{ m['content'] }}{% endfor %}", "rewrites earlier turns"),
     ],
 )
-def test_chat_templates_that_cannot_be_used(make_row, template, says):
+def test_chat_templates_that_cannot_be_used(make_row, make_tokenizer, template, says):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=says):

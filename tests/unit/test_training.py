@@ -233,17 +233,22 @@ def test_a_run_cut_off_after_its_last_step_is_only_finished(trained, train, tmp_
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(training, "_save_results", interrupt)
-        train(run)
-    train(run)
+        with pytest.raises(KeyboardInterrupt):
+            train(run)
+    count = Count()
+    train(run, [count])
+    assert count.steps == 0
     assert same(adapter(run), adapter(trained.run))
     assert run.read("metrics.json")["eval_loss"] == trained.run.read("metrics.json")["eval_loss"]
 
 
 def test_the_seed_decides_the_result(trained, train):
     assert same(adapter(train()), adapter(trained.run))
-    assert not same(adapter(train(seed=1)), adapter(trained.run))
+    other = train(seed=1)
+    assert not same(adapter(other), adapter(trained.run))
+    assert steps(other)[0]["loss"] != steps(trained.run)[0]["loss"]  # other rows come first
 
 
 def test_how_a_batch_is_split_hardly_matters(train):
@@ -265,15 +270,25 @@ def test_checkpointing_gradients_changes_nothing(train):
 @pytest.mark.parametrize("recipe", [{"lr_scheduler": "cosine", "warmup_ratio": 0.25}, {"lr_scheduler": "constant"}])
 def test_the_best_checkpoint_is_the_result(train, data, config, recipe):
     # a learning rate this high passes the lowest held-out loss on the way
-    run = train(keep_best=True, early_stopping_patience=2, learning_rate=0.5, **recipe)
-    held = [line["eval_loss"] for line in steps(run, "eval_loss") if line["step"]]
+    run = train(keep_best=True, early_stopping_patience=2, learning_rate=0.5, save_steps=50, epochs=10, **recipe)
     metrics = run.read("metrics.json")
+    held = [line["eval_loss"] for line in steps(run, "eval_loss")[1 : metrics["steps"] + 1]]
     assert metrics["eval_loss"] == pytest.approx(min(held), rel=1e-6)
-    assert metrics["eval_loss"] < max(held)
+    assert metrics["eval_loss"] < held[-1]
     device = detect(config.compute_dtype)
     loaded = model.load_adapter(model.load_base(config, device), run.adapter)
     again = evaluation.mean_loss(evaluation.heldout_losses(loaded, data.heldout, device))
     assert again == pytest.approx(metrics["eval_loss"], rel=1e-5)
+
+
+def test_a_cut_off_run_still_knows_its_best(train, tmp_path):
+    recipe = {"keep_best": True, "learning_rate": 0.5, "lr_scheduler": "constant", "save_steps": 50}
+    whole, run = train(**recipe), RunFolder(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        train(run, [Interrupt(5)], **recipe)
+    train(run, **recipe)
+    assert same(adapter(run), adapter(whole))
+    assert without_timing(run.read("metrics.json")) == without_timing(whole.read("metrics.json"))
 
 
 def test_keeping_the_best_logs_each_step_once(train):
