@@ -1,5 +1,6 @@
 """Where model files come from: the embedded model, a folder, or a model hub at a pinned revision."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ def from_pretrained(loader: Any, config: Config, **options: Any) -> Any:
     """`loader.from_pretrained` for the config's model. Raises `UserError` if it cannot be had."""
     source: str | Path = config.model
     if config.model == EMBEDDED_MODEL:
-        source = embedded.fetch()
+        source = _embedded_folder()
     elif Path(config.model).expanduser().is_dir():
         source = Path(config.model).expanduser()
     else:
@@ -25,6 +26,12 @@ def from_pretrained(loader: Any, config: Config, **options: Any) -> Any:
             f"model: '{config.model}' is neither a model folder nor to be had from the hub ({why}). Mend: check the "
             f"name and the connection, or pass model=FOLDER, or model={EMBEDDED_MODEL}."
         ) from None
+
+
+@cache
+def _embedded_folder() -> Path:
+    """Checked once a process: it is 270 MB to hash."""
+    return embedded.fetch()
 
 
 def load_tokenizer(config: Config) -> Any:
