@@ -12,6 +12,7 @@ import typing
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from textwrap import shorten
 from typing import Any
 
 from qlora_helpers.errors import UserError, nearest
@@ -137,15 +138,18 @@ class Config:
         return self.epochs * -(-n_rows // self.effective_batch)
 
     def minutes(self, n_rows: int) -> str:
-        """Rough training time in words. Measured for TinyLlama (GPU) and the embedded model (CPU) only."""
-        return f"about {max(1, round(self.steps(n_rows) * self.seconds_per_step / 60))} min"
+        """Rough training time in words, from a step of the profile's own model: larger ones take longer."""
+        minutes = max(1, round(self.steps(n_rows) * self.seconds_per_step / 60))
+        return f"about {minutes} min (with the profile's own model)"
 
     def __str__(self) -> str:
+        """A line a setting, no wider than a notebook's cell; long values leave no room for words."""
         lines = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             shown = ", ".join(value) if isinstance(value, tuple) else str(value)
-            lines.append(f"{field.name:<25}{shown:<44}  {field.metadata['help']}")
+            words = "" if len(shown) > 22 else f"  {shorten(field.metadata['help'], 40, placeholder=' …')}"
+            lines.append(f"{field.name:<24}{shown:<22}{words}".rstrip())
         return "\n".join(lines)
 
 

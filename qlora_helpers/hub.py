@@ -1,8 +1,11 @@
 """Where model files come from: the embedded model, a folder, or a model hub at a pinned revision."""
 
+import socket
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from qlora_helpers import embedded
 from qlora_helpers.config import EMBEDDED_MODEL, Config
@@ -17,7 +20,7 @@ def from_pretrained(loader: Any, config: Config, **options: Any) -> Any:
     elif Path(config.model).expanduser().is_dir():
         source = Path(config.model).expanduser()
     else:
-        options["revision"] = config.revision
+        options |= {"revision": config.revision, "local_files_only": not reachable()}
     try:
         return loader.from_pretrained(source, **options)
     except (OSError, ValueError) as error:  # ValueError: a folder that holds no model
@@ -26,6 +29,20 @@ def from_pretrained(loader: Any, config: Config, **options: Any) -> Any:
             f"model: '{config.model}' is neither a model folder nor to be had from the hub ({why}). Mend: check the "
             f"name and the connection, or pass model=FOLDER, or model={EMBEDDED_MODEL}."
         ) from None
+
+
+@cache
+def reachable() -> bool:
+    """Whether the hub answers: without this look, the libraries try for most of a minute before they say so."""
+    from huggingface_hub import constants
+
+    if getproxies():  # a proxy looks names up itself
+        return True
+    try:
+        socket.create_connection((urlsplit(constants.ENDPOINT).hostname, 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 @cache

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_helpers import cleaning, hub, runs
-from qlora_helpers.config import EMBEDDED_MODEL, Config
+from qlora_helpers.config import Config
 from qlora_helpers.errors import UserError
 from qlora_helpers.runs import RunFolder
 
@@ -98,5 +98,4 @@ def _check(run: RunFolder, **params: Any) -> None:
     """Resolve the config and prepare its data here, so that bad input is found before anything is written."""
     config = Config.from_params(**params)
     runs.check_free(run, config)
-    if config.model == EMBEDDED_MODEL or Path(config.model).expanduser().is_dir():
-        cleaning.prepare(config, hub.load_tokenizer(config))
+    cleaning.prepare(config, hub.load_tokenizer(config))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_helpers import hub
 from qlora_helpers.config import SAMPLE_DATA, Config
 from qlora_helpers.errors import UserError
 from qlora_helpers.runs import ROOT
@@ -90,6 +91,8 @@ def _is_path(dataset: str) -> bool:
 def _from_hub(name: str, revision: str) -> Iterator[tuple[str, Any]]:
     import datasets
 
+    if not hub.reachable():
+        datasets.config.HF_HUB_OFFLINE = True  # the cache, or an error at once
     try:
         rows = datasets.load_dataset(name, revision=revision, split="train")
     except Exception as error:  # datasets raises many kinds: no network, no such id, no such revision, gated

@@ -3,6 +3,7 @@
 usage: python tooling/store_outputs.py [NAME …]     (default: all of them)
 """
 
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -30,7 +31,9 @@ def clean(path: Path, target: Path) -> None:
 
 def main(names: list[str]) -> None:
     """Each notebook in one work folder, so that 07 finds the runs of 05 and 06."""
-    work = Path(tempfile.mkdtemp(prefix="qlora-demo-"))
+    work = Path(tempfile.gettempdir()) / "qlora-demo"  # stored outputs name it: a random one would change each time
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
     for name in names or sorted(path.stem for path in series.notebooks_folder().glob("*.ipynb")):
         executed = work / f"{name}.ipynb"
         series.execute(name, executed, {"profile": "cpu", "workdir": str(work)}, name)

@@ -109,7 +109,7 @@ def test_the_two_experiments_differ_in_rows_only():
 
 
 @pytest.mark.parametrize(
-    ("preset", "rows"), [("tinyllama-guanaco-100", 32), ("tinyllama-guanaco-200", 64), ("llama31-8b", 64)]
+    ("preset", "rows"), [("tinyllama-guanaco-100", 24), ("tinyllama-guanaco-200", 48), ("llama31-8b", 48)]
 )
 def test_cpu_profile_shrinks_the_experiment(preset, rows):
     config = Config.from_params(preset=preset, profile="cpu")

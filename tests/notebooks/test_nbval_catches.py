@@ -1,0 +1,35 @@
+"""nbval on the stored notebook 02 must turn red when the package does the wrong thing."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FAULTS = {
+    "the wrong turn is masked": ("templates.py", "spans.append((start, len(text)))", "spans.append((0, start))"),
+    "another split": ("cleaning.py", '_digest(f"{data_seed}\\n{row.prompt}")', '_digest(f"{row.prompt}{data_seed}")'),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_a_planted_fault_turns_nbval_red(tmp_path, fault):
+    for part in ("qlora_helpers", "data", "notebooks", "conftest.py", "pyproject.toml"):
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / part)
+        else:
+            shutil.copy(source, tmp_path / part)
+    if fault:
+        name, right, wrong = FAULTS[fault]
+        module = tmp_path / "qlora_helpers" / name
+        assert right in module.read_text("utf-8")
+        module.write_text(module.read_text("utf-8").replace(right, wrong), "utf-8")
+    words = ["pytest", "--nbval", "--nbval-current-env", "-p", "no:cacheprovider", "notebooks/02_load_data.ipynb"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "QLORA_WORKDIR": str(tmp_path / "runs")}
+    done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert (done.returncode == 0) == (fault is None), done.stdout[-2000:]
