@@ -50,7 +50,7 @@ def attach_lora(base: Any, config: Config) -> Any:
 
     Raises `UserError` if the model has no layer of an asked-for name.
     """
-    _check_targets(base, config)
+    check_targets(base, config)
     targets = "all-linear" if config.target_modules == ALL_LINEAR else list(config.target_modules)
     set_seed(config.seed)
     lora = LoraConfig(
@@ -64,6 +64,24 @@ def attach_lora(base: Any, config: Config) -> Any:
     model = get_peft_model(base, lora)
     train_in_float32(model)
     return model
+
+
+def check_targets(base: Any, config: Config) -> None:
+    """Raise `UserError` if the model has no linear layer of an asked-for name; lists those it has."""
+    if config.target_modules == ALL_LINEAR:
+        return
+    head = base.get_output_embeddings()
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    for target in config.target_modules:
+        if target not in linear:
+            raise UserError(
+                f"target_modules: {config.model} has no linear layer '{target}'. "
+                f"Mend: choose from {', '.join(sorted(linear))}, or all-linear."
+            )
 
 
 def load_adapter(base: Any, adapter: Path) -> Any:
@@ -143,20 +161,3 @@ def _keep_trainable_on_cpu(base: Any) -> None:
     for module in base.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def _check_targets(base: Any, config: Config) -> None:
-    if config.target_modules == ALL_LINEAR:
-        return
-    head = base.get_output_embeddings()
-    linear = {
-        name.rsplit(".", 1)[-1]
-        for name, module in base.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    }
-    for target in config.target_modules:
-        if target not in linear:
-            raise UserError(
-                f"target_modules: {config.model} has no linear layer '{target}'. "
-                f"Mend: choose from {', '.join(sorted(linear))}, or all-linear."
-            )

@@ -18,7 +18,7 @@ from qlora_helpers.config import Config
 from qlora_helpers.device import Device, detect, limit_memory, peak_memory_gib
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import RowLoss
-from qlora_helpers.model import attach_lora, load_base, train_in_float32
+from qlora_helpers.model import attach_lora, check_targets, load_base, train_in_float32
 from qlora_helpers.runs import RunFolder
 
 FP16_SCALE = 1024.0  # the default, 65536, overflows at first: the scaler would skip the first steps
@@ -45,8 +45,9 @@ def train(
             return run
         device = detect(config.compute_dtype)
         limit_memory(device, config.memory_limit_gib)
-        runs.write_json(run / "config.json", {"identity": me, "config": config.to_dict()})
         base = load_base(config, device)
+        check_targets(base, config)
+        runs.write_json(run / "config.json", {"identity": me, "config": config.to_dict()})
         base_losses = baseline(base, config, data, tokenizer, device, run.path.parent)
         _write_manifest(run, config, device, data, base)
         model = attach_lora(base, config)

@@ -1,0 +1,59 @@
+"""Each notebook alone in an empty work folder, and a run that is killed and goes on: minutes each."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"profile": "cpu", "n_heldout": 4, "epochs": 1}
+SAMPLES = {"07_compare": {"n_samples_1": 4, "n_samples_2": 8}}
+
+
+def papermill(name, folder, **params):
+    words = [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / f"{name}.ipynb"), str(folder / "out.ipynb")]
+    for key, value in params.items():
+        words += ["-p", key, str(value)]
+    env = {key: value for key, value in os.environ.items() if key != "QLORA_WORKDIR"}
+    return subprocess.Popen(
+        [*words, "-k", "python3"], cwd=folder, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb")))
+def test_each_notebook_runs_alone(tmp_path, name):
+    params = SMALL | SAMPLES.get(name, {"n_samples": 4}) | {"workdir": tmp_path / "work"}
+    run = papermill(name, tmp_path, **params)
+    _, stderr = run.communicate()
+    assert run.returncode == 0, stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_with_the_same_adapter(tmp_path):
+    adapters = []
+    for kill in (False, True):
+        folder = tmp_path / f"kill-{kill}"
+        folder.mkdir()
+        params = SMALL | {"n_samples": 16, "save_steps": 1, "workdir": folder / "work"}
+        run = papermill("05_train_exp1", folder, **params)
+        if kill:
+            while not (folder / "work" / "exp1" / "checkpoints" / "checkpoint-2" / "complete.json").exists():
+                assert run.poll() is None
+                time.sleep(0.05)
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+            assert not (folder / "work" / "exp1" / "metrics.json").exists()
+            time.sleep(2)  # the kernel, in a group of its own, notices that its parent is gone
+            run = papermill("05_train_exp1", folder, **params)
+        _, stderr = run.communicate()
+        assert run.returncode == 0, stderr[-2000:]
+        adapters.append((folder / "work" / "exp1" / "adapter" / "adapter_model.safetensors").read_bytes())
+        steps = [json.loads(line) for line in (folder / "work" / "exp1" / "log.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in steps if "loss" in line] == [1, 2, 3, 4]
+    assert adapters[0] == adapters[1]

@@ -1,0 +1,27 @@
+"""Rows that nobody here wrote: set QLORA_TEST_ROWS to files (separated by `:`) to run them through the data path."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from qlora_helpers import cleaning, templates
+from qlora_helpers.config import Config
+
+FILES = [name for name in os.environ.get("QLORA_TEST_ROWS", "").split(os.pathsep) if name]
+
+
+@pytest.mark.skipif(not FILES, reason="set QLORA_TEST_ROWS=FILE[:FILE…] to test on rows of your own")
+@pytest.mark.parametrize("name", FILES, ids=lambda name: Path(name).stem)
+@pytest.mark.parametrize("template", ["guanaco", "instruction", "auto"])
+def test_rows_come_out_whole(name, template, tokenizer):
+    config = Config.from_params(profile="cpu", dataset=name, template=template, n_samples=50, max_length=4096)
+    data = cleaning.prepare(config, tokenizer)
+    counts = data.counts()
+    parts = sum(n for key, n in counts.items() if key not in ("rows read", "train, cut at the token limit"))
+    assert counts["rows read"] == parts
+    for example in data.train + data.heldout:
+        text, spans = templates.render(example.row.messages, config, tokenizer)
+        pieces = templates.show_labels(example, tokenizer).pieces
+        if not example.cut:
+            assert "".join(piece for kind, piece in pieces if kind != "masked") == "".join(text[a:b] for a, b in spans)
