@@ -2,7 +2,6 @@
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """Tell nbval's cells which kinds of output not to compare."""
-    for item in items:
-        if hasattr(item, "skip_compare"):
-            item.skip_compare = (*item.skip_compare, "stderr", "text/html")
+    """Tell nbval's files which kinds of output not to compare."""
+    for file in {item.parent for item in items if hasattr(item.parent, "skip_compare")}:
+        file.skip_compare = (*file.skip_compare, "stderr", "text/html")

@@ -9,6 +9,7 @@ from typing import Any
 
 from qlora_helpers import runs
 from qlora_helpers.config import Config
+from qlora_helpers.errors import UserError
 
 NUMBERED = re.compile(r"_\d$")
 MARK = "# Parameters"  # the first line of our parameters cells, and of the cell that papermill injects
@@ -39,11 +40,16 @@ def resolve(namespace: Mapping[str, Any], experiment: int | None = None) -> Setu
 
 
 def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of all names that a parameters cell assigns: ours, and the one papermill put after it."""
-    names: dict[str, Any] = {}
-    for source in namespace["In"]:
+    """Values of the parameters: the names that our cell annotates, and those that papermill's cell assigns.
+
+    The first are in `__annotations__`, which Python keeps; the second in IPython's history of inputs.
+    """
+    names = set(namespace.get("__annotations__", {}))
+    for source in namespace.get("In", []):
         if source.lstrip().startswith(MARK):
             for node in ast.parse(source).body:
                 targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-                names |= {t.id: namespace[t.id] for t in targets if isinstance(t, ast.Name)}
-    return names
+                names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    if not names:
+        raise UserError("parameters: none found. Mend: run the cell that begins with '# Parameters' first.")
+    return {name: namespace[name] for name in names}

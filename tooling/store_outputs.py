@@ -3,6 +3,7 @@
 usage: python tooling/store_outputs.py [NAME …]     (default: all of them)
 """
 
+import itertools
 import shutil
 import sys
 import tempfile
@@ -19,10 +20,15 @@ def clean(path: Path, target: Path) -> None:
     notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info")}
     notebook.metadata["language_info"] = {"name": "python"}
     notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    counts = itertools.count(1)  # papermill's own cell had one
     for cell in notebook.cells:
         tags = cell.metadata.get("tags")
         cell.metadata = {"tags": tags} if tags else {}
+        if cell.cell_type == "code":
+            cell.execution_count = next(counts)
         for output in cell.get("outputs", []):
+            if "execution_count" in output:
+                output.execution_count = cell.execution_count
             output.get("metadata", {}).clear()
             output.pop("transient", None)
     nbformat.validate(notebook)
