@@ -78,7 +78,7 @@ def test_comparison_and_report(series):
 def test_run_again_reuses_and_another_config_is_refused(series):
     out, words, _ = series
     before = (out / "exp1" / "metrics.json").stat().st_mtime_ns
-    refused = command(*words[:4], 12, 16, *words[6:], "--out", out, cwd=out.parent)
+    refused = command(*words[:5], 12, 16, *words[7:], "--out", out, cwd=out.parent)
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
     assert "n_samples 8 there, 12 here" in refused.stderr
