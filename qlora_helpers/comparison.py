@@ -9,7 +9,7 @@ import numpy as np
 
 from qlora_helpers import runs
 from qlora_helpers.errors import UserError
-from qlora_helpers.evaluation import RowLoss, mean_loss
+from qlora_helpers.evaluation import RowLoss, mean_loss, read_losses
 from qlora_helpers.runs import RunFolder
 
 RESAMPLES = 10_000
@@ -78,7 +78,7 @@ def _interval(gap: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
 
 def compare(base: RunFolder, experiments: list[RunFolder]) -> dict[str, Any]:
     """The base model and complete runs on one held-out set, as written to `comparison.json`."""
-    losses = {"base": _losses(base)} | {run.name: _losses(run) for run in experiments}
+    losses = {"base": read_losses(base)} | {run.name: read_losses(run) for run in experiments}
     names = list(losses)
     pairs = [("base", name) for name in names[1:]] + list(pairwise(names[1:]))
     differences = [difference(a, losses[a], b, losses[b]) for a, b in pairs]
@@ -95,13 +95,6 @@ def compare(base: RunFolder, experiments: list[RunFolder]) -> dict[str, Any]:
         "differences": [{**vars(d), "verdict": d.verdict, "text": str(d)} for d in differences],
         "answers": _answers(base, experiments),
     }
-
-
-def _losses(run: RunFolder) -> list[RowLoss]:
-    path = run / "heldout_losses.jsonl"
-    if not path.exists():
-        raise UserError(f"run folder: {run.path} is not complete. Mend: run its notebook to the end.")
-    return [RowLoss(**row) for row in runs.read_jsonl(path)]
 
 
 def _line(name: str, losses: list[RowLoss], run: RunFolder, metrics: dict[str, Any] | None) -> dict[str, Any]:

@@ -5,8 +5,11 @@ from typing import Any
 
 import torch
 
+from qlora_helpers import runs
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device
+from qlora_helpers.errors import UserError
+from qlora_helpers.runs import RunFolder
 from qlora_helpers.templates import IGNORE, Example, render_prompt
 
 PUBLISHED_PROMPTS = ("Explain what is a variable in programming.", "How do computers store data?")
@@ -113,3 +116,11 @@ def _describe(prompt: str, ids: list[int], tokenizer: Any) -> dict[str, Any]:
 def to_rows(losses: list[RowLoss]) -> list[dict[str, Any]]:
     """Plain values, as written to `heldout_losses.jsonl`."""
     return [asdict(loss) for loss in losses]
+
+
+def read_losses(run: RunFolder) -> list[RowLoss]:
+    """Per-row held-out losses of a run or of the base, as `to_rows` wrote them."""
+    path = run / "heldout_losses.jsonl"
+    if not path.exists():
+        raise UserError(f"run folder: {run.path} is not complete. Mend: run its notebook to the end.")
+    return [RowLoss(**row) for row in runs.read_jsonl(path)]

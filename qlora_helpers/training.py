@@ -59,14 +59,14 @@ def train(
 
 
 class QloraTrainer(SFTTrainer):
-    """SFTTrainer with four changes, each of a few lines; the training loop is the library's."""
+    """SFTTrainer with five changes, each of a few lines; the training loop is the library's."""
 
     device_: Device
     heldout: list[Any]
     identity: dict[str, str]
     heldout_rows: list[RowLoss]
     heldout_step = -1
-    _started = 0.0
+    _seconds = 0.0
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The library's loss without TRL's entropy and accuracy, which cost a tenth of a step on a CPU."""
@@ -78,13 +78,13 @@ class QloraTrainer(SFTTrainer):
         loss = super().training_step(*args, **kwargs)
         if self.device_.kind == "cuda":
             torch.cuda.synchronize()
-        self._started += time.perf_counter() - started
+        self._seconds += time.perf_counter() - started
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Each step's line also says how long it took; the trainer's state keeps it through a restart."""
         if "loss" in logs:
-            logs["seconds"], self._started = self._started, 0.0
+            logs["seconds"], self._seconds = self._seconds, 0.0
         Trainer.log(self, logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -220,7 +220,7 @@ def baseline(base: Any, config: Config, data: Data, tokenizer: Any, device: Devi
         runs.write_jsonl(where / "answers.jsonl", answers)
         losses = evaluation.heldout_losses(base, data.heldout, device)
         runs.write_jsonl(where / "heldout_losses.jsonl", evaluation.to_rows(losses))
-    return read_losses(where)
+    return evaluation.read_losses(where)
 
 
 def baseline_folder(config: Config, data: Data, device: Device, folder: Path) -> RunFolder:
@@ -229,11 +229,6 @@ def baseline_folder(config: Config, data: Data, device: Device, folder: Path) ->
     depends = [getattr(config, key) for key in (*keys, "max_new_tokens")]
     depends += [device.dtype, data.heldout_fingerprint]
     return RunFolder(folder / f"base-{runs.short_hash(depends)}")
-
-
-def read_losses(run: RunFolder) -> list[RowLoss]:
-    """Per-row held-out losses of a run or of the base."""
-    return [RowLoss(**row) for row in runs.read_jsonl(run / "heldout_losses.jsonl")]
 
 
 def _is_step(line: dict[str, Any]) -> bool:

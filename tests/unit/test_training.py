@@ -161,7 +161,7 @@ def test_the_saved_adapter_is_the_one_that_was_measured(trained, config, data, d
     device = detect(config.compute_dtype)
     loaded = model.load_adapter(model.load_base(config, device), trained.run.adapter)
     losses = evaluation.heldout_losses(loaded, data.heldout, device)
-    measured = training.read_losses(trained.run)
+    measured = evaluation.read_losses(trained.run)
     assert [row.id for row in losses] == [row.id for row in measured]
     assert [row.loss_sum for row in losses] == pytest.approx([row.loss_sum for row in measured], rel=1e-5)
     ids = torch.tensor([data.heldout[0].input_ids])
@@ -171,7 +171,7 @@ def test_the_saved_adapter_is_the_one_that_was_measured(trained, config, data, d
 
 def test_the_base_is_measured_once_for_all_runs(trained, config, data):
     where = training.baseline_folder(config, data, detect(config.compute_dtype), trained.run.path.parent)
-    measured = evaluation.mean_loss(training.read_losses(where))
+    measured = evaluation.mean_loss(evaluation.read_losses(where))
     assert measured == trained.run.read("metrics.json")["base_eval_loss"]
     more = config.replace(n_samples=8, seed=5)
     assert training.baseline_folder(more, data, detect(), trained.run.path.parent) == where
