@@ -1,8 +1,8 @@
-"""The command line: `python -m qlora_helpers run | batch | fetch`. Heavy imports wait until a command needs them."""
+"""The command line: `python -m qlora_helpers run | batch | data | fetch`. Heavy imports wait until they are needed."""
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,11 +14,11 @@ from qlora_helpers.errors import UserError, nearest
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line that name the nearest option or command."""
 
+    commands: Mapping[str, "Parser"] = {}
+
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage."""
         raise UserError(message)
-
-    commands: Mapping[str, "Parser"] = {}
 
 
 def build_parser() -> Parser:
@@ -41,9 +41,25 @@ def build_parser() -> Parser:
         command.add_argument("--model", help="folder or hub id")
         command.add_argument("--n-heldout", type=int, metavar="N", help="rows that are never trained on")
         command.add_argument("--save-steps", type=int, metavar="N", help="steps between checkpoints")
+    _add_data(commands)
     commands.add_parser("fetch", help="fetch the embedded model into the cache", allow_abbrev=False)
     parser.commands = commands.choices
     return parser
+
+
+def _add_data(commands: Any) -> None:
+    data = commands.add_parser("data", help="clean and split a data set, and report on it", allow_abbrev=False)
+    data.add_argument("dataset", metavar="SOURCE", help="file, folder, hub id, 'sample' or 'python-stdlib'")
+    data.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for rows and report")
+    data.add_argument("--model", help="folder or hub id whose tokenizer counts; default: the embedded model")
+    data.add_argument("--max-tokens", type=int, default=512, metavar="N", help="tokens a row may have (default 512)")
+    data.add_argument("--over-length", default="drop", choices=("drop", "truncate"), help="what becomes of longer rows")
+    data.add_argument("--template", choices=("guanaco", "instruction", "auto"), help="default: the model's own, if any")
+    data.add_argument(
+        "--near-duplicates", type=float, metavar="T", help="similarity from which rows are the same (0.7)"
+    )
+    data.add_argument("--n-heldout", type=int, metavar="N", help="held-out rows (default: a tenth, at most 1,000)")
+    data.add_argument("--data-seed", type=int, metavar="S", help="another seed, another split")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,13 +121,31 @@ def _batch(**args: Any) -> None:
         )
 
 
+def _data(out: Path, max_tokens: int, n_heldout: int | None, template: str | None, **params: Any) -> None:
+    from qlora_helpers import cleaning, data_report, hub, runs
+    from qlora_helpers.config import Config
+
+    params |= {"profile": "cpu", "preset": "tinyllama-coding", "max_length": max_tokens, "n_heldout": n_heldout}
+    config = Config.from_params(**params)
+    tokenizer = hub.load_tokenizer(config)
+    config = config.replace(template=template or ("auto" if tokenizer.chat_template else "instruction"))
+    cleaned = cleaning.clean(config, tokenizer, None if n_heldout else lambda usable: min(1000, max(2, usable // 10)))
+    cleaning.check_enough(cleaned, n_heldout or 2, 1)
+    report = data_report.build(cleaned, config, tokenizer)
+    data_report.write(report, cleaned, runs.workdir(str(out)))
+    print(f"layout: {cleaned.loaded.layout}")
+    for name, count in report.tables[0].rows:
+        print(f"{count:>10,}  {name}")
+    print(*filter(None, [report.advice]), f"Report: {out / 'report.md'}", sep="\n")
+
+
 def _fetch() -> None:
     from qlora_helpers import embedded
 
     print(embedded.fetch())
 
 
-COMMANDS = {"run": _run, "batch": _batch, "fetch": _fetch}
+COMMANDS: dict[str, Callable[..., None]] = {"run": _run, "batch": _batch, "data": _data, "fetch": _fetch}
 
 if __name__ == "__main__":
     sys.exit(main())

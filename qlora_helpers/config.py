@@ -20,6 +20,7 @@ from qlora_helpers.errors import UserError, nearest
 PROFILES = ("cpu", "t4", "gpu")
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 SAMPLE_DATA = "sample"
+PYTHON_DOCS = "python-stdlib"
 
 
 def _field(
@@ -49,13 +50,18 @@ class Config:
     )
     memory_limit_gib: float | None = _field(None, "hold the run to this much GPU memory", low=0.5)
 
-    dataset: str | None = _field(SAMPLE_DATA, "hub id, file, or 'sample' for the project's own rows")
+    dataset: str | None = _field(SAMPLE_DATA, "hub id, file, folder, 'sample' or 'python-stdlib'")
     dataset_revision: str = _field("main", "commit or branch of the data set on the hub")
     template: str = _field("guanaco", "how turns become text", choices=("guanaco", "instruction", "auto"))
     system: str | None = _field(None, "system prompt, for the model's own chat template only")
     train_on: str = _field("assistant", "which tokens are trained", choices=("assistant", "all"))
     max_length: int = _field(256, "tokens a row may have", low=8)
     over_length: str = _field("truncate", "what happens to longer rows", choices=("truncate", "drop"))
+    min_chars: int = _field(10, "question and answer together, or the row is dropped", low=1)
+    max_chars: int = _field(1_000_000, "a row with more characters is dropped, not read", low=100)
+    near_duplicates: float = _field(0.7, "rows this similar (Jaccard) count as one; 1 is equal", low=0.5, high=1)
+    rehearsal: float = _field(0.0, "rows of a second source per own row, against forgetting", low=0, high=1)
+    rehearsal_dataset: str = _field(SAMPLE_DATA, "the second source: hub id, file, or 'sample'")
     n_samples: int | None = _field(None, "rows to train on; None takes all usable ones", low=1)
     n_heldout: int = _field(100, "rows that are never trained on", low=2)
     data_seed: int = _field(0, "decides which rows are held out and which are trained on", low=0)
@@ -104,7 +110,13 @@ class Config:
         layers = {**load_preset(preset), "preset_name": preset, "profile": profile}
         settings = dict(_load_yaml("profiles", profile))
         share, most = settings.pop("sample_share", 1.0), settings.pop("sample_limit", None)
-        layers["n_samples"] = round(layers["n_samples"] * share) if layers.get("n_samples") else most
+        if layers.get("n_samples"):
+            scaled = round(layers["n_samples"] * share)
+            layers["n_samples"] = min(scaled, most or scaled)
+        else:
+            layers["n_samples"] = most
+        if layers.get("dataset") == PYTHON_DOCS:  # a profile replaces what has to be downloaded, and this has not
+            settings.pop("dataset", None)
         layers |= settings | given
         return cls(**_check(layers))
 

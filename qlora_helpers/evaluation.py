@@ -10,7 +10,7 @@ from qlora_helpers.config import Config
 from qlora_helpers.device import Device
 from qlora_helpers.errors import UserError
 from qlora_helpers.runs import RunFolder
-from qlora_helpers.templates import IGNORE, Example, render_prompt
+from qlora_helpers.templates import IGNORE, Example, render_prompt, tokenize
 
 PUBLISHED_PROMPTS = ("Explain what is a variable in programming.", "How do computers store data?")
 LOGIT_ROWS = 512  # tokens whose logits are held at once: 512 x 49,152 words x 4 bytes is 96 MiB
@@ -90,7 +90,7 @@ def answer(model: Any, tokenizer: Any, config: Config, device: Device, prompts: 
     was_training, side = model.training, tokenizer.padding_side
     model.eval()
     tokenizer.padding_side = "left"  # a gap between prompt and answer would be read as text
-    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=config.template != "auto")
+    batch = tokenize(texts, tokenizer, return_tensors="pt", padding=True)
     batch = batch.to(model.get_input_embeddings().weight.device)
     with torch.inference_mode(), autocast(device):
         output = model.generate(

@@ -1,71 +1,51 @@
-"""Rows from a hub id, a file or the sample data; whatever their layout, conversations come out."""
+"""Where rows come from: a hub id, files of four kinds, a folder of them, the sample data, Python's documentation."""
 
-import hashlib
+import csv
+import itertools
 import json
-import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import hub
-from qlora_helpers.config import SAMPLE_DATA, Config
+from qlora_helpers import hub, layouts, python_docs
+from qlora_helpers.config import PYTHON_DOCS, SAMPLE_DATA, Config
 from qlora_helpers.errors import UserError
+from qlora_helpers.layouts import Row
 from qlora_helpers.runs import ROOT
 
-Message = dict[str, str]
-# Replies hold ### headings of their own, so only the two markers split a conversation.
-MARKER = re.compile(r"### (Human|Assistant):")
-LAYOUTS = {
-    "guanaco": {"text"},
-    "messages": {"messages"},
-    "instruction": {"instruction", "output"},
-    "prompt-completion": {"prompt", "completion"},
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One conversation: user and assistant in turn, ending with the assistant. Its id is a hash of its words."""
-
-    messages: tuple[Message, ...]
-    origin: str
-
-    @property
-    def id(self) -> str:
-        """First 16 hex digits of the sha256 of the turns."""
-        turns = json.dumps([sorted(m.items()) for m in self.messages], ensure_ascii=False)
-        return hashlib.sha256(turns.encode()).hexdigest()[:16]
-
-    @property
-    def prompt(self) -> str:
-        """The first question with its input, as compared between rows: case and spacing do not count."""
-        first = self.messages[0]
-        return " ".join(f"{first['content']} {first.get('input', '')}".casefold().split())
+Records = Iterator[tuple[str, Any]]
+LOOKED_AT = 100  # records that decide the layout
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a source gave: rows in order, the rejected ones with their reason, and the layout that was recognised."""
+    """What a source gave: rows in order, the rejected ones with their reason, and what was recognised."""
 
     rows: list[Row]
-    rejected: list[dict[str, str]]
+    rejected: list[dict[str, Any]]
     layout: str
+    altered: Counter[str]
+    name: str
 
 
 def load(config: Config) -> Loaded:
     """Read the config's data set. Raises `UserError` for a source that cannot be read as rows."""
     if config.dataset is None:
         raise UserError(
-            f"dataset: the preset {config.preset_name} has none of its own. Mend: pass dataset=FILE or a hub id."
+            f"dataset: the preset '{config.preset_name}' has none of its own. Mend: pass dataset=FILE or a hub id."
         )
+    if config.dataset == PYTHON_DOCS:
+        return _parse([(PYTHON_DOCS, python_docs.records())], python_docs.source_name())
     if config.dataset == SAMPLE_DATA:
         path = sample_data()
     elif _is_path(config.dataset):
         path = Path(config.dataset).expanduser()
     else:
-        return _parse(_from_hub(config.dataset, config.dataset_revision), config.dataset)
-    return _parse(_from_file(path), str(path))
+        records = _from_hub(config.dataset, config.dataset_revision)
+        return _parse([(config.dataset, records)], config.dataset)
+    return _parse(((str(file), _from_file(file, path)) for file in _files(path)), str(path))
 
 
 def sample_data() -> Path:
@@ -74,21 +54,12 @@ def sample_data() -> Path:
     return checkout if checkout.exists() else Path(__file__).parent / "_data" / "conversations.jsonl"
 
 
-def parse_guanaco(text: str) -> list[Message]:
-    """Turns of one openassistant-guanaco row. Raises `ValueError` with the reason if it is not one."""
-    parts = MARKER.split(text)
-    if parts[0].strip() or len(parts) < 3:
-        raise ValueError("does not start with '### Human:'")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[r], "content": c.strip()} for r, c in zip(parts[1::2], parts[2::2], strict=True)]
-
-
 def _is_path(dataset: str) -> bool:
     path = Path(dataset).expanduser()
-    return path.exists() or path.suffix in (".jsonl", ".json") or dataset.count("/") != 1
+    return path.exists() or path.suffix in READERS or dataset.count("/") != 1
 
 
-def _from_hub(name: str, revision: str) -> Iterator[tuple[str, Any]]:
+def _from_hub(name: str, revision: str) -> Records:
     import datasets
 
     if not hub.reachable():
@@ -104,27 +75,84 @@ def _from_hub(name: str, revision: str) -> Iterator[tuple[str, Any]]:
     yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _from_file(path: Path) -> Iterator[tuple[str, Any]]:
+def _files(path: Path) -> list[Path]:
+    """The file itself, or all files of a known kind in the folder and below, in the order of their names."""
+    if path.is_dir():
+        found = [file for file in path.rglob("*") if file.suffix in READERS and file.is_file()]
+        if not found:
+            raise UserError(f"dataset: {path} holds no file of a known kind. Mend: put one of {_known()} there.")
+        return sorted(found, key=lambda file: file.relative_to(path).as_posix())
     if not path.is_file():
         raise UserError(f"dataset: there is no file {path}. Mend: check the path.")
-    if path.suffix not in (".jsonl", ".json"):
-        raise UserError(f"dataset: {path} is neither .jsonl nor .json. Mend: convert it to one of these.")
+    if path.suffix not in READERS:
+        raise UserError(f"dataset: {path} is none of {_known()}. Mend: convert it to one of these.")
+    return [path]
+
+
+def _known() -> str:
+    return ", ".join(READERS)
+
+
+def _from_file(file: Path, source: Path) -> Records:
+    """Records with their origin: which line or row, of which file if the source is a folder."""
+    head = f"{file.relative_to(source).as_posix()} " if source.is_dir() else ""
     try:
-        content = path.read_bytes().decode("utf-8-sig")
+        for place, record in READERS[file.suffix](file):
+            yield f"{head}{place}", record
+    except OSError as error:
+        raise UserError(f"dataset: {file} cannot be read ({error.strerror}). Mend: check the file.") from None
+
+
+def _read_jsonl(path: Path) -> Records:
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            text = _decode(raw, path, number).strip()
+            if text:
+                yield f"line {number}", _json(text, path, number)
+
+
+def _read_json(path: Path) -> Records:
+    content = _decode(path.read_bytes(), path, 1)
+    rows = _json(content, path, 1) if content.strip() else []
+    if not isinstance(rows, list):
+        raise UserError(f"dataset: {path} holds no list of rows. Mend: make it [{{…}}, {{…}}].")
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _read_csv(path: Path) -> Records:
+    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than one long answer
+    with path.open("rb") as file:
+        reader = csv.DictReader((_decode(raw, path, n) for n, raw in enumerate(file, 1)), strict=True)
+        try:
+            for row in reader:
+                yield f"line {reader.line_num}", row
+        except csv.Error as error:
+            raise UserError(
+                f"dataset: {path} is no valid CSV on line {reader.reader.line_num} ({error}). Mend: repair the line."
+            ) from None
+
+
+def _read_parquet(path: Path) -> Records:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(1000))
+            yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+    except ArrowException as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"dataset: {path} is no readable Parquet file ({why}). Mend: write it anew.") from None
+
+
+READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+
+
+def _decode(raw: bytes, path: Path, line: int) -> str:
+    try:
+        return raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        line += raw[: error.start].count(b"\n")
         raise UserError(f"dataset: {path} is not UTF-8 on line {line}. Mend: save it as UTF-8.") from None
-    if not content.strip():
-        raise UserError(f"dataset: {path} is empty. Mend: give a file with one JSON object a line.")
-    if path.suffix == ".json":
-        rows = _json(content, path, 1)
-        if not isinstance(rows, list):
-            raise UserError(f"dataset: {path} holds no list of rows. Mend: make it [{{…}}, {{…}}].")
-        yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
-        return
-    for number, text in enumerate(content.split("\n"), 1):
-        if text.strip():
-            yield f"line {number}", _json(text, path, number)
 
 
 def _json(text: str, path: Path, line: int) -> Any:
@@ -132,75 +160,27 @@ def _json(text: str, path: Path, line: int) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         line += getattr(error, "lineno", 1) - 1
-        why = getattr(error, "msg", "nested too deeply")
+        why = getattr(error, "msg", str(error).split(":")[0])
         raise UserError(f"dataset: {path} is no valid JSON on line {line} ({why}). Mend: repair the line.") from None
 
 
-def _parse(records: Iterator[tuple[str, Any]], source: str) -> Loaded:
+def _parse(parts: Iterable[tuple[str, Records]], source: str) -> Loaded:
+    """Rows of all parts; each part, a file for example, has a layout of its own."""
     rows: list[Row] = []
-    rejected: list[dict[str, str]] = []
-    layout = None
-    for origin, record in records:
-        layout = layout or _recognise(record, source)
-        try:
-            rows.append(Row(tuple(_turns(record, layout)), origin))
-        except ValueError as error:
-            rejected.append({"origin": origin, "reason": str(error)})
-    if layout is None:
-        raise UserError(f"dataset: {source} has no rows. Mend: give a file with one JSON object a line.")
-    return Loaded(rows, rejected, layout)
-
-
-def _recognise(record: Any, source: str) -> str:
-    columns = set(record) if isinstance(record, dict) else set()
-    for layout, needed in LAYOUTS.items():
-        if needed <= columns:
-            return layout
-    known = "; ".join(" + ".join(sorted(needed)) for needed in LAYOUTS.values())
-    has = ", ".join(sorted(map(str, columns))) or "none"
-    raise UserError(f"dataset: {source} lacks the needed columns (has: {has}). Mend: name them one of: {known}.")
-
-
-def _turns(record: Any, layout: str) -> list[Message]:
-    """The row's messages, checked. Raises `ValueError` with the reason for dropping it."""
-    missing = LAYOUTS[layout] - (set(record) if isinstance(record, dict) else set())
-    if missing:
-        raise ValueError(f"no column {', '.join(sorted(missing))}")
-    if layout == "guanaco":
-        turns = parse_guanaco(_text(record["text"]))
-    elif layout == "messages":
-        turns = _check_messages(record["messages"])
-    else:
-        question, answer = ("prompt", "completion") if layout == "prompt-completion" else ("instruction", "output")
-        turns = [{"role": "user", "content": _text(record[question]).strip()}]
-        if layout == "instruction" and record.get("input"):
-            turns[0]["input"] = _text(record["input"]).strip()
-        turns.append({"role": "assistant", "content": _text(record[answer]).strip()})
-    return _check_turns(turns)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{type(value).__name__} where text should be")
-    if any("\ud800" <= char <= "\udfff" for char in value):  # half of a pair: no encoder takes it
-        raise ValueError("broken encoding")
-    return value
-
-
-def _check_messages(messages: Any) -> list[Message]:
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise ValueError("messages is no list of turns")
-    turns = [{"role": _text(m.get("role")), "content": _text(m.get("content")).strip()} for m in messages]
-    return [turn for turn in turns if turn["role"] != "system"]
-
-
-def _check_turns(turns: list[Message]) -> list[Message]:
-    if turns and turns[-1]["role"] == "user":  # OASST trees end on unanswered questions now and then
-        turns = turns[:-1]
-    if not turns:
-        raise ValueError("no answer")
-    if [turn["role"] for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
-        raise ValueError("turns do not alternate between user and assistant")
-    if not all(turn["content"] for turn in turns):
-        raise ValueError("an empty turn")
-    return turns
+    rejected: list[dict[str, Any]] = []
+    seen: dict[str, None] = {}
+    altered: Counter[str] = Counter()
+    for name, records in parts:
+        first = list(itertools.islice(records, LOOKED_AT))
+        if not first:
+            continue
+        layout = layouts.recognise([record for _, record in first], name)
+        seen[layout] = None
+        for origin, record in itertools.chain(first, records):
+            try:
+                rows.append(layouts.to_row(record, layout, origin, altered))
+            except ValueError as error:
+                rejected.append({"reason": str(error), "origin": origin, "row": record})
+    if not seen:
+        raise UserError(f"dataset: {source} is empty or has no rows. Mend: give a file with one JSON object a line.")
+    return Loaded(rows, rejected, " + ".join(seen), altered, source)

@@ -1,21 +1,26 @@
 """Rows to tokens and labels: which tokens are trained, found by character offsets; and a viewer that shows them."""
 
 import html
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 from qlora_helpers.config import Config
 from qlora_helpers.errors import UserError
-from qlora_helpers.sources import Message, Row
+from qlora_helpers.layouts import Message, Row
 
 IGNORE = -100  # the label that cross-entropy skips
+BATCH = 1000  # rows that are tokenised at once: enough for speed, little enough for memory
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row as the model sees it. `labels` has -100 where nothing is learned; `cut` counts tokens over the limit."""
+    """One row as the model sees it. `labels` has -100 where nothing is learned; `cut` counts tokens over the limit.
+
+    `straddling` says that a token is partly question and partly answer, so that no label is right for it.
+    """
 
     row: Row
     text: str
@@ -23,6 +28,7 @@ class Example:
     labels: list[int]
     offsets: list[Span]
     cut: int
+    straddling: bool = False
 
     @property
     def trained(self) -> int:
@@ -62,11 +68,13 @@ def _question(turn: Message, template: str) -> str:
         given = f"\n\n{turn['input']}" if turn.get("input") else ""
         return f"### Human: {turn['content']}{given}### Assistant:"
     given = f"### Input:\n{turn['input']}\n\n" if turn.get("input") else ""
-    return f"### Instruction:\n{turn['content']}\n\n{given}### Response:"
+    # The newline is the question's: some tokenizers make one token of it and the colon.
+    return f"### Instruction:\n{turn['content']}\n\n{given}### Response:\n"
 
 
 def _gap(template: str) -> str:
-    return " " if template == "guanaco" else "\n"
+    """A space before a word is one token with it, so it is the answer's."""
+    return " " if template == "guanaco" else ""
 
 
 def _apply_chat(messages: tuple[Message, ...], config: Config, tokenizer: Any, **options: Any) -> str:
@@ -92,7 +100,8 @@ def _render_chat(messages: tuple[Message, ...], config: Config, tokenizer: Any) 
         if turn["role"] != "assistant":
             continue
         before = _apply_chat(messages[:number], config, tokenizer, add_generation_prompt=True)
-        after = _apply_chat(messages[: number + 1], config, tokenizer).rstrip()
+        is_last = number + 1 == len(messages)
+        after = (text if is_last else _apply_chat(messages[: number + 1], config, tokenizer)).rstrip()
         if not (text.startswith(before) and text.startswith(after)):
             raise UserError(
                 f"template: the chat template of {config.model} rewrites earlier turns: its answers cannot be found. "
@@ -102,38 +111,62 @@ def _render_chat(messages: tuple[Message, ...], config: Config, tokenizer: Any) 
     return text, spans
 
 
-def encode(rows: list[Row], config: Config, tokenizer: Any) -> list[Example]:
-    """Tokens and labels of each row, in order, cut at `max_length`."""
-    rendered = [render(row.messages, config, tokenizer) for row in rows]
-    if not rendered:
-        return []
-    # A chat template writes its own start token; for the plain layouts the tokenizer adds it.
-    tokens = tokenizer(
-        [text for text, _ in rendered],
-        add_special_tokens=config.template != "auto",
-        return_offsets_mapping=True,
-        verbose=False,
+def advice(config: Config, tokenizer: Any) -> str | None:
+    """What choosing another template than the model's own costs, in a line; None where there is nothing to say."""
+    if config.template == "auto" or not getattr(tokenizer, "chat_template", None):
+        return None
+    return (
+        f"template: {config.model} was taught with its own chat template, and learns the {config.template} layout from "
+        "zero: it needs more rows to answer and to stop as well, and must be asked in that layout afterwards. "
+        "template=auto keeps its own; published experiments that chose otherwise are repeated as they were."
     )
-    columns = zip(rows, rendered, tokens["input_ids"], tokens["offset_mapping"], strict=True)
-    return [_example(row, text, spans, ids, offsets, config) for row, (text, spans), ids, offsets in columns]
+
+
+def tokenize(texts: list[str], tokenizer: Any, **options: Any) -> Any:
+    """Tokens with one start token, if the model has one: some chat templates write it, else the tokenizer adds it."""
+    start = tokenizer.bos_token
+    written = bool(start) and texts[0].startswith(start)
+    return tokenizer(texts, add_special_tokens=not written, **options)
+
+
+def encode(rows: Iterable[Row], config: Config, tokenizer: Any) -> Iterator[Example]:
+    """Tokens and labels of each row, in order, cut at `max_length`."""
+    rows = iter(rows)
+    while batch := list(islice(rows, BATCH)):
+        rendered = [render(row.messages, config, tokenizer) for row in batch]
+        texts = [text for text, _ in rendered]
+        tokens = tokenize(texts, tokenizer, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+        for row, (text, spans), ids, offsets in zip(
+            batch, rendered, tokens["input_ids"], tokens["offset_mapping"], strict=True
+        ):
+            yield _example(row, text, spans, ids, offsets, config)
 
 
 def _example(row: Row, text: str, spans: list[Span], ids: list[int], offsets: list[Span], config: Config) -> Example:
-    labels = list(ids) if config.train_on == "all" else _answer_labels(ids, offsets, spans)
+    answer, straddling = _answer_labels(ids, offsets, spans)
+    labels = list(ids) if config.train_on == "all" else answer
     keep = config.max_length
-    return Example(row, text, ids[:keep], labels[:keep], offsets[:keep], max(0, len(ids) - keep))
+    return Example(row, text, ids[:keep], labels[:keep], offsets[:keep], max(0, len(ids) - keep), straddling)
 
 
-def _answer_labels(ids: list[int], offsets: list[Span], spans: list[Span]) -> list[int]:
-    """Token ids inside the spans, -100 elsewhere. Some tokenizers trim spaces from their offsets, so a token starts
-    where the one before it ended, unless both are parts of one character.
+def _answer_labels(ids: list[int], offsets: list[Span], spans: list[Span]) -> tuple[list[int], bool]:
+    """Token ids inside the spans, -100 elsewhere; and whether a token lies on the edge of a span.
+
+    Some tokenizers trim spaces from their offsets, so a token starts where the one before it ended, unless both are
+    parts of one character.
     """
-    labels, previous = [], 0
+    labels, previous, straddling = [], 0, False
+    left = iter(spans)
+    first, last = next(left, (0, 0))
     for token, (start, end) in zip(ids, offsets, strict=True):
         begin = start if start < end <= previous else previous
-        labels.append(token if any(a <= begin < b and end <= b for a, b in spans) else IGNORE)
+        while begin >= last > 0 and end > last:
+            first, last = next(left, (0, 0))
+        inside = first <= begin < last and end <= last
+        straddling |= not inside and begin < last and end > first
+        labels.append(token if inside else IGNORE)
         previous = max(previous, end)
-    return labels
+    return labels, straddling
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def build_trainer(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> QloraTrainer:
     """The trainer for this run. Labels are ours, so TRL's own templating and masking have nothing to do."""
-    rows = [{"input_ids": example.input_ids, "labels": example.labels} for example in data.train]
+    rows = [{"input_ids": example.input_ids, "labels": example.labels} for example in data.trained_on]
     callbacks = [Guard(), *callbacks]
     if config.keep_best:
         callbacks.append(SaveBest())
@@ -285,6 +285,7 @@ def _save_results(
     seconds = sum(line["seconds"] for line in steps)
     metrics = {
         "train_rows": len(data.train),
+        "rehearsal_rows": len(data.rehearsal),
         "steps": state.global_step,
         "epochs": config.epochs,
         "train_loss": sum(line["loss"] for line in steps) / len(steps),

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import settings
 
 from qlora_helpers.config import Config
+from qlora_helpers.layouts import Row
 from qlora_helpers.runs import ROOT
-from qlora_helpers.sources import Row
 
 settings.register_profile("tests", derandomize=True, deadline=None, database=None)
 settings.load_profile("tests")

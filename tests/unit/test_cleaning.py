@@ -65,16 +65,11 @@ def test_the_training_seed_does_not_touch_the_split(prepare):
     assert ids(prepare(seed=0).heldout) == ids(prepare(seed=1).heldout)
 
 
-def test_one_row_of_each_prompt_is_kept(prepare):
-    same = ROWS[3]
-    other = {"instruction": "QUESTION  number 3?", "output": "Another answer."}
-    data = prepare([*ROWS, same, other], n_samples=None)
-    assert sorted(reasons(data)) in (
-        ["same prompt as another row", "same row twice"],
-        ["same prompt as another row"] * 2,  # if the other answer came first
-    )
-    prompts = [example.row.prompt for example in data.train + data.heldout]
-    assert len(prompts) == len(set(prompts)) == 40
+def test_equal_rows_count_once_and_other_answers_to_a_prompt_stay(prepare):
+    other = {"instruction": "QUESTION  number 3?", "output": "It is something else altogether, as was shown."}
+    data = prepare([*ROWS, ROWS[3], other], n_samples=None, n_heldout=2)
+    assert reasons(data) == ["same row twice"]
+    assert len(data.train + data.heldout) == 41
 
 
 def test_an_input_makes_another_prompt(prepare):
@@ -123,3 +118,81 @@ def test_a_planted_leak_is_found(prepare):
     with pytest.raises(UserError, match="1 of its rows are also trained on"):
         cleaning.check_no_leak(leak)
     cleaning.check_no_leak(data)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"instruction": "Hi?", "output": "Ho."}, "too short: under 10 characters"),
+        ({"instruction": "Long?", "output": "word " * 250_000}, "too long: over 1000000 characters"),
+        ({"instruction": "Say this again.", "output": "say THIS  again."}, "answer equal to its prompt"),
+        ({"instruction": "Something else?", "output": "Answer 39."}, "answer equal to that of the row before"),
+        ({"instruction": "question number 7", "output": "Answer, 7!"}, "nearly the same as another row"),
+        ({"instruction": "Null?", "output": None}, "null where text should be"),
+        ({"instruction": "Nested?", "output": [None, [None]]}, "list where text should be"),
+        ({"instruction": "Broken\ufffd?", "output": "Indeed it is."}, "broken encoding"),
+        ({"instruction": "Zero\0byte?", "output": "Indeed it is."}, "broken encoding"),
+        ({"instruction": "Empty, isn't it?", "output": "  "}, "an empty turn"),
+    ],
+)
+def test_every_dropped_row_is_kept_with_its_reason(prepare, row, reason):
+    data = prepare([*ROWS, row], n_samples=None)
+    assert reasons(data) == [reason]
+    assert len(data.train + data.heldout) == 40
+    (drop,) = data.dropped
+    kept = drop["row"]
+    if reason == "nearly the same as another row":  # which of the two comes first is the split's choice
+        assert kept["output"] in ("Answer, 7!", "Answer 7.")
+    else:
+        assert str(kept["instruction"]).strip() == row["instruction"]
+
+
+def test_labels_may_repeat(prepare):
+    """Where the answers are few they are classes, not slips."""
+    rows = [
+        {"instruction": f"Which sign has {i} - 20?", "output": "negative" if i < 20 else "positive"} for i in range(40)
+    ]
+    assert not prepare(rows, n_samples=None).dropped
+
+
+def test_prompts_like_a_heldout_one_are_taken_out_of_training(prepare):
+    rows = [{"instruction": f"Explain entry {i} of the list, please.", "output": f"Answer {i}."} for i in range(40)]
+    heldout = prepare(rows, n_samples=None).heldout[0].row
+    close = {
+        "instruction": heldout.messages[0]["content"].upper() + " Now",
+        "output": "Nothing of it.",
+    }
+    data = prepare([*rows, close], n_samples=None)
+    assert reasons(data) == ["prompt nearly the same as a held-out one"]
+    (twin,) = data.cleaned.twins
+    assert 0.7 <= twin.similarity <= 1
+    assert len(data.train) == 30
+
+
+def test_rehearsal_is_mixed_in_and_counted_apart(prepare, write_rows):
+    second = [{"instruction": f"General question {i}?", "output": f"General answer {i}."} for i in range(20)]
+    second.append(ROWS[0])  # may be held out
+    path = write_rows(second, "second.jsonl")
+    plain = prepare(n_samples=20)
+    data = prepare(n_samples=20, rehearsal=0.2, rehearsal_dataset=path)
+    assert ids(data.train) == ids(plain.train)
+    assert ids(data.heldout) == ids(plain.heldout)
+    assert len(data.rehearsal) == 4
+    assert len(data.trained_on) == 24
+    assert data.counts() == plain.counts()
+    manifest = data.to_manifest()
+    assert manifest["rehearsal"] == {"source": path, "rows": 4, "ids": ids(data.rehearsal)}
+    assert "rehearsal" not in plain.to_manifest()
+    assert data.source_fingerprint != plain.source_fingerprint
+    more = prepare(n_samples=30, rehearsal=0.2, rehearsal_dataset=path)
+    assert ids(more.rehearsal)[:4] == ids(data.rehearsal)
+    with pytest.raises(UserError, match=r"second.jsonl has 2[01] usable ones"):
+        prepare(n_samples=30, rehearsal=1.0, rehearsal_dataset=path)
+
+
+def test_a_heldout_row_is_not_rehearsed(prepare, write_rows):
+    heldout = prepare(n_samples=20).heldout[0].row.to_record()
+    second = [{"instruction": f"General question {i}?", "output": f"General answer {i}."} for i in range(4)]
+    path = write_rows([heldout, *second], "second.jsonl")
+    data = prepare(n_samples=20, rehearsal=0.2, rehearsal_dataset=path)
+    assert {row.row.messages[0]["content"] for row in data.rehearsal} == {row["instruction"] for row in second}

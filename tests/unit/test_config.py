@@ -41,7 +41,7 @@ PUBLISHED = {
     "tinyllama-coding": {
         "model": GUANACO["model"],
         "revision": GUANACO["revision"],
-        "dataset": None,
+        "dataset": "python-stdlib",
         "template": "instruction",
         "n_samples": 1080,
         "n_heldout": 120,

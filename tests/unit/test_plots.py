@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import cast
 
 import matplotlib
 import numpy as np
@@ -15,9 +16,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from qlora_helpers import live, plots
-from qlora_helpers.cleaning import Data
+from qlora_helpers.cleaning import Cleaned, Data
+from qlora_helpers.layouts import Row
 from qlora_helpers.runs import ROOT, RunFolder
-from qlora_helpers.sources import Row
 from qlora_helpers.templates import Example
 
 
@@ -25,7 +26,7 @@ def example(tokens: int, cut: int = 0) -> Example:
     return Example(Row((), "here:1"), "", [1] * tokens, [1] * tokens, [], cut)
 
 
-DATA = Data([example(20), example(64, cut=30), example(40), example(64, cut=1)], [example(33)], [], "", 5, "")
+DATA = Data([example(20), example(64, cut=30), example(40), example(64, cut=1)], [example(33)], cast(Cleaned, None))
 
 
 def log(heldout: list[float]) -> list[dict[str, float]]:

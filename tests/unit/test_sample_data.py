@@ -6,7 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 from qlora_helpers.evaluation import PUBLISHED_PROMPTS
-from qlora_helpers.sources import parse_guanaco, sample_data
+from qlora_helpers.layouts import parse_guanaco
+from qlora_helpers.sources import sample_data
 
 ROWS = [json.loads(line) for line in sample_data().read_text("utf-8").splitlines()]
 TURNS = [parse_guanaco(row["text"]) for row in ROWS]

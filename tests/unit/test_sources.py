@@ -1,7 +1,10 @@
 """Rows from files: layouts, rejected rows, and what is said about a file that cannot be read."""
 
+import csv
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
@@ -117,6 +120,82 @@ def test_json_list_bom_and_crlf_read_the_same(tmp_path):
     assert read[0][1][0]["content"] == "é🎉"
 
 
+def test_every_kind_of_file_gives_the_same_rows(tmp_path):
+    """CSV quotes what it must; Parquet has types; a folder is read in the order of its files' names."""
+    records = [
+        {"instruction": 'A "quoted", line', "input": "two\nlines", "output": "é🎉"},
+        {"instruction": "Second?", "input": "", "output": "Yes."},
+    ]
+    table = pa.Table.from_pylist(records)
+    pq.write_table(table, tmp_path / "a.parquet")
+    with (tmp_path / "a.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, records[0])
+        writer.writeheader()
+        writer.writerows(records)
+    (tmp_path / "a.json").write_text(json.dumps(records), "utf-8")
+    read = [load(tmp_path / name) for name in ("a.parquet", "a.csv", "a.json")]
+    assert {loaded.layout for loaded in read} == {"instruction"}
+    assert [[row.id for row in loaded.rows] for loaded in read] == [[row.id for row in read[0].rows]] * 3
+    assert [row.to_record() for row in read[0].rows] == records
+
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.jsonl").write_text(json.dumps(GOOD) + "\n", "utf-8")
+    (tmp_path / "sub" / "empty.jsonl").write_text("", "utf-8")
+    (tmp_path / "notes.txt").write_text("not a row", "utf-8")
+    folder = load(tmp_path)
+    assert folder.layout == "instruction + guanaco"
+    assert [row.origin for row in folder.rows][:2] == ["a.csv line 3", "a.csv line 4"]
+    assert folder.rows[-1].origin == "sub/b.jsonl line 1"
+    assert len(folder.rows) == 7
+
+
+@pytest.mark.parametrize(
+    ("record", "user", "answer"),
+    [
+        ({"question": "a", "answer": "b"}, "a", "b"),
+        ({"instruction": "a", "instances": [{"input": "x", "output": "b"}, {"output": "c"}]}, "a", "b"),
+    ],
+)
+def test_two_more_layouts(write_rows, record, user, answer):
+    (row,) = load(write_rows([record])).rows
+    assert turns(row) == [("user", user), ("assistant", answer)]
+
+
+def test_the_layout_is_what_most_rows_have(write_rows):
+    loaded = load(write_rows([{"text": None}, {"other": 1}, GOOD, GOOD, {"prompt": "a", "completion": "b"}]))
+    assert loaded.layout == "guanaco"
+    assert len(loaded.rows) == 2
+    assert [r["reason"] for r in loaded.rejected] == ["null where text should be", *["no column text"] * 2]
+
+
+def test_what_is_left_out_of_a_row_is_counted(write_rows):
+    asked = {"text": GOOD["text"] + "### Human: and?"}
+    assert load(write_rows([GOOD, asked])).altered == {"unanswered last turn left out": 1}
+    system = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
+    assert load(write_rows([{"messages": system}])).altered["system turn left out"] == 1
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"text": "### Human: a### Assistant: b### Human: c### Assistant: d"},
+        {"messages": [{"role": "user", "content": "a", "input": "x"}, {"role": "assistant", "content": "b"}]},
+        {"instruction": "a", "input": "x", "output": "b"},
+        {"prompt": "a", "completion": "b"},
+        {"question": "a", "answer": "b"},
+    ],
+)
+def test_a_row_can_be_written_and_read_again(write_rows, record):
+    (row,) = load(write_rows([record])).rows
+    (again,) = load(write_rows([row.to_record()])).rows
+    assert row.to_record() == record
+    assert again.id == row.id
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
@@ -131,7 +210,13 @@ def test_json_list_bom_and_crlf_read_the_same(tmp_path):
         ("a.jsonl", b"[1, 2]", "has: none"),
         ("a.jsonl", b"[" * 100_000, "line 1"),
         ("a.jsonl", b'{"one\\ntwo": 1}', "columns"),
-        ("a.csv", b"text\nx\n", "neither .jsonl nor .json"),
+        ("a.csv", b"", "is empty"),
+        ("a.csv", b'text\nx\n"open', "no valid CSV on line 3"),
+        ("a.csv", b"text\n\xff\n", "not UTF-8 on line 2"),
+        ("a.csv", b"a,b\n1,2\n", "has: a, b"),
+        ("a.parquet", b"PAR1 this is none", "no readable Parquet file"),
+        ("a.jsonl", b'{"n": ' + b"9" * 5000 + b"}", "line 1"),
+        ("a.txt", b"text\nx\n", "none of .jsonl, .json, .csv, .parquet"),
     ],
 )
 def test_unreadable_files_say_why_and_where(tmp_path, name, content, says):
@@ -144,9 +229,9 @@ def test_unreadable_files_say_why_and_where(tmp_path, name, content, says):
 
 def test_missing_file_and_no_dataset(tmp_path):
     assert "no file" in refusal(tmp_path / "none.jsonl")
-    assert "no file" in refusal(tmp_path)
+    assert "no file of a known kind" in refusal(tmp_path)
     with pytest.raises(UserError, match="none of its own"):
-        sources.load(Config.preset("tinyllama-coding"))
+        sources.load(Config(dataset=None))
 
 
 def test_sample_data_is_read_whole():
@@ -177,11 +262,12 @@ contents = st.binary() | st.lists(records.map(json.dumps) | st.text(), max_size=
 )
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
 @given(contents)
 @example(b'{"one\\ntwo": 1}')
 @hypothesis_settings(max_examples=300)
-def test_any_bytes_give_rows_or_one_line(tmp_path_factory, content):
-    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+def test_any_bytes_give_rows_or_one_line(tmp_path_factory, kind, content):
+    path = tmp_path_factory.getbasetemp() / f"any.{kind}"
     path.write_bytes(content)
     message = "fine"
     try:

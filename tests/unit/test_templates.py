@@ -15,8 +15,8 @@ CASES = {
     "heading in the reply": (HEADING, "guanaco", " ### Steps\n\n1. Go\n### Human matters\nEnd</s>"),
     "unicode": (UNICODE, "guanaco", " Là-bas 🎉🇫🇷 — naïve</s>"),
     "code": (CODE, "guanaco", " def f(x):\n    if x:\n        return  1\n\n\n    y = 2</s>"),
-    "instruction": (WITH_INPUT, "instruction", "\n5</s>"),
-    "instruction, two rounds": (TWO_ROUNDS, "instruction", "\nHello!</s>\nBye.</s>"),
+    "instruction": (WITH_INPUT, "instruction", "5</s>"),
+    "instruction, two rounds": (TWO_ROUNDS, "instruction", "Hello!</s>Bye.</s>"),
     "chat": (TWO_ROUNDS, "auto", "Hello!</s>Bye.</s>"),
     "chat, input": (WITH_INPUT, "auto", "5</s>"),
     "chat, code": (CODE, "auto", "def f(x):\n    if x:\n        return  1\n\n\n    y = 2</s>"),
@@ -30,7 +30,7 @@ def words(request, make_tokenizer):
 
 
 def encode(row, tokenizer, **settings):
-    return templates.encode([row], Config(**settings), tokenizer)[0]
+    return next(templates.encode([row], Config(**settings), tokenizer))
 
 
 def trained_text(example, tokenizer):
@@ -80,7 +80,7 @@ def test_the_answer_starts_where_the_generation_prompt_ends(words, make_row, cas
     example = encode(row, words, template=template)
     for asked in range(1, len(turns), 2):
         prompt = templates.render_prompt(row.messages[:asked], config, words)
-        prompt_ids = words(prompt, add_special_tokens=template != "auto")["input_ids"]
+        (prompt_ids,) = templates.tokenize([prompt], words)["input_ids"]
         assert example.input_ids[: len(prompt_ids)] == prompt_ids
         assert example.labels[len(prompt_ids) - 1] == -100
         assert example.labels[len(prompt_ids)] != -100
@@ -105,7 +105,7 @@ def test_spaces_are_trained_whatever_the_tokenizer_says_of_them(make_row, make_t
 
 
 def test_no_rows_give_no_examples(tokenizer):
-    assert templates.encode([], Config(), tokenizer) == []
+    assert list(templates.encode([], Config(), tokenizer)) == []
 
 
 @pytest.mark.parametrize(
@@ -142,3 +142,59 @@ def test_label_viewer_as_text_and_html(tokenizer, make_row):
     assert "<script" not in html
     assert "&amp;" in html
     assert all(f'title="{kind}"' in html for kind in ("masked", "trained", "end"))
+
+
+# The turns of each family of the presets, as their published templates write them.
+FAMILIES = {
+    "zephyr": (
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+        "Hello!</s>Bye.</s>",
+    ),
+    "llama 3": (
+        "<s>{% for m in messages %}<|start|>{{ m['role'] }}<|end|>\n\n{{ m['content'] | trim }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}",
+        "Hello!</s>Bye.</s>",
+    ),
+    "mistral": (
+        "<s>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+        "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}",
+        " Hello!</s> Bye.</s>",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["plain", "llama3", "trimmed"])
+def test_every_family_trains_answers_and_ends_and_starts_once(make_tokenizer, make_row, family, kind):
+    tokenizer = make_tokenizer(kind)
+    tokenizer.chat_template, want = FAMILIES[family]
+    example = encode(make_row(*TWO_ROUNDS[0]), tokenizer, template="auto")
+    assert trained_text(example, tokenizer) == want
+    assert example.input_ids.count(tokenizer.bos_token_id) == 1
+    assert example.input_ids[0] == tokenizer.bos_token_id
+    assert not example.straddling
+
+
+def test_a_model_without_a_chat_template_has_two_layouts_left(make_tokenizer, make_row):
+    """BLOOM is one: `auto` says so, the published layouts work."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    assert templates.advice(Config(), tokenizer) is None
+    for template in ("guanaco", "instruction"):
+        assert encode(make_row("Hi", "Hello"), tokenizer, template=template).trained
+    with pytest.raises(UserError, match="no chat template"):
+        encode(make_row("Hi", "Hello"), tokenizer, template="auto")
+
+
+def test_another_template_than_the_models_own_is_said_with_its_consequence(tokenizer):
+    assert "must be asked in that layout" in templates.advice(Config(template="instruction"), tokenizer)
+    assert templates.advice(Config(template="auto"), tokenizer) is None
+
+
+def test_a_token_that_is_question_and_answer_in_one_is_noticed(make_row):
+    """An answer that begins in the middle of a token has no right label there."""
+    labels, straddling = templates._answer_labels([1, 2, 3], [(0, 4), (4, 9), (9, 12)], [(5, 12)])
+    assert labels == [-100, -100, 3]
+    assert straddling
+    assert templates._answer_labels([1, 2, 3], [(0, 4), (4, 9), (9, 12)], [(4, 12)]) == ([-100, 2, 3], False)

@@ -1,0 +1,88 @@
+"""A coding data set that needs no download: what the documentation of Python's own standard library says.
+
+Source files are parsed, not imported, so nothing in them runs; only a few built-in modules, which have no source, are
+asked. Duplicates and outliers are left in: cleaning has to find them.
+"""
+
+import ast
+import importlib
+import inspect
+import platform
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qlora_helpers.config import PYTHON_DOCS
+
+BUILT_IN = ("builtins", "math", "cmath", "itertools", "time", "zlib", "binascii", "unicodedata", "array", "select")
+# Parts that are programs, tests or jokes rather than a library.
+SKIPPED = {"antigravity", "this", "idlelib", "lib2to3", "turtledemo", "test", "tests", "ensurepip", "site-packages"}
+
+
+def source_name() -> str:
+    """The source with the Python that was read: rows differ between Pythons."""
+    return f"{PYTHON_DOCS} of {platform.python_implementation()} {platform.python_version()}"
+
+
+def records() -> Iterator[tuple[str, dict[str, str]]]:
+    """`{"instruction", "input", "output"}` for every public function, class and method with a docstring."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    for name in sorted(sys.stdlib_module_names - SKIPPED):
+        if name in BUILT_IN:
+            yield from _built_in(name)
+        elif (folder / f"{name}.py").is_file():
+            yield from _from_source(folder / f"{name}.py", name)
+        elif (folder / name / "__init__.py").is_file():
+            for file in sorted((folder / name).rglob("*.py")):
+                parts = file.relative_to(folder).with_suffix("").parts
+                if not any(part in SKIPPED or _is_private(part) for part in parts[:-1]):
+                    yield from _from_source(file, ".".join(parts).removesuffix(".__init__"))
+
+
+def _from_source(file: Path, module: str) -> Iterator[tuple[str, dict[str, str]]]:
+    if _is_private(module.rsplit(".", 1)[-1]):
+        return
+    tree = ast.parse(file.read_bytes())
+    for node, name in _public(tree, module):
+        documentation = ast.get_docstring(node)
+        if documentation:
+            yield _record(name, _signature(node), documentation)
+
+
+def _public(tree: Any, prefix: str) -> Iterator[tuple[Any, str]]:
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not _is_private(node.name):
+            yield node, f"{prefix}.{node.name}"
+            if isinstance(node, ast.ClassDef):
+                yield from _public(node, f"{prefix}.{node.name}")
+
+
+def _signature(node: Any) -> str:
+    if isinstance(node, ast.ClassDef):
+        bases = ", ".join(map(ast.unparse, node.bases))
+        return f"class {node.name}({bases})" if bases else f"class {node.name}"
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    return f"{node.name}({ast.unparse(node.args)}){returns}"
+
+
+def _built_in(module: str) -> Iterator[tuple[str, dict[str, str]]]:
+    for name, value in sorted(vars(importlib.import_module(module)).items()):
+        if _is_private(name) or not (inspect.isroutine(value) or inspect.isclass(value)):
+            continue
+        members = sorted(vars(value).items()) if inspect.isclass(value) else []
+        methods = [(f"{name}.{m}", v) for m, v in members if inspect.isroutine(v) and not _is_private(m)]
+        for path, part in [(name, value), *methods]:
+            documentation = inspect.getdoc(part)
+            if documentation:
+                text = getattr(part, "__text_signature__", None) or "(...)"
+                yield _record(path if module == "builtins" else f"{module}.{path}", f"{path}{text}", documentation)
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and name != "__init__"
+
+
+def _record(name: str, signature: str, documentation: str) -> tuple[str, dict[str, str]]:
+    return name, {"instruction": f"What does {name} do in Python?", "input": signature, "output": documentation}

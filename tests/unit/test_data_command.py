@@ -1,0 +1,141 @@
+"""`python -m qlora_helpers data`: five files that add up from anything that may be rows, one line for what is none."""
+
+import json
+import shutil
+
+import pytest
+
+from qlora_helpers import __main__, sources
+from qlora_helpers.runs import read_jsonl
+
+FILES = ("train.jsonl", "heldout.jsonl", "dropped.jsonl", "report.md", "report.json")
+ROWS = [{"instruction": f"Question number {i}?", "input": "", "output": f"Answer {i}."} for i in range(30)]
+
+
+@pytest.fixture
+def data(model_folder, tmp_path, capsys):
+    """Run the command into `tmp_path/out`; returns exit code and what was printed."""
+
+    def run(source, *options):
+        words = ["data", str(source), "--out", str(tmp_path / "out"), "--model", str(model_folder), *options]
+        code = __main__.main(words)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+def parts(folder):
+    return [read_jsonl(folder / name) for name in FILES[:3]]
+
+
+def test_rows_in_are_rows_out(data, write_rows, tmp_path):
+    bad = [{"instruction": None, "output": "x"}, {"other": 1}, ROWS[0], {"instruction": "Long?", "output": "w " * 900}]
+    code, out, _ = data(write_rows([*ROWS, *bad]))
+    assert code == 0
+    train, heldout, dropped = parts(tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert len(train) + len(heldout) + len(dropped) == 34 == report["rows_read"]
+    assert (
+        (report["train"], report["heldout"], report["dropped"])
+        == (len(train), len(heldout), len(dropped))
+        == (27, 3, 4)
+    )
+    assert report["dropped_by_reason"] == {
+        "no column instruction, output": 1,
+        "null where text should be": 1,
+        "over 512 tokens": 1,
+        "same row twice": 1,
+    }
+    assert all(row["reason"] for row in dropped)
+    assert sorted(row["instruction"] for row in train + heldout) == sorted(row["instruction"] for row in ROWS)
+    assert "layout: instruction" in out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(FILES)
+
+
+def test_the_report_shows_what_it_found(data, write_rows, tmp_path):
+    twin = {"instruction": "Question, number 3?", "output": "Answer 3!"}
+    evil = {"instruction": "A | pipe and <script>alert(1)</script>\x1b[31m", "output": "`code` *bold* indeed"}
+    data(write_rows([*ROWS, twin, evil]), "--template", "guanaco", "--n-heldout", "2")
+    report = (tmp_path / "out" / "report.md").read_text()
+    for heading in ("## Rows", "## Lengths", "## Quality", "## Duplicates", "## Rows to look at"):
+        assert heading in report
+    assert "dropped: nearly the same as another row" in report
+    assert "█" in report
+    assert "<script" not in report
+    assert "\x1b" not in report
+    assert "was taught with its own chat template" in report
+
+
+def test_the_fingerprints_do_not_depend_on_order_or_files(data, write_rows, tmp_path):
+    found = []
+    for number, rows in enumerate((ROWS, ROWS[::-1])):
+        folder = tmp_path / f"in{number}"
+        folder.mkdir()
+        for part, name in enumerate("ab" if number else "zy"):
+            shutil.move(write_rows(rows[15 * part : 15 * part + 15]), folder / f"{name}.jsonl")
+        data(folder, "--n-heldout", "5")
+        report = json.loads((tmp_path / "out" / "report.json").read_text())
+        found.append({key: report[key] for key in report if key.endswith("fingerprint")})
+    assert found[0] == found[1]
+    assert found[0] == {  # the same on every machine and Python
+        "source_fingerprint": "0583fcbd4f2e38ec",
+        "train_fingerprint": "a549c6f31ee8fa95",
+        "heldout_fingerprint": "bfca1e4051d22901",
+    }
+
+
+def test_what_was_written_can_be_read_again(data, write_rows, tmp_path):
+    data(write_rows(ROWS))
+    train = json.loads((tmp_path / "out" / "report.json").read_text())["train_fingerprint"]
+    shutil.copy(tmp_path / "out" / "train.jsonl", tmp_path / "again.jsonl")
+    data(tmp_path / "again.jsonl")
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["source_fingerprint"] == train
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "says"),
+    [
+        (b'{"instruction": "a question", "output": "an answer"}\n{"instruc\n', (), "line 2"),
+        (b'{"instruction": "a question", "output": "an answer"}\n', (), "0 usable rows are left"),
+        (b"\xff\xfe", (), "not UTF-8 on line 1"),
+        (b"", (), "is empty"),
+        (b'{"a": 1}', (), "lacks the needed columns"),
+        (b'{"a": 1}', ("--max-tokens", "0"), "max_length: 0 is too small"),
+        (b'{"a": 1}', ("--near-duplicates", "0.1"), "near_duplicates: 0.1 is too small"),
+        (b'{"a": 1}', ("--near-duplicate", "0.7"), "Did you mean '--near-duplicates'?"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(data, tmp_path, content, options, says):
+    (tmp_path / "in.jsonl").write_bytes(content)
+    code, _, err = data(tmp_path / "in.jsonl", *options)
+    assert code == 2
+    assert says in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_odd_but_readable_files(data, tmp_path):
+    """A line of 20 MB, a BOM, Windows line ends, escaped NULs, nested nulls and a date of a Parquet file."""
+    lines = [json.dumps(row) for row in ROWS]
+    lines.append(json.dumps({"instruction": "Huge?", "output": "x" * 20_000_000}))
+    lines.append('{"instruction": "Nul\\u0000?", "output": "Yes, there is one."}')
+    lines.append('{"instruction": [null, [null, {"a": null}]], "output": null}')
+    lines.append('{"instruction": "Half \\ud83d?", "output": "Half a character."}')
+    (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    code, out, _ = data(tmp_path / "in.jsonl")
+    assert code == 0
+    reasons = [row["reason"] for row in read_jsonl(tmp_path / "out" / "dropped.jsonl")]
+    assert sorted(reasons) == [
+        "broken encoding",
+        "broken encoding",
+        "list where text should be",
+        "too long: over 1000000 characters",
+    ]
+    assert "34  read" in out
+
+
+def test_sample_data_lose_nothing(data):
+    code, out, _ = data(sources.sample_data(), "--max-tokens", "4000")
+    assert code == 0
+    assert "dropped" not in out
