@@ -30,7 +30,7 @@ class Table:
     bar: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DataReport:
     """The report of one data set: `facts` for machines, `tables` for readers."""
 
@@ -44,6 +44,10 @@ class DataReport:
         if self.advice:
             parts.append(f"> {self.advice}")
         return "\n\n".join([*parts, *map(_to_markdown, self.tables)]) + "\n"
+
+    def __repr__(self) -> str:
+        steps = self.tables[0].rows
+        return "\n".join([_summary(self.facts), *(f"{count:>10,}  {name}" for name, count in steps)])
 
     def _repr_html_(self) -> str:
         advice = f"<p><i>{html.escape(self.advice)}</i></p>" if self.advice else ""

@@ -71,6 +71,8 @@ def _built_in(module: str) -> Iterator[tuple[str, dict[str, str]]]:
     for name, value in sorted(vars(importlib.import_module(module)).items()):
         if _is_private(name) or not (inspect.isroutine(value) or inspect.isclass(value)):
             continue
+        if (value.__module__ or module).split(".")[0] not in sys.stdlib_module_names:
+            continue  # IPython adds names of its own to the built-in ones
         members = sorted(vars(value).items()) if inspect.isclass(value) else []
         methods = [(f"{name}.{m}", v) for m, v in members if inspect.isroutine(v) and not _is_private(m)]
         for path, part in [(name, value), *methods]:

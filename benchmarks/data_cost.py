@@ -1,0 +1,71 @@
+"""What a row costs to clean: is it the same for 10,000 rows and for 1,000,000?
+
+usage: python benchmarks/data_cost.py [FILE] [--sizes 10000 100000 1000000]
+
+Rows of FILE (JSON lines; default: the documentation of Python) are grown by light edits, so that most are near duplicates
+of another, then cleaned by `python -m qlora_helpers data`, each size in a process of its own. The start of a process is
+measured with ten rows and taken off.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from qlora_helpers import python_docs
+from qlora_helpers.runs import write_jsonl
+
+
+def grow(rows: list[dict[str, str]], size: int) -> list[dict[str, str]]:
+    """The rows, then copies with one word of the instruction changed, in capitals, or without punctuation."""
+    rng = random.Random(0)
+    grown = rows[:size]
+    while len(grown) < size:
+        row = rng.choice(rows)
+        words = row["instruction"].split()
+        words[rng.randrange(len(words))] = rng.choice(("harbour", "violin", "copper", "lantern"))
+        edits = (" ".join(words), row["instruction"].upper(), row["instruction"].rstrip("?.") + " !")
+        grown.append({**row, "instruction": rng.choice(edits)})
+    return grown
+
+
+def measure(rows: list[dict[str, str]], folder: Path) -> tuple[float, float]:
+    """Seconds and peak resident GiB of one run of the command."""
+    write_jsonl(folder / "rows.jsonl", rows)
+    words = ["data", str(folder / "rows.jsonl"), "--out", str(folder / "out"), "--max-tokens", "4000"]
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "qlora_helpers", *words], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"the command failed with status {status}")
+    return time.perf_counter() - started, usage.ru_maxrss / 2**20
+
+
+def main() -> None:
+    """Print a table: seconds, microseconds a row, the ratio to the first size, memory."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", nargs="?", type=Path)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    args = parser.parse_args()
+    if args.file:
+        rows = [json.loads(line) for line in args.file.read_text("utf-8").splitlines()]
+    else:
+        rows = [record for _, record in python_docs.records()]
+    print("| rows | seconds | µs a row | ratio to the first | peak GiB |\n|---|---|---|---|---|")
+    first = None
+    with tempfile.TemporaryDirectory() as folder:
+        start, _ = measure(grow(rows, 30), Path(folder))
+        for size in args.sizes:
+            seconds, memory = measure(grow(rows, size), Path(folder))
+            cost = (seconds - start) / size * 1e6
+            first = first or cost
+            print(f"| {size:,} | {seconds:.1f} | {cost:.0f} | {cost / first:.2f} | {memory:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
