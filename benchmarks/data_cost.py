@@ -2,7 +2,7 @@
 
 usage: python benchmarks/data_cost.py [FILE] [--sizes 10000 100000 1000000]
 
-Rows of FILE (JSON lines; default: the documentation of Python) are grown by light edits, so that most are near duplicates
+Rows of FILE (JSON lines; default: Python documentation) are grown by light edits, so that most are near duplicates
 of another, then cleaned by `python -m qlora_helpers data`, each size in a process of its own. The start of a process is
 measured with ten rows and taken off.
 """

@@ -28,11 +28,12 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Twin:
-    """A row that was dropped, the one it resembles, and their similarity."""
+    """A row that was dropped, the one it resembles, their similarity, and what of them is similar."""
 
     dropped: Row
     kept: Row
     similarity: float
+    reason: str
 
 
 @dataclass
@@ -228,7 +229,7 @@ def _distinct(cleaned: Cleaned, rows: Iterable[Row], config: Config) -> Iterator
             yield row
         else:
             cleaned.drop(row, NEAR_ROW)
-            cleaned.twins.append(Twin(row, kept[twin[0]], twin[1]))
+            cleaned.twins.append(Twin(row, kept[twin[0]], twin[1], NEAR_ROW))
 
 
 def _split(cleaned: Cleaned, usable: list[Measured], config: Config, n_heldout: int) -> None:
@@ -242,7 +243,7 @@ def _split(cleaned: Cleaned, usable: list[Measured], config: Config, n_heldout: 
         twin = index.first_like(item.row.prompt, add=not full)
         if twin is not None:
             cleaned.drop(item.row, NEAR_PROMPT)
-            cleaned.twins.append(Twin(item.row, cleaned.heldout[twin[0]].row, twin[1]))
+            cleaned.twins.append(Twin(item.row, cleaned.heldout[twin[0]].row, twin[1], NEAR_PROMPT))
         else:
             (cleaned.train if full else cleaned.heldout).append(item)
 

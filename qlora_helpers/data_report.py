@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_helpers import layouts, runs, templates
-from qlora_helpers.cleaning import NEAR_PROMPT, NEAR_ROW, Cleaned, Measured, fingerprint
+from qlora_helpers.cleaning import Cleaned, Measured, fingerprint
 from qlora_helpers.config import Config
 from qlora_helpers.layouts import Row
 
@@ -152,17 +152,12 @@ def _checks(facts: dict[str, Any]) -> Table:
 
 
 def _twins(cleaned: Cleaned) -> list[Table]:
-    reasons = {id(twin): NEAR_PROMPT if _is_heldout(twin.kept, cleaned) else NEAR_ROW for twin in cleaned.twins[:SHOWN]}
     rows = [
-        [f"{t.similarity:.2f}", t.dropped.messages[0]["content"], t.kept.messages[0]["content"], reasons[id(t)]]
+        [f"{t.similarity:.2f}", t.dropped.messages[0]["content"], t.kept.messages[0]["content"], t.reason]
         for t in cleaned.twins[:SHOWN]
     ]
     words = f"The first {len(rows)} of {len(cleaned.twins):,} rows that were dropped because they resemble another."
     return [Table("Duplicates", words, ("similarity", "dropped", "kept", "because"), rows)] if rows else []
-
-
-def _is_heldout(row: Row, cleaned: Cleaned) -> bool:
-    return any(item.row is row for item in cleaned.heldout)
 
 
 def _samples(used: list[Measured], config: Config) -> Table:
