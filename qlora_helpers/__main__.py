@@ -1,4 +1,4 @@
-"""The command line: `python -m qlora_helpers run | batch | data | fetch`. Heavy imports wait until they are needed."""
+"""The command line: `python -m qlora_helpers run | batch | data | compare | fetch`. Heavy imports wait until needed."""
 
 import argparse
 import sys
@@ -42,6 +42,11 @@ def build_parser() -> Parser:
         command.add_argument("--n-heldout", type=int, metavar="N", help="rows that are never trained on")
         command.add_argument("--save-steps", type=int, metavar="N", help="steps between checkpoints")
     _add_data(commands)
+    compare = commands.add_parser("compare", help="report on complete runs, whoever made them", allow_abbrev=False)
+    compare.add_argument(
+        "run_folders", type=Path, nargs="+", metavar="RUN", help="run folders; equal but for the seed: one"
+    )
+    compare.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the report")
     commands.add_parser("fetch", help="fetch the embedded model into the cache", allow_abbrev=False)
     parser.commands = commands.choices
     return parser
@@ -97,15 +102,27 @@ def _check_names(argv: list[str], parser: Parser) -> None:
 
 
 def _run(**args: Any) -> None:
-    from qlora_helpers import comparison, series
+    from qlora_helpers import series
+
+    _print_comparison(series.run_series(**args))
+
+
+def _compare(run_folders: list[Path], out: Path) -> None:
+    from qlora_helpers import comparison, report, runs
     from qlora_helpers.runs import RunFolder
 
-    report = series.run_series(**args)
-    result = RunFolder(report.parent).read("comparison.json")
-    print(f"\n{comparison.table_markdown(result)}\n")
-    for found in result["differences"]:
-        print(found["text"])
-    print(f"\nReport: {report}")
+    experiments = comparison.group(RunFolder(path) for path in run_folders)
+    result = comparison.compare(experiments)
+    _print_comparison(report.write(result, report.logs_of(experiments), runs.workdir(str(out))))
+
+
+def _print_comparison(written: Path) -> None:
+    from qlora_helpers import report
+    from qlora_helpers.runs import RunFolder
+
+    result = RunFolder(written.parent).read("comparison.json")
+    lines = [report.table_markdown(result), "", *report.verdicts(result), *report.forgetting(result)]
+    print("", *lines, report.scope(result), "", f"Report: {written}", sep="\n")
 
 
 def _batch(**args: Any) -> None:
@@ -145,7 +162,13 @@ def _fetch() -> None:
     print(embedded.fetch())
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"run": _run, "batch": _batch, "data": _data, "fetch": _fetch}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "run": _run,
+    "batch": _batch,
+    "data": _data,
+    "compare": _compare,
+    "fetch": _fetch,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

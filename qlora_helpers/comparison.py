@@ -1,30 +1,44 @@
 """Runs against each other on one held-out set: paired intervals, and a verdict in words that follows from them."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qlora_helpers import runs
+from qlora_helpers import answers, intervals, runs
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import RowLoss, mean_loss, read_losses
+from qlora_helpers.intervals import Interval
 from qlora_helpers.runs import RunFolder
 
-RESAMPLES = 10_000
-CONFIDENCE = 0.95
+BASE, FEW_SHOT = "base", "base + 3 examples"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of a comparison: the losses of each of its training seeds, on the same rows. The base has one."""
+
+    name: str
+    seeds: list[list[RowLoss]]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Held-out loss of `b` less that of `a`, per trained token, with its 95% interval. Below zero, `b` is better."""
+    """Loss of `b` less that of `a`, per trained token (nats) or per byte (bits), with its 95% interval. Below zero, `b`
+    is better. `seeds` is the smaller number of training seeds behind the two, where the base model counts as many.
+    """
 
     a: str
     b: str
     value: float
     low: float
     high: float
+    rows: int
+    seeds: int
+    unit: str = "token"
 
     @property
     def verdict(self) -> str:
@@ -38,157 +52,141 @@ class Difference:
         joint = "from" if self.verdict == "not distinguishable" else "than"
         return f"{self.b} is {self.verdict} {joint} {self.a} ({bounds})"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; an interval without an end is null there."""
+        plain = {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in asdict(self).items()}
+        return plain | {"verdict": self.verdict, "text": str(self)}
 
-def difference(a: str, losses_a: list[RowLoss], b: str, losses_b: list[RowLoss]) -> Difference:
-    """Paired bootstrap of the difference in mean loss per token: rows are resampled, so long rows weigh more.
 
-    Bias-corrected and accelerated intervals (Efron 1987), 10,000 resamples, fixed seed. Raises `UserError` if the two
-    were not measured on the same rows.
+def difference(a: Arm, b: Arm, unit: str = "token") -> Difference:
+    """The mean difference over seeds, per `unit` ("token" or "byte"), rows weighted by how many they have.
+
+    The interval holds what other rows would change (rows are resampled, each with both its losses), and, where an arm
+    has several seeds, what other seeds would change. With one seed it speaks of these two adapters alone. Raises
+    `UserError` if the two were not measured on the same rows.
     """
-    if [(row.id, row.tokens) for row in losses_a] != [(row.id, row.tokens) for row in losses_b]:
+    first, second = a.seeds[0], b.seeds[0]
+    if unit == "token":
+        same = all(_keys(losses) == _keys(first) for losses in (*a.seeds, *b.seeds))
+    else:
+        same = [row.id for row in first] == [row.id for row in second]
+    if not same:
         raise UserError(
-            f"comparison: {a} and {b} were measured on different held-out rows. Mend: run both with the same data set, "
-            "data_seed, n_heldout, template and max_length."
+            f"comparison: {a.name} and {b.name} were measured on different held-out rows. Mend: run both with the same "
+            "data set, data_seed, n_heldout, template and max_length."
         )
-    gap = np.array([y.loss_sum - x.loss_sum for x, y in zip(losses_a, losses_b, strict=True)])
-    tokens = np.array([row.tokens for row in losses_a], dtype=float)
-    value = gap.sum() / tokens.sum()
-    low, high = _interval(gap, tokens)
-    return Difference(a, b, float(value), float(low), float(high))
+    weights = np.array([row.tokens if unit == "token" else row.bytes for row in first], dtype=float)
+    if unit == "byte":  # a row that one of them cut is another text
+        weights *= [x.bytes == y.bytes for x, y in zip(first, second, strict=True)]
+    counted = weights > 0
+    if not counted.any():
+        raise UserError("comparison: no held-out row is whole in both runs. Mend: a larger max_length.")
+    scale = 1.0 if unit == "token" else 1 / math.log(2)
+    sums = [np.array([[row.loss_sum for row in seed] for seed in arm.seeds])[:, counted] * scale for arm in (a, b)]
+    gap = sums[1].mean(axis=0) - sums[0].mean(axis=0)
+    over_rows = intervals.ratio(gap, weights[counted])
+    reaches = [intervals.seed_reach(arm.sum(axis=1) / weights[counted].sum()) for arm in sums]
+    found = intervals.widen(over_rows, *reaches)
+    fewest = min((len(arm.seeds) for arm in (a, b) if not arm.name.startswith(BASE)), default=1)
+    return Difference(a.name, b.name, found.value, found.low, found.high, int(counted.sum()), fewest, unit)
 
 
-def _interval(gap: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
-    from scipy.stats import bootstrap
-
-    if len(gap) < 2:  # one row says nothing about other rows
-        return -np.inf, np.inf
-    if np.ptp(gap / tokens) < 1e-12:  # every resample gives the same: there is nothing to correct for
-        return gap.sum() / tokens.sum(), gap.sum() / tokens.sum()
-    result = bootstrap(
-        (gap, tokens),
-        lambda g, t, axis: g.sum(axis=axis) / t.sum(axis=axis),
-        paired=True,
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="BCa",
-        random_state=np.random.default_rng(0),
-    )
-    return result.confidence_interval.low, result.confidence_interval.high
+def _keys(losses: list[RowLoss]) -> list[tuple[str, int]]:
+    return [(row.id, row.tokens) for row in losses]
 
 
-def compare(base: RunFolder, experiments: list[RunFolder]) -> dict[str, Any]:
-    """The base model and complete runs on one held-out set, as written to `comparison.json`."""
-    losses = {"base": read_losses(base)} | {run.name: read_losses(run) for run in experiments}
-    names = list(losses)
-    pairs = [("base", name) for name in names[1:]] + list(pairwise(names[1:]))
-    differences = [difference(a, losses[a], b, losses[b]) for a, b in pairs]
-    manifests = {run.name: run.read("manifest.json") for run in experiments}
-    first = next(iter(manifests.values()))
+def group(found: Iterable[RunFolder]) -> dict[str, list[RunFolder]]:
+    """Runs that differ in their seed alone, under the name of the first."""
+    groups: dict[str, list[RunFolder]] = {}
+    names: dict[str, str] = {}
+    for run in found:
+        config = {key: value for key, value in run.read("config.json")["config"].items() if key != "seed"}
+        name = names.setdefault(runs.short_hash(config), run.name)
+        groups.setdefault(name, []).append(run)
+    return groups
+
+
+def compare(experiments: dict[str, list[RunFolder]]) -> dict[str, Any]:
+    """The base model and complete runs on one held-out set, as written to `comparison.json`.
+
+    Each experiment is a list of runs that differ in their seed. Raises `UserError` if held-out sets differ.
+    """
+    every = [run for group_ in experiments.values() for run in group_]
+    manifests = [run.read("manifest.json") for run in every]
+    _check_one_heldout_set(every, manifests)
+    bases = {run.path.parent / m["baseline"] for run, m in zip(every, manifests, strict=True)}
+    one_model = len({path.name for path in bases}) == 1
+    base = RunFolder(sorted(bases)[0])
+    folders = {BASE: [base], FEW_SHOT: [RunFolder(base / "few_shot")]} if one_model else {}
+    folders = {name: group_ for name, group_ in folders.items() if (group_[0] / "heldout_losses.jsonl").exists()}
+    controls = list(folders)
+    folders |= experiments
+    arms = {name: Arm(name, [read_losses(run) for run in group_]) for name, group_ in folders.items()}
+    unit = "token" if one_model else "byte"
+    pairs = [(name, other) for name in controls for other in experiments]
+    pairs += list(pairwise(experiments))
     return {
-        "heldout_rows": len(losses["base"]),
-        "heldout_tokens": sum(row.tokens for row in losses["base"]),
-        "heldout_fingerprint": first["data"]["heldout_fingerprint"],
-        "device": first["device"],
-        "versions": first["versions"],
-        "table": [_line("base", losses["base"], base, None)]
-        + [_line(run.name, losses[run.name], run, run.read("metrics.json")) for run in experiments],
-        "differences": [{**vars(d), "verdict": d.verdict, "text": str(d)} for d in differences],
-        "answers": _answers(base, experiments),
+        "heldout_rows": len(arms[next(iter(experiments))].seeds[0]),
+        "heldout_tokens": sum(row.tokens for row in arms[next(iter(experiments))].seeds[0]),
+        "heldout_fingerprint": manifests[0]["data"]["heldout_fingerprint"],
+        "unit": unit,
+        "device": manifests[0]["device"],
+        "versions": manifests[0]["versions"],
+        "data": manifests[0]["data"]["source"],
+        "model": manifests[0]["model"],
+        "table": [_line(name, folders[name]) for name in folders],
+        "differences": [difference(arms[a], arms[b], unit).to_dict() for a, b in pairs],
+        "forgetting": _forgetting(base, experiments) if one_model else [],
+        "answers": _side_by_side(folders),
     }
 
 
-def _line(name: str, losses: list[RowLoss], run: RunFolder, metrics: dict[str, Any] | None) -> dict[str, Any]:
-    answers = runs.read_jsonl(run / "answers.jsonl")
-    keys = ("train_rows", "steps", "epochs", "train_loss", "seconds", "tokens_per_second", "peak_memory_gib", "seed")
+def _check_one_heldout_set(every: list[RunFolder], manifests: list[dict[str, Any]]) -> None:
+    prints = {m["data"]["heldout_fingerprint"]: run.name for run, m in zip(every, manifests, strict=True)}
+    if len(prints) > 1:
+        which = ", ".join(f"{name}: {print_}" for print_, name in prints.items())
+        raise UserError(
+            f"comparison: the runs were measured on different held-out sets ({which}). Mend: compare runs with the "
+            "same dataset, data_seed and n_heldout."
+        )
+
+
+def _forgetting(base: RunFolder, experiments: dict[str, list[RunFolder]]) -> list[dict[str, Any]]:
+    """Losses on the general questions, after less before: above zero, something was forgotten."""
+    before = Arm(BASE, [read_losses(base, "general_losses.jsonl")])
+    after = {
+        name: Arm(name, [read_losses(run, "general_losses.jsonl") for run in group_])
+        for name, group_ in experiments.items()
+    }
+    return [difference(before, arm).to_dict() | {"rows": len(before.seeds[0])} for arm in after.values()]
+
+
+def _line(name: str, group_: list[RunFolder]) -> dict[str, Any]:
+    """One line of the table: means over seeds, and the text metrics of the first seed's answers."""
+    losses = [mean_loss(read_losses(run)) for run in group_]
+    metrics = [run.read("metrics.json") for run in group_ if run.complete]
+    keys = ("train_rows", "steps", "epochs", "train_loss", "seconds", "tokens_per_second", "peak_memory_gib")
+    text = answers.text_metrics(runs.read_jsonl(group_[0] / "answers.jsonl"))
     return {
         "name": name,
-        "heldout_loss": mean_loss(losses),
-        "answers_that_stop": f"{sum(a['stopped'] for a in answers)} of {len(answers)}",
-        **{key: metrics[key] if metrics else None for key in keys},
+        "seeds": [m["seed"] for m in metrics],
+        "heldout_loss": float(np.mean(losses)),
+        "heldout_loss_by_seed": losses,
+        **{key: float(np.mean([m[key] for m in metrics])) if metrics else None for key in keys},
+        "text": {key: _finite(interval) for key, interval in text.items()},
     }
 
 
-def _answers(base: RunFolder, experiments: list[RunFolder]) -> list[dict[str, str]]:
-    """One entry a prompt: what each model said."""
-    said = {"base": runs.read_jsonl(base / "answers.jsonl")}
-    said |= {run.name: runs.read_jsonl(run / "answers.jsonl") for run in experiments}
+def _finite(interval: Interval) -> dict[str, float | None]:
+    return {key: value if math.isfinite(value) else None for key, value in asdict(interval).items()}
+
+
+def _side_by_side(folders: dict[str, list[RunFolder]]) -> list[dict[str, str]]:
+    """One entry a prompt: what the first seed of each said."""
+    said = {name: runs.read_jsonl(group_[0] / "answers.jsonl") for name, group_ in folders.items()}
+    first = next(iter(said.values()))
     return [
-        {"prompt": first["prompt"], **{name: rows[i]["answer"] for name, rows in said.items()}}
-        for i, first in enumerate(said["base"])
+        {"prompt": entry["prompt"], **{name: rows[i]["answer"] for name, rows in said.items()}}
+        for i, entry in enumerate(first)
+        if all(len(rows) > i and rows[i]["prompt"] == entry["prompt"] for rows in said.values())
     ]
-
-
-def table_markdown(result: dict[str, Any]) -> str:
-    """The comparison as a Markdown table."""
-    header = "| | rows | steps | held-out loss | training loss | answers that stop | seconds | tokens/s | peak GiB |"
-    lines = [header, "|---|---|---|---|---|---|---|---|---|"]
-    for row in result["table"]:
-        cells = [row["name"], *(_cell(row[k], f) for k, f in _COLUMNS.items())]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-_COLUMNS = {
-    "train_rows": "d",
-    "steps": "d",
-    "heldout_loss": ".4f",
-    "train_loss": ".4f",
-    "answers_that_stop": "s",
-    "seconds": ".0f",
-    "tokens_per_second": ",.0f",
-    "peak_memory_gib": ".2f",
-}
-
-
-def _cell(value: Any, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def report_markdown(result: dict[str, Any], figures: list[str]) -> str:
-    """`report.md`: the question, the table, the verdicts, the figures, the answers, the limits, the versions."""
-    device = result["device"]
-    answers = "\n\n".join(
-        f"**Asked:** {_quote(entry['prompt'])}\n\n"
-        + "\n".join(f"- *{name}*: {_quote(text)}" for name, text in entry.items() if name != "prompt")
-        for entry in result["answers"]
-    )
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return f"""# Did fine-tuning help, and how sure are we?
-
-{result["heldout_rows"]} held-out rows with {result["heldout_tokens"]:,} trained tokens (fingerprint
-`{result["heldout_fingerprint"]}`), none of them trained on. Loss: mean per trained token, in nats; lower is better.
-
-{table_markdown(result)}
-
-## Verdicts
-
-{chr(10).join(f"- {d['text']}." for d in result["differences"])}
-
-Intervals: paired bootstrap over held-out rows, {RESAMPLES:,} resamples. With one seed each they speak of these adapters
-only, not of the recipes. The training losses come from different numbers of steps: they are no evidence.
-
-## Figures
-
-{chr(10).join(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures)}
-
-## Answers
-
-{answers}
-
-## Made with
-
-{device["name"]}, {device["dtype"]} ({device["reason"]}). {versions}.
-"""
-
-
-def _quote(text: str) -> str:
-    """A text on one line, as data: no Markdown or HTML of its own takes effect."""
-    flat = " ".join(text.split()).replace("`", "'")
-    return f"`{flat}`" if flat else "(empty)"
-
-
-def write_report(result: dict[str, Any], folder: Path, figures: list[str]) -> Path:
-    """`comparison.json` and `report.md` in `folder`; returns the path of the report."""
-    runs.write_json(folder / "comparison.json", result)
-    runs.write_text(folder / "report.md", report_markdown(result, figures))
-    return folder / "report.md"

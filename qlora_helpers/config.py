@@ -88,6 +88,9 @@ class Config:
     save_steps: int = _field(50, "steps between checkpoints", low=1)
     keep_best: bool = _field(False, "end with the checkpoint of the lowest held-out loss")
     early_stopping_patience: int | None = _field(None, "stop after this many held-out losses without a new low", low=1)
+    n_seeds: int = _field(1, "training seeds that a comparison runs of each experiment", low=1)
+    equal_steps: bool = _field(False, "a comparison also trains the smaller one for as many steps as the larger")
+    n_answers: int = _field(100, "held-out questions that are answered and scored", low=1)
     seconds_per_step: float = _field(1.0, "rough time of a step, for 'about N minutes'", low=0)
     max_new_tokens: int = _field(128, "length of the sample answers, in tokens", low=1)
     seed: int = _field(0, "adapter's first weights, order of rows, dropout", low=0)
@@ -131,8 +134,17 @@ class Config:
 
         Left out: what only decides where and how fast. How a batch is split over passes is such a thing.
         """
-        beside = {"preset_name", "profile", "memory_limit_gib", "save_steps", "max_new_tokens", "seconds_per_step"}
-        beside |= {"batch_size", "gradient_accumulation", "gradient_checkpointing"}
+        beside = {
+            "preset_name",
+            "profile",
+            "memory_limit_gib",
+            "save_steps",
+            "max_new_tokens",
+            "n_answers",
+            "seconds_per_step",
+            "n_seeds",
+        }
+        beside |= {"equal_steps", "batch_size", "gradient_accumulation", "gradient_checkpointing"}
         deciding = {key: value for key, value in self.to_dict().items() if key not in beside}
         deciding["effective_batch"] = self.effective_batch
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]

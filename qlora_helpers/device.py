@@ -93,6 +93,14 @@ def on_colab() -> bool:
     return any(name.startswith("COLAB_") for name in os.environ)
 
 
+def autocast(device: Device) -> Any:
+    """The arithmetic the trainer uses on this device, so that losses in and after training agree."""
+    import torch
+
+    mixed = device.kind == "cuda" and device.dtype != "float32"
+    return torch.autocast(device.kind, getattr(torch, device.dtype), enabled=mixed)
+
+
 def versions() -> dict[str, str]:
     """Python's version and those of the packages that decide results."""
     found = {"python": platform.python_version()}

@@ -1,28 +1,35 @@
-"""Held-out loss per row, and sample answers: did it learn, and did it learn to stop?"""
+"""Losses per row on text that is never trained on, and everything else that is measured of a model, in one folder."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
-from qlora_helpers import runs
+from qlora_helpers import answers, runs, sources, templates
+from qlora_helpers.answers import Shots
+from qlora_helpers.cleaning import Data
 from qlora_helpers.config import Config
-from qlora_helpers.device import Device
+from qlora_helpers.device import Device, autocast
 from qlora_helpers.errors import UserError
 from qlora_helpers.runs import RunFolder
-from qlora_helpers.templates import IGNORE, Example, render_prompt, tokenize
+from qlora_helpers.templates import IGNORE, Example
 
-PUBLISHED_PROMPTS = ("Explain what is a variable in programming.", "How do computers store data?")
 LOGIT_ROWS = 512  # tokens whose logits are held at once: 512 x 49,152 words x 4 bytes is 96 MiB
+SHOTS = 3  # examples in the prompt: what a base model can do when it is shown the way
+SHOTS_FROM = 50  # the shortest of so many training rows are shown
+GENERAL_LENGTH = 512
 
 
 @dataclass(frozen=True)
 class RowLoss:
-    """Loss of one held-out row: summed over its trained tokens, in float32 (nats)."""
+    """Loss of one row: summed over its trained tokens, in float32 (nats). `bytes` of its answers in UTF-8; 0 if the row
+    was cut, since tokenizers cut at other places.
+    """
 
     id: str
     loss_sum: float
     tokens: int
+    bytes: int
 
 
 def mean_loss(losses: list[RowLoss]) -> float:
@@ -46,12 +53,6 @@ def heldout_losses(model: Any, examples: list[Example], device: Device, batch_si
     return [losses[index] for index in range(len(examples))]
 
 
-def autocast(device: Device) -> Any:
-    """The arithmetic the trainer uses on this device, so that losses in and after training agree."""
-    mixed = device.kind == "cuda" and device.dtype != "float32"
-    return torch.autocast(device.kind, getattr(torch, device.dtype), enabled=mixed)
-
-
 def _batch_losses(model: Any, batch: list[Example]) -> list[RowLoss]:
     """Only trained positions go through the output head: it costs more than any other layer."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -70,7 +71,14 @@ def _batch_losses(model: Any, batch: list[Example]) -> list[RowLoss]:
     ).cpu()
     counts = wanted.sum(dim=1).tolist()
     sums = [part.double().sum().item() for part in token_losses.split(counts)]
-    return [RowLoss(e.row.id, s, n) for e, s, n in zip(batch, sums, counts, strict=True)]
+    return [RowLoss(e.row.id, s, n, answer_bytes(e)) for e, s, n in zip(batch, sums, counts, strict=True)]
+
+
+def answer_bytes(example: Example) -> int:
+    """UTF-8 bytes of the answers; 0 for a row that was cut."""
+    if example.cut:
+        return 0
+    return sum(len(turn["content"].encode()) for turn in example.row.messages if turn["role"] == "assistant")
 
 
 def _pad(rows: list[list[int]], filler: int) -> torch.Tensor:
@@ -78,39 +86,59 @@ def _pad(rows: list[list[int]], filler: int) -> torch.Tensor:
     return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
 
 
-def answer_prompts(heldout: list[Example]) -> list[str]:
-    """What the models are asked to answer: the report's two questions and the first two held-out ones."""
-    first = [example.row.messages[0] for example in heldout[:2]]
-    return [*PUBLISHED_PROMPTS, *(f"{m['content']}\n\n{m['input']}" if m.get("input") else m["content"] for m in first)]
+def general_examples(config: Config, tokenizer: Any) -> list[Example]:
+    """The project's own general questions, in the model's own chat template if it has one."""
+    template = "auto" if getattr(tokenizer, "chat_template", None) else config.template
+    general = config.replace(
+        dataset=str(sources.general_data()), template=template, max_length=GENERAL_LENGTH, train_on="assistant"
+    )
+    return list(templates.encode(sources.load(general).rows, general, tokenizer))
 
 
-def answer(model: Any, tokenizer: Any, config: Config, device: Device, prompts: list[str]) -> list[dict[str, Any]]:
-    """Greedy answers, one batch. `stopped` says whether the model ended by itself within `max_new_tokens`."""
-    texts = [render_prompt(({"role": "user", "content": p},), config, tokenizer) for p in prompts]
-    was_training, side = model.training, tokenizer.padding_side
-    model.eval()
-    tokenizer.padding_side = "left"  # a gap between prompt and answer would be read as text
-    batch = tokenize(texts, tokenizer, return_tensors="pt", padding=True)
-    batch = batch.to(model.get_input_embeddings().weight.device)
-    with torch.inference_mode(), autocast(device):
-        output = model.generate(
-            **batch,
-            max_new_tokens=config.max_new_tokens,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    tokenizer.padding_side = side
-    model.train(was_training)
-    new = output[:, batch["input_ids"].shape[1] :].tolist()
-    return [_describe(prompt, ids, tokenizer) for prompt, ids in zip(prompts, new, strict=True)]
+def choose_shots(data: Data) -> Shots:
+    """Three short training rows, one question and one answer of each; the same for any number of training rows."""
+    short = sorted(data.cleaned.train[:SHOTS_FROM], key=lambda item: (item.tokens, item.row.id))
+    return tuple(turn for item in short[:SHOTS] for turn in item.row.messages[:2])
 
 
-def _describe(prompt: str, ids: list[int], tokenizer: Any) -> dict[str, Any]:
-    stopped = tokenizer.eos_token_id in ids
-    kept = ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids
-    text = tokenizer.decode(kept, skip_special_tokens=True).strip()
-    return {"prompt": prompt, "answer": text, "stopped": stopped, "tokens": len(kept)}
+def after_shots(example: Example, shots: Shots, config: Config, tokenizer: Any) -> Example:
+    """The row as the last part of a conversation that begins with the shots. The same tokens count, and no others."""
+    whole = replace(example.row, messages=(*shots, *example.row.messages))
+    (longer,) = templates.encode([whole], config.replace(max_length=10**6), tokenizer)
+    ids = longer.input_ids[: len(longer.input_ids) - example.cut]
+    first = next(i for i, label in enumerate(example.labels) if label != IGNORE)
+    own = len(example.labels) - first
+    if ids[-own:] != example.input_ids[-own:]:
+        raise UserError("template: the model's chat template writes a last turn otherwise after earlier ones.")
+    return replace(example, input_ids=ids, labels=[IGNORE] * (len(ids) - own) + example.labels[-own:])
+
+
+def measure_base(base: Any, config: Config, data: Data, tokenizer: Any, device: Device, where: RunFolder) -> None:
+    """Everything about the base model, alone and with three examples in its prompt; its plain losses come last."""
+    if config.train_on == "assistant":  # else the question counts, which reads otherwise after an earlier turn
+        _measure_few_shot(base, config, data, tokenizer, device, RunFolder(where / "few_shot"))
+    measure_answers(base, config, data, tokenizer, device, where)
+    runs.write_jsonl(where / "heldout_losses.jsonl", to_rows(heldout_losses(base, data.heldout, device)))
+
+
+def _measure_few_shot(base: Any, config: Config, data: Data, tokenizer: Any, device: Device, where: RunFolder) -> None:
+    shots = choose_shots(data)
+    try:
+        shown = [after_shots(example, shots, config, tokenizer) for example in data.heldout]
+    except UserError as error:
+        print(f"{error} The base model with examples in its prompt is left out.")
+        return
+    asked = answers.heldout_prompts(data.heldout, config.n_answers)
+    runs.write_jsonl(where / "answers.jsonl", answers.generate(base, tokenizer, config, device, asked, shots))
+    runs.write_jsonl(where / "heldout_losses.jsonl", to_rows(heldout_losses(base, shown, device)))
+
+
+def measure_answers(model: Any, config: Config, data: Data, tokenizer: Any, device: Device, where: RunFolder) -> None:
+    """Answers to the published and to held-out questions, and losses on general ones."""
+    asked = answers.heldout_prompts(data.heldout, config.n_answers)
+    runs.write_jsonl(where / "answers.jsonl", answers.generate(model, tokenizer, config, device, asked))
+    general = heldout_losses(model, general_examples(config, tokenizer), device)
+    runs.write_jsonl(where / "general_losses.jsonl", to_rows(general))
 
 
 def to_rows(losses: list[RowLoss]) -> list[dict[str, Any]]:
@@ -118,9 +146,9 @@ def to_rows(losses: list[RowLoss]) -> list[dict[str, Any]]:
     return [asdict(loss) for loss in losses]
 
 
-def read_losses(run: RunFolder) -> list[RowLoss]:
-    """Per-row held-out losses of a run or of the base, as `to_rows` wrote them."""
-    path = run / "heldout_losses.jsonl"
+def read_losses(run: RunFolder, name: str = "heldout_losses.jsonl") -> list[RowLoss]:
+    """Per-row losses of a run or of the base, as `to_rows` wrote them."""
+    path = run / name
     if not path.exists():
-        raise UserError(f"run folder: {run.path} is not complete. Mend: run its notebook to the end.")
+        raise UserError(f"run folder: {run.path} has no {name}. Mend: run its notebook to the end.")
     return [RowLoss(**row) for row in runs.read_jsonl(path)]

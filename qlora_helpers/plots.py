@@ -203,7 +203,11 @@ def _turning_point(heldout: dict[int, float]) -> int | None:
 @_styled
 def differences(result: dict[str, Any]) -> Figure:
     """Each difference of `comparison.compare`, its 95% interval and verdict. Left of zero is better."""
-    entries = result["differences"]
+    open_ends = {"low": -math.inf, "high": math.inf}
+    entries = [
+        {**d, **{end: d[end] if d[end] is not None else open_ends[end] for end in open_ends}}
+        for d in result["differences"]
+    ]
     figure, (axes,) = _new("Did the held-out loss change?", 1.8 + 0.6 * len(entries))
     bounds = [d[key] for d in entries for key in ("low", "value", "high") if math.isfinite(d[key])]
     left, right = min([0.0, *bounds]), max([0.0, *bounds])
@@ -220,7 +224,8 @@ def differences(result: dict[str, Any]) -> Figure:
     for x, side in ((left / 2, "← better"), (right / 2, "worse →")):
         axes.text(x, 1.02, side, transform=axes.get_xaxis_transform(), ha="center", va="bottom")
     axes.set(xlim=(left, right), ylim=(len(entries) - 0.5, -0.5), ylabel="runs compared")
-    axes.set_xlabel("difference in held-out loss, 95% interval\n(nats per token)")
+    unit = "bits per byte" if result.get("unit") == "byte" else "nats per token"
+    axes.set_xlabel(f"difference in held-out loss, 95% interval\n({unit})")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_yticks(range(len(entries)), [f"{d['b']}\nvs {d['a']}" for d in entries])
     return figure

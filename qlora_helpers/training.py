@@ -215,18 +215,14 @@ def baseline(base: Any, config: Config, data: Data, tokenizer: Any, device: Devi
     """Held-out losses and answers of the base model, measured once for all runs that share model and held-out rows."""
     where = baseline_folder(config, data, device, folder)
     if not (where / "heldout_losses.jsonl").exists():
-        prompts = evaluation.answer_prompts(data.heldout)
-        answers = evaluation.answer(base, tokenizer, config, device, prompts)
-        runs.write_jsonl(where / "answers.jsonl", answers)
-        losses = evaluation.heldout_losses(base, data.heldout, device)
-        runs.write_jsonl(where / "heldout_losses.jsonl", evaluation.to_rows(losses))
+        evaluation.measure_base(base, config, data, tokenizer, device, where)
     return evaluation.read_losses(where)
 
 
 def baseline_folder(config: Config, data: Data, device: Device, folder: Path) -> RunFolder:
     """Where the base model's losses are: named after everything they depend on."""
     keys = ("model", "revision", "quantization", "double_quant", "template", "system", "train_on", "max_length")
-    depends = [getattr(config, key) for key in (*keys, "max_new_tokens")]
+    depends = [getattr(config, key) for key in (*keys, "max_new_tokens", "n_answers")]
     depends += [device.dtype, data.heldout_fingerprint]
     return RunFolder(folder / f"base-{runs.short_hash(depends)}")
 
@@ -241,6 +237,7 @@ def _write_manifest(run: RunFolder, config: Config, device: Device, data: Data, 
         "name": config.model,
         "revision": getattr(base.config, "_commit_hash", None) or config.revision,
     }
+    content["baseline"] = baseline_folder(config, data, device, run.path.parent).name
     runs.write_json(run / "manifest.json", content)
 
 
@@ -279,8 +276,7 @@ def _save_results(
     elif trainer.heldout_step != state.global_step:
         trainer.evaluate()
     runs.write_jsonl(run / "heldout_losses.jsonl", evaluation.to_rows(trainer.heldout_rows))
-    prompts = evaluation.answer_prompts(data.heldout)
-    runs.write_jsonl(run / "answers.jsonl", evaluation.answer(model, tokenizer, config, device, prompts))
+    evaluation.measure_answers(model, config, data, tokenizer, device, run)
     steps = [line for line in state.log_history if "loss" in line]
     seconds = sum(line["seconds"] for line in steps)
     metrics = {

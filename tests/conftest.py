@@ -145,3 +145,22 @@ def make_row():
         return Row(tuple(messages), "line 1")
 
     return make
+
+
+@pytest.fixture(scope="module")
+def setup(config, device, tokenizer):
+    """A float32 model with an adapter that does something, and held-out rows of many lengths."""
+    import torch
+
+    from qlora_helpers import cleaning, model
+
+    plain = config.replace(quantization="none", max_length=48, n_heldout=11, n_samples=1)
+    built = model.attach_lora(model.load_base(plain, device), plain)
+    torch.manual_seed(0)
+    for name, p in built.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(std=0.1)
+    rows = cleaning.prepare(plain, tokenizer).heldout
+    for length in (32, 40, 56):
+        rows += cleaning.prepare(plain.replace(max_length=length), tokenizer).heldout[:2]
+    return built.eval(), rows

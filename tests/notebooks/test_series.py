@@ -64,8 +64,10 @@ def test_metrics_differ_with_the_rows_and_data_nests(series):
 def test_comparison_and_report(series):
     out, _, stdout = series
     result = read(out / "comparison.json")
-    assert [row["name"] for row in result["table"]] == ["base", "exp1", "exp2"]
+    assert [row["name"] for row in result["table"]] == ["base", "base + 3 examples", "exp1", "exp2"]
     assert "| base | – | – |" in stdout
+    assert "these adapters only" in stdout
+    assert (out / "report.html").stat().st_size > 10_000
     assert str(out / "report.md") in stdout
     report = (out / "report.md").read_text("utf-8")
     for figure in ("figures/differences.png", "figures/loss_curves.png"):

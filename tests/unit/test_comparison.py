@@ -1,17 +1,24 @@
 """Verdicts that follow from intervals, and a report that its data cannot break."""
 
+import json
+import math
 import random
 import warnings
 
 import pytest
 
-from qlora_helpers import UserError, comparison
-from qlora_helpers.comparison import Difference
+from qlora_helpers import UserError, __main__, comparison, experiments, report
+from qlora_helpers.comparison import Arm, Difference
 from qlora_helpers.evaluation import RowLoss
 
 
 def losses(per_token, tokens=(20, 30, 50, 10, 40, 25)):
-    return [RowLoss(str(i), loss * n, n) for i, (loss, n) in enumerate(zip(per_token, tokens, strict=False))]
+    return [RowLoss(str(i), loss * n, n, 4 * n) for i, (loss, n) in enumerate(zip(per_token, tokens, strict=False))]
+
+
+def difference(a, losses_a, b, losses_b, **options):
+    """With one seed each."""
+    return comparison.difference(Arm(a, [losses_a]), Arm(b, [losses_b]), **options)
 
 
 BASE = losses([2.0, 2.5, 1.8, 2.2, 2.4, 2.1])
@@ -29,7 +36,7 @@ BASE = losses([2.0, 2.5, 1.8, 2.2, 2.4, 2.1])
     ],
 )
 def test_the_verdict_follows_from_the_interval(low, high, verdict):
-    found = Difference("base", "exp1", (low + high) / 2, low, high)
+    found = Difference("base", "exp1", (low + high) / 2, low, high, rows=6, seeds=1)
     assert found.verdict == verdict
     assert f"exp1 is {verdict} " in str(found)
 
@@ -44,34 +51,35 @@ def test_the_verdict_follows_from_the_interval(low, high, verdict):
 )
 def test_differences(shifts, verdict):
     other = losses([a.loss_sum / a.tokens + shift for a, shift in zip(BASE, shifts, strict=True)])
-    found = comparison.difference("base", BASE, "exp1", other)
+    found = difference("base", BASE, "exp1", other)
     assert found.verdict == verdict
     assert found.low <= found.value <= found.high
     tokens = [row.tokens for row in BASE]
     assert found.value == pytest.approx(sum(s * n for s, n in zip(shifts, tokens, strict=True)) / sum(tokens))
-    back = comparison.difference("exp1", other, "base", BASE)
+    back = difference("exp1", other, "base", BASE)
     assert back.value == pytest.approx(-found.value)
-    assert comparison.difference("base", BASE, "exp1", other) == found  # the same interval each time
+    assert difference("base", BASE, "exp1", other) == found  # the same interval each time
 
 
 def test_identical_losses_are_not_distinguishable():
-    found = comparison.difference("a", BASE, "b", list(BASE))
+    found = difference("a", BASE, "b", list(BASE))
     assert (found.value, found.low, found.high) == (0, 0, 0)
     assert found.verdict == "not distinguishable"
 
 
 def test_the_same_gain_on_every_token_is_a_gain():
     """Every resample gives the same difference: the interval is that one value, not no number."""
-    other = [RowLoss(row.id, row.loss_sum - 0.5 * row.tokens, row.tokens) for row in BASE]
+    other = [RowLoss(row.id, row.loss_sum - 0.5 * row.tokens, row.tokens, row.bytes) for row in BASE]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = comparison.difference("a", BASE, "b", other)
+        found = difference("a", BASE, "b", other)
     assert found.verdict == "better"
 
 
 def test_one_row_says_nothing_about_others():
-    found = comparison.difference("a", BASE[:1], "b", losses([1.0]))
+    found = difference("a", BASE[:1], "b", losses([1.0]))
     assert found.verdict == "not distinguishable"
+    assert found.to_dict()["low"] is None  # JSON has no infinity
 
 
 @pytest.mark.parametrize("rows", [2, 3, 5, 100])
@@ -80,69 +88,130 @@ def test_intervals_contain_their_value(rows):
     tokens = [draw.randint(1, 200) for _ in range(rows)]
     a = losses([draw.gauss(2, 0.5) for _ in range(rows)], tokens)
     b = losses([draw.gauss(2, 0.5) for _ in range(rows)], tokens)
-    found = comparison.difference("a", a, "b", b)
+    found = difference("a", a, "b", b)
     assert found.low <= found.value <= found.high
 
 
 @pytest.mark.parametrize(
-    "other", [BASE[:-1], BASE[::-1], [RowLoss("x", 1, 20), *BASE[1:]], [RowLoss("0", 40, 21), *BASE[1:]]]
+    "other", [BASE[:-1], BASE[::-1], [RowLoss("x", 1, 20, 80), *BASE[1:]], [RowLoss("0", 40, 21, 84), *BASE[1:]]]
 )
 def test_other_rows_are_refused(other):
     with pytest.raises(UserError, match="different held-out rows"):
-        comparison.difference("a", BASE, "b", other)
+        difference("a", BASE, "b", other)
 
 
-NASTY = "```python\nprint('<script>alert(1)</script>')\n```\n# Heading\n| a | b |"
+def test_the_spread_of_seeds_widens_the_interval():
+    """Three adapters of one recipe that differ a lot say less about the recipe than three that agree."""
+    agree = [losses([row.loss_sum / row.tokens - 0.3 + s for row in BASE]) for s in (-0.01, 0, 0.01)]
+    differ = [losses([row.loss_sum / row.tokens - 0.3 + s for row in BASE]) for s in (-0.2, 0, 0.2)]
+    base = Arm("base", [BASE])
+    close, wide = (comparison.difference(base, Arm("exp", seeds)) for seeds in (agree, differ))
+    assert close.value == pytest.approx(wide.value) == pytest.approx(-0.3)
+    assert (close.verdict, wide.verdict) == ("better", "not distinguishable")
+    assert close.seeds == wide.seeds == 3
+    # Student's t with two degrees of freedom: 4.303 x 0.2 / sqrt(3); every row shifts alike, so rows add nothing
+    assert wide.high - wide.value == pytest.approx(4.303 * 0.2 / 3**0.5, rel=1e-3)
 
 
-def result(answer="fine", prompt="Why?"):
-    """What `compare` gives, made by hand."""
-    line = {"heldout_loss": 2.0, "answers_that_stop": "1 of 4"}
-    figures = {"train_rows": 32, "steps": 8, "train_loss": 1.5, "seconds": 30.0}
-    figures |= {"tokens_per_second": 1234.5, "peak_memory_gib": 1.25}
-    return {
-        "heldout_rows": 6,
-        "heldout_tokens": 175,
-        "heldout_fingerprint": "abc",
-        "device": {"name": "a CPU", "dtype": "bfloat16", "reason": "no GPU"},
-        "versions": {"torch": "2"},
-        "table": [{"name": "base", **line, **dict.fromkeys(figures)}, {"name": "exp1", **line, **figures}],
-        "differences": [{"text": "exp1 is better than base"}],
-        "answers": [{"prompt": prompt, "base": "", "exp1": answer}],
+def test_bits_per_byte_compare_other_tokenizers():
+    """Twice the tokens, half the loss each: the same bits for the same text. A row that one of them cut is left out."""
+    other = [RowLoss(row.id, row.loss_sum, 2 * row.tokens, row.bytes) for row in BASE]
+    with pytest.raises(UserError, match="different held-out rows"):
+        difference("a", BASE, "b", other)
+    found = difference("a", BASE, "b", other, unit="byte")
+    assert (found.value, found.rows) == (0, 6)
+    worse = [RowLoss(row.id, row.loss_sum + 4 * row.tokens, 2 * row.tokens, row.bytes) for row in BASE]
+    worse[0] = RowLoss("0", 1e9, 3, 0)
+    found = difference("a", BASE, "b", worse, unit="byte")
+    assert found.value == pytest.approx(1 / math.log(2))
+    assert found.rows == 5
+    cut = [RowLoss(row.id, row.loss_sum, row.tokens, 0) for row in BASE]
+    with pytest.raises(UserError, match="no held-out row is whole"):
+        difference("a", BASE, "b", cut, unit="byte")
+
+
+@pytest.fixture(scope="module")
+def trained(config, tokenizer, tmp_path_factory):
+    """Two seeds of one config and one seed of another, trained on the tiny model."""
+    folder = tmp_path_factory.mktemp("runs")
+    small = config.replace(n_seeds=2, n_answers=2)
+    needed = experiments.wanted({"exp1": small.replace(n_samples=8), "exp2": small}, folder)
+    assert [(w.experiment, w.name, w.config.seed) for w in needed] == [
+        ("exp1", "exp1", 0),
+        ("exp1", "exp1-seed1", 1),
+        ("exp2", "exp2", 0),
+        ("exp2", "exp2-seed1", 1),
+    ]
+    return folder, experiments.complete(needed), needed
+
+
+def test_runs_are_compared_from_their_folders(trained):
+    folder, found, _ = trained
+    result = comparison.compare(found)
+    json.dumps(result, allow_nan=False)
+    assert [line["name"] for line in result["table"]] == ["base", "base + 3 examples", "exp1", "exp2"]
+    assert [line["seeds"] for line in result["table"]] == [[], [], [0, 1], [0, 1]]
+    pairs = [(d["a"], d["b"]) for d in result["differences"]]
+    assert pairs == [
+        ("base", "exp1"),
+        ("base", "exp2"),
+        ("base + 3 examples", "exp1"),
+        ("base + 3 examples", "exp2"),
+        ("exp1", "exp2"),
+    ]
+    assert [d["b"] for d in result["forgetting"]] == ["exp1", "exp2"]
+    assert {d["rows"] for d in result["forgetting"]} == {48}
+    assert comparison.group(run for runs_ in found.values() for run in runs_) == found
+    written = report.write(result, report.logs_of(found), folder / "out")
+    page = (folder / "out" / "report.html").read_text("utf-8")
+    assert written.read_text("utf-8").count("data:image") == 0
+    assert page.count("data:image/png;base64,") == 2
+    assert "<table>" in page
+
+
+def test_equal_steps_and_reuse(trained):
+    folder, _, needed = trained
+    again = experiments.wanted(
+        {n: w.config.replace(equal_steps=True) for n, w in (("exp1", needed[0]), ("exp2", needed[2]))}, folder
+    )
+    control = [item for item in again if item.experiment == "exp1, equal steps"]
+    assert [item.name for item in control] == ["exp1-equal-steps", "exp1-equal-steps-seed1"]
+    assert {item.config.steps(8) for item in control} == {needed[2].config.steps(16)}
+    assert all(item.run.complete for item in again if item not in control)
+    assert not any(item.run.complete for item in control)
+
+
+def test_other_heldout_sets_are_refused_with_their_fingerprints(trained, config, tmp_path):
+    _, found, _ = trained
+    other = experiments.complete(experiments.wanted({"other": config.replace(n_heldout=5, n_answers=2)}, tmp_path))
+    names = [found["exp1"][0], other["other"][0]]
+    prints = [run.read("manifest.json")["data"]["heldout_fingerprint"] for run in names]
+    with pytest.raises(UserError, match=f"exp1: {prints[0]}, other: {prints[1]}"):
+        comparison.compare(comparison.group(names))
+
+
+def test_the_compare_command(trained, tmp_path, capsys):
+    _, found, _ = trained
+    words = [str(run.path) for runs_ in found.values() for run in runs_]
+    assert __main__.main(["compare", *words, "--out", str(tmp_path / "out")]) == 0
+    assert "exp2 is" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "comparison.json",
+        "report.md",
+        "report.html",
+        "figures",
     }
+    assert __main__.main(["compare", str(tmp_path), "--out", str(tmp_path / "no")]) == 2
+    assert not (tmp_path / "no").exists()
 
 
-def test_the_table_has_a_line_a_run():
-    lines = comparison.table_markdown(result()).splitlines()
-    assert len(lines) == 4
-    assert {line.count("|") for line in lines} == {10}
-    assert lines[2].startswith("| base | – |")
-    assert "1,234" in lines[3] or "1,235" in lines[3]
-
-
-def test_report_holds_table_verdicts_figures_and_answers():
-    report = comparison.report_markdown(result(), ["figures/loss_curves.png"])
-    assert comparison.table_markdown(result()) in report
-    assert "- exp1 is better than base." in report
-    assert "![loss curves](figures/loss_curves.png)" in report
-    assert "- *exp1*: `fine`" in report
-    assert "- *base*: (empty)" in report
-
-
-def outside_code(report):
-    """The report without what stands between backticks, where Markdown and HTML have no effect."""
-    return "".join(report.split("`")[::2])
-
-
-def test_an_answer_stays_on_one_line_and_without_effect():
-    plain = comparison.report_markdown(result(), [])
-    report = comparison.report_markdown(result(answer=NASTY), [])
-    assert report.count("\n") == plain.count("\n")
-    assert "<script>" in report
-    assert "<script>" not in outside_code(report)
-
-
-def test_so_does_a_prompt():
-    report = comparison.report_markdown(result(prompt=NASTY), [])
-    assert report.count("\n") == comparison.report_markdown(result(), []).count("\n")
-    assert "<script>" not in outside_code(report)
+def test_the_same_seed_gives_the_same_metrics(trained, config, tokenizer, tmp_path):
+    """A/A: on a CPU a run repeated is the same run."""
+    _, found, needed = trained
+    (again,) = experiments.complete(experiments.wanted({"exp1": needed[0].config.replace(n_seeds=1)}, tmp_path))["exp1"]
+    first = found["exp1"][0]
+    for name in ("heldout_losses.jsonl", "general_losses.jsonl", "answers.jsonl"):
+        assert (again / name).read_text() == (first / name).read_text()
+    timed = ("seconds", "tokens_per_second", "peak_memory_gib")
+    a, b = ({k: v for k, v in run.read("metrics.json").items() if k not in timed} for run in (again, first))
+    assert a == b

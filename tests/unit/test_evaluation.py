@@ -1,25 +1,10 @@
-"""Held-out losses against a plain loop, and answers."""
+"""Losses against a plain loop, with examples in the prompt, in bytes, and on the general questions."""
 
 import pytest
 import torch
 
-from qlora_helpers import cleaning, evaluation, model
+from qlora_helpers import cleaning, evaluation, templates
 from qlora_helpers.evaluation import RowLoss
-
-
-@pytest.fixture(scope="module")
-def setup(config, device, tokenizer):
-    """A float32 model with an adapter that does something, and held-out rows of many lengths."""
-    plain = config.replace(quantization="none", max_length=48, n_heldout=11, n_samples=1)
-    built = model.attach_lora(model.load_base(plain, device), plain)
-    torch.manual_seed(0)
-    for name, p in built.named_parameters():
-        if "lora_B" in name:
-            p.data.normal_(std=0.1)
-    rows = cleaning.prepare(plain, tokenizer).heldout
-    for length in (32, 40, 56):
-        rows += cleaning.prepare(plain.replace(max_length=length), tokenizer).heldout[:2]
-    return built.eval(), rows
 
 
 def one_by_one(built, examples):
@@ -64,52 +49,39 @@ def test_measuring_leaves_no_trace(setup, device):
 
 
 def test_the_mean_counts_tokens_not_rows():
-    losses = [RowLoss("a", 10.0, 1), RowLoss("b", 30.0, 9)]
+    losses = [RowLoss("a", 10.0, 1, 0), RowLoss("b", 30.0, 9, 0)]
     assert evaluation.mean_loss(losses) == 4.0
 
 
-class Fixed(torch.nn.Module):
-    """Stands in for a model: answers with given tokens."""
-
-    def __init__(self, answers):
-        super().__init__()
-        self.words, self.answers = torch.nn.Embedding(1, 1), answers
-
-    def get_input_embeddings(self):
-        return self.words
-
-    def generate(self, input_ids, **options):
-        return torch.cat([input_ids, torch.tensor(self.answers)], dim=1)
-
-
-def test_an_answer_ends_at_the_first_end_token(config, device, tokenizer):
-    end, (word,) = tokenizer.eos_token_id, tokenizer("a", add_special_tokens=False)["input_ids"]
-    fixed = Fixed([[word, end, end], [word, word, word], [end, word, word]])
-    said = evaluation.answer(fixed, tokenizer, config, device, ["x", "y", "z"])
-    assert said == [
-        {"prompt": "x", "answer": "a", "stopped": True, "tokens": 1},
-        {"prompt": "y", "answer": "aaa", "stopped": False, "tokens": 3},
-        {"prompt": "z", "answer": "", "stopped": True, "tokens": 0},
-    ]
+def test_after_shots_the_same_tokens_count(setup, config, device, tokenizer):
+    """Three examples before the row: another loss on the same tokens."""
+    built, examples = setup
+    shots = ({"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}) * 3
+    for template in ("guanaco", "instruction", "auto"):
+        own = config.replace(template=template, max_length=90)
+        plain = list(templates.encode([example.row for example in examples], own, tokenizer))
+        plain = [example for example in plain if example.trained]
+        longer = [evaluation.after_shots(example, shots, own, tokenizer) for example in plain]
+        assert all(len(b.input_ids) > len(a.input_ids) for a, b in zip(plain, longer, strict=True))
+        assert all(b.input_ids.count(tokenizer.bos_token_id) <= 1 for b in longer)
+        assert len(plain) > 5
+        before, after = (evaluation.heldout_losses(built, rows, device) for rows in (plain, longer))
+        assert [(r.id, r.tokens) for r in before] == [(r.id, r.tokens) for r in after]
+        assert [r.loss_sum for r in before] != [r.loss_sum for r in after]
 
 
-@pytest.mark.parametrize("template", ["guanaco", "auto"])
-def test_answers_alone_and_in_a_batch_are_the_same(setup, config, device, tokenizer, template):
-    built, _ = setup
-    built.train()
-    asked = config.replace(template=template)
-    prompts = ["Hi", "What is a variable in programming, and why would I need more than one of them?", "How do I?"]
-    together = evaluation.answer(built, tokenizer, asked, device, prompts)
-    alone = [evaluation.answer(built, tokenizer, asked, device, [p])[0] for p in prompts]
-    assert together == alone
-    assert len({a["answer"] for a in alone}) > 1
-    assert all(a["tokens"] == config.max_new_tokens or a["stopped"] for a in alone)
-    assert built.training
-    assert tokenizer.padding_side == "right"
+def test_bytes_are_those_of_whole_answers(make_row, config, tokenizer):
+    row = make_row("Hi", "Là-bas 🎉", "And?", "ok")
+    (whole,) = templates.encode([row], config, tokenizer)
+    (cut,) = templates.encode([row], config.replace(max_length=len(whole.input_ids) - 1), tokenizer)
+    assert evaluation.answer_bytes(whole) == len("Là-bas 🎉".encode()) + 2
+    assert evaluation.answer_bytes(cut) == 0
 
 
-def test_what_is_asked(setup):
-    _, examples = setup
-    prompts = evaluation.answer_prompts(examples)
-    assert prompts[:2] == list(evaluation.PUBLISHED_PROMPTS)
-    assert prompts[2:] == [example.row.messages[0]["content"] for example in examples[:2]]
+def test_the_general_questions_are_frozen(config, tokenizer):
+    """A changed row would make old and new measurements of forgetting different things."""
+    examples = evaluation.general_examples(config, tokenizer)
+    assert len(examples) == 48
+    assert cleaning.fingerprint(example.row.id for example in examples) == "f1baae56cf136ba8"
+    assert not any(example.cut for example in examples)
+    assert examples[0].text.startswith("<|im_start|>user")  # the model's own template

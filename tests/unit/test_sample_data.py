@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from qlora_helpers.evaluation import PUBLISHED_PROMPTS
+from qlora_helpers.answers import PUBLISHED_PROMPTS
 from qlora_helpers.layouts import parse_guanaco
 from qlora_helpers.sources import sample_data
 

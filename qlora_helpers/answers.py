@@ -1,0 +1,130 @@
+"""Answers: greedy ones from a model, and what can be counted about them: wording, endings, inventions, repetitions."""
+
+import re
+from typing import Any
+
+import torch
+
+from qlora_helpers import intervals
+from qlora_helpers.config import Config
+from qlora_helpers.device import Device, autocast
+from qlora_helpers.intervals import Interval
+from qlora_helpers.layouts import Message
+from qlora_helpers.templates import Example, render_prompt, tokenize
+
+PUBLISHED_PROMPTS = ("Explain what is a variable in programming.", "How do computers store data?")
+BATCH = 64  # prompts at once: less memory than a training step of the presets
+INVENTED = re.compile(
+    r"### ?(Human|Assistant|Instruction|Input|Response)\b|<\|(user|im_start|start_header_id)|\[INST\]"
+)
+BLEU_RESAMPLES = 1000  # sacrebleu's own bootstrap
+
+Shots = tuple[Message, ...]
+
+
+def heldout_prompts(heldout: list[Example], number: int) -> list[dict[str, Any]]:
+    """What the models are asked: the report's two questions, and the first questions of the first held-out rows."""
+    asked = [{"prompt": prompt, "reference": None} for prompt in PUBLISHED_PROMPTS]
+    for example in heldout[:number]:
+        question, answer = example.row.messages[:2]
+        given = f"\n\n{question['input']}" if question.get("input") else ""
+        asked.append({"prompt": question["content"] + given, "reference": answer["content"]})
+    return asked
+
+
+def generate(
+    model: Any, tokenizer: Any, config: Config, device: Device, asked: list[dict[str, Any]], shots: Shots = ()
+) -> list[dict[str, Any]]:
+    """Greedy answers to each prompt, after the `shots`, an earlier part of the conversation that shows the way.
+
+    Adds to each entry: `answer`; `stopped`, whether the model ended by itself within `max_new_tokens`; `invented`,
+    whether it went on with a turn that is not its own; `tokens` of the answer.
+    """
+    texts = [render_prompt((*shots, {"role": "user", "content": a["prompt"]}), config, tokenizer) for a in asked]
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # like lengths together: less padding
+    was_training, side = model.training, tokenizer.padding_side
+    model.eval()
+    tokenizer.padding_side = "left"  # a gap between prompt and answer would be read as text
+    found: dict[int, dict[str, Any]] = {}
+    for start in range(0, len(order), BATCH):
+        part = order[start : start + BATCH]
+        for index, ids in zip(part, _continue(model, tokenizer, config, device, [texts[i] for i in part]), strict=True):
+            found[index] = asked[index] | _describe(ids, tokenizer)
+    tokenizer.padding_side = side
+    model.train(was_training)
+    return [found[index] for index in range(len(asked))]
+
+
+def _continue(model: Any, tokenizer: Any, config: Config, device: Device, texts: list[str]) -> list[list[int]]:
+    batch = tokenize(texts, tokenizer, return_tensors="pt", padding=True)
+    batch = batch.to(model.get_input_embeddings().weight.device)
+    with torch.inference_mode(), autocast(device):
+        output = model.generate(
+            **batch,
+            max_new_tokens=config.max_new_tokens,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return output[:, batch["input_ids"].shape[1] :].tolist()
+
+
+def _describe(ids: list[int], tokenizer: Any) -> dict[str, Any]:
+    stopped = tokenizer.eos_token_id in ids
+    kept = ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids
+    return {
+        "answer": tokenizer.decode(kept, skip_special_tokens=True).strip(),
+        "stopped": stopped,
+        "invented": bool(INVENTED.search(tokenizer.decode(kept))),
+        "tokens": len(kept),
+    }
+
+
+def text_metrics(answers: list[dict[str, Any]]) -> dict[str, Interval]:
+    """Metrics over the answers that have a reference, each with its 95% interval.
+
+    ROUGE-L (rouge-score), BLEU and chrF (sacrebleu, 0 to 100); the shares of answers that end by themselves and that
+    invent a turn (Wilson's interval); the share of repeated word 4-grams (seq-rep-4, Welleck et al., "Neural text
+    generation with unlikelihood training", 2020, eq. 10); words of the answers per word of the references.
+    """
+    rows = [row for row in answers if row["reference"]]
+    if not rows:
+        return {}
+    said, wanted = [row["answer"] for row in rows], [row["reference"] for row in rows]
+    ones = [1.0] * len(rows)
+    return {
+        "ROUGE-L": intervals.ratio(_rouge(said, wanted), ones),
+        **_sacrebleu(said, wanted),
+        "ends by itself": intervals.share(sum(row["stopped"] for row in rows), len(rows)),
+        "invents a turn": intervals.share(sum(row["invented"] for row in rows), len(rows)),
+        "repeats itself": intervals.ratio([_repeated(text) for text in said], ones),
+        "length": intervals.ratio([len(text.split()) for text in said], [len(text.split()) for text in wanted]),
+    }
+
+
+def _rouge(said: list[str], wanted: list[str]) -> list[float]:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"])
+    return [scorer.score(reference, text)["rougeL"].fmeasure for text, reference in zip(said, wanted, strict=True)]
+
+
+def _sacrebleu(said: list[str], wanted: list[str]) -> dict[str, Interval]:
+    from sacrebleu.metrics import BLEU, CHRF
+
+    found = {}
+    for name, metric in (("BLEU", BLEU()), ("chrF", CHRF())):
+        value = metric.corpus_score(said, [wanted]).score
+        if len(said) < 2:  # one answer says nothing about others
+            found[name] = Interval(value, 0.0, 100.0)
+            continue
+        resampled = metric.corpus_score(said, [wanted], n_bootstrap=BLEU_RESAMPLES)
+        low, high = (float(resampled._mean + sign * resampled._ci) for sign in (-1, 1))
+        found[name] = Interval(value, max(0.0, low), high)
+    return found
+
+
+def _repeated(text: str) -> float:
+    words = text.split()
+    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0

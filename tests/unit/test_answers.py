@@ -1,0 +1,127 @@
+"""Answers end where they should, and what is counted about them is what the libraries count."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qlora_helpers import answers
+
+
+def asked(*prompts):
+    return [{"prompt": prompt, "reference": "r"} for prompt in prompts]
+
+
+class Fixed(torch.nn.Module):
+    """Stands in for a model: answers with given tokens."""
+
+    def __init__(self, answers):
+        super().__init__()
+        self.words, self.answers = torch.nn.Embedding(1, 1), answers
+
+    def get_input_embeddings(self):
+        return self.words
+
+    def generate(self, input_ids, **options):
+        return torch.cat([input_ids, torch.tensor(self.answers)], dim=1)
+
+
+def test_an_answer_ends_at_the_first_end_token(config, device, tokenizer):
+    end, (word,) = tokenizer.eos_token_id, tokenizer("a", add_special_tokens=False)["input_ids"]
+    fixed = Fixed([[word, end, end], [word, word, word], [end, word, word]])
+    said = answers.generate(fixed, tokenizer, config, device, asked("x", "y", "z"))
+    assert said == [
+        {"prompt": "x", "reference": "r", "answer": "a", "stopped": True, "invented": False, "tokens": 1},
+        {"prompt": "y", "reference": "r", "answer": "aaa", "stopped": False, "invented": False, "tokens": 3},
+        {"prompt": "z", "reference": "r", "answer": "", "stopped": True, "invented": False, "tokens": 0},
+    ]
+
+
+@pytest.mark.parametrize("template", ["guanaco", "auto"])
+def test_answers_alone_and_in_a_batch_are_the_same(setup, config, device, tokenizer, template):
+    built, _ = setup
+    built.train()
+    own = config.replace(template=template)
+    prompts = ["Hi", "What is a variable in programming, and why would I need more than one of them?", "How do I?"]
+    together = answers.generate(built, tokenizer, own, device, asked(*prompts))
+    alone = [answers.generate(built, tokenizer, own, device, asked(p))[0] for p in prompts]
+    assert together == alone
+    assert len({a["answer"] for a in alone}) > 1
+    assert all(a["tokens"] == config.max_new_tokens or a["stopped"] for a in alone)
+    assert built.training
+    assert tokenizer.padding_side == "right"
+
+
+def test_what_is_asked(setup):
+    _, examples = setup
+    found = answers.heldout_prompts(examples, 2)
+    assert [entry["prompt"] for entry in found[:2]] == list(answers.PUBLISHED_PROMPTS)
+    assert [entry["reference"] for entry in found[:2]] == [None, None]
+    assert [entry["prompt"] for entry in found[2:]] == [e.row.messages[0]["content"] for e in examples[:2]]
+    assert [entry["reference"] for entry in found[2:]] == [e.row.messages[1]["content"] for e in examples[:2]]
+
+
+SAID = [
+    "The cat sat on the mat.",
+    "one two three four one two three four one two three four",
+    "No idea",
+    "Yes it is so.",
+]
+WANTED = ["A cat sat on the mat.", "Count to four.", "Nobody has any idea of that.", "Yes it is so."]
+
+
+def rows():
+    said = zip(SAID, WANTED, (True, False, False, True), (False, True, False, False), strict=True)
+    keys = ("answer", "reference", "stopped", "invented")
+    return [{"prompt": "?", "tokens": 9, **dict(zip(keys, values, strict=True))} for values in said]
+
+
+def test_rates_and_lengths():
+    found = answers.text_metrics([*rows(), rows()[0] | {"reference": None}])
+    assert found["ends by itself"].value == 0.5
+    assert found["invents a turn"].value == 0.25
+    assert found["repeats itself"].value == pytest.approx((1 - 4 / 9) / 4)
+    assert found["length"].value == (6 + 12 + 2 + 4) / (6 + 3 + 6 + 4)
+    assert all(interval.low <= interval.value <= interval.high for interval in found.values())
+    assert answers.text_metrics([rows()[0] | {"reference": None}]) == {}
+    one = answers.text_metrics(rows()[:1])
+    assert (one["BLEU"].low, one["BLEU"].high) == (0, 100)
+
+
+def test_bleu_and_chrf_are_the_command_lines(tmp_path):
+    (tmp_path / "said").write_text("\n".join(SAID) + "\n", "utf-8")
+    (tmp_path / "wanted").write_text("\n".join(WANTED) + "\n", "utf-8")
+    words = [sys.executable, "-m", "sacrebleu", "wanted", "-i", "said", "-m", "bleu", "chrf", "-w", "6"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = answers.text_metrics(rows())
+    for name, line in zip(("BLEU", "chrF"), json.loads(done.stdout), strict=True):
+        assert found[name].value == pytest.approx(line["score"], abs=1e-5)
+
+
+def test_rouge_is_the_command_lines(tmp_path):
+    (tmp_path / "said").write_text("\n".join(SAID) + "\n", "utf-8")
+    (tmp_path / "wanted").write_text("\n".join(WANTED) + "\n", "utf-8")
+    words = [sys.executable, "-m", "rouge_score.rouge", "--target_filepattern=wanted", "--prediction_filepattern=said"]
+    words += ["--output_filename=out.csv", "--use_stemmer=false", "--rouge_types=rougeL", "--aggregate=false"]
+    subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    lines = list(csv.DictReader((tmp_path / "out.csv").open()))
+    mean = sum(float(line["rougeL-F"]) for line in lines) / len(lines)
+    assert answers.text_metrics(rows())["ROUGE-L"].value == pytest.approx(mean, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "invented"),
+    [
+        ("Fine.### Human: and now?", True),
+        ("Fine.\n### Response:\nagain", True),
+        ("Fine.<|im_start|>user", True),
+        ("[INST] what? [/INST]", True),
+        ("### Steps\n\n1. Go", False),
+        ("A human is an assistant.", False),
+    ],
+)
+def test_invented_turns(text, invented):
+    assert bool(answers.INVENTED.search(text)) is invented

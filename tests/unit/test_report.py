@@ -1,0 +1,86 @@
+"""The report: tables, verdicts and limits in words, and a page that its data cannot break."""
+
+import pytest
+
+from qlora_helpers import report
+
+NASTY = "```python\nprint('<script>alert(1)</script>')\n```\n# Heading\n| a | b | [x](javascript:alert(1))"
+
+
+def result(answer="fine", prompt="Why?", seeds=(0,)):
+    """What `compare` gives, made by hand."""
+    figures = {"train_rows": 32, "steps": 8, "train_loss": 1.5, "seconds": 30.0}
+    figures |= {"tokens_per_second": 1234.5, "peak_memory_gib": 1.25}
+    text = {"ROUGE-L": {"value": 0.123, "low": 0.1, "high": 0.2}, "BLEU": {"value": 12.34, "low": None, "high": 15}}
+    gap = {"a": "base", "b": "exp1", "value": 0.1, "low": 0.05, "high": 0.2, "verdict": "worse", "rows": 48}
+    return {
+        "heldout_rows": 6,
+        "heldout_tokens": 175,
+        "heldout_fingerprint": "abc",
+        "unit": "token",
+        "device": {"name": "a CPU", "dtype": "bfloat16", "reason": "no GPU"},
+        "versions": {"torch": "2"},
+        "model": {"name": "tiny", "revision": "main"},
+        "data": "/somewhere/rows.jsonl",
+        "table": [
+            {"name": "base", "seeds": [], "heldout_loss": 2.0, "text": text, **dict.fromkeys(figures)},
+            {"name": "exp1", "seeds": list(seeds), "heldout_loss": 2.0, "text": text, **figures},
+        ],
+        "differences": [{"text": "exp1 is better than base", "seeds": len(seeds)}],
+        "forgetting": [gap],
+        "answers": [{"prompt": prompt, "base": "", "exp1": answer}],
+    }
+
+
+def test_the_table_has_a_line_a_run():
+    lines = report.table_markdown(result()).splitlines()
+    assert len(lines) == 4
+    assert {line.count("|") for line in lines} == {9}
+    assert lines[2].startswith("| base | – |")
+    assert "1,234" in lines[3] or "1,235" in lines[3]
+    assert "| 2 |" in report.table_markdown(result(seeds=(0, 1))).splitlines()[3]
+
+
+def test_text_metrics_have_intervals():
+    assert "| exp1 | 0.12 (0.10 to 0.20) | 12.3 (– to 15.0) |" in report.text_table_markdown(result())
+
+
+def test_report_holds_table_verdicts_figures_and_answers():
+    text = report.markdown(result(), ["figures/loss_curves.png"])
+    assert report.table_markdown(result()) in text
+    assert "- exp1 is better than base." in text
+    assert "![loss curves](figures/loss_curves.png)" in text
+    assert "- *exp1*: `fine`" in text
+    assert "- *base*: (empty)" in text
+    assert "/somewhere" not in text
+
+
+@pytest.mark.parametrize(("seeds", "says"), [((0,), "these adapters only"), ((0, 1, 2), "spread of 3 training seeds")])
+def test_how_far_a_verdict_reaches(seeds, says):
+    assert says in report.scope(result(seeds=seeds))
+
+
+@pytest.mark.parametrize(
+    ("verdict", "says"),
+    [("worse", "rose: something"), ("better", "fell: nothing"), ("not distinguishable", "no forgetting shows")],
+)
+def test_forgetting_in_words(verdict, says):
+    found = result()
+    found["forgetting"][0]["verdict"] = verdict
+    assert says in report.forgetting(found)[0]
+
+
+def outside_code(text):
+    """The report without what stands between backticks, where Markdown and HTML have no effect."""
+    return "".join(text.split("`")[::2])
+
+
+@pytest.mark.parametrize("nasty", [{"answer": NASTY}, {"prompt": NASTY}])
+def test_data_stay_on_one_line_and_without_effect(nasty, tmp_path):
+    text = report.markdown(result(**nasty), [])
+    assert text.count("\n") == report.markdown(result(), []).count("\n")
+    assert "<script>" in text
+    assert "<script>" not in outside_code(text)
+    page = report.html(text, tmp_path)
+    assert "<script" not in page
+    assert 'href="javascript' not in page
