@@ -85,8 +85,9 @@ def difference(a: Arm, b: Arm, unit: str = "token") -> Difference:
     sums = [np.array([[row.loss_sum for row in seed] for seed in arm.seeds])[:, counted] * scale for arm in (a, b)]
     gap = sums[1].mean(axis=0) - sums[0].mean(axis=0)
     over_rows = intervals.ratio(gap, weights[counted])
-    reaches = [intervals.seed_reach(arm.sum(axis=1) / weights[counted].sum()) for arm in sums]
-    found = intervals.widen(over_rows, *reaches)
+    found = intervals.widen(
+        over_rows, *(intervals.seed_error(arm.sum(axis=1) / weights[counted].sum()) for arm in sums)
+    )
     fewest = min((len(arm.seeds) for arm in (a, b) if not arm.name.startswith(BASE)), default=1)
     return Difference(a.name, b.name, found.value, found.low, found.high, int(counted.sum()), fewest, unit)
 
@@ -178,7 +179,8 @@ def _line(name: str, group_: list[RunFolder]) -> dict[str, Any]:
 
 
 def _finite(interval: Interval) -> dict[str, float | None]:
-    return {key: value if math.isfinite(value) else None for key, value in asdict(interval).items()}
+    ends = {"value": interval.value, "low": interval.low, "high": interval.high}
+    return {key: value if math.isfinite(value) else None for key, value in ends.items()}
 
 
 def _side_by_side(folders: dict[str, list[RunFolder]]) -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -11,11 +12,13 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its 95% interval."""
+    """A value with its 95% interval, and its standard error with the degrees of freedom where they are known."""
 
     value: float
     low: float
     high: float
+    error: float = 0.0
+    freedom: int = 0
 
     def __str__(self) -> str:
         return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})"
@@ -30,27 +33,32 @@ def ratio(numerators: Sequence[float] | np.ndarray, denominators: Sequence[float
     """
     above, below = np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)
     n = len(above)
-    value, error = _ratio_and_error(np.ones((1, n)), above, below)
+    (value,), (error,) = _ratio_and_error(np.ones((1, n)), above, below)
     if n < 2:  # one row says nothing about other rows
-        return Interval(float(value[0]), -np.inf, np.inf)
+        return Interval(float(value), -np.inf, np.inf, np.inf, 0)
     if np.ptp(above / below) < 1e-12:  # every resample gives the same: there is no error to divide by
-        return Interval(float(value[0]), float(value[0]), float(value[0]))
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)  # how often each row is drawn
-    values, errors = _ratio_and_error(drawn, above, below)
+        return Interval(float(value), float(value), float(value), 0.0, n - 1)
+    values, errors = _ratio_and_error(_resamples(n), above, below)
     with np.errstate(divide="ignore", invalid="ignore"):  # few rows: a resample may hold a single one
         studentised = np.nan_to_num((values - value) / errors, posinf=np.inf, neginf=-np.inf)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(studentised, [1 - tail, tail], method="inverted_cdf")
-    return Interval(float(value[0]), float(value[0] - low * error[0]), float(value[0] - high * error[0]))
+    return Interval(float(value), float(value - low * error), float(value - high * error), float(error), n - 1)
+
+
+@lru_cache(maxsize=4)
+def _resamples(n: int) -> np.ndarray:
+    """How often each of n rows is drawn, in each resample: (RESAMPLES, n)."""
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(float)
 
 
 def _ratio_and_error(drawn: np.ndarray, above: np.ndarray, below: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Ratio of sums and its standard error, for each line of `drawn`: (resamples, rows) counts."""
     n = drawn.shape[1]
-    total = drawn @ below
-    value = (drawn @ above) / total
-    squares = drawn @ above**2 - 2 * value * (drawn @ (above * below)) + value**2 * (drawn @ below**2)
-    return value, np.sqrt(np.maximum(squares, 0) * n / max(n - 1, 1)) / total
+    sums = drawn @ np.stack([above, below, above**2, above * below, below**2], axis=1)
+    value = sums[:, 0] / sums[:, 1]
+    squares = sums[:, 2] - 2 * value * sums[:, 3] + value**2 * sums[:, 4]
+    return value, np.sqrt(np.maximum(squares, 0) * n / max(n - 1, 1)) / sums[:, 1]
 
 
 def share(count: int, of: int) -> Interval:
@@ -61,22 +69,33 @@ def share(count: int, of: int) -> Interval:
     return Interval(count / of, float(low), float(high))
 
 
-def seed_reach(per_seed: Sequence[float]) -> float:
-    """Half width of the 95% interval of a mean over training seeds; 0 for one seed, which says nothing of others."""
-    from scipy import stats
-
-    n = len(per_seed)
-    if n < 2:
-        return 0.0
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * np.std(per_seed, ddof=1) / np.sqrt(n))
-
-
-def widen(rows: Interval, *reaches: float) -> Interval:
-    """An interval over rows with independent further uncertainty: the distances add in squares.
-
-    Zou and Donner, "Construction of confidence limits about effect measures", Statistics in Medicine 27 (2008), eq. 7.
+def seed_error(per_seed: Sequence[float] | np.ndarray) -> tuple[float, int]:
+    """Standard error of a mean over training seeds, and its degrees of freedom; (0, 0) for one seed, which says nothing
+    of others.
     """
-    more = sum(reach**2 for reach in reaches)
-    low = rows.value - np.sqrt((rows.value - rows.low) ** 2 + more)
-    high = rows.value + np.sqrt((rows.high - rows.value) ** 2 + more)
-    return Interval(rows.value, float(low), float(high))
+    n = len(per_seed)
+    return (float(np.std(per_seed, ddof=1) / np.sqrt(n)), n - 1) if n > 1 else (0.0, 0)
+
+
+def widen(rows: Interval, *seeds: tuple[float, int]) -> Interval:
+    """An interval over rows with the independent uncertainty of training seeds, as of `seed_error`.
+
+    The variances add; Student's t has the degrees of freedom of Welch ("The generalization of Student's problem when
+    several different population variances are involved", 1947, eq. 28); the lopsidedness of the interval stays.
+    """
+    from scipy.stats import t
+
+    parts = [(error, freedom) for error, freedom in seeds if error > 0]
+    if not parts or not np.isfinite(rows.error):
+        return rows
+    every = [(rows.error, rows.freedom), *parts]
+    variance = sum(error**2 for error, _ in every)
+    freedom = variance**2 / sum(error**4 / degrees for error, degrees in every)
+    upper = (1 + CONFIDENCE) / 2
+    reach = float(t.ppf(upper, freedom) * np.sqrt(variance))
+    if rows.error == 0:
+        return Interval(rows.value, rows.value - reach, rows.value + reach)
+    wider = reach / float(t.ppf(upper, rows.freedom) * rows.error)
+    return Interval(
+        rows.value, rows.value - wider * (rows.value - rows.low), rows.value + wider * (rows.high - rows.value)
+    )
