@@ -124,6 +124,11 @@ class Data:
         return own
 
 
+def identity(config: Config, data: Data) -> dict[str, str]:
+    """What makes two runs the same run: the config's deciding values, and the words it was trained and measured on."""
+    return {"config": config.identity, "data": data.source_fingerprint}
+
+
 def fingerprint(ids: Iterable[str]) -> str:
     """Hash of a set of row ids: their order does not matter."""
     return hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()[:16]

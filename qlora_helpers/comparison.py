@@ -167,7 +167,7 @@ def _line(name: str, group_: list[RunFolder]) -> dict[str, Any]:
     losses = [mean_loss(read_losses(run)) for run in group_]
     metrics = [run.read("metrics.json") for run in group_ if run.complete]
     keys = ("train_rows", "steps", "epochs", "train_loss", "seconds", "tokens_per_second", "peak_memory_gib")
-    text = answers.text_metrics(runs.read_jsonl(group_[0] / "answers.jsonl"))
+    text = answers.text_metrics(_said(group_[0]))
     return {
         "name": name,
         "seeds": [m["seed"] for m in metrics],
@@ -178,6 +178,11 @@ def _line(name: str, group_: list[RunFolder]) -> dict[str, Any]:
     }
 
 
+def _said(run: RunFolder) -> list[dict[str, Any]]:
+    """Answers, if there are any: on a CPU the base model gives none after examples."""
+    return runs.read_jsonl(run / "answers.jsonl") if (run / "answers.jsonl").exists() else []
+
+
 def _finite(interval: Interval) -> dict[str, float | None]:
     ends = {"value": interval.value, "low": interval.low, "high": interval.high}
     return {key: value if math.isfinite(value) else None for key, value in ends.items()}
@@ -185,7 +190,7 @@ def _finite(interval: Interval) -> dict[str, float | None]:
 
 def _side_by_side(folders: dict[str, list[RunFolder]]) -> list[dict[str, str]]:
     """One entry a prompt: what the first seed of each said."""
-    said = {name: runs.read_jsonl(group_[0] / "answers.jsonl") for name, group_ in folders.items()}
+    said = {name: found for name, group_ in folders.items() if (found := _said(group_[0]))}
     first = next(iter(said.values()))
     return [
         {"prompt": entry["prompt"], **{name: rows[i]["answer"] for name, rows in said.items()}}

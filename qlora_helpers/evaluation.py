@@ -16,7 +16,7 @@ from qlora_helpers.templates import IGNORE, Example
 
 LOGIT_ROWS = 512  # tokens whose logits are held at once: 512 x 49,152 words x 4 bytes is 96 MiB
 SHOTS = 3  # examples in the prompt: what a base model can do when it is shown the way
-SHOTS_FROM = 50  # the shortest of so many training rows are shown
+SHOTS_FROM = 200  # the shortest of so many training rows are shown
 GENERAL_LENGTH = 512
 
 
@@ -128,8 +128,9 @@ def _measure_few_shot(base: Any, config: Config, data: Data, tokenizer: Any, dev
     except UserError as error:
         print(f"{error} The base model with examples in its prompt is left out.")
         return
-    asked = answers.heldout_prompts(data.heldout, config.n_answers)
-    runs.write_jsonl(where / "answers.jsonl", answers.generate(base, tokenizer, config, device, asked, shots))
+    if device.kind == "cuda":  # on a CPU these answers would cost more than they show
+        asked = answers.heldout_prompts(data.heldout, config.n_answers)
+        runs.write_jsonl(where / "answers.jsonl", answers.generate(base, tokenizer, config, device, asked, shots))
     runs.write_jsonl(where / "heldout_losses.jsonl", to_rows(heldout_losses(base, shown, device)))
 
 

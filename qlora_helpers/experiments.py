@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import cleaning, hub, runs, training
+from qlora_helpers import cleaning, hub, runs
 from qlora_helpers.cleaning import Data
 from qlora_helpers.config import Config
 from qlora_helpers.runs import RunFolder
@@ -24,7 +24,7 @@ class Wanted:
     @property
     def run(self) -> RunFolder:
         """The equal run that is there already, whatever its name; else the folder it will go to."""
-        known = training.identity(self.config, self.data)
+        known = cleaning.identity(self.config, self.data)
         return runs.find(self.folder, known) or runs.choose(self.folder, self.name, known)
 
     @property
@@ -59,6 +59,8 @@ def complete(needed: list[Wanted]) -> dict[str, list[RunFolder]]:
     for item in needed:
         run = item.run
         if not run.complete:
+            from qlora_helpers import training  # torch and TRL: only where something is to be trained
+
             print(f"{item.experiment}, seed {item.config.seed}: not there yet, training it: {item.minutes}")
             training.train(item.config, item.data, item.tokenizer, run)
         found.setdefault(item.experiment, []).append(run)

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from qlora_helpers import evaluation, model_card, runs
+from qlora_helpers import cleaning, evaluation, model_card, runs
 from qlora_helpers.cleaning import Data
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device, detect, limit_memory, peak_memory_gib
@@ -24,11 +24,6 @@ from qlora_helpers.runs import RunFolder
 FP16_SCALE = 1024.0  # the default, 65536, overflows at first: the scaler would skip the first steps
 
 
-def identity(config: Config, data: Data) -> dict[str, str]:
-    """What makes two runs the same run: the config's deciding values, and the words it was trained and measured on."""
-    return {"config": config.identity, "data": data.source_fingerprint}
-
-
 def train(
     config: Config, data: Data, tokenizer: Any, run: RunFolder, callbacks: Sequence[TrainerCallback] = ()
 ) -> RunFolder:
@@ -37,7 +32,7 @@ def train(
     Raises `UserError` if another process uses the folder, if it holds another run, or if training goes wrong in a
     way that the result would not show: a loss that is zero or no number, an adapter that did not move.
     """
-    me = identity(config, data)
+    me = cleaning.identity(config, data)
     with runs.lock(run):
         runs.check_free(run, config, me)
         if run.complete:
@@ -168,7 +163,7 @@ def build_trainer(
     train_in_float32(model)
     if device.kind == "cuda" and device.dtype == "float16":
         trainer.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=FP16_SCALE)
-    trainer.device_, trainer.heldout, trainer.identity = device, data.heldout, identity(config, data)
+    trainer.device_, trainer.heldout, trainer.identity = device, data.heldout, cleaning.identity(config, data)
     return trainer
 
 
