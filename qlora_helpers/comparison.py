@@ -170,6 +170,7 @@ def _line(name: str, group_: list[RunFolder]) -> dict[str, Any]:
     text = answers.text_metrics(_said(group_[0]))
     return {
         "name": name,
+        "run": group_[0].name,
         "seeds": [m["seed"] for m in metrics],
         "heldout_loss": float(np.mean(losses)),
         "heldout_loss_by_seed": losses,

@@ -120,7 +120,11 @@ class Config:
             layers["n_samples"] = most
         if layers.get("dataset") == PYTHON_DOCS:  # a profile replaces what has to be downloaded, and this has not
             settings.pop("dataset", None)
-        layers |= settings | given
+        layers |= settings
+        for name in ("model", "dataset"):  # a pinned revision belongs to what the preset names, and to nothing else
+            if given.get(name, layers.get(name)) != layers.get(name):
+                layers["revision" if name == "model" else "dataset_revision"] = "main"
+        layers |= given
         return cls(**_check(layers))
 
     @property

@@ -12,6 +12,11 @@ from qlora_helpers.config import EMBEDDED_MODEL, Config
 from qlora_helpers.errors import UserError
 
 
+def is_local(config: Config) -> bool:
+    """Whether the model is the embedded one or a folder: such a model has no revision."""
+    return config.model == EMBEDDED_MODEL or Path(config.model).expanduser().is_dir()
+
+
 def from_pretrained(loader: Any, config: Config, **options: Any) -> Any:
     """`loader.from_pretrained` for the config's model. Raises `UserError` if it cannot be had."""
     source: str | Path = config.model

@@ -103,7 +103,7 @@ def markdown(result: dict[str, Any], figures: list[str]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     return f"""# Did fine-tuning help, and how sure are we?
 
-Model {_quote(result["model"]["name"])} at revision {_quote(str(result["model"]["revision"]))}, rows of
+Model {_quote(_name(result["model"]["name"]))}{_revision(result["model"])}, rows of
 {_quote(Path(result["data"]).name)}: {result["heldout_rows"]} held-out rows with {result["heldout_tokens"]:,} trained
 tokens (fingerprint `{result["heldout_fingerprint"]}`), none of them trained on. Differences in {unit}; lower is better.
 
@@ -143,6 +143,15 @@ the same source as the training rows. {scope(result)}
 
 {device["name"]}, {device["dtype"]} ({device["reason"]}). {versions}.
 """
+
+
+def _name(model: str) -> str:
+    """A hub id as it is, a folder by its last part: a report is passed on."""
+    return Path(model).name if Path(model).is_absolute() else model
+
+
+def _revision(model: dict[str, Any]) -> str:
+    return f" at revision {_quote(model['revision'])}" if model["revision"] else " (no revision: local files)"
 
 
 def _answer_seeds(result: dict[str, Any]) -> str:

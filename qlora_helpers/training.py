@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from qlora_helpers import cleaning, evaluation, model_card, runs
+from qlora_helpers import cleaning, evaluation, hub, model_card, runs
 from qlora_helpers.cleaning import Data
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device, detect, limit_memory, peak_memory_gib
@@ -230,7 +230,7 @@ def _write_manifest(run: RunFolder, config: Config, device: Device, data: Data, 
     content = runs.manifest(config, device, data.to_manifest())
     content["model"] = {
         "name": config.model,
-        "revision": getattr(base.config, "_commit_hash", None) or config.revision,
+        "revision": None if hub.is_local(config) else getattr(base.config, "_commit_hash", None) or config.revision,
     }
     content["baseline"] = baseline_folder(config, data, device, run.path.parent).name
     runs.write_json(run / "manifest.json", content)

@@ -240,3 +240,13 @@ def test_importing_the_package_does_not_import_torch():
     code = "import sys, qlora_helpers; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_pinned_revision_belongs_to_its_own_model_and_data():
+    """Another model has no such commit, and a manifest that named it would lie."""
+    pinned = Config.preset("tinyllama-guanaco-100")
+    other = Config.preset("tinyllama-guanaco-100", model="other/model", dataset="other/rows")
+    same = Config.preset("tinyllama-guanaco-100", model=pinned.model)
+    assert (other.revision, other.dataset_revision) == ("main", "main")
+    assert (same.revision, same.dataset_revision) == (pinned.revision, pinned.dataset_revision)
+    assert Config.preset("tinyllama-guanaco-100", model="other/model", revision="abc").revision == "abc"
