@@ -42,10 +42,7 @@ def _study() -> str:
 
 def _section(name: str, title: str) -> str:
     result = _read(name)
-    parts = [f"### {title}", report.table_markdown(result), _bullets(report.verdicts(result)), _made(result)]
-    if "random weights" in title:
-        del parts[2]
-    return "\n\n".join(parts)
+    return "\n\n".join([f"### {title}", report.table_markdown(result), _made(result)])
 
 
 def _bullets(lines: list[str]) -> str:
