@@ -98,7 +98,7 @@ def write(report: DataReport, cleaned: Cleaned, out: Path) -> None:
 
 def _summary(facts: dict[str, Any]) -> str:
     return (
-        f"{facts['source']} (layout {facts['layout']}): {facts['rows_read']:,} rows read = {facts['train']:,} train + "
+        f"{Path(facts['source']).name} (layout {facts['layout']}): {facts['rows_read']:,} rows read = {facts['train']:,} train + "
         f"{facts['heldout']:,} held-out + {facts['dropped']:,} dropped. {facts['trained_share']:.0%} of the tokens "
         f"that the model sees are trained. Tokens as {facts['model']} counts them, in the {facts['template']} template."
     )

@@ -27,7 +27,7 @@ class Interval:
 def ratio(numerators: Sequence[float] | np.ndarray, denominators: Sequence[float] | np.ndarray) -> Interval:
     """The ratio of two sums over rows, rows drawn with replacement: a mean per token, where the second are tokens.
 
-    Studentised bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, eq. 12.22), symmetric, because
+    Studentised bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, eq. 12.22), symmetric, since
     its coverage then errs by 1/n² rather than 1/n (Hall, "The Bootstrap and Edgeworth Expansion", 1992, section 3.6);
     the standard error of a ratio from Cochran, "Sampling Techniques", 1977, eq. 6.13. A percentile interval of 64 rows
     covers less than it says; `benchmarks/calibration.py` measures this one. 10,000 resamples, fixed seed.

@@ -45,7 +45,8 @@ def load(config: Config) -> Loaded:
     else:
         records = _from_hub(config.dataset, config.dataset_revision)
         return _parse([(config.dataset, records)], config.dataset)
-    return _parse(((str(file), _from_file(file, path)) for file in _files(path)), str(path))
+    name = SAMPLE_DATA if config.dataset == SAMPLE_DATA else str(path)
+    return _parse(((str(file), _from_file(file, path)) for file in _files(path)), name)
 
 
 def sample_data() -> Path:
