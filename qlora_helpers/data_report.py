@@ -98,9 +98,10 @@ def write(report: DataReport, cleaned: Cleaned, out: Path) -> None:
 
 def _summary(facts: dict[str, Any]) -> str:
     return (
-        f"{Path(facts['source']).name} (layout {facts['layout']}): {facts['rows_read']:,} rows read = {facts['train']:,} train + "
-        f"{facts['heldout']:,} held-out + {facts['dropped']:,} dropped. {facts['trained_share']:.0%} of the tokens "
-        f"that the model sees are trained. Tokens as {facts['model']} counts them, in the {facts['template']} template."
+        f"{Path(facts['source']).name} (layout {facts['layout']}): {facts['rows_read']:,} rows read = "
+        f"{facts['train']:,} train + {facts['heldout']:,} held-out + {facts['dropped']:,} dropped. "
+        f"{facts['trained_share']:.0%} of the tokens that the model sees are trained. "
+        f"Tokens as {facts['model']} counts them, in the {facts['template']} template."
     )
 
 
