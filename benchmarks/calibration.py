@@ -20,33 +20,32 @@ SEED_NOISE = 0.004  # of a training seed, on all rows alike
 BOTH_NOISE = 0.02  # of a training seed on one row
 
 
-def simulate(rng: np.random.Generator, rows: int, seeds: int, truth: float) -> Difference:
-    """A base and an experiment whose true difference per token is `truth`, judged."""
+def draw(rng: np.random.Generator, rows: int, seeds: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Tokens of each row, and for each training seed the gap of each row where there is no true difference."""
     tokens = np.clip(np.exp(rng.normal(5, 0.7, rows)), 5, 256).round()
-    base = rng.normal(2.2, 0.5, rows)
     heavy = rng.standard_t(5, rows) / np.sqrt(5 / 3)
     own = ROW_NOISE * (0.9 * heavy + 0.44 * (rng.exponential(1, rows) - 1))
     # What one seed shifts is unknown to a single adapter: with one seed the truth is that adapter's own.
     shifts = rng.normal(0, SEED_NOISE, seeds) if seeds > 1 else np.zeros(1)
-    runs = [base + truth + own + shift + rng.normal(0, BOTH_NOISE, rows) for shift in shifts]
-    return difference(Arm("base", [_losses(base, tokens)]), Arm("run", [_losses(run, tokens) for run in runs]))
+    return tokens, [own + shift + rng.normal(0, BOTH_NOISE, rows) for shift in shifts]
 
 
-def _losses(per_token: np.ndarray, tokens: np.ndarray) -> list[RowLoss]:
-    return [RowLoss(str(i), x * n, int(n), 0) for i, (x, n) in enumerate(zip(per_token, tokens, strict=True))]
+def simulate(rng: np.random.Generator, rows: int, seeds: int, truth: float) -> Difference:
+    """A base and an experiment whose true difference per token is `truth`, judged."""
+    tokens, gaps = draw(rng, rows, seeds)
+    base = rng.normal(2.2, 0.5, rows)
+    trained = Arm("run", [_losses(base + truth + gap, tokens) for gap in gaps])
+    return difference(Arm("base", [_losses(base, tokens)], trained=False), trained)
 
 
 def standard_error(rng: np.random.Generator, rows: int, seeds: int) -> float:
     """Of the estimated difference, from simulation."""
-    return float(np.std([simulate_value(rng, rows, seeds) for _ in range(2000)]))
+    drawn = (draw(rng, rows, seeds) for _ in range(2000))
+    return float(np.std([np.average(np.mean(gaps, axis=0), weights=tokens) for tokens, gaps in drawn]))
 
 
-def simulate_value(rng: np.random.Generator, rows: int, seeds: int) -> float:
-    """The estimate alone, without its interval: the same noise as in `simulate`."""
-    tokens = np.clip(np.exp(rng.normal(5, 0.7, rows)), 5, 256).round()
-    own = ROW_NOISE * (0.9 * rng.standard_t(5, rows) / np.sqrt(5 / 3) + 0.44 * (rng.exponential(1, rows) - 1))
-    shift = rng.normal(0, SEED_NOISE, seeds).mean() if seeds > 1 else 0.0
-    return float((tokens * (own + shift + rng.normal(0, BOTH_NOISE / np.sqrt(seeds), rows))).sum() / tokens.sum())
+def _losses(per_token: np.ndarray, tokens: np.ndarray) -> list[RowLoss]:
+    return [RowLoss(str(i), x * n, int(n), 0) for i, (x, n) in enumerate(zip(per_token, tokens, strict=True))]
 
 
 def main() -> None:

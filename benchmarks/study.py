@@ -43,7 +43,7 @@ def main() -> None:
         found |= experiments.complete([item, *more])
         print(f"{name}: {time.time() - started:.0f} s since the start", flush=True)
     result = comparison.compare(found)
-    report.write(result, report.logs_of(found), folder)
+    report.write(result, found, folder)
     print(report.table_markdown(result), *report.verdicts(result), *report.forgetting(result), sep="\n")
 
 

@@ -113,7 +113,7 @@ def _compare(run_folders: list[Path], out: Path) -> None:
 
     experiments = comparison.group(RunFolder(path) for path in run_folders)
     result = comparison.compare(experiments)
-    _print_comparison(report.write(result, report.logs_of(experiments), runs.workdir(str(out))))
+    _print_comparison(report.write(result, experiments, runs.workdir(str(out))))
 
 
 def _print_comparison(written: Path) -> None:

@@ -1,6 +1,5 @@
 """Answers: greedy ones from a model, and what can be counted about them: wording, endings, inventions, repetitions."""
 
-import re
 from typing import Any
 
 import torch
@@ -9,14 +8,11 @@ from qlora_helpers import intervals
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device, autocast
 from qlora_helpers.intervals import Interval
-from qlora_helpers.layouts import Message
+from qlora_helpers.layouts import TURN_MARKER, Message
 from qlora_helpers.templates import Example, render_prompt, tokenize
 
 PUBLISHED_PROMPTS = ("Explain what is a variable in programming.", "How do computers store data?")
 BATCH = 64  # prompts at once: less memory than a training step of the presets
-INVENTED = re.compile(
-    r"### ?(Human|Assistant|Instruction|Input|Response)\b|<\|(user|im_start|start_header_id)|\[INST\]"
-)
 BLEU_RESAMPLES = 1000  # sacrebleu's own bootstrap
 
 Shots = tuple[Message, ...]
@@ -75,7 +71,7 @@ def _describe(ids: list[int], tokenizer: Any) -> dict[str, Any]:
     return {
         "answer": tokenizer.decode(kept, skip_special_tokens=True).strip(),
         "stopped": stopped,
-        "invented": bool(INVENTED.search(tokenizer.decode(kept))),
+        "invented": bool(TURN_MARKER.search(tokenizer.decode(kept))),
         "tokens": len(kept),
     }
 

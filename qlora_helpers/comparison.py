@@ -1,6 +1,7 @@
 """Runs against each other on one held-out set: paired intervals, and a verdict in words that follows from them."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from qlora_helpers import answers, intervals, runs
+from qlora_helpers.config import Config
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import RowLoss, mean_loss, read_losses
 from qlora_helpers.intervals import Interval
@@ -19,10 +21,13 @@ BASE, FEW_SHOT = "base", "base + 3 examples"
 
 @dataclass(frozen=True)
 class Arm:
-    """One side of a comparison: the losses of each of its training seeds, on the same rows. The base has one."""
+    """One side of a comparison: the losses of each of its training seeds, on the same rows. The base is not trained,
+    and has one.
+    """
 
     name: str
     seeds: list[list[RowLoss]]
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,7 @@ def difference(a: Arm, b: Arm, unit: str = "token") -> Difference:
     `UserError` if the two were not measured on the same rows.
     """
     first, second = a.seeds[0], b.seeds[0]
-    if unit == "token":
-        same = all(_keys(losses) == _keys(first) for losses in (*a.seeds, *b.seeds))
-    else:
-        same = [row.id for row in first] == [row.id for row in second]
-    if not same:
+    if any(_keys(losses, unit) != _keys(first, unit) for losses in (*a.seeds, *b.seeds)):
         raise UserError(
             f"comparison: {a.name} and {b.name} were measured on different held-out rows. Mend: run both with the same "
             "data set, data_seed, n_heldout, template and max_length."
@@ -88,23 +89,47 @@ def difference(a: Arm, b: Arm, unit: str = "token") -> Difference:
     found = intervals.widen(
         over_rows, *(intervals.seed_error(arm.sum(axis=1) / weights[counted].sum()) for arm in sums)
     )
-    fewest = min((len(arm.seeds) for arm in (a, b) if not arm.name.startswith(BASE)), default=1)
+    fewest = min((len(arm.seeds) for arm in (a, b) if arm.trained), default=1)
     return Difference(a.name, b.name, found.value, found.low, found.high, int(counted.sum()), fewest, unit)
 
 
-def _keys(losses: list[RowLoss]) -> list[tuple[str, int]]:
-    return [(row.id, row.tokens) for row in losses]
+def _keys(losses: list[RowLoss], unit: str) -> list[tuple[str, int]]:
+    """What must agree: the rows, and their tokens too where these are counted."""
+    return [(row.id, row.tokens if unit == "token" else 0) for row in losses]
 
 
 def group(found: Iterable[RunFolder]) -> dict[str, list[RunFolder]]:
-    """Runs that differ in their seed alone, under the name of the first."""
+    """Runs that differ in their seed alone, under the name of the first. A seed that comes twice is no second seed: the
+    run that brings it again stands alone, and so does one whose data are others.
+    """
+    names: dict[tuple[str, str, int], str] = {}
     groups: dict[str, list[RunFolder]] = {}
-    names: dict[str, str] = {}
+    times: Counter[tuple[str, str, int]] = Counter()
     for run in found:
-        config = {key: value for key, value in run.read("config.json")["config"].items() if key != "seed"}
-        name = names.setdefault(runs.short_hash(config), run.name)
-        groups.setdefault(name, []).append(run)
+        config, data = _config(run), run.read("manifest.json")["data"]["source_fingerprint"]
+        recipe = config.replace(seed=0).identity
+        key = (recipe, data, times[recipe, data, config.seed])
+        times[recipe, data, config.seed] += 1
+        if key not in names:
+            names[key] = _free_name(run, {BASE, FEW_SHOT, *groups})
+        groups.setdefault(names[key], []).append(run)
     return groups
+
+
+def _config(run: RunFolder) -> Config:
+    stored = run.read("config.json")["config"]
+    try:
+        return Config(**stored)
+    except TypeError:
+        raise UserError(f"run folder: {run.path} was written by another version. Mend: train it again.") from None
+
+
+def _free_name(run: RunFolder, taken: set[str]) -> str:
+    """The folder's name; with its parents' where another experiment has it."""
+    parts = run.path.resolve().parts
+    names = ["/".join(parts[-depth:]) for depth in range(1, len(parts) + 1)]
+    free = next((name for name in names if name not in taken), None)
+    return free or f"{names[0]} again"
 
 
 def compare(experiments: dict[str, list[RunFolder]]) -> dict[str, Any]:
@@ -122,7 +147,9 @@ def compare(experiments: dict[str, list[RunFolder]]) -> dict[str, Any]:
     folders = {name: group_ for name, group_ in folders.items() if (group_[0] / "heldout_losses.jsonl").exists()}
     controls = list(folders)
     folders |= experiments
-    arms = {name: Arm(name, [read_losses(run) for run in group_]) for name, group_ in folders.items()}
+    arms = {
+        name: Arm(name, [read_losses(run) for run in group_], name in experiments) for name, group_ in folders.items()
+    }
     unit = "token" if one_model else "byte"
     pairs = [(name, other) for name in controls for other in experiments]
     pairs += list(pairwise(experiments))
@@ -137,7 +164,7 @@ def compare(experiments: dict[str, list[RunFolder]]) -> dict[str, Any]:
         "model": manifests[0]["model"],
         "table": [_line(name, folders[name]) for name in folders],
         "differences": [difference(arms[a], arms[b], unit).to_dict() for a, b in pairs],
-        "forgetting": _forgetting(base, experiments) if one_model else [],
+        "forgetting": _forgetting(base, experiments) if controls else [],
         "answers": _side_by_side(folders),
     }
 
@@ -154,12 +181,9 @@ def _check_one_heldout_set(every: list[RunFolder], manifests: list[dict[str, Any
 
 def _forgetting(base: RunFolder, experiments: dict[str, list[RunFolder]]) -> list[dict[str, Any]]:
     """Losses on the general questions, after less before: above zero, something was forgotten."""
-    before = Arm(BASE, [read_losses(base, "general_losses.jsonl")])
-    after = {
-        name: Arm(name, [read_losses(run, "general_losses.jsonl") for run in group_])
-        for name, group_ in experiments.items()
-    }
-    return [difference(before, arm).to_dict() | {"rows": len(before.seeds[0])} for arm in after.values()]
+    before = Arm(BASE, [read_losses(base, "general_losses.jsonl")], trained=False)
+    after = [Arm(n, [read_losses(run, "general_losses.jsonl") for run in runs_]) for n, runs_ in experiments.items()]
+    return [difference(before, arm).to_dict() for arm in after]
 
 
 def _line(name: str, group_: list[RunFolder]) -> dict[str, Any]:

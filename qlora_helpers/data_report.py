@@ -12,7 +12,6 @@ from typing import Any
 from qlora_helpers import layouts, runs, templates
 from qlora_helpers.cleaning import Cleaned, Measured, fingerprint
 from qlora_helpers.config import Config
-from qlora_helpers.layouts import Row
 
 BINS = 8  # of the length histogram below the limit; one more holds what is above
 SHOWN = 10  # random rows, and pairs in the table of duplicates
@@ -130,7 +129,7 @@ def _quality(cleaned: Cleaned, used: list[Measured], config: Config) -> dict[str
     return {
         "answers under 4 tokens": sum(item.trained < 4 for item in used),
         "answer of another row": sum(n - 1 for n in answers.values()),
-        "turn markers inside a turn": sum(_has_marker(item.row) for item in used),
+        "turn markers inside a turn": sum(bool(layouts.TURN_MARKER.search(item.row.text)) for item in used),
         "odd number of code fences": sum(item.row.answer.count("```") % 2 for item in used),
         "with an input where most have none": given if 2 * given < len(used) else 0,
         "without an input where most have one": len(used) - given if 2 * given >= len(used) > given else 0,
@@ -140,11 +139,6 @@ def _quality(cleaned: Cleaned, used: list[Measured], config: Config) -> dict[str
         layouts.SYSTEM: cleaned.loaded.altered[layouts.SYSTEM],
         layouts.UNANSWERED: cleaned.loaded.altered[layouts.UNANSWERED],
     }
-
-
-def _has_marker(row: Row) -> bool:
-    markers = ("### Human:", "### Assistant:", "### Instruction:", "### Response:", "<|im_start|>", "[INST]")
-    return any(marker in row.text for marker in markers)
 
 
 def _checks(facts: dict[str, Any]) -> Table:
@@ -174,9 +168,14 @@ def _quote(value: Any) -> str:
     return text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
 
 
+def _longest_bar(table: Table) -> int:
+    """The largest value of the column that is drawn; 0 if none is, or nothing stands in it."""
+    return max((row[table.bar] for row in table.rows), default=0) if table.bar is not None else 0
+
+
 def _to_markdown(table: Table) -> str:
     escape = str.maketrans({"|": "\\|", "<": "&lt;", ">": "&gt;", "`": "\\`", "[": "\\[", "*": "\\*"})
-    most = max((row[table.bar] for row in table.rows), default=0) if table.bar is not None else 0
+    most = _longest_bar(table)
     columns = [*table.columns, ""] if most else table.columns
     lines = [f"## {table.title}", "", table.words, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in table.rows:
@@ -188,7 +187,7 @@ def _to_markdown(table: Table) -> str:
 
 
 def _to_html(table: Table) -> str:
-    most = max((row[table.bar] for row in table.rows), default=0) if table.bar is not None else 0
+    most = _longest_bar(table)
     head = "".join(f"<th style='text-align:left'>{html.escape(column)}</th>" for column in table.columns)
     body = ""
     for row in table.rows:

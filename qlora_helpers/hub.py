@@ -22,7 +22,7 @@ def from_pretrained(loader: Any, config: Config, **options: Any) -> Any:
     source: str | Path = config.model
     if config.model == EMBEDDED_MODEL:
         source = _embedded_folder()
-    elif Path(config.model).expanduser().is_dir():
+    elif is_local(config):
         source = Path(config.model).expanduser()
     else:
         options |= {"revision": config.revision, "local_files_only": not reachable()}

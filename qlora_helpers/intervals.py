@@ -20,9 +20,6 @@ class Interval:
     error: float = 0.0
     freedom: int = 0
 
-    def __str__(self) -> str:
-        return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})"
-
 
 def ratio(numerators: Sequence[float] | np.ndarray, denominators: Sequence[float] | np.ndarray) -> Interval:
     """The ratio of two sums over rows, rows drawn with replacement: a mean per token, where the second are tokens.
@@ -93,9 +90,6 @@ def widen(rows: Interval, *seeds: tuple[float, int]) -> Interval:
     freedom = variance**2 / sum(error**4 / degrees for error, degrees in every)
     upper = (1 + CONFIDENCE) / 2
     reach = float(t.ppf(upper, freedom) * np.sqrt(variance))
-    if rows.error == 0:
-        return Interval(rows.value, rows.value - reach, rows.value + reach)
-    wider = reach / float(t.ppf(upper, rows.freedom) * rows.error)
-    return Interval(
-        rows.value, rows.value - wider * (rows.value - rows.low), rows.value + wider * (rows.high - rows.value)
-    )
+    if rows.error > 0:  # what the bootstrap found Student's t to be short of, over rows, holds here too
+        reach *= (rows.high - rows.value) / float(t.ppf(upper, rows.freedom) * rows.error)
+    return Interval(rows.value, rows.value - reach, rows.value + reach)

@@ -12,6 +12,10 @@ from qlora_helpers.errors import UserError
 Message = dict[str, str]
 # Replies hold ### headings of their own, so only the two markers split a conversation.
 MARKER = re.compile(r"### (Human|Assistant):")
+# What only a template should write: in a row it is odd, in an answer it is an invented turn.
+TURN_MARKER = re.compile(
+    r"### ?(Human|Assistant|Instruction|Input|Response)\b|<\|(user|im_start|start_header_id)|\[INST\]"
+)
 # Half of a surrogate pair, the mark of a failed decoding, NUL: no such text was meant.
 BROKEN = re.compile("[\ud800-\udfff\ufffd\0]")
 LAYOUTS = {

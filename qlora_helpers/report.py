@@ -61,7 +61,7 @@ def _interval(found: dict[str, float | None] | None) -> str:
 
 
 def verdicts(result: dict[str, Any]) -> list[str]:
-    """A sentence for every difference, and what it can and cannot say."""
+    """A sentence for every difference."""
     return [found["text"] for found in result["differences"]]
 
 
@@ -93,56 +93,54 @@ def _signed(value: float | None) -> str:
 
 def markdown(result: dict[str, Any], figures: list[str]) -> str:
     """`report.md`: the question, the set-up, the tables, the verdicts, the figures, the answers, the limits."""
-    device = result["device"]
+    several = any(len(line["seeds"]) > 1 for line in result["table"])
+    parts = {
+        "# Did fine-tuning help, and how sure are we?": f"{_setup(result)}\n\n{table_markdown(result)}",
+        "## Verdicts": f"{bullets(verdicts(result))}\n\n{scope(result)} {_METHOD}",
+        "## What the answers are like": f"Greedy answers to held-out questions, with 95% intervals"
+        f"{' (of the first seed)' if several else ''}.\n\n{text_table_markdown(result)}",
+        "## What was forgotten": bullets(forgetting(result)) or _NO_BASE,
+        "## Figures": "\n".join(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures),
+        "## Answers": _answers(result["answers"][:SHOWN]),
+        "## Limits": _LIMITS,
+        "## Made with": _made_with(result),
+    }
+    return "\n\n".join(f"{head}\n\n{body}" for head, body in parts.items()) + "\n"
+
+
+_METHOD = (
+    f"Intervals: studentised bootstrap over held-out rows, {RESAMPLES:,} resamples, each row with both its losses.\n"
+    "The training losses come from different numbers of steps: they are no evidence."
+)
+_NO_BASE = "Not measured: the runs are of different models, or their base model's folder is not beside them."
+_LIMITS = (
+    "A lower held-out loss means that the wording fits these rows better, not that answers are true.\n"
+    "The held-out rows are of the same source as the training rows."
+)
+
+
+def _setup(result: dict[str, Any]) -> str:
     unit = "nats per trained token" if result["unit"] == "token" else "bits per byte of the answers"
-    quoted = "\n\n".join(
+    return (
+        f"Model {_quote(_name(result['model']['name']))}{_revision(result['model'])}, rows of "
+        f"{_quote(Path(result['data']).name)}:\n{result['heldout_rows']} held-out rows with "
+        f"{result['heldout_tokens']:,} trained tokens (fingerprint `{result['heldout_fingerprint']}`), none of them\n"
+        f"trained on. Differences in {unit}; lower is better."
+    )
+
+
+def _answers(entries: list[dict[str, str]]) -> str:
+    return "\n\n".join(
         f"**Asked:** {_quote(entry['prompt'])}\n\n"
         + "\n".join(f"- *{name}*: {_quote(text)}" for name, text in entry.items() if name != "prompt")
-        for entry in result["answers"][:SHOWN]
+        for entry in entries
     )
+
+
+def _made_with(result: dict[str, Any]) -> str:
+    device = result["device"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return f"""# Did fine-tuning help, and how sure are we?
-
-Model {_quote(_name(result["model"]["name"]))}{_revision(result["model"])}, rows of
-{_quote(Path(result["data"]).name)}: {result["heldout_rows"]} held-out rows with {result["heldout_tokens"]:,} trained
-tokens (fingerprint `{result["heldout_fingerprint"]}`), none of them trained on. Differences in {unit}; lower is better.
-
-{table_markdown(result)}
-
-## Verdicts
-
-{_bullets(verdicts(result))}
-
-{scope(result)} Intervals: studentised bootstrap over held-out rows, {RESAMPLES:,} resamples, each row with
-both its losses. The training losses come from different numbers of steps: they are no evidence.
-
-## What the answers are like
-
-Greedy answers to held-out questions, with 95% intervals{_answer_seeds(result)}.
-
-{text_table_markdown(result)}
-
-## What was forgotten
-
-{_bullets(forgetting(result)) or "Not measured: the runs are of different models."}
-
-## Figures
-
-{chr(10).join(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures)}
-
-## Answers
-
-{quoted}
-
-## Limits
-
-A lower held-out loss means that the wording fits these rows better, not that answers are true. The held-out rows are of
-the same source as the training rows. {scope(result)}
-
-## Made with
-
-{device["name"]}, {device["dtype"]} ({device["reason"]}). {versions}.
-"""
+    return f"{device['name']}, {device['dtype']} ({device['reason']}). {versions}."
 
 
 def _name(model: str) -> str:
@@ -154,11 +152,8 @@ def _revision(model: dict[str, Any]) -> str:
     return f" at revision {_quote(model['revision'])}" if model["revision"] else " (no revision: local files)"
 
 
-def _answer_seeds(result: dict[str, Any]) -> str:
-    return " (of the first seed)" if any(len(line["seeds"]) > 1 for line in result["table"]) else ""
-
-
-def _bullets(lines: list[str]) -> str:
+def bullets(lines: list[str]) -> str:
+    """Sentences as a Markdown list."""
     return "\n".join(f"- {line}." for line in lines)
 
 
@@ -183,11 +178,11 @@ def html(text: str, folder: Path) -> str:
     return f"<!doctype html>{head}<style>{_STYLE}</style>{body}\n"
 
 
-def write(result: dict[str, Any], logs: dict[str, list[dict[str, Any]]], folder: Path) -> Path:
+def write(result: dict[str, Any], experiments: dict[str, list[RunFolder]], folder: Path) -> Path:
     """`comparison.json`, figures, `report.md` and `report.html` in `folder`; returns the path of `report.md`."""
     names = ["figures/differences.png", "figures/loss_curves.png"]
     plots.save(plots.differences(result), folder / names[0])
-    plots.save(plots.loss_curves(logs), folder / names[1])
+    plots.save(plots.loss_curves(logs_of(experiments)), folder / names[1])
     text = markdown(result, names)
     runs.write_json(folder / "comparison.json", result)
     runs.write_text(folder / "report.html", html(text, folder))

@@ -30,11 +30,11 @@ def _study() -> str:
     parts = [
         "### SmolLM2-135M-Instruct, bf16: is it the data or the steps?",
         report.table_markdown(result),
-        _bullets(report.verdicts(result)),
+        report.bullets(report.verdicts(result)),
         report.scope(result),
         "Greedy answers to the held-out questions, with 95% intervals (of the first seed):",
         report.text_table_markdown(result),
-        _bullets(report.forgetting(result)),
+        report.bullets(report.forgetting(result)),
         _made(result),
     ]
     return "\n\n".join(parts)
@@ -43,10 +43,6 @@ def _study() -> str:
 def _section(name: str, title: str) -> str:
     result = _read(name)
     return "\n\n".join([f"### {title}", report.table_markdown(result), _made(result)])
-
-
-def _bullets(lines: list[str]) -> str:
-    return "\n".join(f"- {line}." for line in lines)
 
 
 def _made(result: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from qlora_helpers import answers
+from qlora_helpers import answers, layouts
 
 
 def asked(*prompts):
@@ -124,4 +124,4 @@ def test_rouge_is_the_command_lines(tmp_path):
     ],
 )
 def test_invented_turns(text, invented):
-    assert bool(answers.INVENTED.search(text)) is invented
+    assert bool(layouts.TURN_MARKER.search(text)) is invented

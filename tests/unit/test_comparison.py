@@ -3,13 +3,15 @@
 import json
 import math
 import random
+import shutil
 import warnings
 
 import pytest
 
-from qlora_helpers import UserError, __main__, comparison, experiments, report
+from qlora_helpers import UserError, __main__, comparison, experiments, report, runs
 from qlora_helpers.comparison import Arm, Difference
 from qlora_helpers.evaluation import RowLoss
+from qlora_helpers.runs import RunFolder
 
 
 def losses(per_token, tokens=(20, 30, 50, 10, 40, 25)):
@@ -104,7 +106,7 @@ def test_the_spread_of_seeds_widens_the_interval():
     """Three adapters of one recipe that differ a lot say less about the recipe than three that agree."""
     agree = [losses([row.loss_sum / row.tokens - 0.3 + s for row in BASE]) for s in (-0.01, 0, 0.01)]
     differ = [losses([row.loss_sum / row.tokens - 0.3 + s for row in BASE]) for s in (-0.2, 0, 0.2)]
-    base = Arm("base", [BASE])
+    base = Arm("base", [BASE], trained=False)
     close, wide = (comparison.difference(base, Arm("exp", seeds)) for seeds in (agree, differ))
     assert close.value == pytest.approx(wide.value) == pytest.approx(-0.3)
     assert (close.verdict, wide.verdict) == ("better", "not distinguishable")
@@ -162,7 +164,7 @@ def test_runs_are_compared_from_their_folders(trained):
     assert [d["b"] for d in result["forgetting"]] == ["exp1", "exp2"]
     assert {d["rows"] for d in result["forgetting"]} == {48}
     assert comparison.group(run for runs_ in found.values() for run in runs_) == found
-    written = report.write(result, report.logs_of(found), folder / "out")
+    written = report.write(result, found, folder / "out")
     page = (folder / "out" / "report.html").read_text("utf-8")
     assert written.read_text("utf-8").count("data:image") == 0
     assert page.count("data:image/png;base64,") == 2
@@ -188,6 +190,33 @@ def test_other_heldout_sets_are_refused_with_their_fingerprints(trained, config,
     prints = [run.read("manifest.json")["data"]["heldout_fingerprint"] for run in names]
     with pytest.raises(UserError, match=f"exp1: {prints[0]}, other: {prints[1]}"):
         comparison.compare(comparison.group(names))
+
+
+def test_only_another_seed_of_the_same_recipe_and_data_is_a_seed(trained, tmp_path):
+    """A copy is no second seed, and two runs called exp1 are not one experiment."""
+    _, found, _ = trained
+    first, second = found["exp1"]
+    other = RunFolder(shutil.copytree(found["exp2"][0].path, tmp_path / "elsewhere" / "exp1"))
+    copy = RunFolder(shutil.copytree(first.path, tmp_path / "base"))
+    groups = comparison.group([first, other, second, copy])
+    assert groups == {"exp1": [first, second], "elsewhere/exp1": [other], f"{tmp_path.name}/base": [copy]}
+    data = other.read("manifest.json")
+    data["data"]["source_fingerprint"] = "other rows"
+    runs.write_json(other / "manifest.json", data)
+    assert len(comparison.group([found["exp2"][0], other])) == 2
+    (other / "config.json").write_text('{"config": {"no_such_setting": 1}}')
+    with pytest.raises(UserError, match="written by another version"):
+        comparison.group([other])
+
+
+def test_what_only_says_where_and_how_long_makes_no_other_recipe(trained, tmp_path):
+    _, found, _ = trained
+    first, second = found["exp1"]
+    moved = RunFolder(shutil.copytree(second.path, tmp_path / "second"))
+    stored = moved.read("config.json")
+    stored["config"] |= {"profile": "gpu", "n_seeds": 7, "save_steps": 99}
+    runs.write_json(moved / "config.json", stored)
+    assert comparison.group([first, moved]) == {"exp1": [first, moved]}
 
 
 def test_the_compare_command(trained, tmp_path, capsys):

@@ -62,9 +62,19 @@ def test_planted_edits_are_found_and_nothing_else(edit, part):
 
 
 def test_other_numbers_make_another_text():
-    texts = ["How many legs have 3 spiders? They have 24 legs.", "How many legs have 4 spiders? They have 32 legs."]
-    assert found(texts) == set()
-    assert found([texts[0], texts[0].replace("many", "MANY")]) == {1}
+    """All of these pairs are alike in their letters: only the numbers can tell them apart."""
+    short = "Calculate the area of a circle whose radius is exactly {} meters, and explain each step of the way."
+    story = next(text for text in rows() if len(shingles(normalise(text))) > 400).replace("{", "").replace("}", "")
+    long = story + " Count to {}: {}, {}, {}, {}, {}."
+    pairs = {
+        "short, one number": ([short.format(4), short.format(5)], set()),
+        "short, the same number": ([short.format(4), short.format(4).upper()], {1}),
+        "long, one number": ([long.format(4, *range(5)), long.format(9, *range(5))], {1}),
+        "long, many numbers": ([long.format(4, *range(5)), long.format(9, *range(11, 16))], set()),
+    }
+    for name, (texts, want) in pairs.items():
+        assert jaccard(*(shingles(normalise(text)) for text in texts)) > 0.7, name
+        assert found(texts) == want, name
 
 
 def test_similarity_is_jaccards():

@@ -1,0 +1,54 @@
+"""Intervals against formulas, and how often they hold the truth."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from qlora_helpers import intervals
+from qlora_helpers.intervals import Interval
+
+
+def test_the_ratio_and_its_error():
+    """Two rows: 1 of 2 and 5 of 4. Residuals from 6/6 are -1 and 1, so the error is sqrt(2/1 x 2) / 6."""
+    found = intervals.ratio([1, 5], [2, 4])
+    assert found.value == 1
+    assert found.error == pytest.approx(2 / 6)
+
+
+def test_normal_rows_give_students_interval():
+    """Where Student's t is right, the bootstrap finds it."""
+    rows = np.random.default_rng(0).normal(size=200)
+    found = intervals.ratio(rows, np.ones(200))
+    student = stats.t.interval(0.95, 199, rows.mean(), rows.std(ddof=1) / np.sqrt(200))
+    assert (found.low, found.high) == pytest.approx(student, abs=0.05 * (student[1] - student[0]))
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says():
+    """A short form of benchmarks/calibration.py, with rows of unequal length and heavy tails."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        tokens = rng.integers(5, 256, 64)
+        found = intervals.ratio(tokens * rng.standard_t(5, 64), tokens)
+        held += found.low <= 0 <= found.high
+    assert 0.92 <= held / 400 <= 0.98
+
+
+def test_seeds_widen_by_welch():
+    """Variances 1 and 4 with 63 and 2 degrees of freedom: 25 / (1/63 + 16/2) = 3.12 of them together."""
+    rows = Interval(0.0, -stats.t.ppf(0.975, 63), stats.t.ppf(0.975, 63), error=1.0, freedom=63)
+    found = intervals.widen(rows, (2.0, 2))
+    assert found.high == pytest.approx(stats.t.ppf(0.975, 25 / (1 / 63 + 16 / 2)) * np.sqrt(5))
+    assert found.low == -found.high
+    assert intervals.widen(rows, (0.0, 0)) == rows
+
+
+def test_the_error_of_seeds():
+    assert intervals.seed_error([1.0]) == (0.0, 0)
+    assert intervals.seed_error([1.0, 2.0, 3.0]) == (pytest.approx(1 / np.sqrt(3)), 2)
+
+
+def test_a_share_of_none_is_not_surely_none():
+    found = intervals.share(0, 20)
+    assert (found.value, found.low) == (0, pytest.approx(0))
+    assert found.high == pytest.approx(0.1611, abs=1e-3)  # Wilson: z²/(n + z²)
