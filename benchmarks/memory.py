@@ -2,9 +2,9 @@
 
 usage: python benchmarks/memory.py TOKENIZER_FOLDER [--out results/memory] [--part I/N]
 
-Runs every line of OUT/settings.jsonl through the package's own trainer and appends what it saw to OUT/measured.jsonl; what is there
-is not measured again. Memory does not depend on what the weights are. Parts can run side by side on one large GPU: torch counts
-each process's memory apart.
+Runs every line of OUT/settings.jsonl through the package's own trainer and appends what it saw to OUT/measured.jsonl;
+what is there is not measured again. Memory does not depend on what the weights are. Parts can run side by side on one
+large GPU: torch counts each process's memory apart. Their seconds are then longer, and the number of parts is noted.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from qlora_helpers.shapes import known
 
 STEPS = 5  # optimizer states are there after the first, and the allocator has settled
 NEW_TOKENS = 32
-PROMPTS = 64
+PROMPTS = 16
 
 
 def base_in_shape(name: str, config: Config, device: Device) -> Any:
@@ -94,7 +94,7 @@ def config_of(setting: dict[str, Any]) -> Config:
 
 
 def rows(number: int, config: Config, vocabulary: int) -> list[Any]:
-    """Random rows, all trained on; the first of every batch is as long as rows may be, the others half as long or more."""
+    """Random rows, all trained on; the first of every batch is as long as rows may be, others half as long or more."""
     draw = random.Random(0)
     made = []
     for index in range(number):
@@ -132,7 +132,7 @@ def measure(setting: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
         run = RunFolder(Path(folder))
         cleaning.identity = lambda *_: {}
         trainer = training.build_trainer(model, config, data, tokenizer, device, run, [timer])
-        trainer.evaluate = lambda *_, **__: {}
+        trainer.evaluate = lambda *_, **__: {"eval_loss": 1.0}
         trainer._save_checkpoint = lambda *_: None
         _fresh()
         trainer.train()
@@ -180,10 +180,12 @@ def main() -> None:
         try:
             found = measure(setting, tokenizer)
         except torch.cuda.OutOfMemoryError as error:
-            found = {"error": str(error).splitlines()[0][:200]}
+            print(setting["id"], str(error).splitlines()[0], flush=True)
+            _fresh()
+            continue
         _fresh()
         print(setting["id"], f"{time.time() - started:.0f} s", found, flush=True)
-        device = {"device": torch.cuda.get_device_name(), "versions": versions()}
+        device = {"parts": parts, "device": torch.cuda.get_device_name(), "versions": versions()}
         with path.open("a") as file:
             file.write(json.dumps({**setting, **found, **device}) + "\n")
 
