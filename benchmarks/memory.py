@@ -1,10 +1,11 @@
 """Peak memory of real training and evaluation, in the models' shapes with random weights, on the GPU at hand.
 
-usage: python benchmarks/memory.py TOKENIZER_FOLDER [--out results/memory] [--part I/N]
+usage: python benchmarks/memory.py TOKENIZER_FOLDER [--out results/memory] [--name settings] [--models NAME …]
 
-Runs every line of OUT/settings.jsonl through the package's own trainer and appends what it saw to OUT/measured.jsonl;
-what is there is not measured again. Memory does not depend on what the weights are. Parts can run side by side on one
-large GPU: torch counts each process's memory apart. Their seconds are then longer, and the number of parts is noted.
+Runs every line of OUT/settings.jsonl through the package's own loader and trainer, and appends what it saw to
+OUT/settings_measured.jsonl; what is there is not measured again. Memory does not depend on what the weights are.
+Several processes, each with its models, may share one large GPU: torch counts their memory apart (their seconds are no
+measure of speed).
 """
 
 import argparse
@@ -17,14 +18,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from qlora_helpers import answers, cleaning, evaluation, runs, training
 from qlora_helpers.config import Config
-from qlora_helpers.device import GIB, Device, detect, versions
-from qlora_helpers.model import attach_lora
+from qlora_helpers.device import GIB, detect, versions
+from qlora_helpers.model import attach_lora, load_base
 from qlora_helpers.runs import RunFolder
 from qlora_helpers.shapes import known
 
@@ -33,42 +33,15 @@ NEW_TOKENS = 32
 PROMPTS = 16
 
 
-def base_in_shape(name: str, config: Config, device: Device) -> Any:
-    """A frozen base with random weights, stored as `model.load_base` stores a real one."""
+def write_shape(name: str, folder: Path, tokenizer: Any) -> None:
+    """A checkpoint with random weights, as a hub would serve it, so that the package's own loading is measured too."""
     with torch.device("cuda"):
         shape = AutoConfig.for_model(**known(name))
-        base = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, device.dtype))
-    if config.quantization != "none":
-        head = base.get_output_embeddings()
-        for path, module in list(base.named_modules()):
-            if isinstance(module, torch.nn.Linear) and module is not head:
-                parent, _, own = path.rpartition(".")
-                setattr(base.get_submodule(parent), own, _in_four_bits(module, config))
-        base.is_loaded_in_4bit = True
-    for parameter in base.parameters():
-        parameter.requires_grad_(False)
-    return base.eval()
-
-
-def _in_four_bits(linear: torch.nn.Linear, config: Config) -> Any:
-    packed = bnb.nn.Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        bias=linear.bias is not None,
-        compute_dtype=linear.weight.dtype,
-        compress_statistics=config.double_quant,
-        quant_type=config.quantization,
-        device="meta",
-    )
-    packed.weight = bnb.nn.Params4bit(
-        linear.weight.data,
-        requires_grad=False,
-        compress_statistics=config.double_quant,
-        quant_type=config.quantization,
-        module=packed,
-    ).cuda()
-    packed.bias = linear.bias
-    return packed
+        model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    del model
+    _fresh()
 
 
 def config_of(setting: dict[str, Any]) -> Config:
@@ -118,23 +91,26 @@ class Timer(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
-def measure(setting: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """One line of measured.jsonl: GiB that torch reserved and allocated, and seconds a step."""
-    config = config_of(setting)
+def measure(setting: dict[str, Any], folder: Path, tokenizer: Any) -> dict[str, Any]:
+    """What one setting takes: GiB that torch reserved and allocated, and seconds a step."""
+    config = config_of(setting).replace(model=str(folder))
     device = detect(config.compute_dtype)
-    base = base_in_shape(setting["model"], config, device)
-    found: dict[str, Any] = {"weights": torch.cuda.memory_allocated() / GIB}
+    _fresh()
+    base = load_base(config, device)
+    found: dict[str, Any] = _peak("load")
+    found["weights"] = torch.cuda.memory_allocated() / GIB
     model = attach_lora(base, config)
     trained = rows(config.batch_size * STEPS, config, 30000)
     data: Any = SimpleNamespace(trained_on=trained, heldout=rows(16, config, 30000), source_fingerprint="")
     timer = Timer()
-    with tempfile.TemporaryDirectory() as folder:
-        run = RunFolder(Path(folder))
+    with tempfile.TemporaryDirectory() as run_folder:
+        run = RunFolder(Path(run_folder))
         cleaning.identity = lambda *_: {}
         trainer = training.build_trainer(model, config, data, tokenizer, device, run, [timer])
         trainer.evaluate = lambda *_, **__: {"eval_loss": 1.0}
         trainer._save_checkpoint = lambda *_: None
         _fresh()
+        found |= {"start": torch.cuda.memory_allocated() / GIB, "start_reserved": torch.cuda.memory_reserved() / GIB}
         trainer.train()
         found |= _peak("train")
         found["seconds_per_step"] = min(b - a for a, b in zip(timer.ends, timer.ends[1:], strict=False))
@@ -161,33 +137,43 @@ def _peak(name: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure what is missing."""
+    """Measure what is missing, model by model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("--out", type=Path, default=Path("results/memory"))
-    parser.add_argument("--part", default="0/1")
+    parser.add_argument("--name", default="settings")
+    parser.add_argument("--models", nargs="+", help="these only; all if not given")
     args = parser.parse_args()
-    part, parts = map(int, args.part.split("/"))
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    settings = runs.read_jsonl(args.out / "settings.jsonl")
-    path = args.out / "measured.jsonl"
+    settings = runs.read_jsonl(args.out / f"{args.name}.jsonl")
+    path = args.out / f"{args.name}_measured.jsonl"
     done = {line["id"] for line in runs.read_jsonl(path)} if path.exists() else set()
-    for setting in settings[part::parts]:
-        if setting["id"] in done:
-            continue
-        started = time.time()
-        try:
-            found = measure(setting, tokenizer)
-        except torch.cuda.OutOfMemoryError as error:
-            print(setting["id"], str(error).splitlines()[0], flush=True)
-            _fresh()
-            continue
-        _fresh()
-        print(setting["id"], f"{time.time() - started:.0f} s", found, flush=True)
-        device = {"parts": parts, "device": torch.cuda.get_device_name(), "versions": versions()}
-        with path.open("a") as file:
-            file.write(json.dumps({**setting, **found, **device}) + "\n")
+    for model in args.models or dict.fromkeys(setting["model"] for setting in settings):
+        missing = [setting for setting in settings if setting["model"] == model and setting["id"] not in done]
+        with tempfile.TemporaryDirectory() as folder:
+            if missing:
+                write_shape(model, Path(folder), tokenizer)
+            for setting in missing:
+                _measure_into(path, setting, Path(folder), tokenizer)
+
+
+def _measure_into(path: Path, setting: dict[str, Any], folder: Path, tokenizer: Any) -> None:
+    """One line, with the device; `fits` says whether it held to the setting's `limit_gib`, if it has one."""
+    started = time.time()
+    total = torch.cuda.get_device_properties(0).total_memory / GIB
+    limit = setting.get("limit_gib", total)
+    torch.cuda.set_per_process_memory_fraction(limit / total)
+    try:
+        found = {"fits": True, **measure(setting, folder, tokenizer)}
+    except torch.cuda.OutOfMemoryError as error:
+        found = {"fits": False, "error": str(error).split(". ")[0]}
+    gc.collect()
+    _fresh()
+    print(setting["id"], f"{time.time() - started:.0f} s", found, flush=True)
+    device = {"device": torch.cuda.get_device_name(), "versions": versions()}
+    with path.open("a") as file:
+        file.write(json.dumps({**setting, **found, **device}) + "\n")
 
 
 if __name__ == "__main__":

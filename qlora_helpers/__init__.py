@@ -4,6 +4,8 @@ Importing it is cheap: torch and the Hugging Face libraries are imported by the 
 """
 
 import logging
+import os
+import sys
 import warnings
 
 from qlora_helpers.config import Config
@@ -13,6 +15,12 @@ from qlora_helpers.errors import UserError
 # a new name that only transformers 5.2x knows.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
+
+# Blocks of one size then serve another: without this a run reserves up to twice what it uses (benchmarks/README.md).
+# Torch reads it when it first touches the GPU; older ones know the second name. Other systems than Linux lack it.
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR):
+    os.environ.update(dict.fromkeys(ALLOCATOR, "expandable_segments:True"))
 
 __version__ = "0.1.0"
 __all__ = ["Config", "UserError", "__version__"]

@@ -23,6 +23,8 @@ hf_logging.disable_progress_bar()  # the bar for reading a file; downloads keep 
 def load_base(config: Config, device: Device) -> Any:
     """The frozen base, stored as `config.quantization` says, computing in the device's dtype."""
     dtype = getattr(torch, device.dtype)
+    if device.kind == "cpu" and config.bias != "none":
+        dtype = torch.float32  # biases that are trained are; without a GPU no autocast brings the two together
     quantization = None
     if config.quantization != "none":
         quantization = BitsAndBytesConfig(
@@ -63,7 +65,32 @@ def attach_lora(base: Any, config: Config) -> Any:
     )
     model = get_peft_model(base, lora)
     train_in_float32(model)
+    if config.bias != "none":
+        keep_biases(model)
     return model
+
+
+def keep_biases(model: Any) -> None:
+    """Biases to float32, and to stay there: those of an adapter that has some would else be rounded to 16 bits."""
+    for module in model.modules():
+        if isinstance(getattr(module, "bias", None), torch.nn.Parameter):
+            module.bias.data = module.bias.data.float()
+            if type(module) is bnb.nn.Linear4bit:
+                module.__class__ = TrainedBias
+
+
+class TrainedBias(bnb.nn.Linear4bit):
+    """A 4-bit layer whose bias is trained. The library's own casts the bias to 16 bits in place at every call: bf16 is
+    too coarse for small steps, and the fp16 gradient scaler refuses it.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The library's product, and the bias in float32 until it is added."""
+        bias, self.bias = self.bias, None
+        try:
+            return super().forward(x) + bias.to(x.dtype)
+        finally:
+            self.bias = bias
 
 
 def check_targets(base: Any, config: Config) -> None:
@@ -88,6 +115,8 @@ def load_adapter(base: Any, adapter: Path) -> Any:
     """A saved adapter on the base it was trained on, ready for answers and losses."""
     if not (adapter / "adapter_model.safetensors").exists():
         raise UserError(f"adapter: {adapter} holds none. Mend: run the notebook that trains it to its end.")
+    if LoraConfig.from_pretrained(str(adapter)).bias != "none":
+        keep_biases(base)
     return PeftModel.from_pretrained(base, adapter).eval()
 
 
