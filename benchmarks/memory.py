@@ -1,11 +1,10 @@
 """Peak memory of real training and evaluation, in the models' shapes with random weights, on the GPU at hand.
 
-usage: python benchmarks/memory.py TOKENIZER_FOLDER [--out results/memory] [--name settings] [--models NAME …]
+usage: python benchmarks/memory.py TOKENIZER_FOLDER [--out results/memory] [--names settings …] [--parallel N]
 
-Runs every line of OUT/settings.jsonl through the package's own loader and trainer, and appends what it saw to
-OUT/settings_measured.jsonl; what is there is not measured again. Memory does not depend on what the weights are.
-Several processes, each with its models, may share one large GPU: torch counts their memory apart (their seconds are no
-measure of speed).
+Runs every line of OUT/NAME.jsonl through the package's own loader and trainer, and appends what it saw to
+OUT/NAME_measured.jsonl; what is there is not measured again. Memory does not depend on what the weights are. Several
+processes may share one large GPU: torch counts their memory apart (but their seconds are no measure of speed).
 """
 
 import argparse
@@ -14,6 +13,9 @@ import json
 import random
 import tempfile
 import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -111,6 +113,7 @@ def measure(setting: dict[str, Any], folder: Path, tokenizer: Any) -> dict[str, 
         trainer._save_checkpoint = lambda *_: None
         _fresh()
         found |= {"start": torch.cuda.memory_allocated() / GIB, "start_reserved": torch.cuda.memory_reserved() / GIB}
+        found["start_blocks"] = _blocks()
         trainer.train()
         found |= _peak("train")
         found["seconds_per_step"] = min(b - a for a, b in zip(timer.ends, timer.ends[1:], strict=False))
@@ -131,49 +134,61 @@ def _fresh() -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
+def _blocks() -> dict[str, float]:
+    """GiB by state: what is reserved and not allocated is either free, or waits for another stream."""
+    sizes: Counter[str] = Counter()
+    for segment in torch.cuda.memory_snapshot():
+        for block in segment["blocks"]:
+            sizes[block["state"]] += block["size"]
+    return {state: size / GIB for state, size in sizes.items()}
+
+
 def _peak(name: str) -> dict[str, float]:
     seen = {"reserved": torch.cuda.max_memory_reserved(), "allocated": torch.cuda.max_memory_allocated()}
     return {f"{name}_{kind}": size / GIB for kind, size in seen.items()}
 
 
 def main() -> None:
-    """Measure what is missing, model by model."""
+    """Measure what is missing, each setting in a process of its own, as a run is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("--out", type=Path, default=Path("results/memory"))
-    parser.add_argument("--name", default="settings")
-    parser.add_argument("--models", nargs="+", help="these only; all if not given")
+    parser.add_argument("--names", nargs="+", default=["settings"], metavar="NAME")
+    parser.add_argument("--parallel", type=int, default=1, help="processes that share the GPU")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    settings = runs.read_jsonl(args.out / f"{args.name}.jsonl")
-    path = args.out / f"{args.name}_measured.jsonl"
+    fresh = get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(args.parallel, fresh, max_tasks_per_child=1) as pool,
+    ):
+        missing = [(name, setting) for name in args.names for setting in _missing(args.out, name)]
+        models = dict.fromkeys(setting["model"] for _, setting in missing)
+        list(pool.map(write_shape, models, [Path(folder, model) for model in models], [tokenizer] * len(models)))
+        started = [pool.submit(attempt, setting, Path(folder, setting["model"]), tokenizer) for _, setting in missing]
+        for (name, setting), future in zip(missing, started, strict=True):
+            found = future.result()
+            print(name, setting["id"], found, flush=True)
+            with (args.out / f"{name}_measured.jsonl").open("a") as file:
+                file.write(json.dumps({**setting, **found, "parallel": args.parallel}) + "\n")
+
+
+def _missing(out: Path, name: str) -> list[dict[str, Any]]:
+    path = out / f"{name}_measured.jsonl"
     done = {line["id"] for line in runs.read_jsonl(path)} if path.exists() else set()
-    for model in args.models or dict.fromkeys(setting["model"] for setting in settings):
-        missing = [setting for setting in settings if setting["model"] == model and setting["id"] not in done]
-        with tempfile.TemporaryDirectory() as folder:
-            if missing:
-                write_shape(model, Path(folder), tokenizer)
-            for setting in missing:
-                _measure_into(path, setting, Path(folder), tokenizer)
+    return [setting for setting in runs.read_jsonl(out / f"{name}.jsonl") if setting["id"] not in done]
 
 
-def _measure_into(path: Path, setting: dict[str, Any], folder: Path, tokenizer: Any) -> None:
-    """One line, with the device; `fits` says whether it held to the setting's `limit_gib`, if it has one."""
-    started = time.time()
+def attempt(setting: dict[str, Any], folder: Path, tokenizer: Any) -> dict[str, Any]:
+    """What was measured, with the device; `fits` says whether it held to the setting's `limit_gib`, if it has one."""
     total = torch.cuda.get_device_properties(0).total_memory / GIB
-    limit = setting.get("limit_gib", total)
-    torch.cuda.set_per_process_memory_fraction(limit / total)
+    torch.cuda.set_per_process_memory_fraction(setting.get("limit_gib", total) / total)
     try:
         found = {"fits": True, **measure(setting, folder, tokenizer)}
     except torch.cuda.OutOfMemoryError as error:
         found = {"fits": False, "error": str(error).split(". ")[0]}
-    gc.collect()
-    _fresh()
-    print(setting["id"], f"{time.time() - started:.0f} s", found, flush=True)
-    device = {"device": torch.cuda.get_device_name(), "versions": versions()}
-    with path.open("a") as file:
-        file.write(json.dumps({**setting, **found, **device}) + "\n")
+    return {**found, "device": torch.cuda.get_device_name(), "versions": versions()}
 
 
 if __name__ == "__main__":
