@@ -23,12 +23,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from qlora_helpers import answers, cleaning, evaluation, runs, training
+from qlora_helpers import answers, cleaning, evaluation, runs, shapes, training
 from qlora_helpers.config import Config
 from qlora_helpers.device import GIB, detect, versions
 from qlora_helpers.model import attach_lora, load_base
 from qlora_helpers.runs import RunFolder
-from qlora_helpers.shapes import known
 
 STEPS = 5  # optimizer states are there after the first, and the allocator has settled
 NEW_TOKENS = 32
@@ -38,7 +37,7 @@ PROMPTS = 16
 def write_shape(name: str, folder: Path, tokenizer: Any) -> None:
     """A checkpoint with random weights, as a hub would serve it, so that the package's own loading is measured too."""
     with torch.device("cuda"):
-        shape = AutoConfig.for_model(**known(name))
+        shape = AutoConfig.for_model(**(shapes.known(name) or {}))
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -48,8 +47,7 @@ def write_shape(name: str, folder: Path, tokenizer: Any) -> None:
 
 def config_of(setting: dict[str, Any]) -> Config:
     """The run that a line of settings.jsonl describes."""
-    named = "query_key_value" if setting["model"].startswith("bloom") else "q_proj v_proj"
-    targets = {"q,v": named, "all": "all-linear"}[setting["targets"]]
+    targets = {"q,v": shapes.load(setting["model"]).usual_targets, "all": ("all-linear",)}[setting["targets"]]
     return Config.from_params(
         profile="gpu",
         quantization=setting["quantization"],

@@ -1,4 +1,4 @@
-"""The command line: `python -m qlora_helpers run | batch | data | compare | fetch`. Heavy imports wait until needed."""
+"""The command line: `python -m qlora_helpers run | batch | data | plan | compare | fetch`. Heavy imports wait."""
 
 import argparse
 import sys
@@ -42,6 +42,7 @@ def build_parser() -> Parser:
         command.add_argument("--n-heldout", type=int, metavar="N", help="rows that are never trained on")
         command.add_argument("--save-steps", type=int, metavar="N", help="steps between checkpoints")
     _add_data(commands)
+    _add_plan(commands)
     compare = commands.add_parser("compare", help="report on complete runs, whoever made them", allow_abbrev=False)
     compare.add_argument(
         "run_folders", type=Path, nargs="+", metavar="RUN", help="run folders; equal but for the seed: one"
@@ -67,8 +68,28 @@ def _add_data(commands: Any) -> None:
     data.add_argument("--data-seed", type=int, metavar="S", help="another seed, another split")
 
 
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser("plan", help="peak memory of a run, before anything is downloaded", allow_abbrev=False)
+    what = plan.add_mutually_exclusive_group()
+    what.add_argument("--preset", default="tinyllama-guanaco-100", help="a published experiment")
+    what.add_argument("--model", help="hub id, folder or config.json; many are known offline")
+    where = plan.add_mutually_exclusive_group()
+    where.add_argument("--memory", type=float, metavar="GIB", help="the GPU's memory")
+    where.add_argument("--device", help="a card by name, such as t4")
+    plan.add_argument("--method", help="qlora, lora or full; default: as the preset says")
+    plan.add_argument("--rank", type=int, help="rank of the adapter")
+    plan.add_argument("--targets", help="layers with an adapter, such as q_proj,v_proj, or all")
+    plan.add_argument("--bias", help="biases that are trained: none, lora_only or all")
+    plan.add_argument("--max-length", type=int, metavar="N", help="tokens of a row")
+    plan.add_argument("--batch", type=int, metavar="N", dest="batch_size", help="rows of a forward pass")
+    plan.add_argument("--accumulation", type=int, metavar="N", dest="gradient_accumulation", help="passes of a step")
+    plan.add_argument("--checkpointing", action="store_true", default=None, dest="gradient_checkpointing")
+    plan.add_argument("--optimizer", help="adamw_torch, adamw_8bit, paged_adamw_8bit or paged_adamw_32bit")
+    plan.add_argument("--json", action="store_true", help="for programs")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 with one line on stderr for what the user can mend."""
+    """Run a command; 0 on success, 2 with one line on stderr for what the user can mend, 3 if a plan does not fit."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         parser = build_parser()
@@ -78,14 +99,13 @@ def main(argv: list[str] | None = None) -> int:
         if command is None:
             parser.print_help()
             return 0
-        COMMANDS[command](**args)
+        return COMMANDS[command](**args) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    return 0
 
 
 def _check_names(argv: list[str], parser: Parser) -> None:
@@ -156,16 +176,43 @@ def _data(out: Path, max_tokens: int, n_heldout: int | None, template: str | Non
     print(*filter(None, [report.advice]), f"Report: {out / 'report.md'}", sep="\n")
 
 
+def _plan(
+    model: str | None, memory: float | None, device: str | None, method: str | None, targets: str | None, json: bool,
+    **params: Any,
+) -> int:  # fmt: skip
+    from json import dumps
+
+    from qlora_helpers import plan, shapes
+    from qlora_helpers.config import Config
+
+    if model is not None:
+        usual = shapes.load(model).usual_targets
+        params |= {"model": model, "target_modules": ",".join(usual)}
+    if targets is not None:
+        params["target_modules"] = "all-linear" if targets == "all" else targets
+    config = Config.from_params(profile="gpu", **params)
+    where = device if memory is None else memory
+    plans = plan.side_by_side(config, where)
+    asked = plan.plan_memory(config, where, method)
+    if json:
+        totals = {name: round(other.total, 3) for name, other in plans.items()}
+        print(dumps({**asked.to_dict(), "methods": totals}, indent=1))
+    else:
+        print(plan.table(plans), "", plan.answer(asked), sep="\n")
+    return 0 if asked.fits else 3
+
+
 def _fetch() -> None:
     from qlora_helpers import embedded
 
     print(embedded.fetch())
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
+COMMANDS: dict[str, Callable[..., int | None]] = {
     "run": _run,
     "batch": _batch,
     "data": _data,
+    "plan": _plan,
     "compare": _compare,
     "fetch": _fetch,
 }

@@ -84,6 +84,8 @@ class Config:
     )
     max_grad_norm: float = _field(1.0, "gradients are clipped to this norm", low=0)
     gradient_checkpointing: bool = _field(False, "recompute activations: less memory, more time")
+    auto_batch: bool = _field(False, "split the batch as is fastest on this GPU by the memory plan")
+    on_oom: str = _field("stop", "out of GPU memory: stop, or split the batch and go on", choices=("stop", "shrink"))
     eval_steps: int | None = _field(None, "steps between held-out losses; None is once an epoch", low=1)
     save_steps: int = _field(50, "steps between checkpoints", low=1)
     keep_best: bool = _field(False, "end with the checkpoint of the lowest held-out loss")
@@ -148,7 +150,14 @@ class Config:
             "seconds_per_step",
             "n_seeds",
         }
-        beside |= {"equal_steps", "batch_size", "gradient_accumulation", "gradient_checkpointing"}
+        beside |= {
+            "equal_steps",
+            "batch_size",
+            "gradient_accumulation",
+            "gradient_checkpointing",
+            "auto_batch",
+            "on_oom",
+        }
         deciding = {key: value for key, value in self.to_dict().items() if key not in beside}
         deciding["effective_batch"] = self.effective_batch
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]

@@ -86,7 +86,8 @@ class TrainedBias(bnb.nn.Linear4bit):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The library's product, and the bias in float32 until it is added."""
-        bias, self.bias = self.bias, None
+        bias: Any = self.bias
+        self.bias = None  # type: ignore[assignment]
         try:
             return super().forward(x) + bias.to(x.dtype)
         finally:

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from qlora_helpers import cleaning, evaluation, hub, model_card, runs
+from qlora_helpers import cleaning, evaluation, hub, model_card, out_of_memory, runs
 from qlora_helpers.cleaning import Data
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device, detect, limit_memory, peak_memory_gib
@@ -40,17 +40,32 @@ def train(
             return run
         device = detect(config.compute_dtype)
         limit_memory(device, config.memory_limit_gib)
-        base = load_base(config, device)
-        check_targets(base, config)
-        runs.write_json(run / "config.json", {"identity": me, "config": config.to_dict()})
-        base_losses = baseline(base, config, data, tokenizer, device, run.path.parent)
-        _write_manifest(run, config, device, data, base)
-        model = attach_lora(base, config)
-        trainer = build_trainer(model, config, data, tokenizer, device, run, callbacks)
-        trainer.add_callback(LogWriter(run / "log.jsonl", evaluation.mean_loss(base_losses)))
-        _fit(trainer, run, me)
-        _save_results(trainer, config, data, tokenizer, device, run, base_losses)
-    return run
+        config = out_of_memory.choose_split(config, device)
+        while True:
+            try:
+                _attempt(config, data, tokenizer, device, run, callbacks)
+                return run
+            except torch.cuda.OutOfMemoryError:
+                shrunk = out_of_memory.shrink(config, device, run)
+            config = shrunk  # only now is the traceback gone that kept the tensors alive
+            out_of_memory.free()
+
+
+def _attempt(
+    config: Config, data: Data, tokenizer: Any, device: Device, run: RunFolder, callbacks: Sequence[TrainerCallback]
+) -> None:
+    """The run from its last checkpoint to its end, with one split of the batch."""
+    me = cleaning.identity(config, data)
+    base = load_base(config, device)
+    check_targets(base, config)
+    runs.write_json(run / "config.json", {"identity": me, "config": config.to_dict()})
+    base_losses = baseline(base, config, data, tokenizer, device, run.path.parent)
+    _write_manifest(run, config, device, data, base)
+    model = attach_lora(base, config)
+    trainer = build_trainer(model, config, data, tokenizer, device, run, callbacks)
+    trainer.add_callback(LogWriter(run / "log.jsonl", evaluation.mean_loss(base_losses)))
+    _fit(trainer, run, me)
+    _save_results(trainer, config, data, tokenizer, device, run, base_losses)
 
 
 class QloraTrainer(SFTTrainer):

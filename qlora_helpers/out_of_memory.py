@@ -1,0 +1,78 @@
+"""A run and its GPU's memory: the split of the batch that fits, and what happens when memory runs out all the same."""
+
+import gc
+
+from qlora_helpers import plan
+from qlora_helpers.config import Config
+from qlora_helpers.device import Device, peak_memory_gib
+from qlora_helpers.errors import UserError
+from qlora_helpers.runs import RunFolder
+
+
+def choose_split(config: Config, device: Device) -> Config:
+    """With `auto_batch` on a GPU, the fastest split of the effective batch that the plan says fits; else as it is."""
+    if not config.auto_batch or device.kind != "cuda":
+        return config
+    found = plan.fastest_split(config, device)
+    print(
+        f"auto_batch: {_split(found)}: {plan.plan_memory(found, device).total:.1f} of {device.memory_gib:.1f} GiB planned. "
+        f"As published: {_split(config)} (auto_batch=false)."
+    )
+    return found
+
+
+def shrink(config: Config, device: Device, run: RunFolder) -> Config:
+    """What to go on with after the GPU ran out of memory: half the batch and twice the passes, or checkpointing.
+
+    The effective batch and the steps stay what they were. Raises `UserError`, with what was planned, what was seen and
+    the nearest setting that fits, if `on_oom` is stop or nothing is left to shrink.
+    """
+    seen = f"{peak_memory_gib(device):.1f} GiB were reserved"
+    if config.on_oom == "shrink":
+        if config.batch_size > 1:
+            smaller = next(size for size in range(config.batch_size // 2, 0, -1) if config.effective_batch % size == 0)
+            passes = config.effective_batch // smaller
+            found = config.replace(batch_size=smaller, gradient_accumulation=passes)
+        else:
+            found = config.replace(gradient_checkpointing=True)
+        if found != config:
+            print(f"Out of GPU memory: {seen}. Going on with {_split(found)}: the same steps.")
+            return found
+    raise UserError(
+        f"memory: the GPU ran out: {_planned(config, device)}, {seen}. Mend: {_mend(config, device)}. What "
+        f"was saved stays in {run.path}."
+    )
+
+
+def free() -> None:
+    """Give the memory of a run that failed back to the GPU."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def _split(config: Config) -> str:
+    checkpointing = ", checkpointing" if config.gradient_checkpointing else ""
+    return f"batch {config.batch_size} x {config.gradient_accumulation}{checkpointing}"
+
+
+def _planned(config: Config, device: Device) -> str:
+    try:
+        found = plan.plan_memory(config, device)
+    except UserError as error:
+        return f"not planned ({error})"
+    return f"{found.total:.1f} of {found.memory:.1f} GiB were planned"
+
+
+def _mend(config: Config, device: Device) -> str:
+    """The nearest setting that fits, as parameters."""
+    try:
+        fitting = plan.nearest_fit(config, device)
+    except UserError:
+        fitting = None
+    if fitting in (None, config):
+        return "on_oom=shrink, a smaller model, or a GPU with more memory"
+    changed = {name: value for name, value in vars(fitting).items() if value != getattr(config, name)}
+    return ", ".join(f"{name}={value}" for name, value in changed.items()) + "; or on_oom=shrink"

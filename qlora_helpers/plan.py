@@ -1,0 +1,235 @@
+"""From peak memory to an answer: does the run fit, what to change first, and the fastest split of a batch that fits."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qlora_helpers import memory
+from qlora_helpers.config import Config
+from qlora_helpers.device import Device
+from qlora_helpers.errors import UserError, nearest
+from qlora_helpers.memory import GIB, METHODS
+
+CONTEXT_GIB = 0.6  # CUDA itself: seen on an H100
+TIGHT = 0.9  # of the card: nearer to its end than this, the arithmetic's own error decides
+
+# Memory as the driver shows it, and what CUDA itself takes of it, in GiB. T4, H100: seen; others: as nvidia-smi lists.
+CARDS = {
+    "t4": (14.74, 0.18),
+    "l4": (22.49, CONTEXT_GIB),
+    "rtx-4090": (23.99, CONTEXT_GIB),
+    "a100-40": (40.0, CONTEXT_GIB),
+    "a100-80": (80.0, CONTEXT_GIB),
+    "h100": (79.65, CONTEXT_GIB),
+}
+# Seconds of a step against the same step without the change, as `benchmarks/memory.py` saw them.
+TIME = {"checkpointing": 1.35, "half the batch": 1.3, "4-bit": 1.3, "8-bit optimizer": 1.02}
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One change: what it saves at the peak, and how long a step then takes against now."""
+
+    change: str
+    saves_gib: float
+    time: float
+    settings: dict[str, Any]
+
+    def __str__(self) -> str:
+        slower = "no slower" if self.time <= 1.02 else f"a step takes about {self.time:.1f} times as long"
+        return f"{self.change}: saves {self.saves_gib:.1f} GiB; {slower}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Peak memory of one run, in GiB by part, in training and in evaluation, and whether the device has it.
+
+    `context` is what CUDA takes on the card outside torch. `memory` is the card's, None if no device was named.
+    """
+
+    model: str
+    parameters: int
+    trained: int
+    method: str
+    training: dict[str, float]
+    evaluation: dict[str, float]
+    context: float
+    memory: float | None
+    advice: list[Advice]
+
+    @property
+    def total(self) -> float:
+        """Peak of the whole run on the card, CUDA's own share included."""
+        return max(sum(self.training.values()), sum(self.evaluation.values())) + self.context
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has so much; with no device named, nothing says that it has not."""
+        return self.memory is None or self.total <= self.memory
+
+    @property
+    def verdict(self) -> str:
+        """Fits, tight, or does not fit."""
+        if self.memory is None:
+            return "no device named"
+        if not self.fits:
+            return "does not fit"
+        return "tight" if self.total > TIGHT * self.memory else "fits"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, GiB rounded to megabytes."""
+        return {
+            "model": self.model,
+            "parameters": self.parameters,
+            "trained": self.trained,
+            "method": self.method,
+            "training": {name: round(size, 3) for name, size in self.training.items()},
+            "evaluation": {name: round(size, 3) for name, size in self.evaluation.items()},
+            "context": self.context,
+            "total": round(self.total, 3),
+            "memory": self.memory,
+            "fits": self.fits,
+            "verdict": self.verdict,
+            "advice": [str(item) for item in self.advice],
+        }
+
+
+def plan_memory(config: Config, device: Device | str | float | None = None, method: str | None = None) -> Plan:
+    """Peak memory of `config` on `device`: a `Device`, a card's name such as t4, or GiB; no device, no verdict.
+
+    `method` is qlora, lora or full; if None, as the config says. Full fine-tuning keeps weights, gradients and AdamW's
+    moments in 16 bits, 8 bytes a parameter. Every row counts as long as rows may be. Raises `UserError` for a model
+    without config and for settings that the model cannot have.
+    """
+    load = memory.load_of(config, method)
+    card = _card(device, config)
+    plan = Plan(
+        model=config.model,
+        parameters=load.shape.parameters,
+        trained=memory.trained_parameters(load),
+        method=method or memory.method_of(config),
+        training=_gib(memory.training_parts(load)),
+        evaluation=_gib(memory.evaluation_parts(load)),
+        context=card[1] if card else CONTEXT_GIB,
+        memory=card[0] if card else None,
+        advice=[],
+    )
+    if load.full or plan.verdict in ("fits", "no device named"):
+        return plan
+    return replace(plan, advice=_advice(load.config, plan))
+
+
+def side_by_side(config: Config, device: Device | str | float | None = None) -> dict[str, Plan]:
+    """The same run as full fine-tuning, LoRA and QLoRA."""
+    return {method: plan_memory(config, device, method) for method in METHODS}
+
+
+def fastest_split(config: Config, device: Device | str | float) -> Config:
+    """The same effective batch, split and checkpointed as it is fastest among the splits that fit without being tight.
+
+    Without checkpointing first, then with; in each the largest batch. If none fits, the smallest: the run will say so.
+    """
+    smallest = config
+    for smallest in _splits(config):
+        if plan_memory(smallest, device).verdict == "fits":
+            return smallest
+    return smallest
+
+
+def table(plans: dict[str, Plan]) -> str:
+    """Peak memory by part, a column for each method, as text."""
+    lines = [f"{'GiB at the peak of training':<28}" + "".join(f"{name:>9}" for name in plans)]
+    for part in dict.fromkeys(name for plan in plans.values() for name in plan.training):
+        lines.append(_line(part, [plan.training.get(part, 0.0) for plan in plans.values()]))
+    lines.append(_line("training", [sum(plan.training.values()) for plan in plans.values()]))
+    lines.append(_line("evaluation", [sum(plan.evaluation.values()) for plan in plans.values()]))
+    lines.append(_line("CUDA context", [plan.context for plan in plans.values()]))
+    lines.append(_line("total", [plan.total for plan in plans.values()]))
+    return "\n".join(lines)
+
+
+def _line(name: str, sizes: list[float]) -> str:
+    return f"{name:<28}" + "".join(f"{size:>9.2f}" for size in sizes)
+
+
+def answer(plan: Plan) -> str:
+    """What the plan says, in words, with what to change first."""
+    head = f"{plan.model}, {plan.method}: {plan.parameters:,} parameters, {plan.trained:,} of them trained."
+    if plan.memory is None:
+        cards = [name for name, (size, context) in CARDS.items() if plan.total - plan.context + context <= size]
+        return f"{head}\nFits on: {', '.join(cards) or 'none of ' + ', '.join(CARDS)}."
+    words = f"{plan.verdict}: {plan.total:.2f} of {plan.memory:.2f} GiB"
+    return "\n".join([head, words, *(f"- {advice}" for advice in plan.advice)])
+
+
+def nearest_fit(config: Config, device: Device | str | float) -> Config | None:
+    """The first setting that fits when the batch is split, then the base packed, then rows cut shorter; if any does."""
+    while config.max_length >= 64:
+        for stored in dict.fromkeys((config.quantization, "nf4")):
+            found = fastest_split(config.replace(quantization=stored), device)
+            if plan_memory(found, device).fits:
+                return found
+        config = config.replace(max_length=config.max_length // 2)
+    return None
+
+
+def _splits(config: Config) -> Iterator[Config]:
+    total = config.effective_batch
+    sizes = [size for size in range(total, 0, -1) if total % size == 0]
+    for checkpointing in (False, True):
+        for size in sizes:
+            yield config.replace(
+                batch_size=size, gradient_accumulation=total // size, gradient_checkpointing=checkpointing
+            )
+
+
+def _card(device: Device | str | float | None, config: Config) -> tuple[float, float] | None:
+    """Memory of the card and CUDA's share of it. A run that is held to less has less."""
+    if device is None:
+        return None
+    if isinstance(device, str):
+        if device not in CARDS:
+            raise UserError(f"device: there is no '{device}'.{nearest(device, CARDS)}")
+        return CARDS[device]
+    total = device.memory_gib if isinstance(device, Device) else device
+    if not total > 0:
+        raise UserError(f"memory: {total:g} GiB is no budget. Mend: the card's memory, such as 16.")
+    if isinstance(device, Device) and config.memory_limit_gib is not None:
+        total = min(total, config.memory_limit_gib + CONTEXT_GIB)
+    return total, CONTEXT_GIB
+
+
+def _gib(parts: dict[str, float]) -> dict[str, float]:
+    return {name: size / GIB for name, size in parts.items()}
+
+
+def _advice(config: Config, plan: Plan) -> list[Advice]:
+    """Changes that save something, those first that save most for the time they cost."""
+    found = []
+    for change, settings, time in _changes(config):
+        load = memory.load_of(config.replace(**settings))
+        peaks = (memory.training_parts(load), memory.evaluation_parts(load))
+        saved = plan.total - plan.context - max(sum(parts.values()) for parts in peaks) / GIB
+        if saved > 0.01 * plan.total:
+            found.append(Advice(change, saved, time, settings))
+    return sorted(found, key=lambda item: -item.saves_gib / (item.time - 0.9))
+
+
+def _changes(config: Config) -> Iterator[tuple[str, dict[str, Any], float]]:
+    if config.quantization == "none":
+        yield "quantization=nf4, the base in 4 bits", {"quantization": "nf4"}, TIME["4-bit"]
+    if not config.gradient_checkpointing:
+        yield "gradient_checkpointing=true", {"gradient_checkpointing": True}, TIME["checkpointing"]
+    if config.batch_size > 1 and config.batch_size % 2 == 0:
+        half = {"batch_size": config.batch_size // 2, "gradient_accumulation": config.gradient_accumulation * 2}
+        words = (
+            f"batch_size={half['batch_size']}, gradient_accumulation={half['gradient_accumulation']} (the same steps)"
+        )
+        yield words, half, TIME["half the batch"]
+    if config.optimizer == "adamw_torch":
+        yield "optimizer=paged_adamw_8bit", {"optimizer": "paged_adamw_8bit"}, TIME["8-bit optimizer"]
+    if config.max_length >= 128:
+        half_length = config.max_length // 2
+        yield f"max_length={half_length} (longer rows are cut)", {"max_length": half_length}, 1.0
+    if config.bias != "none":
+        yield "bias=none", {"bias": "none"}, 1.0
