@@ -1,6 +1,6 @@
 """Peak memory of real training and evaluation, in the models' shapes with random weights, on the GPU at hand.
 
-usage: python benchmarks/memory.py TOKENIZER_FOLDER [--out results/memory] [--names settings …] [--parallel N]
+usage: python benchmarks/memory.py TOKENIZER_FOLDER [--out data] [--names memory_settings …] [--parallel N]
 
 Runs every line of OUT/NAME.jsonl through the package's own loader and trainer, and appends what it saw to
 OUT/NAME_measured.jsonl; what is there is not measured again. Memory does not depend on what the weights are. Several
@@ -23,15 +23,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from qlora_helpers import answers, cleaning, evaluation, runs, shapes, training
+from qlora_helpers import answers, cleaning, evaluation, measured, runs, shapes, training
 from qlora_helpers.config import Config
 from qlora_helpers.device import GIB, detect, versions
 from qlora_helpers.model import attach_lora, load_base
 from qlora_helpers.runs import RunFolder
 
 STEPS = 5  # optimizer states are there after the first, and the allocator has settled
-NEW_TOKENS = 32
-PROMPTS = 16
 
 
 def write_shape(name: str, folder: Path, tokenizer: Any) -> None:
@@ -43,27 +41,6 @@ def write_shape(name: str, folder: Path, tokenizer: Any) -> None:
     tokenizer.save_pretrained(folder)
     del model
     _fresh()
-
-
-def config_of(setting: dict[str, Any]) -> Config:
-    """The run that a line of settings.jsonl describes."""
-    targets = {"q,v": shapes.load(setting["model"]).usual_targets, "all": ("all-linear",)}[setting["targets"]]
-    return Config.from_params(
-        profile="gpu",
-        quantization=setting["quantization"],
-        double_quant=setting["double_quant"],
-        compute_dtype=setting["dtype"],
-        rank=setting["rank"],
-        target_modules=targets,
-        bias=setting["bias"],
-        batch_size=setting["batch_size"],
-        max_length=setting["max_length"],
-        gradient_checkpointing=setting["checkpointing"],
-        optimizer=setting["optimizer"],
-        max_new_tokens=NEW_TOKENS,
-        save_steps=1000,
-        epochs=1,
-    )
 
 
 def rows(number: int, config: Config, vocabulary: int) -> list[Any]:
@@ -93,7 +70,7 @@ class Timer(TrainerCallback):
 
 def measure(setting: dict[str, Any], folder: Path, tokenizer: Any) -> dict[str, Any]:
     """What one setting takes: GiB that torch reserved and allocated, and seconds a step."""
-    config = config_of(setting).replace(model=str(folder))
+    config = measured.config_of(setting).replace(model=str(folder), save_steps=1000)
     device = detect(config.compute_dtype)
     _fresh()
     base = load_base(config, device)
@@ -117,11 +94,11 @@ def measure(setting: dict[str, Any], folder: Path, tokenizer: Any) -> dict[str, 
         found["seconds_per_step"] = min(b - a for a, b in zip(timer.ends, timer.ends[1:], strict=False))
     del trainer
     _fresh()
-    evaluation.heldout_losses(model, data.heldout, device)
+    evaluation.heldout_losses(model, data.heldout, device, measured.HELDOUT_ROWS)
     found |= _peak("heldout")
     _fresh()
     long = " ".join(["word"] * (config.max_length // 2))
-    answers.generate(model, tokenizer, config, device, [{"prompt": long, "reference": None}] * PROMPTS)
+    answers.generate(model, tokenizer, config, device, [{"prompt": long, "reference": None}] * measured.ANSWERS)
     found |= _peak("answers")
     return found
 
@@ -150,8 +127,8 @@ def main() -> None:
     """Measure what is missing, each setting in a process of its own, as a run is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tokenizer", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("results/memory"))
-    parser.add_argument("--names", nargs="+", default=["settings"], metavar="NAME")
+    parser.add_argument("--out", type=Path, default=Path("data"))
+    parser.add_argument("--names", nargs="+", default=["memory_settings"], metavar="NAME")
     parser.add_argument("--parallel", type=int, default=1, help="processes that share the GPU")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)

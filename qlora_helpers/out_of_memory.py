@@ -15,7 +15,7 @@ def choose_split(config: Config, device: Device) -> Config:
         return config
     found = plan.fastest_split(config, device)
     print(
-        f"auto_batch: {_split(found)}: {plan.plan_memory(found, device).total:.1f} of {device.memory_gib:.1f} GiB planned. "
+        f"auto_batch: {_split(found)}, {plan.plan_memory(found, device).total:.1f} of {device.memory_gib:.1f} GiB. "
         f"As published: {_split(config)} (auto_batch=false)."
     )
     return found

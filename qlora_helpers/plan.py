@@ -22,8 +22,10 @@ CARDS = {
     "a100-80": (80.0, CONTEXT_GIB),
     "h100": (79.65, CONTEXT_GIB),
 }
-# Seconds of a step against the same step without the change, as `benchmarks/memory.py` saw them.
-TIME = {"checkpointing": 1.35, "half the batch": 1.3, "4-bit": 1.3, "8-bit optimizer": 1.02}
+# A step's time, in tokens that a forward and backward pass adds: `data/memory_speed_measured.jsonl` has the seconds.
+PASS = 1000  # what each pass costs whatever its size
+RECOMPUTED = 4 / 3  # checkpointing goes forward twice
+UNPACKED = 1.3  # 4-bit weights are unpacked at every use
 
 
 @dataclass(frozen=True)
@@ -125,15 +127,22 @@ def side_by_side(config: Config, device: Device | str | float | None = None) -> 
 
 
 def fastest_split(config: Config, device: Device | str | float) -> Config:
-    """The same effective batch, split and checkpointed as it is fastest among the splits that fit without being tight.
-
-    Without checkpointing first, then with; in each the largest batch. If none fits, the smallest: the run will say so.
+    """The same effective batch, split and checkpointed as it is fastest among the splits that fit; those that are tight
+    come after the others. If none fits, the one that takes least: the run will say so.
     """
-    smallest = config
-    for smallest in _splits(config):
-        if plan_memory(smallest, device).verdict == "fits":
-            return smallest
-    return smallest
+    order = {"fits": 0, "tight": 1}
+    planned = [(plan_memory(split, device), split) for split in _splits(config)]
+    fitting = [(order[plan.verdict], seconds(split), split) for plan, split in planned if plan.fits]
+    if fitting:
+        return min(fitting, key=lambda item: item[:2])[2]
+    return min(planned, key=lambda item: item[0].total)[1]
+
+
+def seconds(config: Config) -> float:
+    """A step's time against other splits of the same batch on the same GPU; not in seconds of any clock."""
+    tokens = config.batch_size * config.max_length
+    one_pass = PASS + tokens * (RECOMPUTED if config.gradient_checkpointing else 1)
+    return config.gradient_accumulation * one_pass * (1 if config.quantization == "none" else UNPACKED)
 
 
 def table(plans: dict[str, Plan]) -> str:
@@ -206,30 +215,28 @@ def _gib(parts: dict[str, float]) -> dict[str, float]:
 def _advice(config: Config, plan: Plan) -> list[Advice]:
     """Changes that save something, those first that save most for the time they cost."""
     found = []
-    for change, settings, time in _changes(config):
-        load = memory.load_of(config.replace(**settings))
+    for change, settings in _changes(config):
+        changed = config.replace(**settings)
+        load = memory.load_of(changed)
         peaks = (memory.training_parts(load), memory.evaluation_parts(load))
         saved = plan.total - plan.context - max(sum(parts.values()) for parts in peaks) / GIB
         if saved > 0.01 * plan.total:
-            found.append(Advice(change, saved, time, settings))
-    return sorted(found, key=lambda item: -item.saves_gib / (item.time - 0.9))
+            found.append(Advice(change, saved, seconds(changed) / seconds(config), settings))
+    return sorted(found, key=lambda item: -item.saves_gib / (max(item.time, 1) - 0.9))
 
 
-def _changes(config: Config) -> Iterator[tuple[str, dict[str, Any], float]]:
+def _changes(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
     if config.quantization == "none":
-        yield "quantization=nf4, the base in 4 bits", {"quantization": "nf4"}, TIME["4-bit"]
+        yield "quantization=nf4, the base in 4 bits", {"quantization": "nf4"}
     if not config.gradient_checkpointing:
-        yield "gradient_checkpointing=true", {"gradient_checkpointing": True}, TIME["checkpointing"]
+        yield "gradient_checkpointing=true", {"gradient_checkpointing": True}
     if config.batch_size > 1 and config.batch_size % 2 == 0:
         half = {"batch_size": config.batch_size // 2, "gradient_accumulation": config.gradient_accumulation * 2}
-        words = (
-            f"batch_size={half['batch_size']}, gradient_accumulation={half['gradient_accumulation']} (the same steps)"
-        )
-        yield words, half, TIME["half the batch"]
+        yield f"batch_size={half['batch_size']}, gradient_accumulation={half['gradient_accumulation']}", half
     if config.optimizer == "adamw_torch":
-        yield "optimizer=paged_adamw_8bit", {"optimizer": "paged_adamw_8bit"}, TIME["8-bit optimizer"]
+        yield "optimizer=paged_adamw_8bit", {"optimizer": "paged_adamw_8bit"}
     if config.max_length >= 128:
-        half_length = config.max_length // 2
-        yield f"max_length={half_length} (longer rows are cut)", {"max_length": half_length}, 1.0
+        length = config.max_length // 2
+        yield f"max_length={length}, longer rows are cut", {"max_length": length}
     if config.bias != "none":
-        yield "bias=none", {"bias": "none"}, 1.0
+        yield "bias=none", {"bias": "none"}

@@ -155,17 +155,22 @@ def from_config(name: str, config: dict[str, Any]) -> Shape:
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise UserError(f"config: '{kind}' is no model type that the plan knows. Known: {', '.join(FAMILIES)}.")
-    try:
-        return _bloom(name, config) if kind == "bloom" else _llama(name, config)
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"config: {name} has no usable {error}. Mend: pass the model's own config.json.") from None
+    return _bloom(name, config) if kind == "bloom" else _llama(name, config)
+
+
+def _count(name: str, config: dict[str, Any], *keys: str, default: int | None = None) -> int:
+    """The first of `keys` that the config has, a whole number above zero."""
+    found = next((config[key] for key in keys if config.get(key) is not None), default)
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        raise UserError(f"config: {name} has {keys[0]} = {found!r}. Mend: pass the model's own config.json.")
+    return found
 
 
 def _llama(name: str, config: dict[str, Any]) -> Shape:
-    hidden, intermediate = int(config["hidden_size"]), int(config["intermediate_size"])
-    heads = int(config["num_attention_heads"])
-    kv_heads = int(config.get("num_key_value_heads") or heads)
-    head_dim = int(config.get("head_dim") or hidden // heads)
+    hidden, intermediate = _count(name, config, "hidden_size"), _count(name, config, "intermediate_size")
+    heads = _count(name, config, "num_attention_heads")
+    kv_heads = _count(name, config, "num_key_value_heads", default=heads)
+    head_dim = _count(name, config, "head_dim", default=hidden // heads)
     attention_bias = config["model_type"] == "qwen2" or bool(config.get("attention_bias"))
     mlp_bias = bool(config.get("mlp_bias"))
     out_bias = attention_bias and config["model_type"] != "qwen2"
@@ -174,12 +179,12 @@ def _llama(name: str, config: dict[str, Any]) -> Shape:
         family="llama",
         hidden=hidden,
         intermediate=intermediate,
-        layers=int(config["num_hidden_layers"]),
+        layers=_count(name, config, "num_hidden_layers"),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        vocabulary=int(config["vocab_size"]),
-        positions=config.get("max_position_embeddings"),
+        vocabulary=_count(name, config, "vocab_size"),
+        positions=_count(name, config, "max_position_embeddings") if "max_position_embeddings" in config else None,
         tied=bool(config.get("tie_word_embeddings", False)),
         linears=(
             Linear("q_proj", hidden, heads * head_dim, attention_bias, "normed"),
@@ -198,18 +203,18 @@ def _llama(name: str, config: dict[str, Any]) -> Shape:
 
 
 def _bloom(name: str, config: dict[str, Any]) -> Shape:
-    hidden = int(config.get("hidden_size") or config["n_embed"])
-    heads = int(config.get("n_head") or config["num_attention_heads"])
+    hidden = _count(name, config, "hidden_size", "n_embed")
+    heads = _count(name, config, "n_head", "num_attention_heads")
     return Shape(
         name=name,
         family="bloom",
         hidden=hidden,
         intermediate=4 * hidden,
-        layers=int(config.get("n_layer") or config["num_hidden_layers"]),
+        layers=_count(name, config, "n_layer", "num_hidden_layers"),
         heads=heads,
         kv_heads=heads,
         head_dim=hidden // heads,
-        vocabulary=int(config["vocab_size"]),
+        vocabulary=_count(name, config, "vocab_size"),
         positions=None,  # ALiBi: no table of positions
         tied=bool(config.get("tie_word_embeddings", True)),
         linears=(

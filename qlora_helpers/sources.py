@@ -51,15 +51,15 @@ def load(config: Config) -> Loaded:
 
 def sample_data() -> Path:
     """The project's own conversations."""
-    return _own_data("conversations.jsonl")
+    return own_data("conversations.jsonl")
 
 
 def general_data() -> Path:
     """The project's own general questions, which show what fine-tuning forgets."""
-    return _own_data("general.jsonl")
+    return own_data("general.jsonl")
 
 
-def _own_data(name: str) -> Path:
+def own_data(name: str) -> Path:
     """A file of `data/`: in the checkout, else in the installed package."""
     checkout = ROOT / "data" / name
     return checkout if checkout.exists() else Path(__file__).parent / "_data" / name

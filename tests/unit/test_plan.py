@@ -1,0 +1,202 @@
+"""Does it fit? Against what was measured on a GPU, against real models' own counts, and in words."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_helpers import measured, memory, out_of_memory, plan
+from qlora_helpers.__main__ import main
+from qlora_helpers.config import Config
+from qlora_helpers.device import Device
+from qlora_helpers.errors import UserError
+from qlora_helpers.runs import RunFolder
+
+T4 = Device("cuda", "T4", (7, 5), 14.74, 14.5, "float16", "")
+
+
+@pytest.mark.parametrize("scored_only", [False, True])
+@pytest.mark.parametrize("moments", [("train",), measured.MOMENTS])
+def test_the_plan_is_right_where_it_was_measured(scored_only, moments):
+    lines = [line for line in measured.read("settings") if line["scored_only"] == scored_only]
+    found = measured.score(lines, moments)
+    assert found["settings"] >= 12
+    assert found["median"] < 0.05
+    assert found["worst"] < 0.10
+
+
+def test_trained_parameters_are_the_models_own(model_folder, device, tmp_path):
+    from transformers import BloomConfig, BloomForCausalLM
+
+    from qlora_helpers.model import attach_lora, load_base
+
+    bloom = tmp_path / "bloom"
+    BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4)).save_pretrained(bloom)
+    for folder, targets, bias in (
+        (model_folder, "q_proj v_proj", "none"),
+        (model_folder, "all-linear", "all"),
+        (bloom, "query_key_value", "lora_only"),
+        (bloom, "query_key_value", "all"),
+        (bloom, "all-linear", "all"),
+    ):
+        config = Config.from_params(
+            profile="cpu", model=str(folder), target_modules=targets, bias=bias, rank=4, quantization="none"
+        )
+        model = attach_lora(load_base(config, device), config)
+        real = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert plan.plan_memory(config).trained == real, (targets, bias)
+
+
+def test_tinyllama_trains_what_the_report_should_have_said():
+    assert plan.plan_memory(Config.preset("tinyllama-guanaco-100")).trained == 2_252_800
+
+
+def test_weights_in_four_bits_are_what_torch_counted():
+    for line in measured.read("settings"):
+        load = memory.load_of(measured.config_of(line))
+        assert sum(memory.static_parts(load).values()) / memory.GIB == pytest.approx(line["start"], rel=0.01)
+
+
+SETTINGS = st.fixed_dictionaries(
+    {
+        "model": st.sampled_from(["tinyllama-1.1b", "smollm2-135m", "bloom-560m"]),
+        "quantization": st.sampled_from(["nf4", "none"]),
+        "batch_size": st.integers(1, 64),
+        "max_length": st.integers(8, 1024),
+        "rank": st.integers(1, 64),
+        "dropout": st.sampled_from([0.0, 0.1]),
+        "gradient_checkpointing": st.booleans(),
+        "bias": st.sampled_from(["none", "all"]),
+    }
+)
+
+
+@given(SETTINGS)
+def test_more_of_anything_never_takes_less(settings):
+    config = Config.from_params(profile="gpu", target_modules="all-linear", **settings)
+    total = plan.plan_memory(config).total
+    for name in ("batch_size", "max_length", "rank"):
+        assert plan.plan_memory(config.replace(**{name: 2 * getattr(config, name)})).total >= total
+    packed, plain, full = (plan.plan_memory(config, method=m).total for m in ("qlora", "lora", "full"))
+    assert packed < plain < full or settings["gradient_checkpointing"] is False  # dropout's copies may outweigh
+
+
+@given(st.integers(1, 24), st.floats(1, 90), st.booleans())
+def test_a_split_keeps_the_effective_batch_and_fits_if_any_does(effective, gib, checkpointing):
+    config = Config.preset("llama31-8b", batch_size=effective, gradient_accumulation=1, max_length=512)
+    config = config.replace(gradient_checkpointing=checkpointing)
+    found = plan.fastest_split(config, gib)
+    assert found.effective_batch == effective
+    assert found.identity == config.identity
+    smallest = config.replace(batch_size=1, gradient_accumulation=effective, gradient_checkpointing=True)
+    assert plan.plan_memory(found, gib).fits or not plan.plan_memory(smallest, gib).fits
+
+
+def test_a_large_card_gets_the_whole_batch_and_a_small_one_checkpointing():
+    config = Config.preset("llama31-8b", max_length=256)
+    whole, split = plan.fastest_split(config, 80.0), plan.fastest_split(config, "t4")
+    assert (whole.batch_size, whole.gradient_checkpointing) == (16, False)
+    assert split.gradient_checkpointing
+    assert plan.seconds(whole) < plan.seconds(split) < plan.seconds(config.replace(batch_size=1))
+
+
+def test_advice_says_what_it_saves_and_following_it_saves_that():
+    config = Config.preset("llama31-8b")
+    before = plan.plan_memory(config, "t4")
+    assert before.verdict == "does not fit"
+    assert before.advice
+    for item in before.advice:
+        after = plan.plan_memory(config.replace(**item.settings), "t4")
+        assert before.total - after.total == pytest.approx(item.saves_gib)
+
+
+def test_the_nearest_fit_fits():
+    config = Config.preset("llama31-8b")
+    found = plan.nearest_fit(config, "t4")
+    assert plan.plan_memory(found, "t4").fits
+    assert plan.nearest_fit(config, 3.0) is None
+
+
+def test_evaluation_stays_under_training():
+    for preset in ("tinyllama-guanaco-100", "llama31-8b", "mistral-7b"):
+        found = plan.plan_memory(Config.preset(preset))
+        assert sum(found.evaluation.values()) <= sum(found.training.values())
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--device", "t4"], 0, "fits: 3."),
+        (["--preset", "llama31-8b", "--memory", "16"], 3, "does not fit: 2"),
+        (["--model", "bloom-7b1", "--bias", "all", "--rank", "20", "--memory", "80"], 0, "7,069,016,064 parameters"),
+        (["--model", "bigscience/bloom-560m"], 0, "Fits on: t4"),
+        (["--memory", "0"], 2, "0 GiB is no budget"),
+        (["--memory", "nan"], 2, "nan GiB is no budget"),
+        (["--rank", "257"], 2, "rank: 257 is above the width of an adapted layer. Mend: 256 or less."),
+        (["--max-length", "4096"], 2, "4096 is above the 2048 positions"),
+        (["--model", "gpt2/none"], 2, "no config of 'gpt2/none'"),
+        (["--device", "a100"], 2, "there is no 'a100'. Did you mean"),
+        (["--method", "qlor"], 2, "Did you mean 'qlora'?"),
+        (["--targets", "q_prj"], 2, "Did you mean 'q_proj'?"),
+        (["--batch", "0"], 2, "batch_size: 0 is too small"),
+        (["--bias", "some"], 2, "bias: 'some' is not one of"),
+    ],
+)
+def test_the_command(capsys, monkeypatch, words, code, said):
+    from qlora_helpers import hub
+
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    assert main(["plan", *words]) == code
+    seen = capsys.readouterr()
+    assert said in (seen.err if code == 2 else seen.out)
+    assert code != 2 or seen.err.count("\n") == 1
+
+
+def test_json_has_the_parts_the_total_and_the_advice(capsys):
+    assert main(["plan", "--preset", "llama31-8b", "--memory", "16", "--json"]) == 3
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is False
+    assert found["advice"]
+    peak = max(sum(found["training"].values()), sum(found["evaluation"].values()))
+    assert found["total"] == pytest.approx(peak + found["context"], abs=0.01)
+    assert set(found["methods"]) == {"qlora", "lora", "full"}
+
+
+def test_the_command_needs_no_torch():
+    code = (
+        "import sys; from qlora_helpers.__main__ import main; main(['plan', '--preset', 'llama31-8b']); "
+        "sys.exit(sum(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_auto_batch_is_chosen_printed_and_leaves_the_run_the_same(capsys):
+    config = Config.preset("llama31-8b", max_length=512, auto_batch=True)
+    found = out_of_memory.choose_split(config, T4)
+    assert found.identity == config.identity
+    assert found.batch_size < config.batch_size
+    assert "As published: batch 4 x 4, checkpointing (auto_batch=false)." in capsys.readouterr().out
+    assert out_of_memory.choose_split(config.replace(auto_batch=False), T4).batch_size == 4
+
+
+def test_out_of_memory_says_what_was_planned_seen_and_what_fits(tmp_path, monkeypatch):
+    monkeypatch.setattr(out_of_memory, "peak_memory_gib", lambda _: 14.2)
+    config = Config.preset("llama31-8b")
+    with pytest.raises(UserError) as caught:
+        out_of_memory.shrink(config, T4, RunFolder(tmp_path))
+    said = str(caught.value)
+    for words in ("24.", "of 14.7 GiB were planned", "14.2 GiB were reserved", "batch_size=1", "on_oom=shrink"):
+        assert words in said
+
+
+def test_shrinking_halves_to_the_end_and_then_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(out_of_memory, "peak_memory_gib", lambda _: 14.2)
+    config = Config.preset("tinyllama-guanaco-100", batch_size=6, on_oom="shrink")
+    for split in ((3, 2, False), (1, 6, False), (1, 6, True)):
+        config = out_of_memory.shrink(config, T4, RunFolder(tmp_path))
+        assert (config.batch_size, config.gradient_accumulation, config.gradient_checkpointing) == split
+    with pytest.raises(UserError, match="the GPU ran out"):
+        out_of_memory.shrink(config, T4, RunFolder(tmp_path))
