@@ -102,7 +102,10 @@ def contrast(arms: Sequence[Arm], factors: Sequence[float], unit: str = "token")
         np.array([[row.loss_sum for row in seed] for seed in arm.seeds])[:, counted] * factor
         for arm, factor in zip(arms, scale, strict=True)
     ]
-    over_rows = intervals.ratio(np.sum([arm.mean(axis=0) for arm in sums], axis=0), weights[counted])
+    means = np.array([arm.mean(axis=0) for arm in sums])
+    gap = means.sum(axis=0)
+    gap[np.abs(gap) < 1e-12 * np.abs(means).sum(axis=0)] = 0  # what rounding leaves of equal losses is no difference
+    over_rows = intervals.ratio(gap, weights[counted])
     by_seed = (intervals.seed_error(arm.sum(axis=1) / weights[counted].sum()) for arm in sums)
     return intervals.widen(over_rows, *by_seed), int(counted.sum())
 

@@ -19,8 +19,8 @@ _PER_DOUBLING = {
     "not distinguishable": "makes no distinguishable difference to the held-out loss",
 }
 _BEND = {
-    "better": "Each doubling buys more than the one before",
-    "worse": "Each doubling buys less than the one before",
+    "better": "Each doubling buys more than the one before, so the line is only their mean",
+    "worse": "Each doubling buys less than the one before, so the line is only their mean",
     "not distinguishable": "That each doubling buys as much as the one before cannot be ruled out",
 }
 
