@@ -75,12 +75,12 @@ class Curve:
         """What doubling buys, and whether a line will do."""
         found = self.doubling
         lines = [
-            f"{self.name}: each doubling of the rows {_PER_DOUBLING[found.verdict]} "
-            f"({_bounds(found)}; {found.value / self.base_loss:+.2%} of the base model's loss)"
+            f"{self.name}: each doubling of the rows {_PER_DOUBLING[found.verdict]}",
+            f"({_bounds(found)}; {found.value / self.base_loss:+.2%} of the base model's loss)",
         ]
         if self.bend:
-            lines.append(f"{_BEND[self.bend.verdict]} ({_bounds(self.bend)})")
-        return ". ".join(lines)
+            lines += [_BEND[self.bend.verdict], f"({_bounds(self.bend)})"]
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a file."""
