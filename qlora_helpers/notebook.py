@@ -2,16 +2,17 @@
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_helpers import runs
-from qlora_helpers.config import Config
+from qlora_helpers.config import Config, as_kind
 from qlora_helpers.errors import UserError
 
 NUMBERED = re.compile(r"_\d$")
+KINDS = {bool: bool, int: int, float: float, str: str, "Optional[str]": str}  # of annotations, as a notebook has them
 MARK = "# Parameters"  # the first line of our parameters cells, and of the cell that papermill injects
 
 
@@ -24,14 +25,19 @@ class Setup:
     run_name: str | None
 
 
-def resolve(namespace: Mapping[str, Any], experiment: int | None = None) -> Setup:
+def resolve(namespace: Mapping[str, Any], experiment: int | None = None, apart: Collection[str] = ()) -> Setup:
     """Turn a notebook's parameters into a `Config`; called as `resolve(globals())`.
 
     Any setting of `Config` may be injected, listed in the notebook or not. A name that is no parameter raises
     `UserError` with the nearest one: papermill itself only warns. In a notebook about several experiments,
-    `preset_1` is the `preset` of experiment 1, and so on.
+    `preset_1` is the `preset` of experiment 1, and so on. Names in `apart` are the notebook's own, no settings: their
+    type is checked, and the notebook uses them as they stand.
     """
     given = _parameters(namespace)
+    for name in apart:
+        kind = KINDS.get(namespace.get("__annotations__", {}).get(name))
+        if (value := given.pop(name, None)) is not None and kind:
+            as_kind(name, value, kind)
     if experiment is not None:
         own = {name.removesuffix(f"_{experiment}"): v for name, v in given.items() if name.endswith(f"_{experiment}")}
         given = {name: v for name, v in given.items() if not NUMBERED.search(name)} | own
