@@ -66,7 +66,7 @@ def outlook(needed: list[Wanted]) -> str:
 
 
 def complete(needed: list[Wanted]) -> dict[str, list[RunFolder]]:
-    """Train what is missing, after saying how long it takes; returns the runs of each experiment, its seeds in order."""
+    """Train what is missing, after saying how long; returns the runs of each experiment, its seeds in order."""
     found: dict[str, list[RunFolder]] = {}
     print(outlook(needed))
     for item in needed:

@@ -3,12 +3,14 @@
 import base64
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_helpers import plots, runs
-from qlora_helpers.comparison import Difference
 from qlora_helpers.intervals import RESAMPLES
 from qlora_helpers.runs import RunFolder
+
+if TYPE_CHECKING:
+    from qlora_helpers.comparison import Difference  # its module imports torch
 
 SHOWN = 4  # prompts whose answers are quoted
 _COLUMNS = {
@@ -88,7 +90,7 @@ def forgetting(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def rehearsal(found: Difference) -> str:
+def rehearsal(found: "Difference") -> str:
     """A sentence: did rehearsal rows keep something of what would be forgotten without them?"""
     words = {
         "better": "is lower with rehearsal than without: it kept something",
