@@ -12,7 +12,7 @@ from qlora_helpers.device import detect, limit_memory, on_colab
 from qlora_helpers.errors import UserError
 from qlora_helpers.runs import RunFolder
 
-SHOWN = 6  # questions of the table: the published two and a few held-out ones
+SHOWN = 8  # questions of the table: your own, the published two and a few held-out ones
 SAME_BASE = ("model", "revision", "quantization", "double_quant", "compute_dtype")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 _CELL = "text-align:left;vertical-align:top"
@@ -69,7 +69,7 @@ class Table:
     @property
     def _rest(self) -> str:
         more = len(self.entries) - SHOWN
-        return f"{more} more questions: in the picker of a running notebook, or in comparison.json." if more > 0 else ""
+        return f"… and {more} more: in the picker of a running notebook, and in comparison.json." if more > 0 else ""
 
 
 class Picker:

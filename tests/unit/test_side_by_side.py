@@ -14,7 +14,7 @@ from qlora_helpers import UserError, answers, experiments, model, side_by_side
 from qlora_helpers.device import detect
 
 NASTY = "<script>alert('x')</script>\n<b>bold</b> & $x$"
-ENTRIES = [{"prompt": f"Question {n}?", "base": f"plain {n}", "exp1": NASTY} for n in range(8)]
+ENTRIES = [{"prompt": f"Question {n}?", "base": f"plain {n}", "exp1": NASTY} for n in range(10)]
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +115,9 @@ def test_the_table_shows_texts_as_they_are():
     assert set(seen.tags) == {"table", "tr", "th", "td", "i", "br", "p"}
     assert "<script>alert('x')</script>" in seen.text
     assert seen.text.count("plain") == seen.text.count("Question") == side_by_side.SHOWN
-    assert "2 more questions" in seen.text
-    assert "2 more questions" in repr(table)
-    assert "more questions" not in repr(side_by_side.show(ENTRIES[:6]))
+    assert "and 2 more" in seen.text
+    assert "and 2 more" in repr(table)
+    assert " more:" not in repr(side_by_side.show(ENTRIES[:8]))
     assert "(empty)" in side_by_side.show([{"prompt": "?", "base": ""}])._repr_html_()
 
 
