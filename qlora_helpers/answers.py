@@ -108,8 +108,14 @@ def _rouge(said: list[str], wanted: list[str]) -> list[float]:
 def _sacrebleu(said: list[str], wanted: list[str]) -> dict[str, Interval]:
     from sacrebleu.metrics import BLEU, CHRF
 
+    class PlainChrf(CHRF):
+        """No overlap at all scores a float of Python's, all else one of numpy's: the library fails on a mix of them."""
+
+        def _compute_f_score(self, statistics: Any) -> float:
+            return float(super()._compute_f_score(statistics))
+
     found = {}
-    for name, metric in (("BLEU", BLEU()), ("chrF", CHRF())):
+    for name, metric in (("BLEU", BLEU()), ("chrF", PlainChrf())):
         value = metric.corpus_score(said, [wanted]).score
         if len(said) < 2:  # one answer says nothing about others
             found[name] = Interval(value, 0.0, 100.0)

@@ -3,14 +3,13 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from qlora_helpers import answers, intervals, runs
-from qlora_helpers.config import Config
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import RowLoss, mean_loss, read_losses
 from qlora_helpers.intervals import Interval
@@ -123,7 +122,7 @@ def group(found: Iterable[RunFolder]) -> dict[str, list[RunFolder]]:
     groups: dict[str, list[RunFolder]] = {}
     times: Counter[tuple[str, str, int]] = Counter()
     for run in found:
-        config, data = _config(run), run.read("manifest.json")["data"]["source_fingerprint"]
+        config, data = run.config(), run.read("manifest.json")["data"]["source_fingerprint"]
         recipe = config.replace(seed=0).identity
         key = (recipe, data, times[recipe, data, config.seed])
         times[recipe, data, config.seed] += 1
@@ -131,14 +130,6 @@ def group(found: Iterable[RunFolder]) -> dict[str, list[RunFolder]]:
             names[key] = _free_name(run, {BASE, FEW_SHOT, *groups})
         groups.setdefault(names[key], []).append(run)
     return groups
-
-
-def _config(run: RunFolder) -> Config:
-    stored = run.read("config.json")["config"]
-    try:
-        return Config(**stored)
-    except TypeError:
-        raise UserError(f"run folder: {run.path} was written by another version. Mend: train it again.") from None
 
 
 def _free_name(run: RunFolder, taken: set[str]) -> str:
@@ -198,9 +189,17 @@ def _check_one_heldout_set(every: list[RunFolder], manifests: list[dict[str, Any
 
 def _forgetting(base: RunFolder, experiments: dict[str, list[RunFolder]]) -> list[dict[str, Any]]:
     """Losses on the general questions, after less before: above zero, something was forgotten."""
-    before = Arm(BASE, [read_losses(base, "general_losses.jsonl")], trained=False)
-    after = [Arm(n, [read_losses(run, "general_losses.jsonl") for run in runs_]) for n, runs_ in experiments.items()]
-    return [difference(before, arm).to_dict() for arm in after]
+    before = replace(_general(BASE, [base]), trained=False)
+    return [difference(before, _general(name, group_)).to_dict() for name, group_ in experiments.items()]
+
+
+def rehearsed(without: list[RunFolder], with_it: list[RunFolder]) -> Difference:
+    """Loss on the general questions of runs that rehearsed less that of runs that did not: below zero, it helped."""
+    return difference(_general("without rehearsal", without), _general("with rehearsal", with_it))
+
+
+def _general(name: str, group_: list[RunFolder]) -> Arm:
+    return Arm(name, [read_losses(run, "general_losses.jsonl") for run in group_])
 
 
 def _line(name: str, group_: list[RunFolder]) -> dict[str, Any]:

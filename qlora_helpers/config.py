@@ -252,7 +252,7 @@ def _check_value(name: str, value: Any, hint: Any, limits: typing.Mapping[str, A
     if value is None and type(None) in kinds:
         return None
     kind = next(kind for kind in kinds if kind is not type(None))
-    value = _as_kind(name, value, kind)
+    value = as_kind(name, value, kind)
     low, high, choices = limits["low"], limits["high"], limits["choices"]
     if choices and value not in choices:
         raise UserError(f"{name}: '{value}' is not one of {', '.join(choices)}.")
@@ -263,7 +263,8 @@ def _check_value(name: str, value: Any, hint: Any, limits: typing.Mapping[str, A
     return value
 
 
-def _as_kind(name: str, value: Any, kind: Any) -> Any:
+def as_kind(name: str, value: Any, kind: Any) -> Any:
+    """`value` as a `kind` (int, float, bool, str or names), where that loses nothing; else a `UserError`."""
     if kind == tuple[str, ...]:
         value = value.replace(",", " ").split() if isinstance(value, str) else value
         if isinstance(value, list | tuple) and value and all(isinstance(v, str) and v for v in value):

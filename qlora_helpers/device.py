@@ -72,8 +72,19 @@ def limit_memory(device: Device, limit_gib: float | None) -> None:
         torch.cuda.set_per_process_memory_fraction(limit_gib / device.memory_gib)
 
 
+def forget_peak(device: Device) -> None:
+    """Count the peak memory of a GPU anew. What torch keeps for later goes back first, or it would count too. What a
+    process has taken from a computer at most cannot be forgotten.
+    """
+    if device.kind == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory_gib(device: Device) -> float:
-    """Peak memory of this process so far: reserved by torch on a GPU, resident set on a CPU."""
+    """Peak memory of this process so far: reserved by torch on a GPU since `forget_peak`, resident set on a CPU."""
     if device.kind == "cuda":
         import torch
 

@@ -1,9 +1,12 @@
 """Losses per row on text that is never trained on, and everything else that is measured of a model, in one folder."""
 
+import copy
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from qlora_helpers import answers, runs, sources, templates
 from qlora_helpers.answers import Shots
@@ -18,6 +21,7 @@ LOGIT_ROWS = 512  # tokens whose logits are held at once: 512 x 49,152 words x 4
 SHOTS = 3  # examples in the prompt: what a base model can do when it is shown the way
 SHOTS_FROM = 200  # the shortest of so many training rows are shown
 GENERAL_LENGTH = 512
+SHARED = 64  # tokens that all rows begin with, from which it pays to read them once
 
 
 @dataclass(frozen=True)
@@ -44,25 +48,50 @@ def heldout_losses(model: Any, examples: list[Example], device: Device, batch_si
     # Rows of like length together: less padding. Padding does not change a row's loss.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
     losses: dict[int, RowLoss] = {}
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    shared = _shared(examples)
     with torch.inference_mode(), autocast(device):
+        read = _read(inner, examples[0].input_ids[:shared]) if shared else None
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            for index, loss in zip(batch, _batch_losses(model, [examples[i] for i in batch]), strict=True):
-                losses[index] = loss
+            found = _batch_losses(inner, [examples[i] for i in batch], shared, read)
+            losses |= dict(zip(batch, found, strict=True))
     model.train(was_training)
     return [losses[index] for index in range(len(examples))]
 
 
-def _batch_losses(model: Any, batch: list[Example]) -> list[RowLoss]:
-    """Only trained positions go through the output head: it costs more than any other layer."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+def _shared(examples: list[Example]) -> int:
+    """Tokens that every row begins with and none is trained on, such as examples in the prompt; 0 if they are few."""
+    first = min(next((i for i, label in enumerate(e.labels) if label != IGNORE), 0) for e in examples)
+    columns = zip(*(example.input_ids for example in examples), strict=False)
+    alike = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    shared = min(alike, first - 1)  # a row's own part begins with a token that is not predicted
+    return shared if shared >= SHARED else 0
+
+
+def _read(inner: Any, ids: list[int]) -> DynamicCache:
+    """The model's keys and values of a beginning, which are the same for all rows."""
     where = inner.get_input_embeddings().weight.device
-    ids = _pad([example.input_ids for example in batch], 0).to(where)
-    labels = _pad([example.labels for example in batch], IGNORE).to(where)[:, 1:]
+    cache = DynamicCache()
+    inner.get_decoder()(input_ids=torch.tensor([ids], device=where), past_key_values=cache, use_cache=True)
+    return cache
+
+
+def _batch_losses(inner: Any, batch: list[Example], shared: int, read: DynamicCache | None) -> list[RowLoss]:
+    """Only trained positions go through the output head: it costs more than any other layer. Of `shared` tokens at the
+    start, only what was `read` of them is needed.
+    """
+    where = inner.get_input_embeddings().weight.device
+    ids = _pad([example.input_ids[shared:] for example in batch], 0).to(where)
+    labels = _pad([example.labels[shared:] for example in batch], IGNORE).to(where)[:, 1:]
     mask = _pad([[1] * len(example.input_ids) for example in batch], 0).to(where)
-    hidden = inner.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+    before = copy.deepcopy(read)  # the model adds to it
+    if before is not None:
+        before.batch_repeat_interleave(len(batch))
+    decoder = inner.get_decoder()
+    hidden = decoder(input_ids=ids, attention_mask=mask, past_key_values=before, use_cache=False).last_hidden_state
     wanted = labels != IGNORE
-    states, targets = hidden[wanted], labels[wanted]
+    states, targets = hidden[:, :-1][wanted], labels[wanted]
     token_losses = torch.cat(
         [
             torch.nn.functional.cross_entropy(inner.get_output_embeddings()(chunk).float(), target, reduction="none")

@@ -53,15 +53,28 @@ def wanted(configs: dict[str, Config], folder: Path) -> list[Wanted]:
     return found
 
 
+def outlook(needed: list[Wanted]) -> str:
+    """How many runs are missing, and how long they take together, in words."""
+    missing = [item for item in needed if not item.run.complete]
+    if not missing:
+        return f"All {len(needed)} runs are there: nothing to train."
+    seconds = sum(item.config.steps(len(item.data.trained_on)) * item.config.seconds_per_step for item in missing)
+    return (
+        f"{len(missing)} of {len(needed)} runs missing: about {max(1, round(seconds / 60))} min of training in all "
+        "(with the profile's own model), and loading and measuring on top."
+    )
+
+
 def complete(needed: list[Wanted]) -> dict[str, list[RunFolder]]:
-    """Train what is missing; returns the runs of each experiment, its seeds in order."""
+    """Train what is missing, after saying how long; returns the runs of each experiment, its seeds in order."""
     found: dict[str, list[RunFolder]] = {}
+    print(outlook(needed))
     for item in needed:
         run = item.run
         if not run.complete:
             from qlora_helpers import training  # torch and TRL: only where something is to be trained
 
-            print(f"{item.experiment}, seed {item.config.seed}: not there yet, training it: {item.minutes}")
+            print(f"{item.experiment}, seed {item.config.seed}: {item.minutes}")
             training.train(item.config, item.data, item.tokenizer, run)
         found.setdefault(item.experiment, []).append(run)
     return found

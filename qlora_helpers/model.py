@@ -1,12 +1,15 @@
 """The base model, in 4 bits or 16, and the adapter on it: what is frozen, what is trained, what each part weighs."""
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 from transformers.utils import logging as hf_logging
 
@@ -114,11 +117,54 @@ def check_targets(base: Any, config: Config) -> None:
 
 def load_adapter(base: Any, adapter: Path) -> Any:
     """A saved adapter on the base it was trained on, ready for answers and losses."""
-    if not (adapter / "adapter_model.safetensors").exists():
-        raise UserError(f"adapter: {adapter} holds none. Mend: run the notebook that trains it to its end.")
+    _check_saved(adapter)
     if LoraConfig.from_pretrained(str(adapter)).bias != "none":
         keep_biases(base)
     return PeftModel.from_pretrained(base, adapter).eval()
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """One base in memory with several adapters on it, of which one at a time works, or none."""
+
+    model: Any
+    names: dict[str, str]  # what PEFT calls each: its own names may hold no dot
+
+    @contextmanager
+    def use(self, name: str | None) -> Iterator[Any]:
+        """The model with the adapter `name`, or the base alone for None, for the length of a `with`."""
+        if name is None:
+            with self.model.disable_adapter():
+                yield self.model
+        else:
+            self.model.set_adapter(self.names[name])
+            yield self.model
+
+
+def load_adapters(base: Any, adapters: dict[str, Path]) -> Adapters:
+    """Saved adapters by name on the one base they were trained on, ready for answers and losses.
+
+    Raises `UserError` for one that also trained biases: they are the base's own, so it could not be switched off.
+    """
+    for path in adapters.values():
+        _check_saved(path)
+        bias = getattr(PeftConfig.from_pretrained(str(path)), "bias", "none")
+        if bias != "none":
+            raise UserError(
+                f"adapter: {path} holds biases of the base too (bias={bias}), which stay when another adapter is "
+                "switched on. Mend: ask it alone, or train it with bias=none."
+            )
+    names = {name: f"adapter_{number}" for number, name in enumerate(adapters)}
+    (first, path), *others = adapters.items()
+    model = PeftModel.from_pretrained(base, path, adapter_name=names[first])
+    for name, path in others:
+        model.load_adapter(path, adapter_name=names[name])
+    return Adapters(model.eval(), names)
+
+
+def _check_saved(adapter: Path) -> None:
+    if not (adapter / "adapter_model.safetensors").exists():
+        raise UserError(f"adapter: {adapter} holds none. Mend: run the notebook that trains it to its end.")
 
 
 def train_in_float32(model: Any) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from qlora_helpers import runs
-from qlora_helpers.config import Config
+from qlora_helpers.config import Config, as_kind
 from qlora_helpers.errors import UserError
 
 NUMBERED = re.compile(r"_\d$")
+KINDS = {bool: bool, int: int, float: float, str: str, "Optional[str]": str}  # of annotations, as a notebook has them
 MARK = "# Parameters"  # the first line of our parameters cells, and of the cell that papermill injects
 
 
@@ -29,9 +30,14 @@ def resolve(namespace: Mapping[str, Any], experiment: int | None = None, apart: 
 
     Any setting of `Config` may be injected, listed in the notebook or not. A name that is no parameter raises
     `UserError` with the nearest one: papermill itself only warns. In a notebook about several experiments,
-    `preset_1` is the `preset` of experiment 1, and so on. Names in `apart` are the notebook's own, no settings.
+    `preset_1` is the `preset` of experiment 1, and so on. Names in `apart` are the notebook's own, no settings: their
+    type is checked, and the notebook uses them as they stand.
     """
-    given = {name: value for name, value in _parameters(namespace).items() if name not in apart}
+    given = _parameters(namespace)
+    for name in apart:
+        kind = KINDS.get(namespace.get("__annotations__", {}).get(name))
+        if (value := given.pop(name, None)) is not None and kind:
+            as_kind(name, value, kind)
     if experiment is not None:
         own = {name.removesuffix(f"_{experiment}"): v for name, v in given.items() if name.endswith(f"_{experiment}")}
         given = {name: v for name, v in given.items() if not NUMBERED.search(name)} | own

@@ -3,11 +3,14 @@
 import base64
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_helpers import plots, runs
 from qlora_helpers.intervals import RESAMPLES
 from qlora_helpers.runs import RunFolder
+
+if TYPE_CHECKING:
+    from qlora_helpers.comparison import Difference  # its module imports torch
 
 SHOWN = 4  # prompts whose answers are quoted
 _COLUMNS = {
@@ -85,6 +88,20 @@ def forgetting(result: dict[str, Any]) -> list[str]:
         f"({found['value']:+.4f}, 95% interval {_signed(found['low'])} to {_signed(found['high'])})"
         for found in result["forgetting"]
     ]
+
+
+def rehearsal(found: "Difference") -> str:
+    """A sentence: did rehearsal rows keep something of what would be forgotten without them?"""
+    words = {
+        "better": "is lower with rehearsal than without: it kept something",
+        "worse": "is higher with rehearsal than without: it did not help here",
+        "not distinguishable": "is not distinguishable with rehearsal and without: no effect of it shows",
+    }
+    plain = found.to_dict()
+    return (
+        f"the loss on {found.rows} general questions {words[found.verdict]} "
+        f"({found.value:+.4f}, 95% interval {_signed(plain['low'])} to {_signed(plain['high'])})"
+    )
 
 
 def _signed(value: float | None) -> str:

@@ -110,6 +110,13 @@ class RunFolder:
                 f"run folder: {self / name} cannot be read ({error}). Mend: delete the folder and run again."
             ) from None
 
+    def config(self) -> Config:
+        """What was run; a folder of another version, with other settings, is an error."""
+        try:
+            return Config(**self.read("config.json")["config"])
+        except TypeError:
+            raise UserError(f"run folder: {self.path} was written by another version. Mend: train it again.") from None
+
     def identity(self) -> dict[str, str] | None:
         """Fingerprints of the config and the data this folder belongs to; None for a new folder."""
         return self.read("config.json").get("identity") if (self / "config.json").exists() else None

@@ -3,7 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 from qlora_helpers import cleaning, evaluation, hub, model_card, out_of_memory, runs
 from qlora_helpers.cleaning import Data
 from qlora_helpers.config import Config
-from qlora_helpers.device import Device, detect, limit_memory, peak_memory_gib
+from qlora_helpers.device import Device, detect, forget_peak, limit_memory, peak_memory_gib
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import RowLoss
 from qlora_helpers.model import attach_lora, check_targets, load_base, train_in_float32
@@ -76,6 +77,9 @@ class QloraTrainer(SFTTrainer):
     identity: dict[str, str]
     heldout_rows: list[RowLoss]
     heldout_step = -1
+    peak_gib = 0.0  # of training steps
+    eval_peak_gib = 0.0
+    eval_seconds = 0.0  # of the last held-out losses, and of the answers after them
     _seconds = 0.0
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -99,12 +103,29 @@ class QloraTrainer(SFTTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out loss per trained token, from the one function that measures it everywhere."""
-        self.heldout_rows = evaluation.heldout_losses(self.model, self.heldout, self.device_)
+        self.measure()
         self.heldout_step = self.state.global_step
         metrics = {"eval_loss": evaluation.mean_loss(self.heldout_rows)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def measure(self) -> None:
+        """Losses of the held-out rows with the weights as they are."""
+        self.eval_seconds = 0.0
+        with self.evaluating():
+            self.heldout_rows = evaluation.heldout_losses(self.model, self.heldout, self.device_)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Count time and memory of the inside as evaluation's, and the memory before as training's."""
+        self.peak_gib = max(self.peak_gib, peak_memory_gib(self.device_))
+        forget_peak(self.device_)
+        started = time.perf_counter()
+        yield
+        self.eval_seconds += time.perf_counter() - started
+        self.eval_peak_gib = max(self.eval_peak_gib, peak_memory_gib(self.device_))
+        forget_peak(self.device_)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The library's checkpoint without TRL's model card, sealed when it is whole."""
@@ -256,9 +277,7 @@ def _fit(trainer: QloraTrainer, run: RunFolder, me: dict[str, str]) -> None:
     checkpoint = runs.last_checkpoint(run, me)
     if checkpoint:
         print(f"Going on from {checkpoint.name}.")
-    if trainer.device_.kind == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    forget_peak(trainer.device_)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model: Any = trainer.model
     moved = any(p.detach().abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
@@ -280,13 +299,13 @@ def _save_results(
     """Adapter, tokenizer, model card, answers and losses; `metrics.json` last, since it says that all is there."""
     model: Any = trainer.model
     state = trainer.state
-    peak = peak_memory_gib(device)
     if config.keep_best:  # the best weights are back: measured, but no step of their own in the log
-        trainer.heldout_rows = evaluation.heldout_losses(model, data.heldout, device)
+        trainer.measure()
     elif trainer.heldout_step != state.global_step:
         trainer.evaluate()
     runs.write_jsonl(run / "heldout_losses.jsonl", evaluation.to_rows(trainer.heldout_rows))
-    evaluation.measure_answers(model, config, data, tokenizer, device, run)
+    with trainer.evaluating():
+        evaluation.measure_answers(model, config, data, tokenizer, device, run)
     steps = [line for line in state.log_history if "loss" in line]
     seconds = sum(line["seconds"] for line in steps)
     metrics = {
@@ -300,7 +319,9 @@ def _save_results(
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seconds": round(seconds, 2),
         "tokens_per_second": round(state.num_input_tokens_seen / seconds, 1),
-        "peak_memory_gib": round(peak, 3),
+        "peak_memory_gib": round(trainer.peak_gib, 3),
+        "eval_seconds": round(trainer.eval_seconds, 2),
+        "eval_peak_memory_gib": round(trainer.eval_peak_gib, 3),
         "seed": config.seed,
         "device": device.name,
         "compute_dtype": device.dtype,

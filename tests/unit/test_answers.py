@@ -101,6 +101,14 @@ def test_bleu_and_chrf_are_the_command_lines(tmp_path):
         assert found[name].value == pytest.approx(line["score"], abs=1e-5)
 
 
+@pytest.mark.parametrize("empty", ["", "```", "9"])
+def test_answers_without_any_overlap_have_intervals_too(empty):
+    """Some resamples then score nothing at all."""
+    found = answers.text_metrics([rows()[0], *(rows()[0] | {"answer": empty} for _ in range(3))])
+    for name in ("BLEU", "chrF"):
+        assert 0 <= found[name].low <= found[name].value <= found[name].high
+
+
 def test_rouge_is_the_command_lines(tmp_path):
     (tmp_path / "said").write_text("\n".join(SAID) + "\n", "utf-8")
     (tmp_path / "wanted").write_text("\n".join(WANTED) + "\n", "utf-8")

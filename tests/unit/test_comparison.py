@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from qlora_helpers import UserError, __main__, comparison, experiments, report, runs
+from qlora_helpers import UserError, __main__, comparison, evaluation, experiments, report, runs, training
 from qlora_helpers.comparison import Arm, Difference
 from qlora_helpers.evaluation import RowLoss
 from qlora_helpers.runs import RunFolder
@@ -183,6 +183,42 @@ def test_equal_steps_and_reuse(trained):
     assert not any(item.run.complete for item in control)
 
 
+def test_the_minutes_are_said_before_anything_is_trained(trained, config, tmp_path, capsys, monkeypatch):
+    """Of what is missing alone, all runs together."""
+    _, found, needed = trained
+    assert experiments.complete(needed) == found
+    assert capsys.readouterr().out == "All 4 runs are there: nothing to train.\n"
+    slow = {"seconds_per_step": 60.0, "n_seeds": 2, "n_answers": 2}
+    more = experiments.wanted(
+        {name: config.replace(n_samples=n, **slow) for name, n in (("a", 8), ("b", 16))}, tmp_path
+    )
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        experiments.complete(more)
+    first, _ = capsys.readouterr().out.splitlines()
+    assert first.startswith("4 of 4 runs missing: about 12 min of training in all")  # 2 + 2 + 4 + 4 steps
+    assert experiments.outlook([*needed, *more[:1]]).startswith("1 of 5 runs missing: about 2 min")
+
+
+def test_rehearsal_is_judged_on_the_general_questions(trained, tmp_path):
+    """With and without, row by row: losses that are all lower with it are better."""
+    _, found, _ = trained
+    (without, *_), (with_it, *_) = found["exp1"], found["exp2"]
+    own = comparison.rehearsed([without], [with_it])
+    gaps = [evaluation.mean_loss(evaluation.read_losses(run, "general_losses.jsonl")) for run in (without, with_it)]
+    assert own.value == pytest.approx(gaps[1] - gaps[0])
+    assert (own.rows, own.seeds) == (48, 1)
+    copy = RunFolder(shutil.copytree(without.path, tmp_path / "lower"))
+    rows = runs.read_jsonl(copy / "general_losses.jsonl")
+    runs.write_jsonl(copy / "general_losses.jsonl", [row | {"loss_sum": 0.9 * row["loss_sum"]} for row in rows])
+    assert comparison.rehearsed([without], [copy]).verdict == "better"
+    assert comparison.rehearsed([copy], [without]).verdict == "worse"
+
+
 def test_other_heldout_sets_are_refused_with_their_fingerprints(trained, config, tmp_path):
     _, found, _ = trained
     other = experiments.complete(experiments.wanted({"other": config.replace(n_heldout=5, n_answers=2)}, tmp_path))
@@ -241,6 +277,6 @@ def test_the_same_seed_gives_the_same_metrics(trained, config, tokenizer, tmp_pa
     first = found["exp1"][0]
     for name in ("heldout_losses.jsonl", "general_losses.jsonl", "answers.jsonl"):
         assert (again / name).read_text() == (first / name).read_text()
-    timed = ("seconds", "tokens_per_second", "peak_memory_gib")
+    timed = ("seconds", "tokens_per_second", "peak_memory_gib", "eval_seconds", "eval_peak_memory_gib")
     a, b = ({k: v for k, v in run.read("metrics.json").items() if k not in timed} for run in (again, first))
     assert a == b

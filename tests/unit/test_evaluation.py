@@ -1,5 +1,7 @@
 """Losses against a plain loop, with examples in the prompt, in bytes, and on the general questions."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -26,6 +28,46 @@ def test_losses_equal_a_plain_loop(setup, device, batch_size):
     assert [row.id for row in got] == [example.row.id for example in examples]
     assert [row.tokens for row in got] == [tokens for _, tokens in want]
     assert [row.loss_sum / row.tokens for row in got] == pytest.approx([loss for loss, _ in want], abs=1e-4)
+
+
+@pytest.mark.parametrize("template", ["guanaco", "auto"])
+def test_a_beginning_that_all_rows_share_is_read_once(setup, config, device, tokenizer, template):
+    """Examples in the prompt: one pass over them, and the losses of a plain loop over the whole rows."""
+    built, examples = setup
+    shots = (
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "Two, and then some more words."},
+    ) * 4
+    own = config.replace(template=template, max_length=400)
+    plain = list(templates.encode([example.row for example in examples], own, tokenizer))
+    longer = [evaluation.after_shots(example, shots, own, tokenizer) for example in plain]
+    seen = []
+    hook = built.get_input_embeddings().register_forward_hook(lambda m, args, out: seen.append(out.shape[:2]))
+    got = evaluation.heldout_losses(built, longer, device, batch_size=3)
+    hook.remove()
+    want = one_by_one(built, longer)
+    assert [row.tokens for row in got] == [tokens for _, tokens in want]
+    assert [row.loss_sum / row.tokens for row in got] == pytest.approx([loss for loss, _ in want], abs=1e-4)
+    (one, shared), *batches = seen
+    assert one == 1
+    assert shared >= evaluation.SHARED
+    assert max(width for _, width in batches) == max(len(example.input_ids) for example in longer) - shared
+    assert sum(rows for rows, _ in batches) == len(longer)
+
+
+def test_what_is_trained_is_never_passed_over(setup, device):
+    """Rows that share trained tokens, or nothing else: all of these count."""
+    built, examples = setup
+    row = max(examples, key=lambda example: len(example.input_ids))
+    twice = [row, dataclasses.replace(row, labels=[-100, *row.input_ids[1:]])]
+    long = [
+        dataclasses.replace(e, input_ids=e.input_ids * 5, labels=[-100] * 4 * len(e.labels) + e.labels) for e in twice
+    ]
+    for rows in (twice, long, long[:1]):
+        got = evaluation.heldout_losses(built, rows, device)
+        want = one_by_one(built, rows)
+        assert [r.tokens for r in got] == [tokens for _, tokens in want]
+        assert [r.loss_sum / r.tokens for r in got] == pytest.approx([loss for loss, _ in want], abs=1e-4)
 
 
 def test_more_tokens_than_go_through_the_head_at_once(setup, device, monkeypatch):

@@ -58,3 +58,24 @@ def test_a_notebook_s_own_lists_are_no_settings(tmp_path):
     assert notebook.resolve(namespace(tmp_path, *cells), 1, apart=["ranks"]).config.n_samples == 4
     with pytest.raises(UserError, match="there is no 'ranks'"):
         notebook.resolve(namespace(tmp_path, *cells), 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "right"),
+    [
+        ("bool", "'no'", False),
+        ("bool", "False", True),
+        ('"Optional[str]"', "5", False),
+        ('"Optional[str]"', "None", True),
+    ],
+)
+def test_a_notebooks_own_parameter_is_no_setting_and_has_its_type(tmp_path, kind, value, right):
+    ours = f"{OURS}mine: {kind} = None  # of the notebook\n"
+    cells = namespace(tmp_path, ours, f"# Parameters\nworkdir = {str(tmp_path)!r}\nmine = {value}")
+    with pytest.raises(UserError, match="no 'mine'"):
+        notebook.resolve(cells | {"mine": "x"}, 1)
+    if right:
+        assert notebook.resolve(cells, 1, apart=["mine"]).config.n_samples == 4
+    else:
+        with pytest.raises(UserError, match="mine: expected"):
+            notebook.resolve(cells, 1, apart=["mine"])

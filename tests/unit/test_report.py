@@ -1,8 +1,11 @@
 """The report: tables, verdicts and limits in words, and a page that its data cannot break."""
 
+import math
+
 import pytest
 
 from qlora_helpers import report
+from qlora_helpers.comparison import Difference
 
 NASTY = "```python\nprint('<script>alert(1)</script>')\n```\n# Heading\n| a | b | [x](javascript:alert(1))"
 
@@ -68,6 +71,20 @@ def test_forgetting_in_words(verdict, says):
     found = result()
     found["forgetting"][0]["verdict"] = verdict
     assert says in report.forgetting(found)[0]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "says"),
+    [
+        (-0.3, -0.1, "lower with rehearsal than without: it kept something (-0.2000, 95% interval -0.3000 to -0.1000)"),
+        (0.1, 0.3, "higher with rehearsal than without: it did not help here (+0.2000"),
+        (-0.1, 0.3, "not distinguishable with rehearsal and without: no effect of it shows (+0.1000"),
+        (-math.inf, math.inf, "no effect of it shows (+0.1000, 95% interval no end to no end)"),
+    ],
+)
+def test_rehearsal_in_words(low, high, says):
+    value = (low + high) / 2 if math.isfinite(low) else 0.1
+    assert says in report.rehearsal(Difference("without", "with", value, low, high, rows=48, seeds=1))
 
 
 def outside_code(text):

@@ -15,7 +15,7 @@ from qlora_helpers.runs import RunFolder
 
 METRICS = {
     "train_rows", "steps", "epochs", "train_loss", "eval_loss", "base_eval_loss", "trainable_parameters", "seconds",
-    "tokens_per_second", "peak_memory_gib", "seed", "device",
+    "tokens_per_second", "peak_memory_gib", "eval_seconds", "eval_peak_memory_gib", "seed", "device",
 }  # fmt: skip
 
 
@@ -96,6 +96,7 @@ def steps(run, key="loss"):
 
 def without_timing(values):
     timing = ("seconds", "tokens_per_second", "peak_memory_gib", "train_runtime", "train_tokens_per_second")
+    timing += ("eval_seconds", "eval_peak_memory_gib")
     return {key: value for key, value in values.items() if key not in timing}
 
 
@@ -109,6 +110,30 @@ def test_metrics(trained, config, data):
     assert metrics["train_loss"] == pytest.approx(sum(logged) / len(logged))
     assert min(metrics[key] for key in ("seconds", "tokens_per_second", "peak_memory_gib")) > 0
     assert all(math.isfinite(v) for v in metrics.values() if isinstance(v, float))
+
+
+@pytest.mark.parametrize("keep_best", [False, True])
+def test_evaluations_time_and_memory_are_apart_from_trainings(train, monkeypatch, keep_best):
+    """As on a GPU, where the peak can be forgotten: a step takes 3 GiB, held-out losses 5, answers 2 and no other."""
+    now, peak = SimpleNamespace(seconds=0.0), SimpleNamespace(gib=0.0)
+
+    def use(gib, seconds, real):
+        def used(*args, **kwargs):
+            peak.gib = max(peak.gib, gib)
+            now.seconds += seconds
+            return real(*args, **kwargs)
+
+        return used
+
+    monkeypatch.setattr(training.Trainer, "training_step", use(3.0, 1.0, training.Trainer.training_step))
+    monkeypatch.setattr(evaluation, "heldout_losses", use(5.0, 10.0, evaluation.heldout_losses))
+    monkeypatch.setattr(evaluation, "measure_answers", use(2.0, 100.0, lambda *a: None))
+    monkeypatch.setattr(training, "peak_memory_gib", lambda device: peak.gib)
+    monkeypatch.setattr(training, "forget_peak", lambda device: setattr(peak, "gib", 1.0))
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now.seconds)
+    metrics = train(epochs=1, keep_best=keep_best, seed=7).read("metrics.json")
+    assert (metrics["peak_memory_gib"], metrics["eval_peak_memory_gib"]) == (3.0, 5.0)
+    assert (metrics["seconds"], metrics["eval_seconds"]) == (4.0, 110.0)
 
 
 def test_files(trained, data):

@@ -1,0 +1,157 @@
+"""Four claims of a published report, tried again: worse than the base, small against badly set large, biases, rank.
+
+usage: python benchmarks/claims.py DATASET --out DIR [--model FOLDER] [--rows 100] [--seeds 2] [--profile gpu]
+
+The report used BLOOM-560M and BLOOM-7B1 with alpha 20 for 3 epochs. Here it is one small Llama-like model, and two made
+of it on the spot:
+
+- *with biases*: zero biases added to its linear layers. It answers exactly like the original, which has none to train.
+- *smaller*: without the three blocks that are missed least on training rows. Such a cut does harm; training mends some.
+
+What is complete is not trained again: it may be stopped and started, and all arms have a first seed before a second.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from qlora_helpers import cleaning, comparison, evaluation, experiments, hub, runs
+from qlora_helpers.comparison import BASE, Arm, Difference
+from qlora_helpers.config import EMBEDDED_MODEL, PROFILES, Config
+from qlora_helpers.device import detect
+
+LEFT_OUT = 3  # blocks that the smaller model lacks
+LOOKED_AT = 8  # training rows on which each block is missed
+RANK_14, RANK_20, LORA_ONLY, ALL = "rank 14", "rank 20", "bias lora_only", "bias all"
+BAD, SMALL = "50 times the learning rate", "smaller, all layers trained"
+# claim, the two that are compared, and what the second would be if the claim held
+CLAIMS = (
+    ("a fine-tune is worse than its base model", BASE, RANK_14, "worse"),
+    ("a badly configured fine-tune is worse than its base model", BASE, BAD, "worse"),
+    ("a smaller model beats a larger one", RANK_14, SMALL, "better"),
+    ("a smaller model beats a badly configured larger one", BAD, SMALL, "better"),
+    ("training the adapted layers' biases helps", RANK_14, LORA_ONLY, "better"),
+    ("training all biases helps", RANK_14, ALL, "better"),
+    ("rank 20 is better than rank 14", RANK_14, RANK_20, "better"),
+)
+
+
+def with_biases(original: Any, tokenizer: Any, folder: Path) -> Path:
+    """The model with zero biases in every linear layer, in `folder`."""
+    shape = original.config.__class__(**original.config.to_dict() | {"attention_bias": True, "mlp_bias": True})
+    return _save(shape, original.state_dict(), tokenizer, folder)
+
+
+def smaller(original: Any, examples: list[Any], tokenizer: Any, folder: Path) -> Path:
+    """The model without the blocks whose absence, one at a time, costs the examples least."""
+    blocks, device, costs = original.model.layers, detect("bfloat16"), []
+    for left_out in range(len(blocks)):
+        original.model.layers = torch.nn.ModuleList([b for n, b in enumerate(blocks) if n != left_out])
+        costs.append(evaluation.mean_loss(evaluation.heldout_losses(original, examples, device)))
+    original.model.layers = blocks
+    kept = sorted(sorted(range(len(blocks)), key=costs.__getitem__)[LEFT_OUT:])
+    print(f"smaller: {len(kept)} of {len(blocks)} blocks, without {sorted({*range(len(blocks))} - {*kept})}")
+    weights = {}
+    for name, weight in original.state_dict().items():
+        parts = name.split(".")
+        if parts[:2] == ["model", "layers"]:
+            if int(parts[2]) not in kept:
+                continue
+            parts[2] = str(kept.index(int(parts[2])))
+        weights[".".join(parts)] = weight
+    shape = original.config.__class__(**original.config.to_dict() | {"num_hidden_layers": len(kept)})
+    return _save(shape, weights, tokenizer, folder)
+
+
+def _save(shape: Any, weights: dict[str, Any], tokenizer: Any, folder: Path) -> Path:
+    made = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+    missing, unknown = made.load_state_dict(weights, strict=False)
+    assert not unknown, unknown
+    assert all(name.endswith(".bias") for name in missing), missing
+    for name in missing:
+        made.get_parameter(name).data.zero_()
+    made.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def models(config: Config, folder: Path) -> tuple[Path, Path]:
+    """The two models of the original, made where they are missing."""
+    full, small = folder / "models" / "with-biases", folder / "models" / "smaller"
+    if not (small / "config.json").exists():
+        tokenizer = hub.load_tokenizer(config)
+        original = hub.from_pretrained(AutoModelForCausalLM, config, dtype=torch.bfloat16).eval()
+        biases = sum(p.numel() for name, p in original.named_parameters() if name.endswith("bias"))
+        same = "other" if biases else "the same"
+        print(f"{config.model} has {biases} biases: as it is, bias none, lora_only and all train {same} weights.")
+        with_biases(original, tokenizer, full)
+        examples = cleaning.prepare(config.replace(n_samples=LOOKED_AT), tokenizer).train
+        smaller(original.to(detect().kind), examples, tokenizer, small)
+    return full, small
+
+
+def arms(config: Config, full: Path, small: Path) -> dict[str, Config]:
+    """The report's recipe and what differs from it in each arm."""
+    recipe = config.replace(model=str(full), revision="main", rank=14)
+    return {
+        RANK_14: recipe,
+        RANK_20: recipe.replace(rank=20),
+        LORA_ONLY: recipe.replace(bias="lora_only"),
+        ALL: recipe.replace(bias="all"),
+        BAD: recipe.replace(learning_rate=50 * recipe.learning_rate),
+        SMALL: recipe.replace(model=str(small), target_modules=["all-linear"], learning_rate=1e-3),
+    }
+
+
+def judge(found: dict[str, list[runs.RunFolder]], folder: Path) -> list[tuple[str, Difference, str]]:
+    """Each claim with its difference, and what the interval says of it. Other models compare in bits per byte."""
+    base = runs.RunFolder(folder / found[RANK_14][0].read("manifest.json")["baseline"])
+    sides = {name: Arm(name, [evaluation.read_losses(run) for run in group]) for name, group in found.items()}
+    sides[BASE] = Arm(BASE, [evaluation.read_losses(base)], trained=False)
+    words = {"better": "confirmed", "worse": "contradicted", "not distinguishable": "not distinguishable"}
+    judged = []
+    for claim, a, b, wanted in CLAIMS:
+        gap = comparison.difference(sides[a], sides[b], "byte" if SMALL in (a, b) else "token")
+        turned = {"better": "worse", "worse": "better"} if wanted == "worse" else {}
+        judged.append((claim, gap, words[turned.get(gap.verdict, gap.verdict)]))
+    return judged
+
+
+def main() -> None:
+    """Train what is missing, then print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dataset")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default=EMBEDDED_MODEL)
+    parser.add_argument("--rows", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--profile", default="gpu", choices=PROFILES)
+    args = parser.parse_args()
+    folder = runs.workdir(str(args.out))
+    config = Config.from_params(
+        preset="tinyllama-guanaco-100", profile=args.profile, model=args.model, dataset=args.dataset
+    )
+    config = config.replace(n_samples=args.rows, alpha=20, epochs=3, n_seeds=args.seeds, equal_steps=False)
+    config = config.replace(n_answers=2, max_new_tokens=16)  # losses decide here
+    needed = experiments.wanted(arms(config, *models(config, folder)), folder)
+    found = experiments.complete(sorted(needed, key=lambda item: item.config.seed))
+    lines = ["| arm | trained weights | held-out loss, by seed |", "|---|---|---|"]
+    for name, group in found.items():
+        metrics = [run.read("metrics.json") for run in group]
+        losses = ", ".join(f"{m['eval_loss']:.4f}" for m in metrics)
+        lines.append(f"| {name} | {metrics[0]['trainable_parameters']:,} | {losses} |")
+    lines += ["", "| claim | measured | verdict |", "|---|---|---|"]
+    judged = judge(found, folder)
+    lines += [f"| {claim} | {gap}, per {gap.unit} | {word} |" for claim, gap, word in judged]
+    runs.write_text(folder / "claims.md", "\n".join(lines) + "\n")
+    runs.write_json(
+        folder / "claims.json", [{"claim": c, **gap.to_dict(), "claim_is": word} for c, gap, word in judged]
+    )
+    print(*lines, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""The benchmark's two made models are what it says, and its verdicts follow from the intervals."""
+
+import importlib.util
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qlora_helpers import cleaning, comparison, evaluation, model, runs
+from qlora_helpers.device import detect
+from qlora_helpers.runs import ROOT, RunFolder
+
+spec = importlib.util.spec_from_file_location("claims", ROOT / "benchmarks" / "claims.py")
+claims = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(claims)
+
+
+@pytest.fixture
+def original(model_folder):
+    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16).eval()
+
+
+def logits(built):
+    with torch.inference_mode():
+        return built(input_ids=torch.arange(40)[None]).logits
+
+
+def test_zero_biases_change_nothing_and_can_be_trained(original, tokenizer, config, device, tmp_path):
+    folder = claims.with_biases(original, tokenizer, tmp_path / "made")
+    made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    assert torch.equal(logits(made), logits(original))
+    own = config.replace(model=str(folder))
+    # a block: q 64, k 32, v 32, o 64, gate 128, up 128, down 64; the adapter is on q and v; two blocks
+    for bias, count in (("none", 0), ("lora_only", 2 * (64 + 32)), ("all", 2 * 512)):
+        built = model.attach_lora(model.load_base(own, device), own.replace(bias=bias))
+        trained = {n: p for n, p in built.named_parameters() if p.requires_grad and n.endswith("bias")}
+        assert sum(p.numel() for p in trained.values()) == count
+        ids = torch.arange(40)[None]
+        logits(built.eval())  # an evaluation before the step
+        built.train()(input_ids=ids, labels=ids).loss.backward()
+        assert all(
+            p.grad.abs().sum() > 0 for n, p in trained.items() if "k_proj" not in n
+        )  # softmax takes no bias of k
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_smaller_model_lacks_the_block_that_is_missed_least(
+    original, tokenizer, config, tmp_path, monkeypatch, turned
+):
+    """As cut by hand, whichever of the two blocks that is; the original is left whole."""
+    monkeypatch.setattr(claims, "LEFT_OUT", 1)
+    examples = cleaning.prepare(config.replace(n_samples=4), tokenizer).train
+    blocks = torch.nn.ModuleList(list(original.model.layers)[:: -1 if turned else 1])
+    for number, block in enumerate(blocks):
+        block.self_attn.layer_idx = number
+    original.model.layers = blocks
+    whole, by_hand = logits(original), {}
+    for block in blocks:
+        original.model.layers = torch.nn.ModuleList([block])
+        losses = evaluation.heldout_losses(original, examples, detect("bfloat16"))
+        by_hand[evaluation.mean_loss(losses)] = logits(original)
+    original.model.layers = blocks
+    folder = claims.smaller(original, examples, tokenizer, tmp_path)
+    made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    assert torch.equal(logits(made), by_hand[min(by_hand)])
+    assert not torch.equal(logits(made), by_hand[max(by_hand)])
+    assert torch.equal(logits(original), whole)
+
+
+def test_a_claim_is_judged_by_its_interval(tmp_path):
+    """Every arm's losses are its base's plus a shift that is the same but for noise."""
+    shifts = {
+        claims.RANK_14: -0.3, claims.RANK_20: -0.3, claims.LORA_ONLY: -0.2, claims.ALL: -0.4, claims.BAD: 0.5,
+        claims.SMALL: 0.1, comparison.BASE: 0.0,
+    }  # fmt: skip
+    found = {}
+    for number, (name, shift) in enumerate(shifts.items()):
+        run = RunFolder(tmp_path / ("base" if name == comparison.BASE else str(number)))
+        noise = [0.02 * (-1) ** (row // (number % 3 + 1)) for row in range(12)]
+        rows = [
+            {"id": str(i), "loss_sum": 10 * (2 + shift + n), "tokens": 10, "bytes": 40} for i, n in enumerate(noise)
+        ]
+        runs.write_jsonl(run / "heldout_losses.jsonl", rows)
+        runs.write_json(run / "manifest.json", {"baseline": "base"})
+        if name != comparison.BASE:
+            found[name] = [run]
+    judged = {claim: (gap, word) for claim, gap, word in claims.judge(found, tmp_path)}
+    assert [word for _, word in judged.values()] == [
+        "contradicted", "confirmed", "contradicted", "confirmed", "contradicted", "confirmed", "not distinguishable",
+    ]  # fmt: skip
+    units = {claim: gap.unit for claim, (gap, _) in judged.items()}
+    assert [claim for claim, unit in units.items() if unit == "byte"] == [
+        "a smaller model beats a larger one",
+        "a smaller model beats a badly configured larger one",
+    ]

@@ -1,0 +1,197 @@
+"""One base and adapters switched on it answer as each would alone; a picker for people, a table for everyone else."""
+
+import re
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import jupyter_client
+import nbformat
+import papermill
+import pytest
+import torch
+
+from qlora_helpers import UserError, answers, experiments, model, side_by_side
+from qlora_helpers.device import detect
+
+NASTY = "<script>alert('x')</script>\n<b>bold</b> & $x$"
+ENTRIES = [{"prompt": f"Question {n}?", "base": f"plain {n}", "exp1": NASTY} for n in range(10)]
+
+
+@pytest.fixture(scope="module")
+def found(config, tmp_path_factory):
+    """Two experiments on one base, of other ranks and layers; the second asks in the model's own template."""
+    small = config.replace(n_samples=8, n_heldout=4, n_answers=1)
+    wide = small.replace(rank=8, alpha=64, target_modules=["all-linear"], template="auto")
+    folder = tmp_path_factory.mktemp("runs")
+    return experiments.complete(experiments.wanted({"exp1": small, "exp2, wide": wide}, folder))
+
+
+@pytest.fixture(scope="module", params=["nf4", "none"])
+def parts(request, config, found, tokenizer):
+    """The base, the same base with every adapter on it, and what either sees."""
+    own, device = config.replace(quantization=request.param), detect(config.compute_dtype)
+    paths = {name: group[0].adapter for name, group in found.items()}
+    ids = tokenizer(["How do computers store data?"], return_tensors="pt")["input_ids"]
+    return SimpleNamespace(
+        load=lambda: model.load_base(own, device),
+        adapters=model.load_adapters(model.load_base(own, device), paths),
+        paths=paths,
+        logits=lambda built: torch.inference_mode()(lambda: built(input_ids=ids).logits)(),
+    )
+
+
+def test_switched_adapters_are_each_alone(parts):
+    """To the last bit, in any order, and the base is itself again."""
+    alone = {name: parts.logits(model.load_adapter(parts.load(), path)) for name, path in parts.paths.items()}
+    alone[None] = parts.logits(parts.load())
+    assert len({tensor.sum().item() for tensor in alone.values()}) == 3
+    for name in ("exp1", None, "exp2, wide", "exp1", None, None, "exp2, wide"):
+        with parts.adapters.use(name) as switched:
+            assert torch.equal(parts.logits(switched), alone[name]), name
+
+
+def test_there_is_one_base_in_memory(parts):
+    def weights(built):
+        every = {p.data_ptr(): p.nbytes for name, p in built.named_parameters() if ".lora_" not in name}
+        return sum(every.values())
+
+    assert weights(parts.adapters.model) == weights(parts.load())
+    assert len({name.split(".")[-2] for name, _ in parts.adapters.model.named_parameters() if ".lora_A." in name}) == 2
+
+
+def test_adapters_that_trained_biases_cannot_be_switched(config, device, tmp_path):
+    built = model.attach_lora(model.load_base(config, device), config.replace(bias="lora_only"))
+    built.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="bias=lora_only"):
+        model.load_adapters(None, {"exp1": tmp_path})
+    with pytest.raises(UserError, match="holds none"):
+        model.load_adapters(None, {"exp1": tmp_path / "no"})
+
+
+def test_a_question_is_answered_by_all(found, tokenizer, monkeypatch):
+    """Each as it would answer alone, in the template it was trained in; with a single load of the base."""
+    loads = []
+    monkeypatch.setattr(model, "load_base", lambda *a, load=model.load_base: loads.append(1) or load(*a))
+    prompts = ["What is rain?", "Why?"]
+    said = side_by_side.ask(prompts, found)
+    assert len(loads) == 1
+    assert [list(entry) for entry in said] == [["prompt", "base", "exp1", "exp2, wide"]] * 2
+    for name, group in found.items():
+        config = group[0].config()
+        device = detect(config.compute_dtype)
+        alone = model.load_adapter(model.load_base(config, device), group[0].adapter)
+        asked = [{"prompt": prompt, "reference": None} for prompt in prompts]
+        want = [a["answer"] for a in answers.generate(alone, tokenizer, config, device, asked)]
+        assert [entry[name] for entry in said] == want
+    assert len({said[0][name] for name in ("base", "exp1", "exp2, wide")}) == 3
+
+
+def test_other_bases_are_refused(found, config, tmp_path):
+    other = experiments.complete(
+        experiments.wanted({"plain": config.replace(quantization="none", n_samples=4, n_heldout=4)}, tmp_path)
+    )
+    with pytest.raises(UserError, match="plain has another base than exp1"):
+        side_by_side.ask(["Why?"], {"exp1": found["exp1"], **other})
+
+
+class Seen(HTMLParser):
+    """What a browser makes of a page: its tags and its text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_table_shows_texts_as_they_are():
+    table = side_by_side.show(ENTRIES)
+    seen = Seen(table._repr_html_())
+    assert set(seen.tags) == {"table", "tr", "th", "td", "i", "br", "p"}
+    assert "<script>alert('x')</script>" in seen.text
+    assert seen.text.count("plain") == seen.text.count("Question") == side_by_side.SHOWN
+    assert "and 2 more" in seen.text
+    assert "and 2 more" in repr(table)
+    assert " more:" not in repr(side_by_side.show(ENTRIES[:8]))
+    assert "(empty)" in side_by_side.show([{"prompt": "?", "base": ""}])._repr_html_()
+
+
+CODE = """
+from qlora_helpers import side_by_side
+shown = side_by_side.show([{"prompt": "One <i>?", "base": "<b>a"}, {"prompt": "Two?", "base": "b"}])
+shown
+"""
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    """Run code as a front end does, and return the messages."""
+    manager = jupyter_client.KernelManager(kernel_name="python3")
+    manager.start_kernel()
+    client = manager.client()
+    client.start_channels()
+    client.wait_for_ready(60)
+
+    def run(code, person):
+        sent, messages = client.execute(code, allow_stdin=person), []
+        while True:
+            message = client.get_iopub_msg(timeout=60)
+            if message["parent_header"].get("msg_id") == sent:
+                messages.append(message)
+                if message["content"].get("execution_state") == "idle":
+                    return messages
+
+    yield run
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+def results(messages):
+    return [m["content"]["data"] for m in messages if m["msg_type"] == "execute_result"]
+
+
+def test_a_person_gets_a_picker(kernel):
+    """In a real kernel, with the ipywidgets that is installed: the picked question's answers are sent to the page."""
+    messages = kernel(CODE, person=True)
+    (data,) = results(messages)
+    opened = {m["content"]["comm_id"]: m["content"]["data"] for m in messages if m["msg_type"] == "comm_open"}
+    assert data[side_by_side.WIDGET]["model_id"] in opened
+    assert "<table" in data["text/html"]  # for where the stored notebook is read
+    models = [state["state"] for state in opened.values()]
+    (choice,) = (state for state in models if state["_model_name"] == "DropdownModel")
+    assert choice["_options_labels"] == ["1. One <i>?", "2. Two?"]
+    moved = kernel("shown.choice.value = 1", person=True)
+    pages = [m["content"]["data"]["state"].get("value", "") for m in moved if m["msg_type"] == "comm_msg"]
+    assert [Seen(page).text for page in pages if page] == ["Two?baseb"]
+    first = kernel("shown.choice.value = 0; print(shown.shown.value)", person=True)
+    (page,) = (m["content"]["text"] for m in first if m["msg_type"] == "stream")
+    assert "&lt;b&gt;a" in page
+    assert "b" not in Seen(page).tags
+
+
+def test_no_person_gets_a_table_and_no_widget(kernel):
+    messages = kernel(CODE, person=False)
+    (data,) = results(messages)
+    assert set(data) == {"text/html", "text/plain"}
+    assert not [m for m in messages if m["msg_type"].startswith("comm")]
+
+
+def test_papermill_stores_a_table_and_no_state(tmp_path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CODE)])
+    nbformat.write(notebook, tmp_path / "in.ipynb")
+    papermill.execute_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb", kernel_name="python3", progress_bar=False)
+    stored = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    (output,) = stored.cells[0].outputs
+    assert set(output.data) == {"text/html", "text/plain"}
+    assert "widgets" not in stored.metadata
+    assert not re.search("widget-view", (tmp_path / "out.ipynb").read_text())
+
+
+def test_colab_gets_the_widget_alone(monkeypatch):
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "x")
+    assert set(side_by_side.Picker(ENTRIES)._repr_mimebundle_()) == {side_by_side.WIDGET, "text/plain"}
