@@ -9,10 +9,10 @@ from qlora_helpers.config import Config
 from qlora_helpers.device import Device, autocast
 from qlora_helpers.intervals import Interval
 from qlora_helpers.layouts import TURN_MARKER, Message
+from qlora_helpers.memory import MOST_ANSWERS
 from qlora_helpers.templates import Example, render_prompt, tokenize
 
 PUBLISHED_PROMPTS = ("Explain what is a variable in programming.", "How do computers store data?")
-BATCH = 64  # prompts at once: less memory than a training step of the presets
 BLEU_RESAMPLES = 1000  # sacrebleu's own bootstrap
 
 Shots = tuple[Message, ...]
@@ -29,7 +29,13 @@ def heldout_prompts(heldout: list[Example], number: int) -> list[dict[str, Any]]
 
 
 def generate(
-    model: Any, tokenizer: Any, config: Config, device: Device, asked: list[dict[str, Any]], shots: Shots = ()
+    model: Any,
+    tokenizer: Any,
+    config: Config,
+    device: Device,
+    asked: list[dict[str, Any]],
+    shots: Shots = (),
+    batch_size: int = MOST_ANSWERS,
 ) -> list[dict[str, Any]]:
     """Greedy answers to each prompt, after the `shots`, an earlier part of the conversation that shows the way.
 
@@ -42,8 +48,8 @@ def generate(
     model.eval()
     tokenizer.padding_side = "left"  # a gap between prompt and answer would be read as text
     found: dict[int, dict[str, Any]] = {}
-    for start in range(0, len(order), BATCH):
-        part = order[start : start + BATCH]
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
         for index, ids in zip(part, _continue(model, tokenizer, config, device, [texts[i] for i in part]), strict=True):
             found[index] = asked[index] | _describe(ids, tokenizer)
     tokenizer.padding_side = side

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from qlora_helpers import answers, runs, sources, templates
+from qlora_helpers import answers, memory, runs, sources, templates
 from qlora_helpers.answers import Shots
 from qlora_helpers.cleaning import Data
 from qlora_helpers.config import Config
@@ -41,7 +41,9 @@ def mean_loss(losses: list[RowLoss]) -> float:
     return sum(row.loss_sum for row in losses) / sum(row.tokens for row in losses)
 
 
-def heldout_losses(model: Any, examples: list[Example], device: Device, batch_size: int = 8) -> list[RowLoss]:
+def heldout_losses(
+    model: Any, examples: list[Example], device: Device, batch_size: int = memory.MOST_ROWS
+) -> list[RowLoss]:
     """Loss of every row, in the order given. Leaves the model in the mode it was in, and draws no random numbers."""
     was_training = model.training
     model.eval()
@@ -58,6 +60,17 @@ def heldout_losses(model: Any, examples: list[Example], device: Device, batch_si
             losses |= dict(zip(batch, found, strict=True))
     model.train(was_training)
     return [losses[index] for index in range(len(examples))]
+
+
+def at_once(config: Config, device: Device) -> tuple[int, int]:
+    """Rows, and questions, that go through the model together: on a GPU so many that training needs more memory."""
+    if device.kind != "cuda":
+        return memory.MOST_ROWS, memory.MOST_ANSWERS
+    try:
+        load = memory.load_of(config)
+    except UserError:  # a kind of model whose memory is not planned
+        return 1, 8
+    return memory.rows_at_once(load), memory.answers_at_once(load)
 
 
 def _shared(examples: list[Example]) -> int:
@@ -147,7 +160,9 @@ def measure_base(base: Any, config: Config, data: Data, tokenizer: Any, device: 
     if config.train_on == "assistant":  # else the question counts, which reads otherwise after an earlier turn
         _measure_few_shot(base, config, data, tokenizer, device, RunFolder(where / "few_shot"))
     measure_answers(base, config, data, tokenizer, device, where)
-    runs.write_jsonl(where / "heldout_losses.jsonl", to_rows(heldout_losses(base, data.heldout, device)))
+    runs.write_jsonl(
+        where / "heldout_losses.jsonl", to_rows(heldout_losses(base, data.heldout, device, at_once(config, device)[0]))
+    )
 
 
 def _measure_few_shot(base: Any, config: Config, data: Data, tokenizer: Any, device: Device, where: RunFolder) -> None:
@@ -157,17 +172,21 @@ def _measure_few_shot(base: Any, config: Config, data: Data, tokenizer: Any, dev
     except UserError as error:
         print(f"{error} The base model with examples in its prompt is left out.")
         return
+    rows, questions = at_once(config, device)
     if device.kind == "cuda":  # on a CPU these answers would cost more than they show
         asked = answers.heldout_prompts(data.heldout, config.n_answers)
-        runs.write_jsonl(where / "answers.jsonl", answers.generate(base, tokenizer, config, device, asked, shots))
-    runs.write_jsonl(where / "heldout_losses.jsonl", to_rows(heldout_losses(base, shown, device)))
+        said = answers.generate(base, tokenizer, config, device, asked, shots, questions)
+        runs.write_jsonl(where / "answers.jsonl", said)
+    runs.write_jsonl(where / "heldout_losses.jsonl", to_rows(heldout_losses(base, shown, device, rows)))
 
 
 def measure_answers(model: Any, config: Config, data: Data, tokenizer: Any, device: Device, where: RunFolder) -> None:
     """Answers to the published and to held-out questions, and losses on general ones."""
     asked = answers.heldout_prompts(data.heldout, config.n_answers)
-    runs.write_jsonl(where / "answers.jsonl", answers.generate(model, tokenizer, config, device, asked))
-    general = heldout_losses(model, general_examples(config, tokenizer), device)
+    rows, questions = at_once(config, device)
+    said = answers.generate(model, tokenizer, config, device, asked, batch_size=questions)
+    runs.write_jsonl(where / "answers.jsonl", said)
+    general = heldout_losses(model, general_examples(config, tokenizer), device, rows)
     runs.write_jsonl(where / "general_losses.jsonl", to_rows(general))
 
 

@@ -76,6 +76,7 @@ class QloraTrainer(SFTTrainer):
     heldout: list[Any]
     identity: dict[str, str]
     heldout_rows: list[RowLoss]
+    rows_at_once: int
     heldout_step = -1
     peak_gib = 0.0  # of training steps
     eval_peak_gib = 0.0
@@ -114,7 +115,7 @@ class QloraTrainer(SFTTrainer):
         """Losses of the held-out rows with the weights as they are."""
         self.eval_seconds = 0.0
         with self.evaluating():
-            self.heldout_rows = evaluation.heldout_losses(self.model, self.heldout, self.device_)
+            self.heldout_rows = evaluation.heldout_losses(self.model, self.heldout, self.device_, self.rows_at_once)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -199,6 +200,7 @@ def build_trainer(
     train_in_float32(model)
     if device.kind == "cuda" and device.dtype == "float16":
         trainer.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=FP16_SCALE)
+    trainer.rows_at_once, _ = evaluation.at_once(config, device)
     trainer.device_, trainer.heldout, trainer.identity = device, data.heldout, cleaning.identity(config, data)
     return trainer
 
