@@ -2,8 +2,8 @@
 
 usage: python benchmarks/out_of_memory.py --out DIR [--model FOLDER]
 
-After the third of six steps the GPU's memory is cut to what half the batch needs. With on_oom=stop the run ends with one
-line; with on_oom=shrink it goes on from its last checkpoint with half the batch, and takes the same steps.
+After the third of six steps the GPU's memory is cut to what half the batch needs. With on_oom=stop the run ends with
+one line; with on_oom=shrink it goes on from its last checkpoint with half the batch, and takes the same steps.
 """
 
 import argparse
