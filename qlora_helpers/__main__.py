@@ -185,7 +185,7 @@ def _plan(
 ) -> int:  # fmt: skip
     from json import dumps
 
-    from qlora_helpers import plan, shapes
+    from qlora_helpers import plan, plan_report, shapes
     from qlora_helpers.config import Config
 
     if model is not None:
@@ -201,7 +201,7 @@ def _plan(
         totals = {name: round(other.total, 3) for name, other in plans.items()}
         print(dumps({**asked.to_dict(), "methods": totals}, indent=1))
     else:
-        print(plan.table(plans), "", plan.answer(asked), sep="\n")
+        print(plan_report.table(plans), "", plan_report.answer(asked), sep="\n")
     return 0 if asked.fits else 3
 
 

@@ -145,32 +145,6 @@ def seconds(config: Config) -> float:
     return config.gradient_accumulation * one_pass * (1 if config.quantization == "none" else UNPACKED)
 
 
-def table(plans: dict[str, Plan]) -> str:
-    """Peak memory by part, a column for each method, as text."""
-    lines = [f"{'GiB at the peak of training':<28}" + "".join(f"{name:>9}" for name in plans)]
-    for part in dict.fromkeys(name for plan in plans.values() for name in plan.training):
-        lines.append(_line(part, [plan.training.get(part, 0.0) for plan in plans.values()]))
-    lines.append(_line("training", [sum(plan.training.values()) for plan in plans.values()]))
-    lines.append(_line("evaluation", [sum(plan.evaluation.values()) for plan in plans.values()]))
-    lines.append(_line("CUDA context", [plan.context for plan in plans.values()]))
-    lines.append(_line("total", [plan.total for plan in plans.values()]))
-    return "\n".join(lines)
-
-
-def _line(name: str, sizes: list[float]) -> str:
-    return f"{name:<28}" + "".join(f"{size:>9.2f}" for size in sizes)
-
-
-def answer(plan: Plan) -> str:
-    """What the plan says, in words, with what to change first."""
-    head = f"{plan.model}, {plan.method}: {plan.parameters:,} parameters, {plan.trained:,} of them trained."
-    if plan.memory is None:
-        cards = [name for name, (size, context) in CARDS.items() if plan.total - plan.context + context <= size]
-        return f"{head}\nFits on: {', '.join(cards) or 'none of ' + ', '.join(CARDS)}."
-    words = f"{plan.verdict}: {plan.total:.2f} of {plan.memory:.2f} GiB"
-    return "\n".join([head, words, *(f"- {advice}" for advice in plan.advice)])
-
-
 def nearest_fit(config: Config, device: Device | str | float) -> Config | None:
     """The first setting that fits when the batch is split, then the base packed, then rows cut shorter; if any does."""
     while config.max_length >= 64:

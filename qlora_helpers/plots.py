@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from qlora_helpers.cleaning import Data
     from qlora_helpers.curve import Curve
+    from qlora_helpers.plan import Plan
 
 # Okabe and Ito's colours, told apart with any kind of colour vision.
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -257,6 +258,50 @@ def learning_curves(curves: "list[Curve]") -> Figure:
     axes.grid(axis="y")
     axes.set_xlabel("rows to train on (log scale)\nbars and bands: 95% interval of the gap to the base model")
     axes.set_ylabel("held-out loss (nats per token)")
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+@_styled
+def memory_parts(plans: "dict[str, Plan]", card: float | None) -> Figure:
+    """Planned peak memory by part, a bar a method, and the memory of the card."""
+    figure, (axes,) = _new("What takes the memory?", 2.6 + 0.6 * len(plans))
+    names = list(dict.fromkeys(part for plan in plans.values() for part in [*plan.training, "CUDA context"]))
+    sizes = {part: [plan.training.get(part, plan.context if part == "CUDA context" else 0.0) for plan in plans.values()]
+             for part in names}  # fmt: skip
+    whole = max(plan.total for plan in plans.values())
+    left = np.zeros(len(plans))
+    for part, color in zip(names, (*PALETTE, GREY, "#A6761D", "#4B3B8F", "#BBBBBB") * 2, strict=False):
+        label = part if max(sizes[part]) > whole / 50 else f"_{part}"  # too thin to see: no place in the legend
+        axes.barh(list(plans), sizes[part], left=left, color=color, height=0.6, label=label)
+        left += np.array(sizes[part])
+    for row, size in enumerate(left):
+        axes.text(size, row, f" {size:.1f}", va="center")
+    if card is not None:
+        axes.axvline(card, color="black", linestyle="--", linewidth=1.5, label=f"the GPU: {card:.1f} GiB")
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set(xlabel="peak memory in training (GiB)", ylabel="method")
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+@_styled
+def planned_and_measured(lines: list[dict[str, Any]], planned: list[float], seen: list[float]) -> Figure:
+    """Planned against measured peak memory, a dot a setting; those that only score stand out. Within the band: 10%."""
+    figure, (axes,) = _new("Planned and measured", 4.6)
+    reach = np.array([min(seen) * 0.8, max(seen) * 1.25])
+    axes.fill_between(reach, reach * 0.9, reach * 1.1, color=GREY, alpha=0.2, linewidth=0, label="within 10%")
+    axes.plot(reach, reach, color="black", linewidth=1)
+    for scored, color, mark, label in ((False, BLUE, "o", "fitted to"), (True, VERMILLION, "D", "kept for the score")):
+        chosen = [i for i, line in enumerate(lines) if line["scored_only"] == scored]
+        axes.plot([seen[i] for i in chosen], [planned[i] for i in chosen], mark, color=color, label=label, markersize=6)
+    axes.set(xscale="log", yscale="log", xlabel="measured (GiB reserved)", ylabel="planned (GiB)")
+    ticks = [tick for tick in (1, 2, 4, 8, 16, 32) if reach[0] <= tick <= reach[1]]
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.set_yticks(ticks, map(str, ticks))
+    axes.minorticks_off()
+    axes.grid()
     figure.legend(loc="outside lower center", ncols=3)
     return figure
 
