@@ -107,7 +107,7 @@ def arms(config: Config, full: Path, small: Path) -> dict[str, Config]:
 
 
 def judge(found: dict[str, list[runs.RunFolder]], folder: Path) -> list[tuple[str, Difference, str]]:
-    """Each claim with its difference, and what the interval says of it. All models here share a tokenizer, so that their
+    """Each claim with its difference, and what the interval says of it. The models share a tokenizer, so that their
     losses compare per token, and cut rows count too.
     """
     base = runs.RunFolder(folder / found[RANK_14][0].read("manifest.json")["baseline"])
