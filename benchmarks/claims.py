@@ -81,7 +81,7 @@ def _save(shape: Any, weights: dict[str, Any], tokenizer: Any, folder: Path) -> 
 def models(config: Config, folder: Path) -> tuple[Path, Path]:
     """The two models of the original, made where they are missing."""
     full, small = folder / "models" / "with-biases", folder / "models" / "smaller"
-    if not (small / "config.json").exists():
+    if not (small / "tokenizer_config.json").exists():  # written last
         tokenizer = hub.load_tokenizer(config)
         original = hub.from_pretrained(AutoModelForCausalLM, config, dtype=torch.bfloat16).eval()
         biases = sum(p.numel() for name, p in original.named_parameters() if name.endswith("bias"))
@@ -107,14 +107,16 @@ def arms(config: Config, full: Path, small: Path) -> dict[str, Config]:
 
 
 def judge(found: dict[str, list[runs.RunFolder]], folder: Path) -> list[tuple[str, Difference, str]]:
-    """Each claim with its difference, and what the interval says of it. Other models compare in bits per byte."""
+    """Each claim with its difference, and what the interval says of it. The models share a tokenizer, so that their
+    losses compare per token, and cut rows count too.
+    """
     base = runs.RunFolder(folder / found[RANK_14][0].read("manifest.json")["baseline"])
     sides = {name: Arm(name, [evaluation.read_losses(run) for run in group]) for name, group in found.items()}
     sides[BASE] = Arm(BASE, [evaluation.read_losses(base)], trained=False)
     words = {"better": "confirmed", "worse": "contradicted", "not distinguishable": "not distinguishable"}
     judged = []
     for claim, a, b, wanted in CLAIMS:
-        gap = comparison.difference(sides[a], sides[b], "byte" if SMALL in (a, b) else "token")
+        gap = comparison.difference(sides[a], sides[b])
         turned = {"better": "worse", "worse": "better"} if wanted == "worse" else {}
         judged.append((claim, gap, words[turned.get(gap.verdict, gap.verdict)]))
     return judged
@@ -145,7 +147,7 @@ def main() -> None:
         lines.append(f"| {name} | {metrics[0]['trainable_parameters']:,} | {losses} |")
     lines += ["", "| claim | measured | verdict |", "|---|---|---|"]
     judged = judge(found, folder)
-    lines += [f"| {claim} | {gap}, per {gap.unit} | {word} |" for claim, gap, word in judged]
+    lines += [f"| {claim} | {gap} | {word} |" for claim, gap, word in judged]
     runs.write_text(folder / "claims.md", "\n".join(lines) + "\n")
     runs.write_json(
         folder / "claims.json", [{"claim": c, **gap.to_dict(), "claim_is": word} for c, gap, word in judged]
