@@ -108,6 +108,7 @@ def static_parts(load: Load) -> dict[str, float]:
     constants = scales * (1 + FULL / NESTED) if load.config.double_quant else scales * FULL
     return {
         "frozen weights": linear / 2 if load.packed else float(HALF * linear),
+        "trained weights": 0.0,
         "quantisation constants": constants if load.packed else 0.0,
         "embeddings, head, norms": float(HALF * (shape.embeddings + shape.norms + shape.biases - trained_biases)),
         "adapters": float(FULL * _adapter(load)),
