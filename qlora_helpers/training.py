@@ -12,12 +12,12 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from qlora_helpers import cleaning, evaluation, hub, model_card, runs
+from qlora_helpers import cleaning, evaluation, guard, hub, model_card, runs
 from qlora_helpers.cleaning import Data
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device, detect, limit_memory, peak_memory_gib
-from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import RowLoss
+from qlora_helpers.guard import Guard
 from qlora_helpers.model import attach_lora, check_targets, load_base, train_in_float32
 from qlora_helpers.runs import RunFolder
 
@@ -30,10 +30,11 @@ def train(
     """Train `config` into `run` and return it, complete. A complete run is left as it is; one that was cut off goes on.
 
     Raises `UserError` if another process uses the folder, if it holds another run, or if training goes wrong in a
-    way that the result would not show: a loss that is zero or no number, an adapter that did not move.
+    way that the result would not show: see `guard`.
     """
     me = cleaning.identity(config, data)
-    with runs.lock(run):
+    guard.check_rows(data)
+    with runs.lock(run), guard.full_disk_is_one_line(run.path):
         runs.check_free(run, config, me)
         if run.complete:
             print(f"{run.path} is complete: nothing to train.")
@@ -84,7 +85,8 @@ class QloraTrainer(SFTTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out loss per trained token, from the one function that measures it everywhere."""
-        self.heldout_rows = evaluation.heldout_losses(self.model, self.heldout, self.device_)
+        with guard.unchanged(self.model):
+            self.heldout_rows = evaluation.heldout_losses(self.model, self.heldout, self.device_)
         self.heldout_step = self.state.global_step
         metrics = {"eval_loss": evaluation.mean_loss(self.heldout_rows)}
         self.log(metrics)
@@ -113,19 +115,6 @@ class LogWriter(TrainerCallback):
         if _is_step(state.log_history[-1]):
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(state.log_history[-1]) + "\n")
-
-
-class Guard(TrainerCallback):
-    """Stops a run that only looks like one."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """A training loss that is zero or no number means that nothing is learned from here on."""
-        loss = (logs or {}).get("loss")
-        if loss is not None and (loss == 0 or not math.isfinite(loss)):
-            raise UserError(
-                f"training: the loss at step {state.global_step} is {loss}. Mend: a lower learning_rate if it is nan, "
-                "or a look at the label viewer if it is 0: no token may be trained."
-            )
 
 
 class SaveBest(TrainerCallback):
@@ -245,12 +234,7 @@ def _fit(trainer: QloraTrainer, run: RunFolder, me: dict[str, str]) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    model: Any = trainer.model
-    moved = any(p.detach().abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
-    if not moved:
-        raise UserError(
-            "training: the adapter has not moved from its first weights. Mend: more steps or a higher learning_rate."
-        )
+    guard.check_moved(trainer.model)
 
 
 def _save_results(
