@@ -48,8 +48,8 @@ class Guard(TrainerCallback):
 
 
 def check_rows(data: Data) -> None:
-    """Raise `UserError`, with the row's id, if a row has no token to learn or to be measured on, or if a held-out row is
-    trained on. Cleaning drops such rows; this looks at what it is handed, whoever made it.
+    """Raise `UserError`, with the row's id, if a row has no token to learn or to be measured on, or if a held-out row
+    is trained on. Cleaning drops such rows; this looks at what it is handed, whoever made it.
     """
     for where, examples in (("training", data.trained_on), ("held-out", data.heldout)):
         empty = next((example.row for example in examples if not example.trained), None)
@@ -95,7 +95,7 @@ def _state(model: Any) -> dict[str, list[Any]]:
     named = list(model.named_parameters())
     generators = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
     return {
-        "the model's mode (train or eval)": [module.training for module in model.modules()],
+        "the model's mode (train or eval)": [model.training],
         "which weights are trained": [p.requires_grad for _, p in named],
         "the adapter's weights": [p.detach().clone() for _, p in named if p.requires_grad],
         "the base's weights": [(p.data_ptr(), p.shape, p.dtype) for _, p in named if not p.requires_grad],
