@@ -8,7 +8,7 @@ READY := .venv/.ready
 FAST_NOTEBOOKS := $(wildcard notebooks/0[1-4]_*.ipynb)
 NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg -p no:cacheprovider
 
-.PHONY: help install run test test-full lint notebooks figures clean
+.PHONY: help install run test test-full lint notebooks figures clean set-repo colab-list
 
 help:
 	@echo "make run        execute notebooks 01-07 on this machine into $(OUT), and compare"
@@ -16,6 +16,8 @@ help:
 	@echo "make test-full  the long ones too"
 	@echo "make notebooks  execute the notebooks and store their outputs (CPU profile)"
 	@echo "make figures    redraw figures/ and the README's tables from results/"
+	@echo "make set-repo URL=https://github.com/NAME/REPOSITORY   point badges and notebooks to your copy"
+	@echo "make colab-list fetch Colab's list of packages anew"
 
 install: $(READY)
 
@@ -49,6 +51,12 @@ notebooks: $(READY)
 
 figures: $(READY)
 	$(BIN)/python tooling/publish.py
+
+set-repo: $(READY)
+	$(BIN)/python tooling/set_repository.py "$(URL)"
+
+colab-list: $(READY)
+	$(BIN)/python tooling/colab_list.py
 
 clean:
 	rm -rf .venv build dist *.egg-info

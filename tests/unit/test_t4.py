@@ -1,5 +1,5 @@
 """A T4's arithmetic, simulated: capability 7.5 is claimed, the model computes in fp16 on the CPU, and every tensor that
-an operator sees is looked at. The loop of the library, which needs a GPU for its own autocast, is checked by its settings.
+an operator sees is looked at. The library's loop needs a GPU for its own autocast: its settings are checked.
 """
 
 import contextlib
