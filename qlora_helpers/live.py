@@ -1,5 +1,6 @@
 """The figure that a notebook redraws while a run trains."""
 
+import contextlib
 import math
 import sys
 import time
@@ -39,7 +40,9 @@ class LiveLoss(TrainerCallback):
             return
         self._shown = now
         # The file has the loss before training; for the rest it may lag a line behind.
-        logged = self.run.log() if (self.run / "log.jsonl").exists() else []
+        logged = []
+        with contextlib.suppress(OSError):  # not there yet, or on a Drive that is gone
+            logged = self.run.log()
         first = [line for line in logged if line["step"] == 0]
         figure = plots.loss_curves({"this run": [*first, *state.log_history]})
         if self._handle is None:

@@ -17,17 +17,17 @@ from qlora_helpers.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SEAL = "complete.json"
+DRIVE = Path("/content/drive/MyDrive")  # Google Drive, where Colab mounts it
 
 
 def workdir(given: str | None = None) -> Path:
     """The folder that holds all runs: the given one, else `QLORA_WORKDIR`, else Google Drive if it is mounted, else
     `runs/` in the checkout, else `runs/` here. It is made if it is missing; one that cannot be written is an error.
     """
-    drive = Path("/content/drive/MyDrive")
     if given or os.environ.get("QLORA_WORKDIR"):
         path = Path(given or os.environ["QLORA_WORKDIR"])
-    elif drive.is_dir():
-        path = drive / "qlora_runs"
+    elif DRIVE.is_dir():
+        path = DRIVE / "qlora_runs"
     else:
         path = (ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()) / "runs"
     path = path.expanduser().resolve()

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from qlora_helpers import cleaning, evaluation, guard, hub, model_card, runs
+from qlora_helpers import cleaning, drive, evaluation, guard, hub, model_card, runs
 from qlora_helpers.cleaning import Data
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device, detect, limit_memory, peak_memory_gib
@@ -34,6 +34,12 @@ def train(
     """
     me = cleaning.identity(config, data)
     guard.check_rows(data)
+    mirror = drive.mirror(run)
+    if mirror and not run.complete:
+        runs.check_free(run, config, me)
+        mirror.pull(me)
+        train(config, data, tokenizer, mirror.here, [*callbacks, CopyToDrive(mirror)])
+        return mirror.finish()
     with runs.lock(run), guard.full_disk_is_one_line(run.path):
         runs.check_free(run, config, me)
         if run.complete:
@@ -115,6 +121,17 @@ class LogWriter(TrainerCallback):
         if _is_step(state.log_history[-1]):
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(state.log_history[-1]) + "\n")
+
+
+class CopyToDrive(TrainerCallback):
+    """Brings the run on Google Drive up to date when a checkpoint is whole."""
+
+    def __init__(self, mirror: drive.Mirror) -> None:
+        self.mirror = mirror
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The checkpoint is sealed: copy it."""
+        self.mirror.push()
 
 
 class SaveBest(TrainerCallback):
