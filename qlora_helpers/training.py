@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from qlora_helpers import cleaning, drive, evaluation, guard, hub, model_card, runs
@@ -19,6 +19,7 @@ from qlora_helpers.device import Device, detect, limit_memory, peak_memory_gib
 from qlora_helpers.evaluation import RowLoss
 from qlora_helpers.guard import Guard
 from qlora_helpers.model import attach_lora, check_targets, load_base, train_in_float32
+from qlora_helpers.progress import Progress
 from qlora_helpers.runs import RunFolder
 
 FP16_SCALE = 1024.0  # the default, 65536, overflows at first: the scaler would skip the first steps
@@ -153,7 +154,7 @@ def build_trainer(
 ) -> QloraTrainer:
     """The trainer for this run. Labels are ours, so TRL's own templating and masking have nothing to do."""
     rows = [{"input_ids": example.input_ids, "labels": example.labels} for example in data.trained_on]
-    callbacks = [Guard(), *callbacks]
+    callbacks = [Guard(), Progress(), *callbacks]
     if config.keep_best:
         callbacks.append(SaveBest())
     if config.early_stopping_patience:
@@ -166,6 +167,7 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    trainer.remove_callback(PrinterCallback)  # what the library has in place of its bar: a line a step
     train_in_float32(model)
     if device.kind == "cuda" and device.dtype == "float16":
         trainer.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=FP16_SCALE)
@@ -200,6 +202,7 @@ def _arguments(config: Config, n_rows: int, device: Device, run: RunFolder) -> S
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         logging_steps=1,
+        disable_tqdm=True,  # see Progress
         logging_nan_inf_filter=False,  # the filter would hide a loss that is no number
         include_num_input_tokens_seen="non_padding",
         bf16=device.kind == "cuda" and device.dtype == "bfloat16",

@@ -143,6 +143,9 @@ def test_the_scaler_of_a_gpu_run_starts_low(t4, monkeypatch, config, tokenizer, 
         def __init__(self, **kwargs):
             self.accelerator = type("Accelerator", (), {})()
 
+        def remove_callback(self, kind):
+            """Has none."""
+
     monkeypatch.setattr(training, "QloraTrainer", Shell)
     data = cleaning.prepare(config, tokenizer)
     training.build_trainer(None, config, data, tokenizer, t4, RunFolder(tmp_path / "run"))
