@@ -30,9 +30,11 @@ def build_parser() -> Parser:
     run = commands.add_parser("run", help="execute notebooks 01-07 and write the comparison", allow_abbrev=False)
     run.add_argument("--samples", type=int, nargs=2, metavar=("N1", "N2"), help="rows of experiments 1 and 2")
     run.add_argument("--seed", type=int, help="seed of both experiments")
-    batch = commands.add_parser("batch", help="one run per sample count and seed", allow_abbrev=False)
+    batch = commands.add_parser("batch", help="one run per sample count, setting and seed", allow_abbrev=False)
     batch.add_argument("--samples", type=int, nargs="+", required=True, metavar="N", help="rows to train on")
     batch.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="S", help="seeds")
+    for option, kind in (("learning-rates", float), ("ranks", int), ("epochs-list", int), ("effective-batches", int)):
+        batch.add_argument(f"--{option}", type=kind, nargs="+", metavar="X", help="tried singly, at the largest N")
     for command in (run, batch):
         command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for everything written")
         command.add_argument("--profile", default="auto", help=f"{', '.join(PROFILES)}, or auto: look at this machine")
@@ -126,9 +128,10 @@ def _print_comparison(written: Path) -> None:
 
 
 def _batch(**args: Any) -> None:
-    from qlora_helpers import series
+    from qlora_helpers import series, sweep
 
-    batch = series.run_batch(**args)
+    lists = {name: args.pop(name) for name in sweep.KNOBS}
+    batch = series.run_batch(lists=lists, **args)
     print("\n| run | rows | seed | steps | base loss | held-out loss | seconds |\n|---|---|---|---|---|---|---|")
     for run in batch:
         m = run.read("metrics.json")

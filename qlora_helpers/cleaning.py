@@ -140,7 +140,11 @@ def prepare(config: Config, tokenizer: Any) -> Data:
 
     Raises `UserError` if too few usable rows are left. A row is usable if it has at least one trained token.
     """
-    cleaned = clean(config, tokenizer)
+    return select(clean(config, tokenizer), config, tokenizer)
+
+
+def select(cleaned: Cleaned, config: Config, tokenizer: Any) -> Data:
+    """The config's part of a source that is cleaned already: cleaning does not depend on `n_samples`."""
     check_enough(cleaned, config.n_heldout, config.n_samples or 1)
     train = _encode(cleaned.train[: config.n_samples], config, tokenizer)
     heldout = _encode(cleaned.heldout, config, tokenizer)

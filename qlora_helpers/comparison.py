@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -70,27 +70,44 @@ def difference(a: Arm, b: Arm, unit: str = "token") -> Difference:
     has several seeds, what other seeds would change. With one seed it speaks of these two adapters alone. Raises
     `UserError` if the two were not measured on the same rows.
     """
-    first, second = a.seeds[0], b.seeds[0]
-    if any(_keys(losses, unit) != _keys(first, unit) for losses in (*a.seeds, *b.seeds)):
-        raise UserError(
-            f"comparison: {a.name} and {b.name} were measured on different held-out rows. Mend: run both with the same "
-            "data set, data_seed, n_heldout, template and max_length."
-        )
+    found, rows = contrast([a, b], [-1, 1], unit)
+    return Difference(a.name, b.name, found.value, found.low, found.high, rows, fewest_seeds([a, b]), unit)
+
+
+def fewest_seeds(arms: Iterable[Arm]) -> int:
+    """The smallest number of training seeds behind any of them; the base model is not trained."""
+    return min((len(arm.seeds) for arm in arms if arm.trained), default=1)
+
+
+def contrast(arms: Sequence[Arm], factors: Sequence[float], unit: str = "token") -> tuple[Interval, int]:
+    """The sum of the arms' losses times `factors`, and the rows counted: with -1 and 1 a difference, with those of a
+    least-squares line its slope. Rows are resampled with all their losses, since every arm saw the same ones.
+    """
+    first = arms[0].seeds[0]
+    for arm in arms:
+        if any(_keys(losses, unit) != _keys(first, unit) for losses in arm.seeds):
+            raise UserError(
+                f"comparison: {arms[0].name} and {arm.name} were measured on different held-out rows. Mend: run both "
+                "with the same data set, data_seed, n_heldout, template and max_length."
+            )
     weights = np.array([row.tokens if unit == "token" else row.bytes for row in first], dtype=float)
     if unit == "byte":  # a row that one of them cut is another text
-        weights *= [x.bytes == y.bytes for x, y in zip(first, second, strict=True)]
+        for arm in arms[1:]:
+            weights *= [x.bytes == y.bytes for x, y in zip(first, arm.seeds[0], strict=True)]
     counted = weights > 0
     if not counted.any():
         raise UserError("comparison: no held-out row is whole in both runs. Mend: a larger max_length.")
-    scale = 1.0 if unit == "token" else 1 / math.log(2)
-    sums = [np.array([[row.loss_sum for row in seed] for seed in arm.seeds])[:, counted] * scale for arm in (a, b)]
-    gap = sums[1].mean(axis=0) - sums[0].mean(axis=0)
+    scale = np.asarray(factors, dtype=float) / (1.0 if unit == "token" else math.log(2))
+    sums = [
+        np.array([[row.loss_sum for row in seed] for seed in arm.seeds])[:, counted] * factor
+        for arm, factor in zip(arms, scale, strict=True)
+    ]
+    means = np.array([arm.mean(axis=0) for arm in sums])
+    gap = means.sum(axis=0)
+    gap[np.abs(gap) < 1e-12 * np.abs(means).sum(axis=0)] = 0  # what rounding leaves of equal losses is no difference
     over_rows = intervals.ratio(gap, weights[counted])
-    found = intervals.widen(
-        over_rows, *(intervals.seed_error(arm.sum(axis=1) / weights[counted].sum()) for arm in sums)
-    )
-    fewest = min((len(arm.seeds) for arm in (a, b) if arm.trained), default=1)
-    return Difference(a.name, b.name, found.value, found.low, found.high, int(counted.sum()), fewest, unit)
+    by_seed = (intervals.seed_error(arm.sum(axis=1) / weights[counted].sum()) for arm in sums)
+    return intervals.widen(over_rows, *by_seed), int(counted.sum())
 
 
 def _keys(losses: list[RowLoss], unit: str) -> list[tuple[str, int]]:

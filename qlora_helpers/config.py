@@ -21,6 +21,7 @@ PROFILES = ("cpu", "t4", "gpu")
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 SAMPLE_DATA = "sample"
 PYTHON_DOCS = "python-stdlib"
+MANY_RUNS = ("sample_counts", "seconds_per_run")  # a profile's keys that are about batches, no settings of one run
 
 
 def _field(
@@ -111,7 +112,7 @@ class Config:
         profile = _resolve_profile(given.pop("profile", "auto"))
         _check(given)
         layers = {**load_preset(preset), "preset_name": preset, "profile": profile}
-        settings = dict(_load_yaml("profiles", profile))
+        settings = {key: value for key, value in _load_yaml("profiles", profile).items() if key not in MANY_RUNS}
         share, most = settings.pop("sample_share", 1.0), settings.pop("sample_limit", None)
         if layers.get("n_samples"):
             scaled = round(layers["n_samples"] * share)
@@ -157,6 +158,13 @@ class Config:
         """Plain values, as written to `config.json`."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
+    @property
+    def params(self) -> dict[str, Any]:
+        """What `from_params` makes this config of again: its preset, its profile, and what differs from the two."""
+        own = {"preset": self.preset_name, "profile": self.profile}
+        plain = Config.from_params(**own).to_dict()
+        return own | {key: value for key, value in self.to_dict().items() if value != plain[key]}
+
     def replace(self, **changes: Any) -> "Config":
         """A copy with other values, checked like any parameters."""
         return Config(**_check({**dataclasses.asdict(self), **changes}))
@@ -186,6 +194,11 @@ def _load_yaml(folder: str, name: str) -> dict[str, Any]:
     import yaml
 
     return yaml.safe_load((resources.files("qlora_helpers") / folder / f"{name}.yaml").read_text("utf-8"))
+
+
+def of_profile(profile: str, key: str) -> Any:
+    """One of a profile's values about many runs: see `MANY_RUNS`."""
+    return _load_yaml("profiles", profile)[key]
 
 
 def preset_names() -> list[str]:

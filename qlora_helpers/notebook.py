@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,14 @@ class Setup:
     run_name: str | None
 
 
-def resolve(namespace: Mapping[str, Any], experiment: int | None = None) -> Setup:
+def resolve(namespace: Mapping[str, Any], experiment: int | None = None, apart: Collection[str] = ()) -> Setup:
     """Turn a notebook's parameters into a `Config`; called as `resolve(globals())`.
 
     Any setting of `Config` may be injected, listed in the notebook or not. A name that is no parameter raises
     `UserError` with the nearest one: papermill itself only warns. In a notebook about several experiments,
-    `preset_1` is the `preset` of experiment 1, and so on.
+    `preset_1` is the `preset` of experiment 1, and so on. Names in `apart` are the notebook's own, no settings.
     """
-    given = _parameters(namespace)
+    given = {name: value for name, value in _parameters(namespace).items() if name not in apart}
     if experiment is not None:
         own = {name.removesuffix(f"_{experiment}"): v for name, v in given.items() if name.endswith(f"_{experiment}")}
         given = {name: v for name, v in given.items() if not NUMBERED.search(name)} | own

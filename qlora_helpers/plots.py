@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from qlora_helpers.cleaning import Data
+    from qlora_helpers.curve import Curve
 
 # Okabe and Ito's colours, told apart with any kind of colour vision.
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -228,6 +229,35 @@ def differences(result: dict[str, Any]) -> Figure:
     axes.set_xlabel(f"difference in held-out loss, 95% interval\n({unit})")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_yticks(range(len(entries)), [f"{d['b']}\nvs {d['a']}" for d in entries])
+    return figure
+
+
+@_styled
+def learning_curves(curves: "list[Curve]") -> Figure:
+    """Held-out loss against rows of training: points, lines and their bands, and the base model.
+
+    What is paired is the gap to the base model, so bars and bands are 95% intervals of that gap, drawn below its loss.
+    """
+    figure, (axes,) = _new("What do more rows buy?", 4.6)
+    base = curves[0].base_loss
+    axes.axhline(base, color="black", linestyle="--", linewidth=1.5, label="base model")
+    for curve, color, mark in zip(curves, (BLUE, ORANGE), "os", strict=False):
+        points = curve.points
+        gaps = [found.value + base for found in points.values()]
+        reach = [found.high - found.value for found in points.values()]
+        axes.errorbar(list(points), gaps, reach, fmt=mark, color=color, markersize=7, capsize=5, label=curve.name)
+        along = np.geomspace(min(points), max(points), 25)
+        line = [curve.at(rows) for rows in along]
+        axes.plot(along, [base + found.value for found in line], color=color, linewidth=1.5)
+        band = [[base + getattr(found, end) for found in line] for end in ("low", "high")]
+        axes.fill_between(along, *band, color=color, alpha=0.2, linewidth=0)
+    sizes = sorted({rows for curve in curves for rows in curve.arms})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [f"{rows:,}" for rows in sizes])
+    axes.grid(axis="y")
+    axes.set_xlabel("rows to train on (log scale)\nbars and bands: 95% interval of the gap to the base model")
+    axes.set_ylabel("held-out loss (nats per token)")
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 

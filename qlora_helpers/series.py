@@ -1,14 +1,16 @@
 """The notebooks in order, headless, through papermill; and one notebook over many parameters."""
 
-import itertools
 import logging
 import sys
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import cleaning, hub, runs
+from qlora_helpers import cleaning, hub, runs, sweep
 from qlora_helpers.config import Config
 from qlora_helpers.errors import UserError
+from qlora_helpers.experiments import Wanted
 from qlora_helpers.runs import RunFolder
 
 EXPERIMENTS = {"05_train_exp1": "tinyllama-guanaco-100", "06_train_exp2": "tinyllama-guanaco-200"}
@@ -48,27 +50,59 @@ def run_series(out: Path, samples: list[int] | None, **params: Any) -> Path:
     return folder / "report.md"
 
 
-def run_batch(out: Path, samples: list[int], seeds: list[int], **params: Any) -> list[RunFolder]:
-    """Notebook 05 for every sample count and seed, a run folder each; complete runs are not run again."""
-    settings = list(itertools.product(samples, seeds))
-    batch = [RunFolder(out / f"n{n_samples}-seed{seed}") for n_samples, seed in settings]
-    for run, (n_samples, seed) in zip(batch, settings, strict=True):
-        _check(run, preset="tinyllama-guanaco-100", n_samples=n_samples, seed=seed, **params)
-    folder = runs.workdir(str(out))
-    for number, (run, (n_samples, seed)) in enumerate(zip(batch, settings, strict=True), 1):
-        label = f"[{number}/{len(settings)}] {run.name}"
+def run_batch(
+    out: Path, samples: list[int], seeds: list[int], lists: Mapping[str, Any] | None = None, **params: Any
+) -> list[RunFolder]:
+    """A run for every sample count and seed, and, at the largest count, for every value of `sweep.KNOBS` in `lists`.
+
+    Raises `UserError` before anything is written if parameters or data cannot be, or a folder holds another run.
+    """
+    config = Config.from_params(preset="tinyllama-guanaco-100", n_samples=max(samples), **params)
+    tokenizer = hub.load_tokenizer(config)
+    cleaned = cleaning.clean(config, tokenizer)
+    settings = [*sweep.sizes(config, samples), *sweep.knobs(config, max(samples), lists or {})]
+    needed = sweep.needed(settings, seeds, cleaned, tokenizer, out.expanduser().resolve())
+    for item in needed:
+        if item.run.identity() is None:
+            runs.check_free(RunFolder(item.folder / item.name), item.config, cleaning.identity(item.config, item.data))
+    runs.workdir(str(out))
+    return [run for group in train(needed).values() for run in group]
+
+
+def train(needed: Sequence[Wanted], bar: bool = True) -> dict[str, list[RunFolder]]:
+    """Notebook 05 for every run that is not complete, whatever its folder's name; one that was cut off goes on.
+
+    Returns the runs of each experiment, its seeds in order. `bar`: papermill's own, which is no good inside a notebook.
+    Raises `UserError` at the end if any of them failed: one does not take the others down.
+    """
+    failed: list[str] = []
+    found: dict[str, list[RunFolder]] = {}
+    for number, item in enumerate(needed, 1):
+        run = item.run
+        label = f"[{number}/{len(needed)}] {run.name}"
         if run.complete:
             print(f"{label}: complete, not run again")
-            continue
-        own = {"workdir": str(folder), "run_name": run.name, "n_samples": n_samples, "seed": seed}
-        execute("05_train_exp1", run / "notebook.ipynb", {**params, **own}, label)
-    return batch
+        else:
+            params = item.config.params | {"workdir": str(item.folder), "run_name": run.name}
+            try:
+                execute("05_train_exp1", run / "notebook.ipynb", params, label, bar)
+            except UserError as error:
+                failed.append(run.name)
+                print(f"{label}: failed: {error}", flush=True)
+        found.setdefault(item.experiment, []).append(run)
+    if failed:
+        raise UserError(
+            f"batch: {len(failed)} of {len(needed)} runs failed ({', '.join(failed)}); the others are complete. "
+            "Mend: what is said above of each, and the same command again."
+        )
+    return found
 
 
-def execute(name: str, target: Path, params: dict[str, Any], label: str) -> None:
-    """One notebook through papermill into `target`, with a bar of its cells.
+def execute(name: str, target: Path, params: dict[str, Any], label: str, bar: bool = True) -> None:
+    """One notebook through papermill into `target`, with a bar of its cells; without a terminal, or without `bar`, with
+    a line at its beginning and one at its end.
 
-    A `UserError` in the notebook comes out as one; any other error names the notebook and the cell.
+    A `UserError` in the notebook comes out as one; any other error too, and both name the notebook and the cell.
     """
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -76,23 +110,28 @@ def execute(name: str, target: Path, params: dict[str, Any], label: str) -> None
     target.parent.mkdir(parents=True, exist_ok=True)
     # The notebooks check names themselves, and know more parameters than their cell lists.
     logging.getLogger("papermill").setLevel(logging.ERROR)
+    bar, began = bar and sys.stdout.isatty(), time.monotonic()
+    if not bar:
+        print(f"{label}: begins", flush=True)
     try:
         papermill.execute_notebook(
             notebooks_folder() / f"{name}.ipynb",
             target,
             parameters={key: value for key, value in params.items() if value is not None},
             kernel_name="python3",
-            progress_bar={"desc": label, "file": sys.stdout},
+            progress_bar={"desc": label, "file": sys.stdout} if bar else False,
             shutdown_kernel="immediate",  # all cells are done: a graceful end costs seconds and saves nothing
             extra_arguments=["--log-level=ERROR"],  # the kernel's remarks on its own transport
         )
     except PapermillExecutionError as error:
         if error.ename == "UserError":
-            raise UserError(f"{error.evalue}") from None
+            raise UserError(f"{error.evalue} (Notebook {name}, cell {error.exec_count}.)") from None
         why = (error.evalue.strip().splitlines() or [""])[-1]
         raise UserError(
             f"notebook {name}, cell {error.exec_count}: {error.ename}: {why}. The executed notebook: {target}."
         ) from None
+    if not bar:
+        print(f"{label}: done in {time.monotonic() - began:.0f} s", flush=True)
 
 
 def _check(run: RunFolder, **params: Any) -> None:

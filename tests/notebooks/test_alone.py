@@ -12,13 +12,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"profile": "cpu", "n_heldout": 4, "epochs": 1}
-SAMPLES = {"07_compare": {"n_samples_1": 4, "n_samples_2": 8}}
+SAMPLES = {"07_compare": {"n_samples_1": 4, "n_samples_2": 8}, "09_how_much_data": {"sample_counts": [4, 8]}}
 
 
 def papermill(name, folder, **params):
     words = [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / f"{name}.ipynb"), str(folder / "out.ipynb")]
     for key, value in params.items():
-        words += ["-p", key, str(value)]
+        words += ["-y", f"{key}: {value}"] if isinstance(value, list) else ["-p", key, str(value)]
     env = {key: value for key, value in os.environ.items() if key != "QLORA_WORKDIR"}
     return subprocess.Popen(
         [*words, "-k", "python3"], cwd=folder, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True

@@ -28,10 +28,10 @@ def test_the_series_is_there():
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
-def test_order_of_cells(notebook):
+def test_order_of_cells(notebook, request):
     kinds = [cell.cell_type for cell in notebook.cells[:5]]
     assert kinds == ["markdown", "markdown", "code", "markdown", "code"]
-    assert notebook.cells[0].source.startswith("# 0")
+    assert notebook.cells[0].source.startswith(f"# {request.node.callspec.id[:2]} · ")
     assert "colab-badge" in notebook.cells[0].source
     for word in ("You will see", "It needs", "leaves behind", "behind", "min"):
         assert word.split()[-1] in notebook.cells[1].source

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,34 @@ def test_batch_reuses_what_is_complete(tmp_path):
     small, large = (read(tmp_path / "batch" / name / "metrics.json") for name in ("n4-seed0", "n8-seed0"))
     assert (small["steps"], large["steps"]) == (1, 2)
     assert small["eval_loss"] != large["eval_loss"]
+
+
+@pytest.mark.slow
+def test_a_batch_that_is_killed_goes_on(tmp_path, model_folder):
+    """The tiny model, for real: papermill, kernels, and a SIGKILL in the middle of the second of three runs."""
+    out = tmp_path / "batch"
+    words = [sys.executable, "-m", "qlora_helpers", "batch", "--profile", "cpu", "--model", model_folder, "--out", out]
+    words += ["--samples", 4, 24, "--learning-rates", 0.001, "--epochs", 10, "--save-steps", 5, "--n-heldout", 8]
+    words = [str(word) for word in words]
+    killed = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True)
+    while not (out / "n24-seed0" / "checkpoints" / "checkpoint-10" / "complete.json").exists():
+        assert killed.poll() is None
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (out / "n24-seed0" / "metrics.json").exists()
+    stamp = (out / "n4-seed0" / "metrics.json").stat().st_mtime_ns
+    time.sleep(2)  # the kernel, in a group of its own, notices that its parent is gone
+    done = command(*words[2:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "n4-seed0: complete, not run again" in done.stdout
+    assert (out / "n4-seed0" / "metrics.json").stat().st_mtime_ns == stamp
+    assert "Going on from checkpoint-" in (out / "n24-seed0" / "notebook.ipynb").read_text("utf-8")
+    for name in ("n24-seed0", "n24-lr0.001-seed0"):
+        log = [json.loads(line) for line in (out / name / "log.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in log if "loss" in line] == list(range(1, 61))
+    rates = [read(out / name / "config.json")["config"]["learning_rate"] for name in ("n24-seed0", "n24-lr0.001-seed0")]
+    assert rates == [2e-4, 1e-3]
 
 
 def test_papermill_from_outside_checks_names_and_types(tmp_path):

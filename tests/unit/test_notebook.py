@@ -51,3 +51,10 @@ def test_other_variables_are_not_parameters(tmp_path):
 def test_no_parameters_is_an_error(tmp_path):
     with pytest.raises(UserError, match="none found"):
         notebook.resolve(namespace(tmp_path, "x = 1"))
+
+
+def test_a_notebook_s_own_lists_are_no_settings(tmp_path):
+    cells = [OURS, f"# Parameters\nworkdir = {str(tmp_path)!r}\nranks = [4, 8]"]
+    assert notebook.resolve(namespace(tmp_path, *cells), 1, apart=["ranks"]).config.n_samples == 4
+    with pytest.raises(UserError, match="there is no 'ranks'"):
+        notebook.resolve(namespace(tmp_path, *cells), 1)

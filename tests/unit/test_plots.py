@@ -17,6 +17,9 @@ from PIL import Image
 
 from qlora_helpers import live, plots
 from qlora_helpers.cleaning import Cleaned, Data
+from qlora_helpers.comparison import Arm
+from qlora_helpers.curve import Curve
+from qlora_helpers.evaluation import RowLoss
 from qlora_helpers.layouts import Row
 from qlora_helpers.runs import ROOT, RunFolder
 from qlora_helpers.templates import Example
@@ -59,6 +62,18 @@ TABLES = {
         {"module": "RMSNorm", "parameters": 8, "bytes": 16},
     ],
 }
+
+
+def arm(loss: float, spread: float = 0.0) -> Arm:
+    """Four rows of ten tokens whose losses lie around `loss`."""
+    return Arm("", [[RowLoss(str(i), 10 * (loss + spread * (i - 1.5)), 10, 0) for i in range(4)]])
+
+
+def curve(name: str, losses: dict[int, float]) -> Curve:
+    return Curve(name, arm(3.0), {rows: arm(loss, 0.02) for rows, loss in losses.items()})
+
+
+CURVES = [curve("equal epochs", {25: 2.5, 50: 2.4, 800: 2.0}), curve("equal steps", {25: 2.2, 50: 2.1, 800: 2.0})]
 FIGURES = {
     "token_lengths": lambda: plots.token_lengths(DATA, 64),
     "levels": lambda: plots.levels(
@@ -70,6 +85,7 @@ FIGURES = {
     "loss_curves": lambda: plots.loss_curves({"exp1": log([2.0, 1.9]), "exp2": log([2.0, 1.8, 1.7])}),
     "loss_curves of three": lambda: plots.loss_curves({name: log([2.0, 1.9]) for name in "abc"}),
     "differences": lambda: plots.differences(RESULT),
+    "learning_curves": lambda: plots.learning_curves(CURVES),
 }
 
 
@@ -210,6 +226,26 @@ def test_differences_takes_an_interval_without_end() -> None:
     ]
     left, right = plots.differences({"differences": entries}).axes[0].get_xlim()
     assert left < -0.4 < 0 < right < np.inf
+
+
+def test_learning_curves_show_losses_below_the_base_model_s() -> None:
+    figure = plots.learning_curves(CURVES)
+    axes = figure.axes[0]
+    assert words(figure) == ["base model", "equal epochs", "equal steps"]
+    assert list(axes.lines[0].get_ydata()) == [3.0, 3.0]
+    assert axes.get_xscale() == "log"
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["25", "50", "800"]
+    for bars, points in zip(axes.containers, CURVES, strict=True):
+        x, y = bars[0].get_data()
+        assert dict(zip(x, y, strict=True)) == pytest.approx({n: 3 + d.value for n, d in points.points.items()})
+        (ends,) = bars[2]
+        assert [s[:, 1] for s in ends.get_segments()] == [
+            pytest.approx([3 + d.low, 3 + d.high]) for d in points.points.values()
+        ]
+    band = axes.collections[1].get_paths()[0].vertices  # after the first curve's bars
+    first, last = CURVES[0].at(25), CURVES[0].at(800)
+    assert {round(y, 9) for x, y in band if x == 25} == {round(3 + first.low, 9), round(3 + first.high, 9)}
+    assert max(y for x, y in band if x > 799.9) == pytest.approx(3 + last.high)
 
 
 def test_save_writes_300_dpi_and_leaves_nothing_else(tmp_path) -> None:

@@ -1,0 +1,222 @@
+"""Which runs a batch plans, that complete ones are reused under any name, and that a stopped batch goes on."""
+
+from pathlib import Path
+
+import pytest
+
+from qlora_helpers import Config, UserError, __main__, cleaning, comparison, curve, runs, series, sweep
+from qlora_helpers.runs import RunFolder
+
+SEEDS = [0]
+
+
+@pytest.fixture(scope="module")
+def cleaned(config, tokenizer):
+    return cleaning.clean(config, tokenizer)
+
+
+def planned(config, cleaned, tokenizer, folder, counts=(4, 8), seeds=SEEDS, **lists):
+    settings = [*sweep.sizes(config, counts), *sweep.knobs(config, max(counts), lists)]
+    return sweep.needed(settings, seeds, cleaned, tokenizer, folder)
+
+
+def test_the_profile_s_sizes(config, cleaned):
+    assert sweep.counts(config, cleaned) == ([12, 24, 48], [])
+    for profile in ("t4", "gpu"):
+        sizes, _ = sweep.counts(Config.from_params(profile=profile, n_heldout=6), cleaned)
+        assert sizes[:4] == [25, 50, 100, 200]
+
+
+def test_sizes_above_the_data_give_way_to_all_there_is(config, cleaned):
+    left = len(cleaned.train)
+    sizes, remarks = sweep.counts(config, cleaned, [8, 100_000, left + 1])
+    assert sizes == [8, left]
+    assert remarks == [f"sample_counts: the data has {left} rows to train on: {left} instead of {left + 1}, 100000"]
+    assert sweep.counts(config, cleaned, [left, 8]) == ([8, left], [])
+
+
+def test_a_size_named_twice_is_run_once(config, cleaned):
+    assert sweep.counts(config, cleaned, [8, 4, 8]) == ([4, 8], ["sample_counts: 8 named more than once, run once"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ([0, 8], "n_samples: 0 is too small"),
+        ([-4, 8], "n_samples: -4 is too small"),
+        (["4", 8], "n_samples: expected a whole number, got '4'"),
+        ([4, True], "n_samples: expected a whole number"),
+        ([4, None], "expected a list of numbers"),
+        ([], "expected a list of numbers"),
+        ("4 8", "expected a list of numbers such as .1, 2., got '4 8'"),
+        ([8], "a curve needs two sizes or more, and 8 alone is left of 8 "),
+        ([8, 8], "a curve needs two sizes or more"),
+        ([10_000, 20_000], "alone is left of 10000, 20000"),
+    ],
+)
+def test_what_is_no_list_of_sizes_is_refused(config, cleaned, asked, message):
+    with pytest.raises(UserError, match=message):
+        sweep.counts(config, cleaned, asked)
+
+
+def test_too_few_rows_are_counted(config, tokenizer):
+    cleaned = cleaning.clean(config.replace(n_heldout=10_000), tokenizer)
+    with pytest.raises(UserError, match="0 usable rows are left"):
+        sweep.counts(config.replace(n_heldout=10_000), cleaned)
+
+
+def test_equal_steps_repeat_the_smaller_sizes(config):
+    """16 rows in batches of 4 for 3 epochs are 12 steps; so are 4 rows for 12 epochs, and 9 rows for 4."""
+    found = sweep.equal_steps(config.replace(epochs=3), [4, 9, 16])
+    assert [(s.name, s.folder, s.config.n_samples, s.config.epochs) for s in found] == [
+        ("4 rows, 12 steps", "n4-epochs12", 4, 12),
+        ("9 rows, 12 steps", "n9-epochs4", 9, 4),
+        ("16 rows", "n16", 16, 3),
+    ]
+    assert found[-1] == sweep.sizes(config.replace(epochs=3), [16])[0]
+
+
+def test_knobs_change_one_value_each(config):
+    lists = {"learning_rates": [1e-3, 0.01], "ranks": [8], "epochs_list": None, "effective_batches": [8, 6, 5]}
+    base, *changed = sweep.knobs(config, 8, lists)
+    assert (base.name, base.config) == ("8 rows", config.replace(n_samples=8))
+    plain = base.config.to_dict()
+    differ = {s.name: {k: v for k, v in s.config.to_dict().items() if v != plain[k]} for s in changed}
+    assert differ == {  # 0.01 is the base's own rate
+        "learning rate 0.001": {"learning_rate": 0.001},
+        "rank 8": {"rank": 8},
+        "effective batch 8": {"gradient_accumulation": 2},
+        "effective batch 6": {"batch_size": 3, "gradient_accumulation": 2},
+        "effective batch 5": {"batch_size": 1, "gradient_accumulation": 5},
+    }
+    assert [s.folder for s in changed][:3] == ["n8-lr0.001", "n8-rank8", "n8-batch8"]
+
+
+def test_nothing_to_turn_needs_no_base(config):
+    assert sweep.knobs(config, 8, dict.fromkeys(sweep.KNOBS)) == []
+    assert sweep.knobs(config, 8, {"ranks": [config.rank]}) == []
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ({"ranks": [0]}, "rank: 0 is too small"),
+        ({"ranks": 8}, "ranks: expected a list"),
+        ({"learning_rates": ["2e-4"]}, "in YAML write 2.0e-4"),
+        ({"effective_batches": [0]}, "effective_batches: 0 is no number of rows"),
+        ({"effective_batches": [2.5]}, "effective_batches: 2.5 is no number of rows"),
+        ({"epochs_list": [None]}, "epochs_list: expected a list"),
+    ],
+)
+def test_bad_values_are_refused(config, lists, message):
+    with pytest.raises(UserError, match=message):
+        sweep.knobs(config, 8, lists)
+
+
+def test_every_run_is_planned_once(config, cleaned, tokenizer, tmp_path):
+    """8 rows are a point of the curve and what the rank is changed from."""
+    needed = planned(config, cleaned, tokenizer, tmp_path, seeds=[3, 4], ranks=[8])
+    assert [item.name for item in needed] == [
+        "n4-seed3", "n4-seed4", "n8-seed3", "n8-seed4", "n8-rank8-seed3", "n8-rank8-seed4",
+    ]  # fmt: skip
+    assert [item.config.seed for item in needed] == [3, 4] * 3
+    assert [len(item.data.train) for item in needed] == [4, 4, 8, 8, 8, 8]
+    for item in needed:
+        whole = cleaning.prepare(item.config, tokenizer)
+        assert item.data.to_manifest() == whole.to_manifest()
+        assert Config.from_params(**item.config.params) == item.config
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture
+def batch(config, cleaned, tokenizer, monkeypatch):
+    """`series.train` with notebook 05 replaced by what it does; `stop_at` cuts the batch off before that run."""
+
+    def run(folder, stop_at=None, **plan):
+        started = []
+
+        def execute(name, target, params, label, bar):
+            assert name == "05_train_exp1"
+            if len(started) == stop_at:
+                raise Stopped
+            params = dict(params)
+            where, run_name = Path(params.pop("workdir")), params.pop("run_name")
+            assert target == where / run_name / "notebook.ipynb"
+            from qlora_helpers import training
+
+            its = Config.from_params(**params)
+            data = cleaning.prepare(its, tokenizer)
+            found = runs.choose(where, run_name, cleaning.identity(its, data))
+            assert found.name == run_name
+            started.append(run_name)
+            training.train(its, data, tokenizer, found)
+
+        monkeypatch.setattr(series, "execute", execute)
+        small = config.replace(n_answers=2, epochs=1)
+        try:
+            return started, series.train(planned(small, cleaned, tokenizer, folder, **plan))
+        except Stopped:
+            return started, None
+
+    return run
+
+
+def test_a_stopped_batch_goes_on_and_reuses_runs_under_any_name(batch, config, cleaned, tokenizer, tmp_path, capsys):
+    assert batch(tmp_path, stop_at=1) == (["n4-seed0"], None)
+    (tmp_path / "n4-seed0").rename(tmp_path / "exp1")
+    needed = planned(config.replace(n_answers=2), cleaned, tokenizer, tmp_path, ranks=[8])
+    absent, minutes = sweep.missing(needed)
+    assert [item.name for item in absent] == ["n8-seed0", "n8-rank8-seed0"]
+    assert minutes.startswith("about 1 min")  # 4 steps of 4.5 s and two starts of 30 s
+    half = tmp_path / "half"  # cut off in the middle: its config is there, its metrics are not
+    half.mkdir()
+    runs.write_json(
+        half / "config.json",
+        {"identity": cleaning.identity(absent[0].config, absent[0].data), "config": absent[0].config.to_dict()},
+    )
+    started, found = batch(tmp_path, ranks=[8])
+    assert started == ["half", "n8-rank8-seed0"]
+    assert "[1/3] exp1: complete, not run again" in capsys.readouterr().out
+    assert {name: [run.name for run in group] for name, group in found.items()} == {
+        "4 rows": ["exp1"],
+        "8 rows": ["half"],
+        "rank 8": ["n8-rank8-seed0"],
+    }
+    assert batch(tmp_path, ranks=[8])[0] == []
+    assert sweep.missing(needed) == ([], "about 0 min (with the profile's own model)")
+    _curve_of(found)
+
+
+def _curve_of(found):
+    """What notebook 09 makes of the runs agrees with what their folders say."""
+    sizes = {name: found[name] for name in ("4 rows", "8 rows")}
+    line = curve.build("equal epochs", sizes)
+    losses = [found[name][0].read("metrics.json")["eval_loss"] for name in sizes]
+    assert line.doubling.value == pytest.approx(losses[1] - losses[0])
+    assert line.base_loss == pytest.approx(found["4 rows"][0].read("metrics.json")["base_eval_loss"])
+    assert list(line.arms) == [4, 8]
+    assert line.to_dict()["against_base"]["8"]["value"] == pytest.approx(losses[1] - line.base_loss)
+    (turned,) = curve.turned({name: found[name] for name in ("8 rows", "rank 8")})
+    assert (turned.a, turned.b) == (curve.BASE_SETTING, "rank 8")
+    changed = found["rank 8"][0].read("metrics.json")["eval_loss"]
+    assert turned.value == pytest.approx(changed - losses[1])
+    assert curve.turned({}) == []
+    assert len(comparison.compare(sizes)["differences"]) == 5
+
+
+def test_the_batch_command_refuses_a_folder_of_another_run(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(series, "execute", lambda *args: pytest.fail("nothing is to be run"))
+    out = tmp_path / "out"
+    words = ["batch", "--profile", "cpu", "--model", config.model, "--samples", "4", "8", "--out", str(out)]
+    for wrong in (["--ranks", "0"], ["--effective-batches", "0"], ["--n-heldout", "100000"]):
+        assert __main__.main([*words, *wrong]) == 2
+        assert not out.exists()
+    settings = Config.from_params(profile="cpu", model=config.model, n_samples=8, rank=2)
+    runs.write_json(out / "n8-seed0" / "config.json", {"identity": {"config": "x"}, "config": settings.to_dict()})
+    assert __main__.main(words) == 2
+    assert "rank 2 there, 16 here" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["n8-seed0"]
+    assert not RunFolder(out / "n8-seed0").complete
