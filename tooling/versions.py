@@ -28,9 +28,9 @@ def oldest() -> list[str]:
 
 
 def colab() -> list[str]:
-    """Colab's packages; the build that follows a plus sign is Colab's alone."""
+    """Colab's packages, less what belongs to its build of torch: the index has another one, for another CUDA."""
     lines = [line for line in COLAB.read_text("utf-8").splitlines() if "==" in line and not line.startswith("#")]
-    return [line.split("+")[0] for line in lines]
+    return [line.split("+")[0] for line in lines if not line.startswith(("cuda-", "nvidia-"))]
 
 
 def newest() -> list[str]:
