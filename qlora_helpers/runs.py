@@ -122,10 +122,10 @@ class RunFolder:
         """Fingerprints of the config and the data this folder belongs to; None for a new folder."""
         if not (self / "config.json").exists():
             return None
-        found = self.read("config.json")
-        if not all(isinstance(found.get(key), dict) for key in ("identity", "config")):
+        found = self.read("config.json").get("identity")
+        if not isinstance(found, dict):
             raise UserError(f"run folder: {self / 'config.json'} is damaged. Mend: delete the folder and run again.")
-        return found["identity"]
+        return found
 
     def log(self) -> list[dict[str, Any]]:
         """Training and held-out losses, a line a step."""
@@ -156,7 +156,8 @@ def check_free(run: RunFolder, config: Config, identity: dict[str, str] | None =
     differ = [key for key in wanted if found and found.get(key) != wanted[key]]
     if not differ:
         return
-    there, here = run.read("config.json")["config"], config.to_dict()
+    there, here = run.read("config.json").get("config"), config.to_dict()
+    there = there if isinstance(there, dict) else {}
     what = [f"{key} {there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]]
     why = "; ".join(what[:3]) if "config" in differ else "its rows have changed"
     raise UserError(
