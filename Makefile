@@ -8,14 +8,17 @@ READY := .venv/.ready
 FAST_NOTEBOOKS := $(wildcard notebooks/0[1-4]_*.ipynb)
 NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg -p no:cacheprovider
 
-.PHONY: help install run test test-full lint notebooks figures clean
+.PHONY: help install run test test-full lint notebooks figures clean set-repo colab-list test-versions
 
 help:
 	@echo "make run        execute notebooks 01-07 on this machine into $(OUT), and compare"
 	@echo "make test       the fast tests (minutes)"
 	@echo "make test-full  the long ones too"
+	@echo "make test-versions  the unit tests on the oldest, the newest and Colab's versions (gigabytes)"
 	@echo "make notebooks  execute the notebooks and store their outputs (CPU profile)"
 	@echo "make figures    redraw figures/ and the README's tables from results/"
+	@echo "make set-repo URL=https://github.com/NAME/REPOSITORY   point badges and notebooks to your copy"
+	@echo "make colab-list fetch Colab's list of packages anew"
 
 install: $(READY)
 
@@ -44,11 +47,20 @@ test-full: lint
 	QLORA_WORKDIR=$$(mktemp -d) $(NBVAL) notebooks
 	$(BIN)/python -m pytest
 
+test-versions: $(READY)
+	$(BIN)/python tooling/versions.py oldest newest colab
+
 notebooks: $(READY)
 	$(BIN)/python tooling/store_outputs.py
 
 figures: $(READY)
 	$(BIN)/python tooling/publish.py
 
+set-repo: $(READY)
+	$(BIN)/python tooling/set_repository.py "$(URL)"
+
+colab-list: $(READY)
+	$(BIN)/python tooling/colab_list.py
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest .venv-colab build dist *.egg-info

@@ -133,9 +133,12 @@ def _compare(run_folders: list[Path], out: Path) -> None:
     from qlora_helpers import comparison, report, runs
     from qlora_helpers.runs import RunFolder
 
-    experiments = comparison.group(RunFolder(path) for path in run_folders)
-    result = comparison.compare(experiments)
-    _print_comparison(report.write(result, experiments, runs.workdir(str(out))))
+    folders = [RunFolder(path) for path in run_folders]
+    with runs.damage_is_one_line(folders):
+        experiments = comparison.group(folders)
+        result = comparison.compare(experiments)
+        written = report.write(result, experiments, runs.workdir(str(out)))
+    _print_comparison(written)
 
 
 def _print_comparison(written: Path) -> None:

@@ -1,6 +1,7 @@
 """What is dropped and why, and the split: held-out rows first, then training rows, in an order made of words alone."""
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -171,16 +172,17 @@ def clean(config: Config, tokenizer: Any, n_heldout: Callable[[int], int] | None
     """
     cleaned = Cleaned(sources.load(config))
     cleaned.dropped.extend(cleaned.loaded.rejected)
-    rows = list(_readable(cleaned, config))
+    rows = list(_readable(cleaned, config, templates.control_marks(config, tokenizer)))
     rows.sort(key=lambda row: (_digest(f"{config.data_seed}\n{row.prompt}"), row.id))
     usable = list(_fitting(cleaned, _distinct(cleaned, rows, config), config, tokenizer))
     _split(cleaned, usable, config, n_heldout(len(usable)) if n_heldout else config.n_heldout)
     return cleaned
 
 
-def _readable(cleaned: Cleaned, config: Config) -> Iterator[Row]:
-    """Rows whose words make sense on their own. The row before is looked at in the order of the file: an answer that
-    slipped a line is a fault of that order. Where answers are few, as labels are, they repeat by intent.
+def _readable(cleaned: Cleaned, config: Config, marks: re.Pattern[str]) -> Iterator[Row]:
+    """Rows whose words make sense on their own, and stay inside their turns. The row before is looked at in the order
+    of the file: an answer that slipped a line is a fault of that order. Where answers are few, as labels are, they
+    repeat by intent.
     """
     rows = cleaned.loaded.rows
     labels = 2 * len({row.answer for row in rows}) < len(rows)
@@ -189,6 +191,8 @@ def _readable(cleaned: Cleaned, config: Config) -> Iterator[Row]:
     for row in rows:
         reason = _text_reason(row, config, None if labels else before)
         before = row.answer
+        if reason is None and marks.search(row.text):
+            reason = "a turn holds a mark that only the template may write"
         if reason is None and row.id in seen:
             reason = "same row twice"
         if reason:

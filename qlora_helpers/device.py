@@ -40,7 +40,8 @@ class Device:
 def detect(compute_dtype: str = "auto") -> Device:
     """Look at this machine. `compute_dtype` other than auto overrides the choice, and the reason says so.
 
-    A GPU's capability decides, not `torch.cuda.is_bf16_supported()`, which says yes on a T4, by emulation.
+    A GPU's capability decides, not `torch.cuda.is_bf16_supported()`, which says yes on a T4, by emulation. bfloat16 is
+    refused there even if it is asked for.
     """
     import torch
 
@@ -51,6 +52,8 @@ def detect(compute_dtype: str = "auto") -> Device:
         modern = capability >= (8, 0)
         dtype = "bfloat16" if modern else "float16"
         reason = f"capability {capability[0]}.{capability[1]} has {'' if modern else 'no '}bf16 in hardware"
+        if compute_dtype == "bfloat16" and not modern:
+            raise UserError(f"compute_dtype: {name} only emulates bfloat16, many times slower ({reason}). Mend: auto.")
     else:
         import psutil
 

@@ -12,7 +12,8 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))  # what it quotes may hold newlines
+        words = " ".join(message.split())  # what it quotes may hold newlines, or codes that steer a terminal
+        super().__init__("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words))
 
     def _render_traceback_(self) -> list[str]:
         return [f"UserError: {self}"]

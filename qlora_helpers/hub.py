@@ -18,7 +18,12 @@ def is_local(config: Config) -> bool:
 
 
 def from_pretrained(loader: Any, config: Config, **options: Any) -> Any:
-    """`loader.from_pretrained` for the config's model. Raises `UserError` if it cannot be had."""
+    """`loader.from_pretrained` for the config's model. Raises `UserError` if it cannot be had.
+
+    Code that comes with a model is never run: without the option, the libraries would ask, and take yes for an answer.
+    A token for gated models is the library's matter: it looks into `HF_TOKEN` and Colab's secrets by itself.
+    """
+    options["trust_remote_code"] = False
     source: str | Path = config.model
     if config.model == EMBEDDED_MODEL:
         source = _embedded_folder()

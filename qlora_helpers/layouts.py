@@ -18,6 +18,8 @@ TURN_MARKER = re.compile(
 )
 # Half of a surrogate pair, the mark of a failed decoding, NUL: no such text was meant.
 BROKEN = re.compile("[\ud800-\udfff\ufffd\0]")
+# Bell, backspace, escape and its one-byte form: they colour, move and erase what a terminal or a notebook shows.
+STEERING = re.compile("[\a\b\x1b\x9b]")
 LAYOUTS = {
     "guanaco": {"text"},
     "messages": {"messages"},
@@ -161,6 +163,8 @@ def _text(value: Any) -> str:
         raise ValueError(f"{type(value).__name__} where text should be")
     if BROKEN.search(value):
         raise ValueError("broken encoding")
+    if STEERING.search(value):
+        raise ValueError("codes that steer a terminal")
     return value
 
 

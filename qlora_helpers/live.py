@@ -1,13 +1,14 @@
 """The figure that a notebook redraws while a run trains."""
 
+import contextlib
 import math
-import sys
 import time
 from typing import Any
 
 from transformers import TrainerCallback
 
 from qlora_helpers import plots
+from qlora_helpers.progress import in_notebook
 from qlora_helpers.runs import RunFolder
 
 REFRESH_SECONDS = 2.0
@@ -35,11 +36,13 @@ class LiveLoss(TrainerCallback):
 
     def _show(self, state: Any, always: bool = False) -> None:
         now = time.monotonic()
-        if not _in_notebook() or (now - self._shown < REFRESH_SECONDS and not always):
+        if not in_notebook() or (now - self._shown < REFRESH_SECONDS and not always):
             return
         self._shown = now
         # The file has the loss before training; for the rest it may lag a line behind.
-        logged = self.run.log() if (self.run / "log.jsonl").exists() else []
+        logged = []
+        with contextlib.suppress(OSError):  # not there yet, or on a Drive that is gone
+            logged = self.run.log()
         first = [line for line in logged if line["step"] == 0]
         figure = plots.loss_curves({"this run": [*first, *state.log_history]})
         if self._handle is None:
@@ -48,9 +51,3 @@ class LiveLoss(TrainerCallback):
             self._handle = display(figure, display_id=True)
         else:
             self._handle.update(figure)
-
-
-def _in_notebook() -> bool:
-    """Whether a Jupyter kernel runs this; it has then imported IPython itself."""
-    ipython = sys.modules.get("IPython")
-    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import runs
+from qlora_helpers import drive, runs
 from qlora_helpers.config import Config, as_kind
 from qlora_helpers.errors import UserError
 
@@ -42,6 +42,11 @@ def resolve(namespace: Mapping[str, Any], experiment: int | None = None, apart: 
         own = {name.removesuffix(f"_{experiment}"): v for name, v in given.items() if name.endswith(f"_{experiment}")}
         given = {name: v for name, v in given.items() if not NUMBERED.search(name)} | own
     work, run_name = given.pop("workdir", None), given.pop("run_name", None)
+    use_drive = given.pop("use_drive", False)
+    if not isinstance(use_drive, bool):
+        raise UserError(f"use_drive: expected true or false, got {use_drive!r}.")
+    if use_drive:
+        drive.mount()
     return Setup(Config.from_params(**given), runs.workdir(work), run_name)
 
 

@@ -17,17 +17,17 @@ from qlora_helpers.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SEAL = "complete.json"
+DRIVE = Path("/content/drive/MyDrive")  # Google Drive, where Colab mounts it
 
 
 def workdir(given: str | None = None) -> Path:
     """The folder that holds all runs: the given one, else `QLORA_WORKDIR`, else Google Drive if it is mounted, else
     `runs/` in the checkout, else `runs/` here. It is made if it is missing; one that cannot be written is an error.
     """
-    drive = Path("/content/drive/MyDrive")
     if given or os.environ.get("QLORA_WORKDIR"):
         path = Path(given or os.environ["QLORA_WORKDIR"])
-    elif drive.is_dir():
-        path = drive / "qlora_runs"
+    elif DRIVE.is_dir():
+        path = DRIVE / "qlora_runs"
     else:
         path = (ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()) / "runs"
     path = path.expanduser().resolve()
@@ -71,8 +71,13 @@ def _write(path: Path, parts: Iterable[str]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All rows of a file that this package wrote."""
-    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+    """All rows of a file that this package wrote; a damaged one is an error that names it."""
+    try:
+        return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError) as error:
+        raise UserError(f"file: {path} cannot be read ({error}). Mend: delete its folder and run again.") from None
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,10 @@ class RunFolder:
     def read(self, name: str) -> Any:
         """Parse one of the run's JSON files; a damaged one is an error that names it."""
         try:
-            return json.loads((self / name).read_text("utf-8"))
+            content = json.loads((self / name).read_text("utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError("no JSON object")
+            return content
         except FileNotFoundError:
             raise UserError(f"run folder: {self.path} has no {name}. Mend: run its notebook to the end.") from None
         except (ValueError, OSError) as error:
@@ -119,7 +127,12 @@ class RunFolder:
 
     def identity(self) -> dict[str, str] | None:
         """Fingerprints of the config and the data this folder belongs to; None for a new folder."""
-        return self.read("config.json").get("identity") if (self / "config.json").exists() else None
+        if not (self / "config.json").exists():
+            return None
+        found = self.read("config.json").get("identity")
+        if not isinstance(found, dict):
+            raise UserError(f"run folder: {self / 'config.json'} is damaged. Mend: delete the folder and run again.")
+        return found
 
     def log(self) -> list[dict[str, Any]]:
         """Training and held-out losses, a line a step."""
@@ -150,12 +163,26 @@ def check_free(run: RunFolder, config: Config, identity: dict[str, str] | None =
     differ = [key for key in wanted if found and found.get(key) != wanted[key]]
     if not differ:
         return
-    there, here = run.read("config.json")["config"], config.to_dict()
+    there, here = run.read("config.json").get("config"), config.to_dict()
+    there = there if isinstance(there, dict) else {}
     what = [f"{key} {there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]]
     why = "; ".join(what[:3]) if "config" in differ else "its rows have changed"
     raise UserError(
         f"run folder: {run.path} holds another run ({why}). Mend: choose another output folder, or delete that one."
     )
+
+
+@contextlib.contextmanager
+def damage_is_one_line(folders: Iterable[RunFolder]) -> Iterator[None]:
+    """Whatever a file of a run folder that lacks a key, or holds another kind of value, leads to is a `UserError`."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:
+        names = ", ".join(str(folder.path) for folder in folders)
+        raise UserError(
+            f"run folder: a file of {names}, or of their base model, is damaged ({type(error).__name__}: {error}). "
+            "Mend: run its notebook again in another folder."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,9 @@ def train(needed: Sequence[Wanted], bar: bool = True) -> dict[str, list[RunFolde
     """Notebook 05 for every run that is not complete, whatever its folder's name; one that was cut off goes on.
 
     Returns the runs of each experiment, its seeds in order. `bar`: papermill's own, which is no good inside a notebook.
+    Raises `UserError` at the end if any of them failed: one does not take the others down.
     """
+    failed: list[str] = []
     found: dict[str, list[RunFolder]] = {}
     for number, item in enumerate(needed, 1):
         run = item.run
@@ -81,15 +84,25 @@ def train(needed: Sequence[Wanted], bar: bool = True) -> dict[str, list[RunFolde
             print(f"{label}: complete, not run again")
         else:
             params = item.config.params | {"workdir": str(item.folder), "run_name": run.name}
-            execute("05_train_exp1", run / "notebook.ipynb", params, label, bar)
+            try:
+                execute("05_train_exp1", run / "notebook.ipynb", params, label, bar)
+            except UserError as error:
+                failed.append(run.name)
+                print(f"{label}: failed: {error}", flush=True)
         found.setdefault(item.experiment, []).append(run)
+    if failed:
+        raise UserError(
+            f"batch: {len(failed)} of {len(needed)} runs failed ({', '.join(failed)}); the others are complete. "
+            "Mend: what is said above of each, and the same command again."
+        )
     return found
 
 
 def execute(name: str, target: Path, params: dict[str, Any], label: str, bar: bool = True) -> None:
-    """One notebook through papermill into `target`, with a bar of its cells, or a line.
+    """One notebook through papermill into `target`, with a bar of its cells; without a terminal, or without `bar`, with
+    a line at its beginning and one at its end.
 
-    A `UserError` in the notebook comes out as one; any other error names the notebook and the cell.
+    A `UserError` in the notebook comes out as one; any other error too, and both name the notebook and the cell.
     """
     import papermill
     from papermill.exceptions import PapermillExecutionError
@@ -97,8 +110,9 @@ def execute(name: str, target: Path, params: dict[str, Any], label: str, bar: bo
     target.parent.mkdir(parents=True, exist_ok=True)
     # The notebooks check names themselves, and know more parameters than their cell lists.
     logging.getLogger("papermill").setLevel(logging.ERROR)
+    bar, began = bar and sys.stdout.isatty(), time.monotonic()
     if not bar:
-        print(label, flush=True)
+        print(f"{label}: begins", flush=True)
     try:
         papermill.execute_notebook(
             notebooks_folder() / f"{name}.ipynb",
@@ -111,11 +125,13 @@ def execute(name: str, target: Path, params: dict[str, Any], label: str, bar: bo
         )
     except PapermillExecutionError as error:
         if error.ename == "UserError":
-            raise UserError(f"{error.evalue}") from None
+            raise UserError(f"{error.evalue} (Notebook {name}, cell {error.exec_count}.)") from None
         why = (error.evalue.strip().splitlines() or [""])[-1]
         raise UserError(
             f"notebook {name}, cell {error.exec_count}: {error.ename}: {why}. The executed notebook: {target}."
         ) from None
+    if not bar:
+        print(f"{label}: done in {time.monotonic() - began:.0f} s", flush=True)
 
 
 def _check(run: RunFolder, **params: Any) -> None:

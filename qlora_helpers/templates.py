@@ -1,6 +1,7 @@
 """Rows to tokens and labels: which tokens are trained, found by character offsets; and a viewer that shows them."""
 
 import html
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -13,6 +14,13 @@ from qlora_helpers.layouts import Message, Row
 IGNORE = -100  # the label that cross-entropy skips
 BATCH = 1000  # rows that are tokenised at once: enough for speed, little enough for memory
 Span = tuple[int, int]
+# The marks of our own layouts, and what marks of a chat template look like: <|user|>, [INST], USER:
+MARKS = {
+    "guanaco": ("### Human:", "### Assistant:"),
+    "instruction": ("### Instruction:", "### Input:", "### Response:"),
+}
+CHAT_MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|[^\s<>\[\]]+")
+BREAK = "\ue000"  # for private use: in no text and in no template
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,29 @@ def _render_chat(messages: tuple[Message, ...], config: Config, tokenizer: Any) 
             )
         spans.append((len(before), len(after)))
     return text, spans
+
+
+def control_marks(config: Config, tokenizer: Any) -> re.Pattern[str]:
+    """What only the template may write: the tokenizer's special tokens, and the marks between turns. In a row they
+    would end a turn and begin another.
+    """
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    marks = {*special, *tokenizer.all_special_tokens, *MARKS.get(config.template, ())}
+    if config.template == "auto":
+        marks |= _chat_marks(config, tokenizer)
+    return re.compile("|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True)) or r"(?!)")
+
+
+def _chat_marks(config: Config, tokenizer: Any) -> set[str]:
+    """What a chat template writes after a question and before the next one, and the same for a system turn. Plain words
+    in it, such as a role's name, are left out: text may hold them.
+    """
+    said = [f"{BREAK}{number}{BREAK}" for number in range(4)]
+    turns = tuple({"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said))
+    parts = _apply_chat(turns, config, tokenizer).split(BREAK)
+    between = " ".join(parts[2:7:2])
+    between += between.replace("user", "system").replace("USER", "SYSTEM")
+    return {mark for mark in CHAT_MARK.findall(between) if not mark.isalnum() and len(mark) > 2}
 
 
 def advice(config: Config, tokenizer: Any) -> str | None:

@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from qlora_helpers import cleaning, evaluation, hub, model_card, out_of_memory, runs
+from qlora_helpers import cleaning, drive, evaluation, guard, hub, model_card, out_of_memory, runs
 from qlora_helpers.cleaning import Data
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device, detect, forget_peak, limit_memory, peak_memory_gib
-from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import RowLoss
+from qlora_helpers.guard import Guard
 from qlora_helpers.model import attach_lora, check_targets, load_base, train_in_float32
+from qlora_helpers.progress import Progress
 from qlora_helpers.runs import RunFolder
 
 FP16_SCALE = 1024.0  # the default, 65536, overflows at first: the scaler would skip the first steps
@@ -31,10 +32,17 @@ def train(
     """Train `config` into `run` and return it, complete. A complete run is left as it is; one that was cut off goes on.
 
     Raises `UserError` if another process uses the folder, if it holds another run, or if training goes wrong in a
-    way that the result would not show: a loss that is zero or no number, an adapter that did not move.
+    way that the result would not show: see `guard`.
     """
     me = cleaning.identity(config, data)
-    with runs.lock(run):
+    guard.check_rows(data)
+    mirror = drive.mirror(run)
+    if mirror and not run.complete:
+        runs.check_free(run, config, me)
+        mirror.pull(me)
+        train(config, data, tokenizer, mirror.here, [*callbacks, CopyToDrive(mirror)])
+        return mirror.finish()
+    with runs.lock(run), guard.full_disk_is_one_line(run.path):
         runs.check_free(run, config, me)
         if run.complete:
             print(f"{run.path} is complete: nothing to train.")
@@ -114,7 +122,7 @@ class QloraTrainer(SFTTrainer):
     def measure(self) -> None:
         """Losses of the held-out rows with the weights as they are."""
         self.eval_seconds = 0.0
-        with self.evaluating():
+        with self.evaluating(), guard.unchanged(self.model):
             self.heldout_rows = evaluation.heldout_losses(self.model, self.heldout, self.device_, self.rows_at_once)
 
     @contextmanager
@@ -152,17 +160,15 @@ class LogWriter(TrainerCallback):
                 file.write(json.dumps(state.log_history[-1]) + "\n")
 
 
-class Guard(TrainerCallback):
-    """Stops a run that only looks like one."""
+class CopyToDrive(TrainerCallback):
+    """Brings the run on Google Drive up to date when a checkpoint is whole."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """A training loss that is zero or no number means that nothing is learned from here on."""
-        loss = (logs or {}).get("loss")
-        if loss is not None and (loss == 0 or not math.isfinite(loss)):
-            raise UserError(
-                f"training: the loss at step {state.global_step} is {loss}. Mend: a lower learning_rate if it is nan, "
-                "or a look at the label viewer if it is 0: no token may be trained."
-            )
+    def __init__(self, mirror: drive.Mirror) -> None:
+        self.mirror = mirror
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The checkpoint is sealed: copy it."""
+        self.mirror.push()
 
 
 class SaveBest(TrainerCallback):
@@ -184,7 +190,7 @@ def build_trainer(
 ) -> QloraTrainer:
     """The trainer for this run. Labels are ours, so TRL's own templating and masking have nothing to do."""
     rows = [{"input_ids": example.input_ids, "labels": example.labels} for example in data.trained_on]
-    callbacks = [Guard(), *callbacks]
+    callbacks = [Guard(), Progress(), *callbacks]
     if config.keep_best:
         callbacks.append(SaveBest())
     if config.early_stopping_patience:
@@ -197,6 +203,7 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    trainer.remove_callback(PrinterCallback)  # what the library has in place of its bar: a line a step
     train_in_float32(model)
     if device.kind == "cuda" and device.dtype == "float16":
         trainer.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=FP16_SCALE)
@@ -232,6 +239,7 @@ def _arguments(config: Config, n_rows: int, device: Device, run: RunFolder) -> S
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         logging_steps=1,
+        disable_tqdm=True,  # see Progress
         logging_nan_inf_filter=False,  # the filter would hide a loss that is no number
         include_num_input_tokens_seen="non_padding",
         bf16=device.kind == "cuda" and device.dtype == "bfloat16",
@@ -281,12 +289,7 @@ def _fit(trainer: QloraTrainer, run: RunFolder, me: dict[str, str]) -> None:
         print(f"Going on from {checkpoint.name}.")
     forget_peak(trainer.device_)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    model: Any = trainer.model
-    moved = any(p.detach().abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name)
-    if not moved:
-        raise UserError(
-            "training: the adapter has not moved from its first weights. Mend: more steps or a higher learning_rate."
-        )
+    guard.check_moved(trainer.model)
 
 
 def _save_results(

@@ -1,5 +1,6 @@
 """Draw figures/ and docs/, and write the README's result tables from results/: no number there is typed by hand."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- results: written by make figures -->", "<!-- end of results -->"
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 STUDY = "h100-smollm2-study"
+FP16, BF16 = "h100-smollm2-fp16/exp1", f"{STUDY}/100-rows"  # the same rows, seed and steps in both arithmetics
 TITLES = {
     "h100-smollm2-fp16": "The first two as on a T4: fp16, 14.56 GiB",
     "h100-tinyllama-shape-t4": "TinyLlama's shape with random weights, as on a T4 (its losses mean nothing)",
@@ -19,6 +21,22 @@ TITLES = {
 def render() -> str:
     """The README's part between the markers."""
     return "\n\n".join([START, _study(), *(_section(name, title) for name, title in TITLES.items()), END])
+
+
+def _arithmetic() -> str:
+    """The training losses of both arithmetics, step beside step."""
+    losses = [[line["loss"] for line in _log(run) if "loss" in line] for run in (FP16, BF16)]
+    apart = [abs(a - b) for a, b in zip(*losses, strict=True)]
+    skipped = sum("loss" in line and not math.isfinite(line["grad_norm"]) for line in _log(FP16))
+    return (
+        f"Step by step, the {len(apart)} training losses of 100 rows in fp16 differ from those in bf16 by "
+        f"{sum(apart) / len(apart):.4f} on average and {max(apart):.4f} at most; {skipped} steps were skipped:\n\n"
+        "![Losses of the same run in bf16 and in fp16](figures/arithmetic.png)"
+    )
+
+
+def _log(run: str) -> list[dict[str, Any]]:
+    return RunFolder(ROOT / "results" / run).log()
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -42,7 +60,8 @@ def _study() -> str:
 
 def _section(name: str, title: str) -> str:
     result = _read(name)
-    return "\n\n".join([f"### {title}", report.table_markdown(result), _made(result)])
+    more = [_arithmetic()] if FP16.startswith(name) else []
+    return "\n\n".join([f"### {title}", report.table_markdown(result), _made(result), *more])
 
 
 def _made(result: dict[str, Any]) -> str:
@@ -58,7 +77,12 @@ def main() -> None:
     folder = ROOT / "results" / STUDY
     result = _read(STUDY)
     logs = {line["name"]: RunFolder(folder / line["run"]).log() for line in result["table"] if line["seeds"]}
-    for name, figure in {"differences": plots.differences(result), "loss_curves": plots.loss_curves(logs)}.items():
+    figures = {
+        "differences": plots.differences(result),
+        "loss_curves": plots.loss_curves(logs),
+        "arithmetic": plots.loss_curves({"bf16": _log(BF16), "fp16, as on a T4": _log(FP16)}),
+    }
+    for name, figure in figures.items():
         plots.save(figure, ROOT / "figures" / f"{name}.png")
     text = report.markdown(result, ["../figures/differences.png", "../figures/loss_curves.png"])
     runs.write_text(ROOT / "docs" / "study.md", text)

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import jupyter_client
+import nbformat
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -57,3 +59,53 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_adapter(tmp_path):
         steps = [json.loads(line) for line in (folder / "work" / "exp1" / "log.jsonl").read_text().splitlines()]
         assert [line["step"] for line in steps if "loss" in line] == [1, 2, 3, 4]
     assert adapters[0] == adapters[1]
+
+
+def cells_up_to_training(**params):
+    """Notebook 05's code up to the cell that trains, with parameters as a reader would write them."""
+    cells = [c for c in nbformat.read(ROOT / "notebooks" / "05_train_exp1.ipynb", 4).cells if c.cell_type == "code"]
+    last = next(number for number, cell in enumerate(cells) if "training.train(" in cell.source)
+    changed = "\n".join(f"{name} = {value!r}" for name, value in params.items())
+    return [cell.source + ("\n" + changed if "Parameters" in cell.source else "") for cell in cells[: last + 1]]
+
+
+@pytest.mark.slow
+def test_a_restarted_kernel_goes_on(tmp_path, model_folder):
+    """The button of the front end, pressed in the middle of a run; then all cells once more, and the same adapter."""
+    params = {"profile": "cpu", "model": str(model_folder), "n_samples": 48, "n_heldout": 4, "epochs": 8}
+    adapters = []
+    for restart in (False, True):
+        work = tmp_path / f"restart-{restart}"
+        cells = cells_up_to_training(**params, save_steps=4, workdir=str(work))
+        kernel = jupyter_client.KernelManager(kernel_name="python3")
+        kernel.start_kernel(cwd=str(tmp_path))
+        try:
+            if restart:
+                client = ready(kernel)
+                for cell in cells:
+                    client.execute(cell)
+                while not (work / "exp1" / "checkpoints" / "checkpoint-8" / "complete.json").exists():
+                    assert kernel.is_alive()
+                    time.sleep(0.01)
+                client.stop_channels()
+                kernel.restart_kernel(now=True)
+                assert not (work / "exp1" / "metrics.json").exists()
+            client, said = ready(kernel), []
+            for cell in cells:
+                reply = client.execute_interactive(cell, output_hook=said.append, timeout=600)
+                assert reply["content"]["status"] == "ok", reply["content"]
+            client.stop_channels()
+            words = "".join(message["content"].get("text", "") for message in said)
+            assert ("Going on from checkpoint-" in words) == restart
+        finally:
+            kernel.shutdown_kernel(now=True)
+        adapters.append((work / "exp1" / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+
+
+def ready(kernel):
+    """A client of a kernel that answers."""
+    client = kernel.client()
+    client.start_channels()
+    client.wait_for_ready(timeout=60)
+    return client

@@ -78,6 +78,13 @@ def test_story_cells_are_short_and_define_nothing(notebook):
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_a_styled_table_shows_html_as_text(notebook):
+    """pandas escapes in plain tables, and in styled ones only when it is told to."""
+    for cell in code_cells(notebook):
+        assert cell.source.count(".style.") == cell.source.count('.style.format(escape="html")')
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_outputs_are_stored_in_order_and_without_errors(notebook):
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))

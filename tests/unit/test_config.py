@@ -1,6 +1,7 @@
 """Names, types, ranges and layers of the config."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -85,6 +86,13 @@ def test_every_preset_loads(name):
     config = Config.preset(name)
     assert config.preset_name == name
     assert config.profile == "gpu"
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_pin_what_comes_from_the_hub(name):
+    config = Config.preset(name)
+    pinned = [config.revision] + ([config.dataset_revision] if "/" in config.dataset else [])
+    assert all(re.fullmatch("[0-9a-f]{40}", revision) for revision in pinned)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -1,0 +1,148 @@
+"""Google Drive, which drops and fills: mounted when asked for; a run there is written here, and copied whole."""
+
+import contextlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_helpers import runs
+from qlora_helpers.device import on_colab
+from qlora_helpers.errors import UserError
+from qlora_helpers.runs import RunFolder
+
+HERE = Path("/content/qlora_runs")  # Colab's own disk
+LAST = "metrics.json"  # says that a run is complete: copied when all else is there
+
+
+def mount() -> None:
+    """Mount Google Drive, unless it is mounted or this is not Colab. Raises `UserError` if that fails."""
+    if not on_colab():
+        print("use_drive: this is not Colab, so there is no Drive to mount; runs stay in the work folder.")
+        return
+    if runs.DRIVE.is_dir():
+        return
+    try:
+        from google.colab import drive
+
+        drive.mount(str(runs.DRIVE.parent))
+    except Exception as error:  # Colab raises whatever the page, the user or the clock came up with
+        raise UserError(
+            f"use_drive: Google Drive could not be mounted ({error}). Mend: run the cell again and allow it, or "
+            "use_drive=False."
+        ) from None
+
+
+def mirror(run: RunFolder) -> "Mirror | None":
+    """What keeps a run on Drive and its copy here in step; None for a run that is not on Drive."""
+    if not run.path.is_relative_to(runs.DRIVE):
+        return None
+    return Mirror(run, RunFolder(HERE / run.path.relative_to(runs.DRIVE)))
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """A run on Drive, and the folder on this machine that it is written to. A lock holds on one machine only: two
+    machines must not train the same run on one Drive.
+    """
+
+    there: RunFolder
+    here: RunFolder
+
+    def pull(self, identity: dict[str, str]) -> None:
+        """Fetch what Drive has of this run, and of the base models' losses, and this machine lacks."""
+        if self.here.identity() not in (None, identity):
+            shutil.rmtree(self.here.path)
+        try:
+            for folder in [self.there.path, *self.there.path.parent.glob("base-*")]:
+                _copy_missing(folder, self.here.path.parent / folder.name)
+        except OSError as error:
+            raise UserError(
+                f"Google Drive: {self.there.path} cannot be read ({error.strerror}). Mend: mount Drive again."
+            ) from None
+
+    def push(self) -> bool:
+        """Copy what is new here to Drive, `metrics.json` last. A Drive that drops or is full is said in a line; what
+        was saved stays, here and there, and the next push tries again.
+        """
+        try:
+            for base in self.here.path.parent.glob("base-*"):
+                if (base / "heldout_losses.jsonl").exists():  # written last
+                    _copy_missing(base, self.there.path.parent / base.name)
+            _copy_changed(self.here.path, self.there.path)
+        except OSError as error:
+            print(
+                f"Google Drive: {self.there.path} could not be brought up to date ({error.strerror}). Everything is "
+                f"kept in {self.here.path}, and training goes on. Mend: free space on Drive, or mount it again."
+            )
+            return False
+        return True
+
+    def finish(self) -> RunFolder:
+        """The complete run: on Drive, or here if Drive does not take it."""
+        return self.there if self.push() else self.here
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What lies in a folder, less hidden files: locks, and copies that were cut off."""
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [entry for entry in entries if not entry.name.startswith(".")]
+
+
+def _copy_missing(source: Path, target: Path) -> None:
+    for entry in _visible(source):
+        if entry.is_dir() and entry.name == "checkpoints":
+            _copy_missing(entry, target / entry.name)
+        elif not (target / entry.name).exists():
+            _copy(entry, target / entry.name)
+
+
+def _copy_changed(source: Path, target: Path) -> None:
+    """Files that differ in size or time; whole checkpoints that are missing, then older ones are removed as here."""
+    for entry in sorted(_visible(source), key=lambda entry: entry.name == LAST):
+        there = target / entry.name
+        if entry.name == "checkpoints":
+            whole = [path for path in _visible(entry) if (path / runs.SEAL).exists()]
+            for checkpoint in whole:
+                if not (there / checkpoint.name).exists():
+                    _copy(checkpoint, there / checkpoint.name)
+            for old in set(_visible(there)) - {there / path.name for path in whole}:
+                shutil.rmtree(old)
+        elif entry.is_dir():
+            _copy_changed(entry, there)
+        elif not there.exists() or _stamp(there) != _stamp(entry):
+            _copy(entry, there)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """Size and second of the last change: what Drive keeps of a file."""
+    found = file.stat()
+    return found.st_size, int(found.st_mtime)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file or folder under a hidden name, then rename: what has its name is whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}-part")
+    _remove(part)
+    try:
+        if source.is_dir():
+            shutil.copytree(source, part, copy_function=shutil.copy2)
+        else:
+            shutil.copy2(source, part)
+        os.replace(part, target)
+    except shutil.Error as error:  # copytree collects what failed; the first says why
+        _remove(part)
+        raise OSError(None, str(error.args[0][0][2])) from None
+    except OSError:
+        _remove(part)
+        raise
+
+
+def _remove(part: Path) -> None:
+    """Give back the room of a copy that was cut off; on a Drive that is gone, nothing can be removed."""
+    if part.is_dir():
+        shutil.rmtree(part, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            part.unlink()

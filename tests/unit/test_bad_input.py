@@ -1,0 +1,235 @@
+"""Malformed parameters, data files and run folders through the command line's own `main`, in one process: success, or
+exit code 2 with one line; never a traceback, a hang, or a lost file. The examples are the same on every run.
+"""
+
+import hashlib
+import io
+import json
+import shutil
+import signal
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from qlora_helpers import __main__, experiments, hub, series
+
+SECONDS = 120  # a command that takes longer hangs
+FEW_AND_ALL = [15, pytest.param(170, marks=pytest.mark.slow)]  # of each of three kinds: 510 in all
+
+
+@pytest.fixture(scope="module")
+def trained(config, tokenizer, tmp_path_factory):
+    """Two complete runs and their base, small and read again and again."""
+    folder = tmp_path_factory.mktemp("trained")
+    configs = {f"exp{n}": config.replace(n_samples=4 * n, n_heldout=4, n_answers=2) for n in (1, 2)}
+    experiments.complete(experiments.wanted(configs, folder))
+    for checkpoints in folder.glob("*/checkpoints"):
+        shutil.rmtree(checkpoints)
+    return folder
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capfd):
+    """`main(argv)` in a folder of its own, and a check of what came of it. Notebooks are not executed: what this is
+    about comes before them.
+    """
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("QLORA_WORKDIR", raising=False)
+    monkeypatch.setattr(series, "execute", lambda *args, **kwargs: None)
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    signal.signal(signal.SIGALRM, lambda *args: pytest.fail("it hangs"))
+
+    def run_it(*argv, keep=()):
+        before = {path: fingerprint(path) for path in keep}
+        capfd.readouterr()
+        signal.alarm(SECONDS)
+        try:
+            code = __main__.main([str(word) for word in argv])
+        except SystemExit as end:  # --help and --version end so
+            code = end.code
+        finally:
+            signal.alarm(0)
+        said = capfd.readouterr()
+        errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
+        assert code in (0, 2), said.err
+        assert "Traceback" not in said.out + said.err
+        assert len(errors) == (code == 2), said.err
+        assert code == 0 or said.err.splitlines()[-1] == errors[0]
+        assert {path: fingerprint(path) for path in keep} == before
+        return code
+
+    return run_it
+
+
+def fingerprint(path):
+    """What a file, or a folder's files, hold; folders and locks alone are nothing to lose."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    found = [(str(file), file.read_bytes()) for file in files if file.is_file() and file.name != ".lock"]
+    return hashlib.sha256(repr(found).encode()).hexdigest()
+
+
+def try_all(number, strategy, check):
+    """`check` with as many examples, whatever fixtures it uses."""
+    healthy = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+    quiet = hypothesis_settings(max_examples=number, suppress_health_check=healthy)
+    quiet(given(strategy)(check))()
+
+
+NUMBERS = ("", " ", "-1", "0", "1", "8", "1e3", "2e-4", "nan", "inf", "10" * 30, "None", "true")
+NAMES = ("cpu", "t4", "gpu", "auto", "sample", "python-stdlib", "nobody/nothing", "model", "guanaco", "truncate")
+PATHS = ("rows.jsonl", "missing.jsonl", "..", ".", "rows.jsonl/below", "x" * 300)
+ODD = ("a\nb", "a\0b", "é🎉", "--", "-", "\x1b[31m")
+OPTIONS = (
+    "--samples", "--seed", "--seeds", "--out", "--profile", "--epochs", "--dataset", "--model", "--n-heldout",
+    "--save-steps", "--max-tokens", "--over-length", "--template", "--near-duplicates", "--data-seed", "--sampels",
+)  # fmt: skip
+words = st.sampled_from([*NUMBERS, *NAMES, *PATHS, *ODD]) | st.text(st.characters(exclude_characters="/~"), max_size=8)
+options = st.sampled_from(OPTIONS)
+commands = st.sampled_from(["run", "batch", "data", "compare"]) | words
+pairs = st.lists(st.tuples(options, st.lists(words, max_size=3)), max_size=4)
+
+
+@pytest.mark.parametrize("number", FEW_AND_ALL)
+def test_malformed_parameters(command, number, config, tmp_path, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"question": f"{n * 7919}?", "answer": f"{n * 7907}"}) + "\n" for n in range(40))
+    )
+    shutil.copytree(config.model, tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("not to be lost")
+    monkeypatch.chdir(tmp_path)
+    base = {"data": ["data", "rows.jsonl"], "compare": ["compare", "out"]}
+
+    def check(drawn):
+        name, given_ = drawn
+        argv = [
+            *base.get(name, [name]),
+            "--out",
+            "out",
+            "--profile",
+            "cpu",
+            "--model",
+            "model",
+            "--dataset",
+            "rows.jsonl",
+        ]
+        argv = argv[:4] + (["--model", "model"] if name == "data" else [] if name == "compare" else argv[3:])
+        for option, values in given_:
+            argv += [option, *values]
+        command(*argv, keep=[rows, tmp_path / "model", tmp_path / "out" / "mine.txt"])
+
+    try_all(number, st.tuples(commands, pairs), check)
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.just("x" * 5000),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+columns = st.sampled_from(
+    ["text", "messages", "instruction", "input", "output", "prompt", "completion", "question", "answer", "instances"]
+) | st.text(max_size=5)
+records = st.lists(st.dictionaries(columns, values, max_size=4) | values, max_size=6)
+
+
+@st.composite
+def data_files(draw):
+    """A name, and bytes that begin well: good rows, strange rows, and damage."""
+    kind = draw(st.sampled_from(["jsonl", "json", "csv", "parquet", "txt", "JSONL", ""]))
+    good = [
+        {"question": f"Number {n * 7919}?", "answer": f"It is {n * 7907}."} for n in range(draw(st.integers(0, 12)))
+    ]
+    if kind == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(good or [{"question": None}]), buffer)
+        content = buffer.getvalue()
+    elif kind == "csv":
+        cells = "\n".join(f'"{row["question"]}","{row["answer"]}"' for row in good)
+        content = f"question,answer\n{cells}\n".encode()
+    else:
+        rows = [*good, *draw(records)]
+        text = json.dumps(rows) if kind == "json" else "\n".join(json.dumps(row) for row in rows)
+        content = text.encode()
+    damage = draw(st.sampled_from(["none", "none", "cut", "replace", "append"]))
+    place = draw(st.integers(0, max(len(content) - 1, 0)))
+    extra = draw(st.binary(max_size=8))
+    if damage == "cut":
+        content = content[:place]
+    elif damage == "replace":
+        content = content[:place] + extra + content[place + len(extra) :]
+    elif damage == "append":
+        content += extra
+    return f"rows.{kind}" if kind else "rows", content
+
+
+@pytest.mark.parametrize("number", FEW_AND_ALL)
+def test_malformed_data_files(command, number, config, tmp_path):
+    def check(drawn):
+        name, content = drawn
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        file = tmp_path / name
+        file.write_bytes(content)
+        command("data", file, "--out", tmp_path / "out", "--model", config.model, "--n-heldout", 2, keep=[file])
+        file.unlink()
+
+    try_all(number, data_files(), check)
+
+
+@st.composite
+def damages(draw):
+    """Which file of a run folder, by number, and what happens to it."""
+    how = draw(st.sampled_from(["gone", "empty", "cut", "replace", "a folder", "other json", "one value", "one value"]))
+    return draw(st.integers(0, 99)), how, draw(st.integers(0, 10**6)), draw(st.binary(max_size=6)), draw(values)
+
+
+def spoil(file, how, place, extra, value):
+    """Do it to the file."""
+    content = file.read_bytes()
+    place %= max(len(content), 1)
+    if how in ("gone", "a folder"):
+        file.unlink()
+        if how == "a folder":
+            file.mkdir()
+    elif how == "one value" and file.suffix == ".json" and isinstance(json.loads(content), dict):
+        whole = json.loads(content)
+        key = sorted(whole)[place % len(whole)]
+        whole[key] = value
+        file.write_text(json.dumps(whole), "utf-8")
+    else:
+        changed = {"empty": b"", "cut": content[:place], "other json": json.dumps(value).encode()}
+        file.write_bytes(changed.get(how, content[:place] + extra + content[place + len(extra) :]))
+
+
+@pytest.mark.parametrize("number", FEW_AND_ALL)
+def test_malformed_run_folders(command, number, trained, tmp_path):
+    """The report on two runs of which one file is damaged, and a batch into their folder."""
+    names = sorted(
+        str(path.relative_to(trained))
+        for path in trained.rglob("*")
+        if path.suffix in (".json", ".jsonl") and "adapter" not in path.parts
+    )
+    config = json.loads((trained / "exp1" / "config.json").read_text("utf-8"))["config"]
+
+    def check(damage):
+        which, *rest = damage
+        folder = tmp_path / "runs"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        shutil.copytree(trained, folder)
+        spoil(folder / names[which % len(names)], *rest)
+        command("compare", folder / "exp1", folder / "exp2", "--out", tmp_path / "out", keep=[folder])
+        (folder / "exp1").rename(folder / "n4-seed0")
+        words = ["--profile", "cpu", "--model", config["model"], "--samples", 4, "--n-heldout", 4]
+        command("batch", *words, "--out", folder, keep=[folder])
+
+    try_all(number, damages(), check)
+
+
+def test_there_are_five_hundred():
+    assert 3 * FEW_AND_ALL[1].values[0] >= 500

@@ -1,0 +1,218 @@
+"""A run on Google Drive: written here, copied whole; a Drive that drops or fills costs nothing that was saved."""
+
+import errno
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from transformers import TrainerCallback
+
+from qlora_helpers import UserError, cleaning, drive, notebook, runs, training
+from qlora_helpers.runs import RunFolder
+
+
+class Interrupt(TrainerCallback):
+    """The session ends when a step begins."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+class NeverTrain(TrainerCallback):
+    def on_train_begin(self, *args, **kwargs):
+        raise AssertionError("trained again")
+
+
+@pytest.fixture(scope="module")
+def config(config):
+    return config.replace(epochs=2)  # 8 steps, a checkpoint every two
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Drive and this machine's own disk, as folders of the test's."""
+    monkeypatch.setattr(runs, "DRIVE", tmp_path / "drive" / "MyDrive")
+    monkeypatch.setattr(drive, "HERE", tmp_path / "content")
+    runs.DRIVE.mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.fixture
+def train(machine, config, tokenizer):
+    """Train into a folder on Drive."""
+
+    def run_it(callbacks=(), folder=None, **changes):
+        settings = config.replace(**changes)
+        run = RunFolder(folder or runs.DRIVE / "qlora_runs" / "exp1")
+        return training.train(settings, cleaning.prepare(settings, tokenizer), tokenizer, run, callbacks)
+
+    return run_it
+
+
+@pytest.fixture
+def fail(monkeypatch):
+    """From now on, or from the `after`th copy on, nothing can be written to Drive; half of a file may arrive."""
+
+    def fail_with(number, after=0):
+        copies, honest = iter(range(after)), shutil.copy2
+
+        def copy(source, target, **kwargs):
+            if runs.DRIVE in Path(target).parents and next(copies, None) is None:
+                Path(target).write_bytes(Path(source).read_bytes()[: Path(source).stat().st_size // 2])
+                raise OSError(number, errno.errorcode[number])
+            return honest(source, target, **kwargs)
+
+        monkeypatch.setattr(shutil, "copy2", copy)
+
+    return fail_with
+
+
+def adapter(run):
+    return (run.adapter / "adapter_model.safetensors").read_bytes()
+
+
+def whole_checkpoints(run):
+    return sorted(path.parent.name for path in (run / "checkpoints").glob("[!.]*/complete.json"))
+
+
+def parts():
+    """Copies that were cut off."""
+    return [path for path in runs.DRIVE.rglob("*") if path.name.endswith("-part")]
+
+
+def test_a_run_on_drive_is_the_run_it_would_be_elsewhere(train, machine):
+    run = train()
+    assert run.path == runs.DRIVE / "qlora_runs" / "exp1"
+    assert run.complete
+    plain = train(folder=machine / "elsewhere" / "exp1")
+    assert adapter(run) == adapter(plain)
+    names = [{str(f.relative_to(r.path)) for f in r.path.rglob("*") if f.name != ".lock"} for r in (run, plain)]
+    assert names[0] == names[1]
+    base = run.read("manifest.json")["baseline"]
+    assert (run.path.parent / base / "heldout_losses.jsonl").exists()
+    assert parts() == []
+    assert len(run.log()) == len(plain.log())
+
+
+def test_another_machine_goes_on_where_the_first_one_ended(train, machine, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        train([Interrupt()])
+    shutil.rmtree(drive.HERE)  # the machine is gone
+    run = train()
+    assert "Going on from checkpoint-4" in capsys.readouterr().out
+    assert adapter(run) == adapter(train(folder=machine / "elsewhere" / "exp1"))
+
+
+def test_a_copy_that_was_cut_off_is_not_taken_for_a_checkpoint(train, machine):
+    with pytest.raises(KeyboardInterrupt):
+        train([Interrupt()])
+    shutil.rmtree(drive.HERE)
+    checkpoints = runs.DRIVE / "qlora_runs" / "exp1" / "checkpoints"
+    shutil.copytree(checkpoints / "checkpoint-4", checkpoints / ".checkpoint-6-part")
+    (checkpoints / ".checkpoint-6-part" / "optimizer.pt").unlink()
+    run = train()
+    assert adapter(run) == adapter(train(folder=machine / "elsewhere" / "exp1"))
+    assert parts() == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOTCONN, errno.EIO])
+def test_a_drive_that_fails_in_the_middle_costs_nothing(train, fail, capsys, number, monkeypatch):
+    """Training goes on here. On a Drive that is gone, what was half copied cannot be removed either."""
+    fail(number, after=40)
+    gone = number == errno.ENOTCONN
+    if gone:
+        monkeypatch.setattr(drive, "_remove", lambda part: None)
+    run = train()
+    said = capsys.readouterr().out
+    there = RunFolder(runs.DRIVE / "qlora_runs" / "exp1")
+    lines = [line for line in said.splitlines() if "could not be brought up to date" in line]
+    assert lines
+    assert all("Mend" in line and str(run.path) in line for line in lines)
+    assert run.path == drive.HERE / "qlora_runs" / "exp1"
+    assert run.complete
+    assert not there.complete
+    assert whole_checkpoints(there)
+    assert len(whole_checkpoints(there)) == len([*(there / "checkpoints").glob("checkpoint-*")])
+    for checkpoint in whole_checkpoints(there):
+        assert runs._is_whole(there / "checkpoints" / checkpoint, run.identity())
+    assert bool(parts()) == gone
+
+
+def test_when_drive_is_back_the_same_cell_only_copies(train):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drive, "_copy_changed", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+        assert train().path == drive.HERE / "qlora_runs" / "exp1"
+    run = train([NeverTrain()])
+    assert run.path == runs.DRIVE / "qlora_runs" / "exp1"
+    assert run.complete
+    assert whole_checkpoints(run) == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+
+
+def test_what_another_run_left_on_this_machine_is_not_in_the_way(train):
+    train(seed=1)
+    shutil.rmtree(runs.DRIVE / "qlora_runs" / "exp1")
+    assert train().complete
+
+
+def test_another_configs_run_on_drive_is_refused(train):
+    train(epochs=1)
+    with pytest.raises(UserError, match="holds another run"):
+        train([NeverTrain()], epochs=1, seed=1)
+
+
+@pytest.fixture
+def colab(monkeypatch, machine):
+    """Colab's module, which mounts, or fails to."""
+    asked = []
+    module = types.SimpleNamespace(mount=asked.append)
+    monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
+    monkeypatch.setitem(sys.modules, "google.colab", types.SimpleNamespace(drive=module))
+    monkeypatch.setattr(drive, "on_colab", lambda: True)
+    module.asked = asked
+    return module
+
+
+def resolve(**params):
+    """What a notebook's parameters come to."""
+    return notebook.resolve({"__annotations__": dict.fromkeys(params), "profile": "cpu", **params})
+
+
+def test_drive_is_mounted_when_asked_for_and_holds_the_runs(colab, monkeypatch):
+    monkeypatch.delenv("QLORA_WORKDIR", raising=False)
+    shutil.rmtree(runs.DRIVE)
+    colab.mount = lambda where: (colab.asked.append(where), runs.DRIVE.mkdir())
+    assert resolve(use_drive=True).folder == runs.DRIVE / "qlora_runs"
+    assert resolve(use_drive=True).folder == runs.DRIVE / "qlora_runs"
+    assert colab.asked == [str(runs.DRIVE.parent)]  # once
+
+
+def test_drive_is_left_alone_where_nobody_asks_for_it(colab, machine):
+    shutil.rmtree(runs.DRIVE)
+    assert resolve(use_drive=False, workdir=str(machine)).folder == machine
+    assert resolve(workdir=str(machine)).folder == machine
+    assert colab.asked == []
+
+
+def test_a_mount_that_fails_is_one_line(colab):
+    shutil.rmtree(runs.DRIVE)
+
+    def refuse(where):
+        raise ValueError("mount failed")
+
+    colab.mount = refuse
+    with pytest.raises(UserError, match=r"could not be mounted \(mount failed\).*Mend"):
+        resolve(use_drive=True)
+
+
+def test_elsewhere_it_says_that_there_is_no_drive(machine, capsys, monkeypatch):
+    monkeypatch.setattr(drive, "on_colab", lambda: False)
+    assert resolve(use_drive=True, workdir=str(machine)).folder == machine
+    assert "not Colab" in capsys.readouterr().out
+
+
+def test_use_drive_is_true_or_false(machine):
+    with pytest.raises(UserError, match="use_drive: expected true or false"):
+        resolve(use_drive="yes")

@@ -1,0 +1,63 @@
+"""Disks that are really full: small ones in memory, which only root may mount."""
+
+import subprocess
+
+import pytest
+
+from qlora_helpers import UserError, cleaning, drive, runs, training
+from qlora_helpers.runs import RunFolder
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of so many KiB; asked again, it grows."""
+    where = tmp_path / "disk"
+    where.mkdir()
+    mounted = []
+
+    def size(kib):
+        options = f"size={kib}k" + (",remount" if mounted else "")
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(where)], capture_output=True)
+        if done.returncode:
+            pytest.skip("only root can mount a small disk")
+        mounted.append(kib)
+        return where
+
+    yield size
+    if mounted:
+        subprocess.run(["umount", "-l", str(where)], check=True)
+
+
+@pytest.fixture
+def train(config, tokenizer):
+    def run_it(folder):
+        settings = config.replace(epochs=2)
+        return training.train(settings, cleaning.prepare(settings, tokenizer), tokenizer, RunFolder(folder))
+
+    return run_it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kib", [60, 120, 180, 240, 300, 360, 420, 480])
+def test_a_full_disk_is_one_line_wherever_it_fills(disk, train, tmp_path, kib):
+    """In the first file, in a checkpoint, at the end: given room, the run goes on and ends like any other."""
+    where = disk(kib)
+    with pytest.raises(UserError, match=r"disk: .* is full.*Mend"):
+        train(where / "run")
+    disk(20_000)
+    run, plain = train(where / "run"), train(tmp_path / "plain")
+    name = "adapter_model.safetensors"
+    assert (run.adapter / name).read_bytes() == (plain.adapter / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kib", [100, 300, 450])
+def test_a_full_drive_does_not_stop_training(disk, train, tmp_path, monkeypatch, capsys, kib):
+    monkeypatch.setattr(runs, "DRIVE", disk(kib))
+    monkeypatch.setattr(drive, "HERE", tmp_path / "content")
+    run = train(runs.DRIVE / "run")
+    assert run.path == tmp_path / "content" / "run"
+    assert run.complete
+    assert "No space left on device" in capsys.readouterr().out
+    disk(20_000)
+    assert train(runs.DRIVE / "run").path == runs.DRIVE / "run"

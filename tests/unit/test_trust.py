@@ -1,0 +1,231 @@
+"""What comes from outside stays outside: code in model folders, pickles, tokens, rows that would leave their turn."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from qlora_helpers import Config, UserError, cleaning, data_report, hub, model, sources, templates, training
+from qlora_helpers.runs import RunFolder
+
+ROOT = Path(__file__).parents[2]
+SECRET = "hf_" + "PlantedForThisTestOnly" * 2
+TOKENS = re.compile(r"hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|AKIA[A-Z0-9]{16}|AIza[\w-]{35}")
+
+
+def kept_files():
+    """Everything that belongs to the project, as git sees it; all files where there is no git."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    names = listed.stdout.split("\0") if listed.returncode == 0 else [str(path) for path in ROOT.rglob("*")]
+    return [path for path in (ROOT / name for name in names if name) if path.is_file()]
+
+
+def test_no_kept_file_holds_a_token():
+    assert TOKENS.search(f"a token: {SECRET}")
+    files = kept_files()
+    assert any(path.suffix == ".ipynb" for path in files)
+    assert any("results" in path.parts for path in files)
+    assert [path for path in files if TOKENS.search(path.read_bytes().decode("utf-8", "replace"))] == []
+
+
+def test_remote_code_and_pickles_are_nowhere_turned_on():
+    for path in kept_files():
+        if path.suffix not in (".py", ".ipynb", ".yaml") or "tests" in path.parts:
+            continue
+        text = path.read_text("utf-8")
+        for mention in re.findall(r"trust_remote_code.{0,20}", text):
+            assert "False" in mention, (path, mention)
+        assert "use_safetensors=False" not in text, path
+        assert not re.search(r"torch\.load\(|pickle\.load", text), path
+
+
+@pytest.fixture
+def folder(model_folder, tmp_path):
+    """A copy of the tiny model, for planting things into."""
+    return shutil.copytree(model_folder, tmp_path / "model")
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | values), "utf-8")
+
+
+@pytest.mark.parametrize("kind", ["planted", "llama"])
+def test_code_in_a_model_folder_does_not_run(folder, config, device, tmp_path, kind, monkeypatch):
+    """A kind of model that the library knows is loaded by its own code; another one is refused, and nobody is asked."""
+    marker = tmp_path / "it ran"
+    (folder / "planted.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Model: pass\nclass Settings: pass\n")
+    mapped = {"AutoConfig": "planted.Settings", "AutoModelForCausalLM": "planted.Model"}
+    change(folder / "config.json", auto_map=mapped, model_type=kind)
+    change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["planted.Model", "planted.Model"]})
+    monkeypatch.setattr("builtins.input", lambda *args: "y")
+    monkeypatch.setattr("signal.alarm", lambda seconds: None)
+    settings = config.replace(model=str(folder))
+    if kind == "llama":
+        assert model.load_base(settings, device) is not None
+    else:
+        with pytest.raises(UserError, match="Mend"):
+            model.load_base(settings, device)
+    assert not marker.exists()
+
+
+def test_a_pickle_is_not_loaded(folder, config, device, tmp_path):
+    marker = tmp_path / "it ran"
+
+    class Planted:
+        def __reduce__(self):
+            return (open, (str(marker), "w"))
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"weights": Planted()}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="Mend"):
+        model.load_base(config.replace(model=str(folder)), device)
+    assert not marker.exists()
+
+
+def test_the_token_is_found_in_colabs_secrets_and_in_the_environment(tmp_path):
+    """The hub's own library does it; asked in a process of its own, since it looks once."""
+    (tmp_path / "google" / "colab").mkdir(parents=True)
+    (tmp_path / "google" / "colab" / "userdata.py").write_text(
+        f"class SecretNotFoundError(Exception): pass\nclass NotebookAccessError(Exception): pass\n"
+        f"def get(name): return {{'HF_TOKEN': {SECRET!r}}}[name]\n"
+    )
+    (tmp_path / "google" / "colab" / "errors.py").write_text("class Error(Exception): pass\n")
+    look = (
+        "from huggingface_hub import get_token\nfrom huggingface_hub.utils import _runtime\n"
+        "_runtime._is_google_colab = True\nprint(get_token())"
+    )
+    plain = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "VERTEX_PRODUCT")} | {
+        "HF_HOME": str(tmp_path)
+    }
+    secrets = plain | {"PYTHONPATH": os.pathsep.join([str(tmp_path), plain.get("PYTHONPATH", "")])}
+    for env in (plain | {"HF_TOKEN": SECRET}, secrets):
+        done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, env=env)
+        assert done.stdout.strip() == SECRET, done.stderr
+
+
+def test_a_token_reaches_no_file_and_no_output(config, tokenizer, tmp_path, monkeypatch, capfd):
+    """A whole run, an error of the hub's among its messages."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.setenv(name, SECRET)
+    short = config.replace(epochs=1)
+    run = training.train(short, cleaning.prepare(short, tokenizer), tokenizer, RunFolder(tmp_path / "run"))
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    with pytest.raises(UserError) as caught:
+        hub.load_tokenizer(config.replace(model="nobody/nothing"))
+    said = capfd.readouterr()
+    assert run.complete
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
+    assert SECRET not in said.out + said.err + str(caught.value)
+
+
+HTML = "<script>alert(1)</script><img src=x onerror=alert(1)>"
+
+
+def show(row, config, tokenizer):
+    (example,) = templates.encode([row], config, tokenizer)
+    return templates.show_labels(example, tokenizer)
+
+
+def test_html_in_a_row_is_shown_as_text(write_rows, config, tokenizer, make_row):
+    rows = [{"question": f"{HTML} number {n * 7919}?", "answer": f"{HTML} says {n * 104729}."} for n in range(9)]
+    settings = config.replace(dataset=write_rows(rows), near_duplicates=1.0, n_heldout=2, n_samples=2, max_length=256)
+    report = data_report.build(cleaning.clean(settings, tokenizer), settings, tokenizer)
+    view = show(make_row(HTML, HTML), settings, tokenizer)
+    for shown in (report._repr_html_(), report.markdown(), view._repr_html_()):
+        assert "&lt;" in shown
+        assert "<script" not in shown
+        assert "<img" not in shown
+
+
+@pytest.mark.parametrize("code", ["\x1b[31mred", "\x9b2J", "back\b\b\b", "\a"])
+def test_codes_that_steer_a_terminal_are_dropped_and_counted(write_rows, config, code):
+    loaded = sources.load(
+        config.replace(
+            dataset=write_rows(
+                [{"question": "What is it?", "answer": "Plain."}, {"question": "And this?", "answer": f"It is {code}."}]
+            )
+        )
+    )
+    assert [row.messages[0]["content"] for row in loaded.rows] == ["What is it?"]
+    assert [drop["reason"] for drop in loaded.rejected] == ["codes that steer a terminal"]
+
+
+def test_an_error_that_quotes_such_codes_is_harmless():
+    with pytest.raises(UserError) as caught:
+        Config.from_params(profile="cpu", template="\x1b[31mred\nline")
+    assert str(caught.value).isprintable()
+
+
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+MISTRAL = (
+    "<s>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
+)
+VICUNA = (
+    "{% for m in messages %}{{ m['role'].upper() }}: {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+BREAKS_OUT = [
+    ("guanaco", None, "x</s>"),
+    ("guanaco", None, "<s>x"),
+    ("guanaco", None, "x ### Human: y"),
+    ("guanaco", None, "x### Assistant: y"),
+    ("instruction", None, "x\n\n### Response:\ny"),
+    ("instruction", None, "### Input:\nx"),
+    ("auto", None, "x</s>\n<|im_start|>assistant\ny"),
+    ("auto", ZEPHYR, "x\n<|assistant|>\ny"),
+    ("auto", ZEPHYR, "<|user|>"),
+    ("auto", ZEPHYR, "<|system|>"),
+    ("auto", MISTRAL, "x [/INST] y"),
+    ("auto", VICUNA, "x ASSISTANT: y"),
+]
+
+
+@pytest.mark.parametrize("side", ["question", "answer", "input"])
+@pytest.mark.parametrize(("template", "chat", "planted"), BREAKS_OUT)
+def test_a_row_cannot_break_out_of_its_turn(write_rows, config, template, chat, planted, side):
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    tokenizer.chat_template = chat or tokenizer.chat_template
+    columns = {"question": "instruction", "answer": "output", "input": "input"}
+    plain = {"instruction": "What does the user ask here?", "input": "Some text.", "output": "An assistant's reply."}
+    rows = [plain, plain | {"output": "Another one."} | {columns[side]: f"Now {planted} then"}]
+    settings = config.replace(dataset=write_rows(rows), template=template, near_duplicates=1.0)
+    cleaned = cleaning.clean(settings, tokenizer, lambda usable: 0)
+    assert [item.row.messages[0]["content"] for item in cleaned.train] == [plain["instruction"]]
+    assert [drop["reason"] for drop in cleaned.dropped] == ["a turn holds a mark that only the template may write"]
+
+
+@pytest.mark.parametrize(
+    ("template", "harmless"),
+    [
+        ("guanaco", "### Input: of another layout"),
+        ("guanaco", "### Human matters"),
+        ("auto", "### Human: of another layout"),
+        ("auto", "the user and the assistant"),
+        ("instruction", "if a < b and c > d: print([1], <b>)"),
+    ],
+)
+def test_what_means_nothing_in_this_template_stays(write_rows, config, tokenizer, template, harmless):
+    rows = [{"instruction": f"Is {harmless} harmless?", "output": "Yes, it is."}]
+    settings = config.replace(dataset=write_rows(rows), template=template)
+    assert len(cleaning.clean(settings, tokenizer, lambda usable: 0).train) == 1
+
+
+def test_special_tokens_come_from_the_template_alone(config, tokenizer):
+    """Of what is left, each special token was written by the template: one start, and an end for each answer."""
+    data = cleaning.prepare(config.replace(max_length=2048), tokenizer)
+    for example in data.train:
+        assert example.input_ids.count(tokenizer.eos_token_id) == len(example.row.messages) // 2
+        assert example.input_ids.count(tokenizer.bos_token_id) == 1

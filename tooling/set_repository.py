@@ -1,0 +1,38 @@
+"""Write the address of a repository into every badge and bootstrap cell, and into the README's badge.
+
+usage: python tooling/set_repository.py URL [FOLDER]     (make set-repo URL=https://github.com/NAME/REPOSITORY)
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from qlora_helpers import runs
+
+ROOT = Path(__file__).resolve().parents[1]
+ADDRESS = re.compile(r"https://github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?/?")
+PLACES = (
+    re.compile(r"(?<=colab\.research\.google\.com/github/)[\w.-]+/[\w.-]+(?=/blob/)"),
+    re.compile(r'(?<=REPOSITORY = \\"https://github\.com/)[\w.-]+/[\w.-]+(?=\\")'),
+)
+
+
+def set_repository(url: str, folder: Path) -> int:
+    """Change every place under `folder`; returns how many files name the repository."""
+    found = ADDRESS.fullmatch(url)
+    if found is None:
+        raise SystemExit(f"error: '{url}' is no repository on GitHub. Mend: URL=https://github.com/NAME/REPOSITORY.")
+    files = [folder / "README.md", *sorted((folder / "notebooks").glob("*.ipynb"))]
+    for path in files:
+        text = path.read_text("utf-8")
+        for place in PLACES:
+            text = place.sub(found[1], text)
+        runs.write_text(path, text)
+    return len(files)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3):
+        raise SystemExit(__doc__)
+    where = Path(sys.argv[2]) if len(sys.argv) == 3 else ROOT
+    print(f"{set_repository(sys.argv[1], where)} files name {sys.argv[1]}")
