@@ -1,11 +1,14 @@
 """Plans to look at: tables of parts, of settings and of cards, and an answer in words."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qlora_helpers import plan
+from qlora_helpers import measured, plan
 from qlora_helpers.config import Config
 from qlora_helpers.plan import CARDS, Plan
+
+if TYPE_CHECKING:
+    from qlora_helpers.comparison import Difference  # which needs more than arithmetic
 
 
 def parts(plans: dict[str, Plan]) -> list[dict[str, Any]]:
@@ -44,17 +47,15 @@ def cards(found: Plan) -> list[str]:
 def grid(
     configs: dict[str, Config], splits: Iterable[tuple[int, int]], devices: dict[str, str | float]
 ) -> list[dict[str, Any]]:
-    """A line for each config at each batch size and length: the peak in GiB, and whether each device has it."""
+    """A line for each config at each batch size and length: what torch takes in GiB, and whether each device has it."""
     lines = []
     for name, config in configs.items():
         for batch, length in splits:
             setting = config.replace(batch_size=batch, max_length=length)
             found = {device: plan.plan_memory(setting, where) for device, where in devices.items()}
-            torchs = max(
-                sum(p.values()) for p in (found[next(iter(found))].training, found[next(iter(found))].evaluation)
-            )
+            peak = max(one.total - one.context for one in found.values())
             verdicts = {device: one.verdict for device, one in found.items()}
-            lines.append({"run": name, "batch": batch, "tokens": length, "GiB": torchs, **verdicts})
+            lines.append({"run": name, "batch": batch, "tokens": length, "GiB": peak, **verdicts})
     return lines
 
 
@@ -67,3 +68,35 @@ def methods(configs: dict[str, Config]) -> list[dict[str, Any]]:
             line |= {f"{method} GiB": found.total, f"{method} on": next(iter(cards(found)), "more than one card")}
         lines.append(line)
     return lines
+
+
+def trials(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was measured, a line a setting: GiB reserved in training, or that it ran out, and what was planned."""
+    return [
+        {
+            "model": line["model"],
+            "r": line["rank"],
+            "bias": line["bias"],
+            "batch": line["batch_size"],
+            "tokens": line["max_length"],
+            "GPU held to (GiB)": line.get("limit_gib", "–"),
+            "measured GiB": line["train_reserved"] if line["fits"] else "out of memory",
+            "planned GiB": measured.predicted(line)["train"],
+        }
+        for line in lines
+    ]
+
+
+def take(difference: "Difference", rows: list[dict[str, Any]]) -> str:
+    """Which of two runs to take, the second against the first: the better one, else the one that needs less memory or,
+    where that is much the same, the faster one.
+    """
+    first, second = rows
+    if difference.verdict != "not distinguishable":
+        better = second if difference.verdict == "better" else first
+        return f"Take {better['run']}: its held-out loss is lower."
+    for column, words in (("peak GiB", "needs less memory"), ("seconds a step", "is faster")):
+        less, more = sorted(rows, key=lambda row: row[column])
+        if less[column] < 0.95 * more[column]:
+            return f"Take {less['run']}: no difference shows in the loss, and it {words}."
+    return "Take either: no difference shows, in loss, memory or time."

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_helpers import measured, memory, out_of_memory, plan
+from qlora_helpers import measured, memory, out_of_memory, plan, plan_report
 from qlora_helpers.__main__ import main
+from qlora_helpers.comparison import Difference
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device
 from qlora_helpers.errors import UserError
@@ -202,3 +203,41 @@ def test_shrinking_halves_to_the_end_and_then_stops(tmp_path, monkeypatch):
         assert (config.batch_size, config.gradient_accumulation, config.gradient_checkpointing) == split
     with pytest.raises(UserError, match="the GPU ran out"):
         out_of_memory.shrink(config, T4, RunFolder(tmp_path))
+
+
+def test_cards_are_those_whose_memory_is_enough():
+    found = plan.plan_memory(Config.preset("llama31-8b"))
+    for card, (size, context) in plan.CARDS.items():
+        assert (card in plan_report.cards(found)) == (found.total - found.context + context <= size)
+        assert plan.plan_memory(Config.preset("llama31-8b"), card).fits == (card in plan_report.cards(found))
+
+
+def test_the_grid_has_a_line_a_setting_and_a_word_a_device():
+    presets = {"small": Config.preset("bloom-560m-r20-all"), "large": Config.preset("bloom-7b1-r20-all")}
+    small, large = plan_report.grid(presets, [(8, 256)], {"T4": "t4", "16 GB": 16.0})
+    assert (small["T4"], large["T4"], large["16 GB"]) == ("fits", "does not fit", "does not fit")
+    assert large["GiB"] > small["GiB"] > 1
+
+
+def test_what_ran_out_of_memory_when_it_was_tried_did_not_fit_the_plan():
+    for line in measured.read("reproduction"):
+        assert (measured.predicted(line)["train"] <= line["limit_gib"]) == line["fits"]
+
+
+@pytest.mark.parametrize(
+    ("gap", "memory_", "seconds", "said"),
+    [
+        ((-0.2, -0.1), (2, 2), (1, 1), "Take B: its held-out loss is lower."),
+        ((0.1, 0.2), (2, 1), (1, 1), "Take A: its held-out loss is lower."),
+        ((-0.1, 0.1), (2, 1), (1, 3), "Take B: no difference shows in the loss, and it needs less memory."),
+        ((-0.1, 0.1), (2, 2), (1, 3), "Take A: no difference shows in the loss, and it is faster."),
+        ((-0.1, 0.1), (2, 2), (1, 1), "Take either"),
+    ],
+)
+def test_which_to_take_follows_from_the_interval_then_memory_then_time(gap, memory_, seconds, said):
+    found = Difference("A", "B", sum(gap) / 2, *gap, rows=9, seeds=1)
+    rows = [
+        {"run": name, "peak GiB": size, "seconds a step": time}
+        for name, size, time in zip("AB", memory_, seconds, strict=True)
+    ]
+    assert plan_report.take(found, rows).startswith(said)
