@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 
-from qlora_helpers import UserError, model
+from qlora_helpers import Config, UserError, model
+from qlora_helpers.device import detect
 
 
 @pytest.fixture
@@ -119,3 +120,51 @@ def test_there_are_sixteen_levels():
     assert len(levels) == 16
     assert (levels[0], levels[-1]) == (-1, 1)
     assert levels == sorted(levels)
+
+
+@pytest.fixture(scope="module")
+def bloom_folder(tmp_path_factory):
+    """A random BLOOM of two layers, whose linear layers and norms have biases."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-bloom")
+    torch.manual_seed(0)
+    BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_trained_biases_move_in_float32_are_saved_and_come_back(bloom_folder, tmp_path, bias, quantization):
+    config = Config.from_params(
+        profile="cpu", model=str(bloom_folder), target_modules="query_key_value", bias=bias, quantization=quantization
+    )
+    trained = model.attach_lora(model.load_base(config, detect()), config).train()
+    ids = torch.arange(16).reshape(2, 8)
+    optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-5)
+    for _ in range(3):
+        trained(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    biases = {name: p for name, p in trained.named_parameters() if p.requires_grad and name.endswith("bias")}
+    assert len(biases) == (2 if bias == "lora_only" else 14)
+    assert {p.dtype for p in biases.values()} == {torch.float32}
+    assert all(p.abs().max() > 0 for p in biases.values())  # they begin at zero, and steps of 1e-5 are not lost
+    trained.save_pretrained(tmp_path)
+    again = model.load_adapter(model.load_base(config, detect()), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, trained.eval()(input_ids=ids).logits)
+
+
+def test_a_4_bit_layer_adds_its_trained_bias_in_float32():
+    """The library's own layer casts the bias to the compute dtype in place, which fp16's gradient scaler refuses."""
+    layer = Linear4bit(64, 64, bias=True, compute_dtype=torch.bfloat16)
+    layer.weight = Params4bit(torch.randn(64, 64), requires_grad=False)
+    layer = layer.to("cpu")
+    layer.bias.data = torch.full((64,), 1e-4)
+    plain = layer(torch.ones(1, 64, dtype=torch.bfloat16))
+    assert layer.bias.dtype == torch.bfloat16
+    layer.bias.data = torch.full((64,), 1e-4)
+    model.keep_biases(layer)
+    assert torch.allclose(layer(torch.ones(1, 64, dtype=torch.bfloat16)), plain, atol=1e-2)
+    assert layer.bias.dtype == torch.float32
