@@ -60,6 +60,11 @@ def test_parameters_are_literals_with_type_and_comment(notebook):
         assert "  # " in source.splitlines()[node.lineno - 1], ast.unparse(node)
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_what_leaves_runs_behind_can_keep_them_on_drive(notebook):
+    assert ("workdir: " in parameters(notebook)) == ("use_drive: bool = False" in parameters(notebook))
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_papermill_explains_every_parameter(path):
     """Its parser reads fewer annotations than Python: `int | None` is passed over, and then warned about."""

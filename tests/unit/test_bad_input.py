@@ -231,5 +231,13 @@ def test_malformed_run_folders(command, number, trained, tmp_path):
     try_all(number, damages(), check)
 
 
+@pytest.mark.parametrize("damaged", [{}, {"train_rows": 4, "steps": "many"}, {"eval_loss": {}}])
+def test_metrics_that_lack_values_or_hold_others_are_named(command, trained, tmp_path, damaged):
+    folder = shutil.copytree(trained, tmp_path / "runs")
+    (folder / "exp2" / "metrics.json").write_text(json.dumps(damaged), "utf-8")
+    assert command("compare", folder / "exp1", folder / "exp2", "--out", tmp_path / "out", keep=[folder]) == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_there_are_five_hundred():
     assert 3 * FEW_AND_ALL[1].values[0] >= 500
