@@ -46,11 +46,16 @@ def predicted(setting: dict[str, Any]) -> dict[str, float]:
     return {moment: sum(sizes.values()) / memory.GIB for moment, sizes in parts.items()}
 
 
+def peaks(line: dict[str, Any], moments: tuple[str, ...] = MOMENTS) -> tuple[float, float]:
+    """Planned and measured peak over `moments`, in GiB."""
+    planned = predicted(line)
+    return max(planned[moment] for moment in moments), max(line[f"{moment}_reserved"] for moment in moments)
+
+
 def error(line: dict[str, Any], moments: tuple[str, ...] = MOMENTS) -> float:
     """How far the planned peak over `moments` is off the measured one, as a share of that; above zero: too much."""
-    planned = predicted(line)
-    seen = max(line[f"{moment}_reserved"] for moment in moments)
-    return max(planned[moment] for moment in moments) / seen - 1
+    planned, seen = peaks(line, moments)
+    return planned / seen - 1
 
 
 def score(lines: list[dict[str, Any]], moments: tuple[str, ...] = MOMENTS) -> dict[str, float]:

@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from qlora_helpers import measured
+
 if TYPE_CHECKING:
     import torch
 
@@ -287,8 +289,9 @@ def memory_parts(plans: "dict[str, Plan]", card: float | None) -> Figure:
 
 
 @_styled
-def planned_and_measured(lines: list[dict[str, Any]], planned: list[float], seen: list[float]) -> Figure:
+def planned_and_measured(lines: list[dict[str, Any]]) -> Figure:
     """Planned against measured peak memory, a dot a setting; those that only score stand out. Within the band: 10%."""
+    planned, seen = zip(*map(measured.peaks, lines), strict=True)
     figure, (axes,) = _new("Planned and measured", 4.6)
     reach = np.array([min(seen) * 0.8, max(seen) * 1.25])
     axes.fill_between(reach, reach * 0.9, reach * 1.1, color=GREY, alpha=0.2, linewidth=0, label="within 10%")

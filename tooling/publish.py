@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import plots, report, runs
+from qlora_helpers import measured, plots, report, runs
 from qlora_helpers.runs import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,7 +20,27 @@ TITLES = {
 
 def render() -> str:
     """The README's part between the markers."""
-    return "\n\n".join([START, _study(), *(_section(name, title) for name, title in TITLES.items()), END])
+    return "\n\n".join([START, _study(), *(_section(name, title) for name, title in TITLES.items()), _memory(), END])
+
+
+def _memory() -> str:
+    """How far the memory plan was off, moment by moment, on what it was fitted to and on what it was not."""
+    lines = measured.read("settings")
+    table = ["| settings | peak of the run | training | held-out losses | answers |", "| --- | --- | --- | --- | --- |"]
+    for scored, words in ((False, "fitted to"), (True, "kept for the score")):
+        chosen = [line for line in lines if line["scored_only"] == scored]
+        scores = [measured.score(chosen, moments) for moments in (measured.MOMENTS, *((m,) for m in measured.MOMENTS))]
+        cells = [f"{found['median']:.1%}, {found['worst']:.1%}" for found in scores]
+        table.append(f"| {len(chosen)} {words} | {' | '.join(cells)} |")
+    packages = ", ".join(f"{package} {lines[0]['versions'][package]}" for package in PACKAGES)
+    return "\n\n".join(
+        [
+            "### Planned against measured peak memory",
+            "How far the plan was off what torch reserved, at the median and at the worst:",
+            "\n".join(table),
+            f"Seven models' shapes with random weights, {lines[0]['device']}; {packages}.",
+        ]
+    )
 
 
 def _arithmetic() -> str:
@@ -80,6 +100,7 @@ def main() -> None:
     figures = {
         "differences": plots.differences(result),
         "loss_curves": plots.loss_curves(logs),
+        "memory": plots.planned_and_measured(measured.read("settings")),
         "arithmetic": plots.loss_curves({"bf16": _log(BF16), "fp16, as on a T4": _log(FP16)}),
     }
     for name, figure in figures.items():
