@@ -268,15 +268,15 @@ def learning_curves(curves: "list[Curve]") -> Figure:
 def memory_parts(plans: "dict[str, Plan]", card: float | None) -> Figure:
     """Planned peak memory by part, a bar a method, and the memory of the card."""
     figure, (axes,) = _new("What takes the memory?", 2.6 + 0.6 * len(plans))
-    names = list(dict.fromkeys(part for plan in plans.values() for part in [*plan.training, "CUDA context"]))
-    sizes = {part: [plan.training.get(part, plan.context if part == "CUDA context" else 0.0) for plan in plans.values()]
-             for part in names}  # fmt: skip
     whole = max(plan.total for plan in plans.values())
+    every = [{**plan.training, "CUDA context": plan.context} for plan in plans.values()]
+    names = [part for part in every[0] if max(parts.get(part, 0.0) for parts in every) > whole / 50]
+    sizes = {part: [parts.get(part, 0.0) for parts in every] for part in names}
+    sizes["all else"] = [sum(size for part, size in parts.items() if part not in names) for parts in every]
     left = np.zeros(len(plans))
-    for part, color in zip(names, (*PALETTE, GREY, "#A6761D", "#4B3B8F", "#BBBBBB") * 2, strict=False):
-        label = part if max(sizes[part]) > whole / 50 else f"_{part}"  # too thin to see: no place in the legend
-        axes.barh(list(plans), sizes[part], left=left, color=color, height=0.6, label=label)
-        left += np.array(sizes[part])
+    for (part, widths), color in zip(sizes.items(), (*PALETTE, GREY, "#A6761D", "#4B3B8F", "#BBBBBB"), strict=False):
+        axes.barh(list(plans), widths, left=left, color=color, height=0.6, label=part)
+        left += np.array(widths)
     for row, size in enumerate(left):
         axes.text(size, row, f" {size:.1f}", va="center")
     if card is not None:
