@@ -21,6 +21,18 @@ def choose_split(config: Config, device: Device) -> Config:
     return found
 
 
+def announce(config: Config, device: Device) -> None:
+    """On a GPU, before the weights are loaded: whether the plan says that they and the run fit, else what to change."""
+    if device.kind != "cuda":
+        return
+    try:
+        found = plan.plan_memory(config, device)
+    except UserError as error:
+        print(f"Memory is not planned: {error}")
+        return
+    print(*["Memory: " + found.words, *(f"- {advice}" for advice in found.advice)], sep="\n")
+
+
 def shrink(config: Config, device: Device, run: RunFolder) -> Config:
     """What to go on with after the GPU ran out of memory: half the batch and twice the passes, or checkpointing.
 

@@ -78,6 +78,11 @@ class Plan:
             return "does not fit"
         return "tight" if self.total > TIGHT * self.memory else "fits"
 
+    @property
+    def words(self) -> str:
+        """The verdict with its numbers."""
+        return f"{self.verdict}: {self.total:.2f} GiB" + (f" of {self.memory:.2f}" if self.memory else "")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, GiB rounded to megabytes."""
         return {

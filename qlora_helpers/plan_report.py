@@ -34,8 +34,7 @@ def answer(found: Plan) -> str:
     head = f"{found.model}, {found.method}: {found.parameters:,} parameters, {found.trained:,} of them trained."
     if found.memory is None:
         return f"{head}\nFits on: {', '.join(cards(found)) or 'none of ' + ', '.join(CARDS)}."
-    words = f"{found.verdict}: {found.total:.2f} of {found.memory:.2f} GiB"
-    return "\n".join([head, words, *(f"- {advice}" for advice in found.advice)])
+    return "\n".join([head, found.words, *(f"- {advice}" for advice in found.advice)])
 
 
 def cards(found: Plan) -> list[str]:
@@ -56,6 +55,16 @@ def grid(
             peak = max(one.total - one.context for one in found.values())
             verdicts = {device: one.verdict for device, one in found.items()}
             lines.append({"run": name, "batch": batch, "tokens": length, "GiB": peak, **verdicts})
+    return lines
+
+
+def fitting(configs: dict[str, Config]) -> list[dict[str, Any]]:
+    """A line a preset: what torch takes in GiB, and whether each known card has it."""
+    lines = []
+    for name, config in configs.items():
+        found = {card: plan.plan_memory(config, card) for card in CARDS}
+        peak = max(one.total - one.context for one in found.values())
+        lines.append({"preset": name, "GiB": peak, **{card: one.verdict for card, one in found.items()}})
     return lines
 
 

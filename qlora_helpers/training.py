@@ -50,6 +50,7 @@ def train(
         device = detect(config.compute_dtype)
         limit_memory(device, config.memory_limit_gib)
         config = out_of_memory.choose_split(config, device)
+        out_of_memory.announce(config, device)
         while True:
             try:
                 _attempt(config, data, tokenizer, device, run, callbacks)

@@ -132,7 +132,7 @@ def test_evaluation_stays_under_training():
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["--device", "t4"], 0, "fits: 3."),
+        (["--device", "t4"], 0, "fits: 3.17 GiB of 14.74"),
         (["--preset", "llama31-8b", "--memory", "16"], 3, "does not fit: 2"),
         (["--model", "bloom-7b1", "--bias", "all", "--rank", "20", "--memory", "80"], 0, "7,069,016,064 parameters"),
         (["--model", "bigscience/bloom-560m"], 0, "Fits on: t4"),
@@ -241,3 +241,14 @@ def test_which_to_take_follows_from_the_interval_then_memory_then_time(gap, memo
         for name, size, time in zip("AB", memory_, seconds, strict=True)
     ]
     assert plan_report.take(found, rows).startswith(said)
+
+
+def test_a_gpu_is_told_before_the_weights_are_loaded(capsys, tmp_path):
+    out_of_memory.announce(Config.preset("llama31-8b"), T4)
+    said = capsys.readouterr().out
+    assert said.startswith("Memory: does not fit: 24.")
+    assert "- max_length=1024" in said
+    unknown = tmp_path / "config.json"
+    unknown.write_text('{"model_type": "mamba"}')
+    out_of_memory.announce(Config.preset("llama31-8b", model=str(tmp_path)), T4)
+    assert "not planned: config: 'mamba' is no model type" in capsys.readouterr().out
