@@ -188,17 +188,13 @@ def _plan(
 ) -> int:  # fmt: skip
     from json import dumps
 
-    from qlora_helpers import plan, plan_report, shapes
-    from qlora_helpers.config import Config
+    from qlora_helpers import plan, plan_report
 
-    if model is not None:
-        usual = shapes.load(model).usual_targets
-        params |= {"model": model, "target_modules": ",".join(usual)}
     if targets is not None:
         params["target_modules"] = "all-linear" if targets == "all" else targets
-    config = Config.from_params(profile="gpu", **params)
+    config = plan.preset_on(params.pop("preset"), model, **params)
     where = device if memory is None else memory
-    plans = plan.side_by_side(config, where)
+    plans = plan.by_method(config, where)
     asked = plan.plan_memory(config, where, method)
     if json:
         totals = {name: round(other.total, 3) for name, other in plans.items()}

@@ -48,12 +48,14 @@ def generate(
     model.eval()
     tokenizer.padding_side = "left"  # a gap between prompt and answer would be read as text
     found: dict[int, dict[str, Any]] = {}
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        for index, ids in zip(part, _continue(model, tokenizer, config, device, [texts[i] for i in part]), strict=True):
-            found[index] = asked[index] | _describe(ids, tokenizer)
-    tokenizer.padding_side = side
-    model.train(was_training)
+    try:
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            said = _continue(model, tokenizer, config, device, [texts[i] for i in part])
+            found |= {index: asked[index] | _describe(ids, tokenizer) for index, ids in zip(part, said, strict=True)}
+    finally:  # the tokenizer is shared by all runs of a notebook
+        tokenizer.padding_side = side
+        model.train(was_training)
     return [found[index] for index in range(len(asked))]
 
 

@@ -17,7 +17,6 @@ from qlora_helpers.errors import UserError
 from qlora_helpers.runs import RunFolder
 from qlora_helpers.templates import IGNORE, Example
 
-LOGIT_ROWS = 512  # tokens whose logits are held at once: 512 x 49,152 words x 4 bytes is 96 MiB
 SHOTS = 3  # examples in the prompt: what a base model can do when it is shown the way
 SHOTS_FROM = 200  # the shortest of so many training rows are shown
 GENERAL_LENGTH = 512
@@ -103,12 +102,12 @@ def _batch_losses(inner: Any, batch: list[Example], shared: int, read: DynamicCa
         before.batch_repeat_interleave(len(batch))
     decoder = inner.get_decoder()
     hidden = decoder(input_ids=ids, attention_mask=mask, past_key_values=before, use_cache=False).last_hidden_state
-    wanted = labels != IGNORE
+    wanted, part = labels != IGNORE, memory.EVALUATION_LOGITS
     states, targets = hidden[:, :-1][wanted], labels[wanted]
     token_losses = torch.cat(
         [
             torch.nn.functional.cross_entropy(inner.get_output_embeddings()(chunk).float(), target, reduction="none")
-            for chunk, target in zip(states.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
+            for chunk, target in zip(states.split(part), targets.split(part), strict=True)
         ]
     ).cpu()
     counts = wanted.sum(dim=1).tolist()

@@ -1,12 +1,13 @@
 """The runs that a comparison needs: every experiment with its seeds, and the control of equal steps."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_helpers import cleaning, hub, runs
 from qlora_helpers.cleaning import Data
-from qlora_helpers.config import Config
+from qlora_helpers.config import Config, of_profile
 from qlora_helpers.runs import RunFolder
 
 
@@ -53,16 +54,24 @@ def wanted(configs: dict[str, Config], folder: Path) -> list[Wanted]:
     return found
 
 
+def missing(needed: Iterable[Wanted]) -> tuple[list[Wanted], str]:
+    """The runs that are not complete, and the minutes that they take, in words: rough, from the profile's own model."""
+    absent = [item for item in needed if not item.run.complete]
+    seconds = sum(
+        item.config.steps(len(item.data.trained_on)) * item.config.seconds_per_step
+        + of_profile(item.config.profile, "seconds_per_run")
+        for item in absent
+    )
+    minutes = max(1, round(seconds / 60)) if absent else 0
+    return absent, f"about {minutes} min (with the profile's own model)"
+
+
 def outlook(needed: list[Wanted]) -> str:
     """How many runs are missing, and how long they take together, in words."""
-    missing = [item for item in needed if not item.run.complete]
-    if not missing:
+    absent, minutes = missing(needed)
+    if not absent:
         return f"All {len(needed)} runs are there: nothing to train."
-    seconds = sum(item.config.steps(len(item.data.trained_on)) * item.config.seconds_per_step for item in missing)
-    return (
-        f"{len(missing)} of {len(needed)} runs missing: about {max(1, round(seconds / 60))} min of training in all "
-        "(with the profile's own model), and loading and measuring on top."
-    )
+    return f"{len(absent)} of {len(needed)} runs missing: {minutes} in all."
 
 
 def complete(needed: list[Wanted]) -> dict[str, list[RunFolder]]:

@@ -21,7 +21,7 @@ NESTED = 256  # scales that share a second scale, with double quantisation
 BLOCK_8BIT = 256  # optimizer values that share a scale in 8-bit AdamW
 LOSS_COPIES = 3  # float32 matrices of tokens x words at the loss: log-softmax, its gradient, the logits' gradient
 WORKSPACE = 64 * 2**20  # cuBLAS, forward and backward
-EVALUATION_LOGITS = 512  # tokens whose logits `evaluation` holds at once
+EVALUATION_LOGITS = 512  # tokens whose logits `evaluation` holds at once: x 49,152 words x 4 bytes is 96 MiB
 MOST_ROWS, MOST_ANSWERS = 8, 64  # more at once are no faster
 
 # What the allocator reserves over what is used: least squares over the measured settings that are not kept for the

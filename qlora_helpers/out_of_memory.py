@@ -4,7 +4,7 @@ import gc
 
 from qlora_helpers import plan
 from qlora_helpers.config import Config
-from qlora_helpers.device import Device, peak_memory_gib
+from qlora_helpers.device import Device, forget_peak
 from qlora_helpers.errors import UserError
 from qlora_helpers.runs import RunFolder
 
@@ -13,11 +13,13 @@ def choose_split(config: Config, device: Device) -> Config:
     """With `auto_batch` on a GPU, the fastest split of the effective batch that the plan says fits; else as it is."""
     if not config.auto_batch or device.kind != "cuda":
         return config
-    found = plan.fastest_split(config, device)
-    print(
-        f"auto_batch: {_split(found)}, {plan.plan_memory(found, device).total:.1f} of {device.memory_gib:.1f} GiB. "
-        f"As published: {_split(config)} (auto_batch=false)."
-    )
+    try:
+        found = plan.fastest_split(config, device)
+    except UserError as error:
+        print(f"auto_batch: not planned, so as published: {_split(config)}. {error}")
+        return config
+    words = plan.plan_memory(found, device).words
+    print(f"auto_batch: {_split(found)} {words}. As published: {_split(config)} (auto_batch=false).")
     return found
 
 
@@ -33,13 +35,21 @@ def announce(config: Config, device: Device) -> None:
     print(*["Memory: " + found.words, *(f"- {advice}" for advice in found.advice)], sep="\n")
 
 
-def shrink(config: Config, device: Device, run: RunFolder) -> Config:
+def is_it(error: RuntimeError) -> bool:
+    """Whether the GPU ran out of memory: torch says so with an error of its own, CUDA and cuBLAS in words."""
+    import torch
+
+    words = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def shrink(config: Config, device: Device, run: RunFolder, seen_gib: float) -> Config:
     """What to go on with after the GPU ran out of memory: half the batch and twice the passes, or checkpointing.
 
-    The effective batch and the steps stay what they were. Raises `UserError`, with what was planned, what was seen and
-    the nearest setting that fits, if `on_oom` is stop or nothing is left to shrink.
+    The effective batch and the steps stay what they were. Raises `UserError`, with what was planned, the `seen_gib`
+    that were reserved and the nearest setting that fits, if `on_oom` is stop or nothing is left to shrink.
     """
-    seen = f"{peak_memory_gib(device):.1f} GiB were reserved"
+    seen = f"{seen_gib:.1f} GiB were reserved"
     if config.on_oom == "shrink":
         if config.batch_size > 1:
             smaller = next(size for size in range(config.batch_size // 2, 0, -1) if config.effective_batch % size == 0)
@@ -56,13 +66,10 @@ def shrink(config: Config, device: Device, run: RunFolder) -> Config:
     )
 
 
-def free() -> None:
+def free(device: Device) -> None:
     """Give the memory of a run that failed back to the GPU."""
-    import torch
-
     gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    forget_peak(device)
 
 
 def _split(config: Config) -> str:
@@ -79,12 +86,14 @@ def _planned(config: Config, device: Device) -> str:
 
 
 def _mend(config: Config, device: Device) -> str:
-    """The nearest setting that fits, as parameters."""
+    """The nearest setting that fits and takes less than what ran out, as parameters."""
+    last = ["on_oom=shrink"] if config.on_oom == "stop" else []
     try:
         fitting = plan.nearest_fit(config, device)
+        less = fitting and plan.plan_memory(fitting, device).total < plan.plan_memory(config, device).total
     except UserError:
-        fitting = None
-    if fitting in (None, config):
-        return "on_oom=shrink, a smaller model, or a GPU with more memory"
+        less = False
+    if not less:
+        return ", ".join([*last, "a smaller model", "or a GPU with more memory"])
     changed = {name: value for name, value in vars(fitting).items() if value != getattr(config, name)}
-    return ", ".join(f"{name}={value}" for name, value in changed.items()) + "; or on_oom=shrink"
+    return "; or ".join([", ".join(f"{name}={value}" for name, value in changed.items()), *last])

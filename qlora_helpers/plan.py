@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_helpers import memory
+from qlora_helpers import memory, shapes
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device
 from qlora_helpers.errors import UserError, nearest
@@ -13,7 +13,8 @@ from qlora_helpers.memory import GIB, METHODS
 CONTEXT_GIB = 0.6  # CUDA itself: seen on an H100
 TIGHT = 0.9  # of the card: nearer to its end than this, the arithmetic's own error decides
 
-# Memory as the driver shows it, and what CUDA itself takes of it, in GiB. T4, H100: seen; others: as nvidia-smi lists.
+# Memory as the driver shows it, and what CUDA itself takes of it, in GiB. The H100's was seen; of a T4's, torch can
+# have 14.56; the others are as nvidia-smi lists them.
 CARDS = {
     "t4": (14.74, 0.18),
     "l4": (22.49, CONTEXT_GIB),
@@ -22,7 +23,7 @@ CARDS = {
     "a100-80": (80.0, CONTEXT_GIB),
     "h100": (79.65, CONTEXT_GIB),
 }
-# A step's time, in tokens that a forward and backward pass adds: `data/memory_speed_measured.jsonl` has the seconds.
+# A step's time, in tokens that a forward and backward pass adds. Rough, from a few settings on an H100; not fitted.
 PASS = 1000  # what each pass costs whatever its size
 RECOMPUTED = 4 / 3  # checkpointing goes forward twice
 UNPACKED = 1.3  # 4-bit weights are unpacked at every use
@@ -126,7 +127,7 @@ def plan_memory(config: Config, device: Device | str | float | None = None, meth
     return replace(plan, advice=_advice(load.config, plan))
 
 
-def side_by_side(config: Config, device: Device | str | float | None = None) -> dict[str, Plan]:
+def by_method(config: Config, device: Device | str | float | None = None) -> dict[str, Plan]:
     """The same run as full fine-tuning, LoRA and QLoRA."""
     return {method: plan_memory(config, device, method) for method in METHODS}
 
@@ -148,6 +149,13 @@ def seconds(config: Config) -> float:
     tokens = config.batch_size * config.max_length
     one_pass = PASS + tokens * (RECOMPUTED if config.gradient_checkpointing else 1)
     return config.gradient_accumulation * one_pass * (1 if config.quantization == "none" else UNPACKED)
+
+
+def preset_on(preset: str, model: str | None, **params: Any) -> Config:
+    """A published run, or its recipe on another model: then on that model's usual layers, if none are named."""
+    if model is not None:
+        params = {"target_modules": shapes.load(model).usual_targets, **params, "model": model}
+    return Config.preset(preset, **params)
 
 
 def nearest_fit(config: Config, device: Device | str | float) -> Config | None:
@@ -182,9 +190,10 @@ def _card(device: Device | str | float | None, config: Config) -> tuple[float, f
     total = device.memory_gib if isinstance(device, Device) else device
     if not total > 0:
         raise UserError(f"memory: {total:g} GiB is no budget. Mend: the card's memory, such as 16.")
+    context = next((context for size, context in CARDS.values() if abs(size - total) < 0.1), CONTEXT_GIB)
     if isinstance(device, Device) and config.memory_limit_gib is not None:
-        total = min(total, config.memory_limit_gib + CONTEXT_GIB)
-    return total, CONTEXT_GIB
+        total = min(total, config.memory_limit_gib + context)
+    return total, context
 
 
 def _gib(parts: dict[str, float]) -> dict[str, float]:

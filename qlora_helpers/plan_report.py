@@ -73,7 +73,7 @@ def methods(configs: dict[str, Config]) -> list[dict[str, Any]]:
     lines = []
     for name, config in configs.items():
         line: dict[str, Any] = {"model": name}
-        for method, found in plan.side_by_side(config).items():
+        for method, found in plan.by_method(config).items():
             line |= {f"{method} GiB": found.total, f"{method} on": next(iter(cards(found)), "more than one card")}
         lines.append(line)
     return lines
@@ -105,6 +105,8 @@ def take(difference: "Difference", rows: list[dict[str, Any]]) -> str:
         better = second if difference.verdict == "better" else first
         return f"Take {better['run']}: its held-out loss is lower."
     for column, words in (("peak GiB", "needs less memory"), ("seconds a step", "is faster")):
+        if column not in first:  # on a CPU, a process's peak says nothing of one of its runs
+            continue
         less, more = sorted(rows, key=lambda row: row[column])
         if less[column] < 0.95 * more[column]:
             return f"Take {less['run']}: no difference shows in the loss, and it {words}."

@@ -137,11 +137,10 @@ def _from_hub(model: str, revision: str) -> Path:
     from qlora_helpers import hub
 
     try:
-        if not hub.reachable():
-            raise OSError("the hub does not answer")
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(model, "config.json", revision=revision))
+        found = hf_hub_download(model, "config.json", revision=revision, local_files_only=not hub.reachable())
+        return Path(found)
     except (OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(

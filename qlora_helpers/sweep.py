@@ -127,15 +127,3 @@ def needed(
             name = f"{setting.folder}-seed{seed}"
             found[name] = Wanted(setting.name, name, setting.config.replace(seed=seed), data[rows], tokenizer, folder)
     return list(found.values())
-
-
-def missing(wanted: Iterable[Wanted]) -> tuple[list[Wanted], str]:
-    """The runs that are not complete, and the minutes that they take, in words: rough, from the profile's own model."""
-    absent = [item for item in wanted if not item.run.complete]
-    seconds = sum(
-        item.config.steps(len(item.data.trained_on)) * item.config.seconds_per_step
-        + of_profile(item.config.profile, "seconds_per_run")
-        for item in absent
-    )
-    minutes = max(1, round(seconds / 60)) if absent else 0
-    return absent, f"about {minutes} min (with the profile's own model)"

@@ -55,10 +55,12 @@ def train(
             try:
                 _attempt(config, data, tokenizer, device, run, callbacks)
                 return run
-            except torch.cuda.OutOfMemoryError:
-                shrunk = out_of_memory.shrink(config, device, run)
-            config = shrunk  # only now is the traceback gone that kept the tensors alive
-            out_of_memory.free()
+            except RuntimeError as error:
+                if not out_of_memory.is_it(error):
+                    raise
+            seen = peak_memory_gib(device)
+            out_of_memory.free(device)  # only here is the traceback gone that kept the tensors alive
+            config = out_of_memory.shrink(config, device, run, seen)
 
 
 def _attempt(

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import colab_machine
@@ -168,6 +169,10 @@ def test_the_bootstrap_with_an_uploaded_wheel_would_only_add_packages(machine, m
     source = shutil.copytree(ROOT, tmp_path / "source", ignore=beside)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
     subprocess.run(build, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    inside = zipfile.ZipFile(wheel).namelist()
+    tracked = subprocess.run(["git", "ls-files", "qlora_helpers"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(tracked.stdout.split()) <= set(inside)
     report = tmp_path / "report.json"
     real = subprocess.run
 

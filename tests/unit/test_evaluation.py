@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from qlora_helpers import cleaning, evaluation, templates
+from qlora_helpers import cleaning, evaluation, memory, templates
 from qlora_helpers.evaluation import RowLoss
 
 
@@ -73,7 +73,7 @@ def test_what_is_trained_is_never_passed_over(setup, device):
 def test_more_tokens_than_go_through_the_head_at_once(setup, device, monkeypatch):
     built, examples = setup
     whole = evaluation.heldout_losses(built, examples, device)
-    monkeypatch.setattr(evaluation, "LOGIT_ROWS", 7)
+    monkeypatch.setattr(memory, "EVALUATION_LOGITS", 7)
     parts = evaluation.heldout_losses(built, examples, device)
     assert [row.loss_sum for row in parts] == pytest.approx([row.loss_sum for row in whole], rel=1e-5)
 

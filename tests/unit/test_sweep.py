@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_helpers import Config, UserError, __main__, cleaning, comparison, curve, runs, series, sweep
+from qlora_helpers import Config, UserError, __main__, cleaning, comparison, curve, experiments, runs, series, sweep
 from qlora_helpers.runs import RunFolder
 
 SEEDS = [0]
@@ -168,7 +168,7 @@ def test_a_stopped_batch_goes_on_and_reuses_runs_under_any_name(batch, config, c
     assert batch(tmp_path, stop_at=1) == (["n4-seed0"], None)
     (tmp_path / "n4-seed0").rename(tmp_path / "exp1")
     needed = planned(config.replace(n_answers=2), cleaned, tokenizer, tmp_path, ranks=[8])
-    absent, minutes = sweep.missing(needed)
+    absent, minutes = experiments.missing(needed)
     assert [item.name for item in absent] == ["n8-seed0", "n8-rank8-seed0"]
     assert minutes.startswith("about 1 min")  # 4 steps of 4.5 s and two starts of 30 s
     half = tmp_path / "half"  # cut off in the middle: its config is there, its metrics are not
@@ -186,7 +186,7 @@ def test_a_stopped_batch_goes_on_and_reuses_runs_under_any_name(batch, config, c
         "rank 8": ["n8-rank8-seed0"],
     }
     assert batch(tmp_path, ranks=[8])[0] == []
-    assert sweep.missing(needed) == ([], "about 0 min (with the profile's own model)")
+    assert experiments.missing(needed) == ([], "about 0 min (with the profile's own model)")
     _curve_of(found)
 
 
