@@ -35,10 +35,10 @@ class Stored:
 
     def overwrite(self, value: torch.Tensor, file: Path) -> None:
         """Put `value`, rounded to the stored type, where this tensor lies in `file`, a copy of its own file."""
-        raw = value.to(self.dtype).contiguous().view(torch.uint8).numpy()
+        raw = value.to(self.dtype).contiguous().view(torch.uint8).numpy().tobytes()
         with file.open("r+b") as target:
             target.seek(self.begin)
-            target.write(memoryview(raw).cast("B"))
+            target.write(raw)
 
 
 def files(folder: Path) -> list[Path]:
