@@ -13,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 
-from qlora_helpers import chat_templates, checkpoints
+from qlora_helpers import chat_templates, checkpoints, hub
 from qlora_helpers.checkpoints import Stored
 from qlora_helpers.errors import UserError
 
@@ -22,7 +22,10 @@ KINDS = {"f16": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16), "q8_0": (Kind.Q8_0, g
 WRITTEN = ("llama", "mistral")  # one architecture to llama.cpp
 TOKEN = gguf.TokenType
 # How llama.cpp splits text before merging, by the regular expression that the tokenizer splits with.
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def check(folder: Path) -> dict[str, Any]:
@@ -110,8 +113,6 @@ def _add_shape(writer: gguf.GGUFWriter, config: dict[str, Any], kind: str, folde
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any]) -> None:
-    from qlora_helpers import hub
-
     tokenizer = hub.saved_tokenizer(folder)
     whole = json.loads(tokenizer.backend_tokenizer.to_str())
     bpe = whole["model"]
@@ -125,7 +126,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any]
     writer.add_token_list(names)
     writer.add_token_types(kinds)
     if bpe["byte_fallback"]:
-            writer.add_token_scores(_scores(names, kinds, merges))
+        writer.add_token_scores(_scores(names, kinds, merges))
         writer.add_add_space_prefix(tokenizer.tokenize("a")[0] != "a")
     writer.add_token_merges(merges)
     _add_ends(writer, folder, tokenizer)

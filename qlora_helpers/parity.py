@@ -29,14 +29,21 @@ ROOM = 1.3  # memory that is needed to ask a model, over that of its weights
 
 @dataclass(frozen=True)
 class Limits:
-    """How far an export may be from the adapter. See LIMITS for the reasons."""
+    """How far an export may be from the adapter."""
 
     kl: float  # nats a token, mean over all tokens of the adapter's answers
     top1: float  # share of those tokens where both find the same next one the likeliest
     texts: float  # share of answers that are equal to the letter
 
 
-LIMITS = {"merged": Limits(2e-3, 0.97, 0.7), "f16": Limits(2e-3, 0.97, 0.7), "q8_0": Limits(5e-3, 0.95, 0.5)}
+# Measured on SmolLM2-135M, in float32. Sound: a merge rounded once to bf16 is 6e-5 nats off, and so is its f16 file; 19
+# of 20 answers are equal, and 99.8% of the likeliest tokens. q8_0 rounds each weight to 8 bits: 1.3e-3, 14 of 20, 98.6%.
+# Broken: merged into 4 bits 0.33 nats and 77%; with alpha doubled or halved, after 36 steps of training, 6e-3 and 3e-3.
+# Few equal answers are asked for, since one close call changes all that follows.
+LIMITS = {"merged": Limits(1e-3, 0.97, 0.7), "f16": Limits(1e-3, 0.97, 0.7), "q8_0": Limits(5e-3, 0.95, 0.4)}
+# Models too large for float32 are asked in 16 bits, where a sound merge is 1.8e-3 nats off, with 5 of 8 answers equal
+# and 97.9% of the tokens (q8_0: 3.6e-3, 3 of 8): the sums are rounded at other places.
+ROUNDING = Limits(4e-3, -0.03, -0.3)
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Parity:
     """One export against the adapter."""
 
     name: str
+    dtype: str
     prompts: int
     tokens: int
     same_layout: int
@@ -66,9 +74,17 @@ class Parity:
     kl: float
     kl_max: float
 
+    @property
+    def limits(self) -> Limits:
+        """What this export may differ by, in the arithmetic that it was asked in."""
+        exact = LIMITS[self.name]
+        if self.dtype == "float32":
+            return exact
+        return Limits(exact.kl + ROUNDING.kl, exact.top1 + ROUNDING.top1, exact.texts + ROUNDING.texts)
+
     def problems(self) -> list[str]:
         """What differs more than it may, in words; empty if the export is sound."""
-        limits, found = LIMITS[self.name], []
+        limits, found = self.limits, []
         if self.same_layout < self.prompts:
             found.append(f"{self.prompts - self.same_layout} of {self.prompts} prompts become other tokens (template)")
         if not self.same_ends:
@@ -85,11 +101,11 @@ class Parity:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to `parity.json`."""
-        return asdict(self) | {"limits": asdict(LIMITS[self.name]), "problems": self.problems()}
+        return asdict(self) | {"limits": asdict(self.limits), "problems": self.problems()}
 
 
 def prompts() -> list[str]:
-    """The fixed questions: the first of the project's own general ones, short, with digits, quotes and lists in them."""
+    """The fixed questions: the first of the project's own general ones."""
     rows = [row for row in sources.load(_general()).rows if len(row.messages) == 2 and not row.messages[0].get("input")]
     return [row.messages[0]["content"] for row in rows[:PROMPTS]]
 
@@ -130,6 +146,7 @@ def compare(
     divergence = torch.cat(kl)
     return Parity(
         name=name,
+        dtype=device.dtype,
         prompts=len(questions),
         tokens=len(divergence),
         same_layout=sum(r.prompt == own for r, own in zip(reference, ids, strict=True)),
@@ -151,6 +168,19 @@ def check(parity: Parity) -> None:
         )
 
 
+def table(compared: Sequence[Parity]) -> str:
+    """Every export against the adapter, as Markdown."""
+    lines = ["| export | same tokens | same ends | equal answers | top-1 | KL mean | KL max | verdict |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for p in compared:
+        verdict = "; ".join(p.problems()) or "sound"
+        lines.append(
+            f"| {p.name} | {p.same_layout} of {p.prompts} | {'yes' if p.same_ends else 'no'} "
+            f"| {p.same_texts} of {p.prompts} | {p.top1:.1%} | {p.kl:.1e} | {p.kl_max:.1e} | {verdict} |"
+        )
+    return "\n".join(lines)
+
+
 def choose_device(base: Path) -> Device:
     """Where both models are asked: in float32 if memory allows, which leaves rounding out, else in 16 bits.
 
@@ -164,8 +194,8 @@ def choose_device(base: Path) -> Device:
             if place.free_gib > ROOM * weights * size / GIB:
                 return replace(place, dtype=dtype)
     raise UserError(
-        f"parity: {weights / 1e9:.1f} billion weights need {ROOM * weights * 2 / GIB:.0f} GiB of memory to be asked. Mend: "
-        "close other programs, or export on a machine with more memory."
+        f"parity: {weights / 1e9:.1f} billion weights need {ROOM * weights * 2 / GIB:.0f} GiB of memory. "
+        "Mend: close other programs, or export on a machine with more memory."
     )
 
 
