@@ -36,10 +36,10 @@ class Limits:
     texts: float  # share of answers that are equal to the letter
 
 
-# Measured on SmolLM2-135M, in float32. Sound: a merge rounded once to bf16 is 6e-5 nats off, and so is its f16 file; 19
-# of 20 answers are equal, and 99.8% of the likeliest tokens. q8_0 rounds each weight to 8 bits: 1.3e-3, 14 of 20, 98.6%.
-# Broken: merged into 4 bits 0.33 nats and 77%; with alpha doubled or halved, after 36 steps of training, 6e-3 and 3e-3.
-# Few equal answers are asked for, since one close call changes all that follows.
+# Measured on SmolLM2-135M, in float32. Sound: a merge rounded once to bf16 is 6e-5 nats off, and so is its f16
+# file; 19 of 20 answers are equal, and 99.8% of the likeliest tokens. q8_0 rounds each weight to 8 bits: 1.3e-3, 14
+# of 20, 98.6%. Broken: merged into 4 bits 0.33 nats and 77%; with alpha doubled or halved, after 36 steps of
+# training, 6e-3, 3e-3. Few equal answers are asked for, since one close call changes all that follows.
 LIMITS = {"merged": Limits(1e-3, 0.97, 0.7), "f16": Limits(1e-3, 0.97, 0.7), "q8_0": Limits(5e-3, 0.95, 0.4)}
 # Models too large for float32 are asked in 16 bits, where a sound merge is 1.8e-3 nats off, with 5 of 8 answers equal
 # and 97.9% of the tokens (q8_0: 3.6e-3, 3 of 8): the sums are rounded at other places.

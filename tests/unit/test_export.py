@@ -19,6 +19,7 @@ from qlora_helpers import (
     embedded,
     export,
     gguf_export,
+    hub,
     merging,
     model,
     parity,
@@ -96,6 +97,39 @@ def test_transformers_loads_the_gguf_back(shipped, kind, most):
     assert (logits(back, ids) - logits(merged, ids)).abs().max() < most
     sizes = {t.tensor_type.name for t in gguf.GGUFReader(out / "gguf" / f"model-{kind}.gguf").tensors}
     assert sizes == {"F32", kind.upper()}
+
+
+def sentencepiece_like():
+    """A tokenizer of Llama 2's kind: words with a mark before them, and bytes for what no word covers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import LlamaTokenizer
+
+    lines = (runs.ROOT / "data" / "general.jsonl").read_text("utf-8").splitlines()
+    learned = Tokenizer(models.BPE())
+    learned.pre_tokenizer = pre_tokenizers.Metaspace()
+    learned.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=400, show_progress=False))
+    content = json.loads(learned.to_str())["model"]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *content["vocab"]]
+    merges = [tuple(merge) for merge in content["merges"]]
+    return LlamaTokenizer(vocab={name: place for place, name in enumerate(names)}, merges=merges)
+
+
+def test_a_tokenizer_of_llama_2s_kind_comes_back(tmp_path, shipped, config):
+    merged = tmp_path / "merged"
+    shutil.copytree(shipped["f16"][0] / "merged", merged)
+    want = sentencepiece_like()
+    want.chat_template = chat_templates.chat_template(config, want)
+    want.save_pretrained(merged)
+    change(merged / "config.json", vocab_size=1000)
+    gguf_export.write(merged, tmp_path / "model.gguf", "f16")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    got = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    for text in ("Which planet takes the longest?", "### Human: 17 x 6?\n\n  é😀### Assistant: ab</s>"):
+        assert got(text)["input_ids"] == hub.saved_tokenizer(merged)(text)["input_ids"]
+    scores, kinds = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("scores", "token_type"))
+    words = [score for score, kind in zip(scores, kinds, strict=True) if kind == gguf.TokenType.NORMAL]
+    assert sorted(words, reverse=True)[0] == 0  # the first merge is the best one
+    assert kinds.count(gguf.TokenType.BYTE) == 256
 
 
 def test_sound_exports_pass_and_are_written_whole(shipped, run):
