@@ -1,4 +1,4 @@
-"""The command line: `python -m qlora_helpers run | batch | data | plan | compare | fetch`. Heavy imports wait."""
+"""The command line, `python -m qlora_helpers COMMAND`: see COMMANDS at the end. Heavy imports wait."""
 
 import argparse
 import sys
@@ -50,6 +50,10 @@ def build_parser() -> Parser:
         "run_folders", type=Path, nargs="+", metavar="RUN", help="run folders; equal but for the seed: one"
     )
     compare.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the report")
+    export = commands.add_parser("export", help="merge a run's adapter, and check what comes out", allow_abbrev=False)
+    export.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a complete run")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the merged model")
+    export.add_argument("--gguf", metavar="KIND", help="also write a GGUF file and a Modelfile: f16 or q8_0")
     commands.add_parser("fetch", help="fetch the embedded model into the cache", allow_abbrev=False)
     parser.commands = commands.choices
     return parser
@@ -204,6 +208,15 @@ def _plan(
     return 0 if asked.fits else 3
 
 
+def _export(run_folder: Path, out: Path, gguf: str | None) -> None:
+    from qlora_helpers import export, parity
+    from qlora_helpers.runs import RunFolder
+
+    print(
+        parity.table(export.ship(RunFolder(run_folder), out.expanduser().resolve(), gguf)), f"\nExport: {out}", sep="\n"
+    )
+
+
 def _fetch() -> None:
     from qlora_helpers import embedded
 
@@ -216,6 +229,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "data": _data,
     "plan": _plan,
     "compare": _compare,
+    "export": _export,
     "fetch": _fetch,
 }
 

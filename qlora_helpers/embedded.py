@@ -99,7 +99,7 @@ def _convert(gguf: Path, target: Path) -> None:
 
     print("Making safetensors of it, once …", flush=True)
     source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model: Any = AutoModelForCausalLM.from_pretrained(**source, **_dequantize(), dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(**source, **unpacked(), dtype=torch.bfloat16)
     model.hf_quantizer = None  # or save_pretrained would write packed blocks
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -108,8 +108,8 @@ def _convert(gguf: Path, target: Path) -> None:
     AutoTokenizer.from_pretrained(**source).save_pretrained(target)
 
 
-def _dequantize() -> dict:
-    """Newer transformers keep a GGUF packed unless told otherwise; older ones know no such option."""
+def unpacked() -> dict[str, Any]:
+    """Options that load a GGUF as plain weights: newer transformers keep it packed, older ones know no such option."""
     try:
         from transformers import GgufConfig
     except ImportError:

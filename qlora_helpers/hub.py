@@ -11,6 +11,8 @@ from qlora_helpers import embedded
 from qlora_helpers.config import EMBEDDED_MODEL, Config
 from qlora_helpers.errors import UserError
 
+WANTED = ["*.safetensors", "*.json", "LICENSE*", "NOTICE*"]  # no code, and no weights in a format that can hold some
+
 
 def is_local(config: Config) -> bool:
     """Whether the model is the embedded one or a folder: such a model has no revision."""
@@ -34,11 +36,33 @@ def from_pretrained(loader: Any, config: Config, **options: Any) -> Any:
     try:
         return loader.from_pretrained(source, **options)
     except (OSError, ValueError) as error:  # ValueError: a folder that holds no model
-        why = str(error).strip().splitlines()[0].rstrip(".")
-        raise UserError(
-            f"model: '{config.model}' is neither a model folder nor to be had from the hub ({why}). Mend: check the "
-            f"name and the connection, or pass model=FOLDER, or model={EMBEDDED_MODEL}."
-        ) from None
+        raise _not_there(config, error) from None
+
+
+def folder(config: Config, revision: str | None = None) -> Path:
+    """The model's files on this machine, at `revision` if it comes from the hub: fetched if need be, not loaded.
+
+    Raises `UserError` if they cannot be had.
+    """
+    if config.model == EMBEDDED_MODEL:
+        return _embedded_folder()
+    if is_local(config):
+        return Path(config.model).expanduser()
+    from huggingface_hub import snapshot_download
+
+    options: dict[str, Any] = {"revision": revision or config.revision, "allow_patterns": WANTED}
+    try:
+        return Path(snapshot_download(config.model, local_files_only=not reachable(), **options))
+    except (OSError, ValueError) as error:
+        raise _not_there(config, error) from None
+
+
+def _not_there(config: Config, error: Exception) -> UserError:
+    why = str(error).strip().splitlines()[0].rstrip(".")
+    return UserError(
+        f"model: '{config.model}' is neither a model folder nor to be had from the hub ({why}). Mend: check the "
+        f"name and the connection, or pass model=FOLDER, or model={EMBEDDED_MODEL}."
+    )
 
 
 @cache
@@ -69,3 +93,10 @@ def load_tokenizer(config: Config) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def saved_tokenizer(folder: Path) -> Any:
+    """The tokenizer that was saved into a folder, beside an adapter or a merged model. No code of it is run."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -117,7 +117,7 @@ def check_targets(base: Any, config: Config) -> None:
 
 def load_adapter(base: Any, adapter: Path) -> Any:
     """A saved adapter on the base it was trained on, ready for answers and losses."""
-    _check_saved(adapter)
+    check_saved(adapter)
     if LoraConfig.from_pretrained(str(adapter)).bias != "none":
         keep_biases(base)
     return PeftModel.from_pretrained(base, adapter).eval()
@@ -147,7 +147,7 @@ def load_adapters(base: Any, adapters: dict[str, Path]) -> Adapters:
     Raises `UserError` for one that also trained biases: they are the base's own, so it could not be switched off.
     """
     for path in adapters.values():
-        _check_saved(path)
+        check_saved(path)
         bias = getattr(PeftConfig.from_pretrained(str(path)), "bias", "none")
         if bias != "none":
             raise UserError(
@@ -162,7 +162,8 @@ def load_adapters(base: Any, adapters: dict[str, Path]) -> Adapters:
     return Adapters(model.eval(), names)
 
 
-def _check_saved(adapter: Path) -> None:
+def check_saved(adapter: Path) -> None:
+    """Raise `UserError` if the folder holds no adapter."""
     if not (adapter / "adapter_model.safetensors").exists():
         raise UserError(f"adapter: {adapter} holds none. Mend: run the notebook that trains it to its end.")
 

@@ -4,25 +4,31 @@ from typing import Any
 
 from qlora_helpers.config import Config
 
+MERGED = """A LoRA adapter, merged into the 16-bit base. The layout of training travels along as the chat template: ask
+through `apply_chat_template`, or through a server that applies it."""
 
-def render(config: Config, metrics: dict[str, Any], manifest: dict[str, Any]) -> str:
-    """Markdown with the header that the hub reads."""
+
+def render(config: Config, metrics: dict[str, Any], manifest: dict[str, Any], merged: bool = False) -> str:
+    """Markdown with the header that the hub reads: of an adapter, or of a model that it was `merged` into."""
     from huggingface_hub import ModelCardData
 
     header = ModelCardData(
         base_model=config.model,
-        library_name="peft",
+        library_name="transformers" if merged else "peft",
         datasets=config.dataset if config.dataset and config.dataset.count("/") == 1 else None,
         tags=["lora", "qlora"],
+        pipeline_tag="text-generation" if merged else None,
     ).to_yaml()
     versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    title = f"{config.model}, fine-tuned" if merged else f"LoRA adapter for {config.model}"
+    how = f"\n{MERGED}\n" if merged else ""
     change = metrics["eval_loss"] - metrics["base_eval_loss"]
     return f"""---
 {header}
 ---
 
-# LoRA adapter for {config.model}
-
+# {title}
+{how}
 Trained on {metrics["train_rows"]} conversations for {metrics["epochs"]} epochs ({metrics["steps"]} steps at an
 effective batch of {config.effective_batch}) on {metrics["device"]}, in {metrics["compute_dtype"]}, with seed
 {metrics["seed"]}. Base stored as {config.quantization}; r = {config.rank}, alpha = {config.alpha}, on

@@ -51,10 +51,10 @@ def render(messages: tuple[Message, ...], config: Config, tokenizer: Any) -> tup
     text, spans = "", []
     for turn in messages:
         if turn["role"] == "user":
-            text += _question(turn, config.template)
+            text += question(turn, config.template)
             continue
         start = len(text)
-        text += f"{_gap(config.template)}{turn['content']}{tokenizer.eos_token}"
+        text += f"{gap(config.template)}{turn['content']}{tokenizer.eos_token}"
         spans.append((start, len(text)))
     return text, spans
 
@@ -65,12 +65,12 @@ def render_prompt(messages: tuple[Message, ...], config: Config, tokenizer: Any)
         return _apply_chat(messages, config, tokenizer, add_generation_prompt=True)
     eos = tokenizer.eos_token
     return "".join(
-        _question(turn, config.template) if turn["role"] == "user" else f"{_gap(config.template)}{turn['content']}{eos}"
+        question(turn, config.template) if turn["role"] == "user" else f"{gap(config.template)}{turn['content']}{eos}"
         for turn in messages
     )
 
 
-def _question(turn: Message, template: str) -> str:
+def question(turn: Message, template: str) -> str:
     """A user's turn up to and including the marker after which the answer starts."""
     if template == "guanaco":
         given = f"\n\n{turn['input']}" if turn.get("input") else ""
@@ -80,8 +80,8 @@ def _question(turn: Message, template: str) -> str:
     return f"### Instruction:\n{turn['content']}\n\n{given}### Response:\n"
 
 
-def _gap(template: str) -> str:
-    """A space before a word is one token with it, so it is the answer's."""
+def gap(template: str) -> str:
+    """What lies between the marker and an answer. A space before a word is one token with it, so it is the answer's."""
     return " " if template == "guanaco" else ""
 
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from qlora_helpers import cleaning, drive, evaluation, guard, hub, model_card, out_of_memory, runs
+from qlora_helpers import checkpoints, cleaning, drive, evaluation, guard, hub, model_card, out_of_memory, runs
 from qlora_helpers.cleaning import Data
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device, detect, forget_peak, limit_memory, peak_memory_gib
@@ -280,6 +280,7 @@ def _write_manifest(run: RunFolder, config: Config, device: Device, data: Data, 
     content["model"] = {
         "name": config.model,
         "revision": None if hub.is_local(config) else getattr(base.config, "_commit_hash", None) or config.revision,
+        "fingerprint": checkpoints.fingerprint(hub.folder(config)) if hub.is_local(config) else None,
     }
     content["baseline"] = baseline_folder(config, data, device, run.path.parent).name
     runs.write_json(run / "manifest.json", content)

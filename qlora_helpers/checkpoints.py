@@ -1,0 +1,90 @@
+"""Weights on disk, tensor by tensor: what a safetensors folder holds, never a whole model in memory."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_helpers.errors import UserError
+
+PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PLACES, BLOCK = 64, 2**16  # what a fingerprint reads of a file: 4 MiB
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file: its name, and the bytes of the file it fills."""
+
+    file: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    def read(self) -> torch.Tensor:
+        """The tensor. Plain reading: the pages of a mapped file would count as this process's memory."""
+        with self.file.open("rb") as file:
+            file.seek(self.begin)
+            raw = bytearray(file.read(self.end - self.begin))
+        return torch.frombuffer(raw, dtype=self.dtype).reshape(self.shape)
+
+    def overwrite(self, value: torch.Tensor, file: Path) -> None:
+        """Put `value`, rounded to the stored type, where this tensor lies in `file`, a copy of its own file."""
+        raw = value.to(self.dtype).contiguous().view(torch.uint8).numpy().tobytes()
+        with file.open("r+b") as target:
+            target.seek(self.begin)
+            target.write(raw)
+
+
+def files(folder: Path) -> list[Path]:
+    """The weight files of a model folder. Raises `UserError` if one is missing."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"model: {folder} has no {missing[0]}. Mend: get the whole model as safetensors, then run again."
+        )
+    return [folder / name for name in names]
+
+
+def tensors(folder: Path) -> Iterator[Stored]:
+    """Every tensor of a model folder, in the order in which it is stored.
+
+    The format: 8 bytes of length, a JSON header of that length, the data (github.com/huggingface/safetensors). Raises
+    `UserError` for weights that are not plain 16-bit or 32-bit numbers.
+    """
+    for path in files(folder):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if entry["dtype"] not in PLAIN:
+                raise UserError(
+                    f"model: {name} of {path} is stored as {entry['dtype']}, not as plain 16-bit numbers. Mend: train "
+                    "on the model's 16-bit release; a merge into packed weights changes the answers."
+                )
+            begin, end = (8 + length + offset for offset in entry["data_offsets"])
+            yield Stored(path, name, PLAIN[entry["dtype"]], tuple(entry["shape"]), begin, end)
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells weights from other weights of the same shape: sizes, and what lies at 64 places of each file."""
+    digest = hashlib.sha256()
+    for path in files(folder):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for place in range(PLACES):
+                file.seek(place * max(0, size - BLOCK) // (PLACES - 1))
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()[:16]
