@@ -126,9 +126,14 @@ def test_a_tokenizer_of_llama_2s_kind_comes_back(tmp_path, shipped, config):
     got = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     for text in ("Which planet takes the longest?", "### Human: 17 x 6?\n\n  é😀### Assistant: ab</s>"):
         assert got(text)["input_ids"] == hub.saved_tokenizer(merged)(text)["input_ids"]
-    scores, kinds = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("scores", "token_type"))
-    words = [score for score, kind in zip(scores, kinds, strict=True) if kind == gguf.TokenType.NORMAL]
-    assert sorted(words, reverse=True)[0] == 0  # the first merge is the best one
+    names, merges, scores, kinds = (
+        fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges", "scores", "token_type")
+    )
+    score = dict(zip(names, scores, strict=True))
+    ranks = [score[token] for token in dict.fromkeys(merge.replace(" ", "") for merge in merges)]
+    assert ranks == sorted(
+        set(ranks), reverse=True
+    )  # llama.cpp merges by score alone: an earlier merge has a better one
     assert kinds.count(gguf.TokenType.BYTE) == 256
 
 
