@@ -40,7 +40,8 @@ lint: $(READY)
 test: lint
 	$(BIN)/python -m qlora_helpers fetch
 	QLORA_WORKDIR=$$(mktemp -d) $(NBVAL) $(FAST_NOTEBOOKS)
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile tests/unit
+	$(BIN)/python -m pytest -m "not slow" tests/notebooks
 
 test-full: lint
 	$(BIN)/python -m qlora_helpers fetch
