@@ -9,6 +9,8 @@ import pytest
 from qlora_helpers import cleaning, progress, training
 from qlora_helpers.runs import RunFolder
 
+STEPS = range(21, 101)
+
 
 class Screen(io.StringIO):
     """Standard output, of a terminal or of a file."""
@@ -33,7 +35,7 @@ def clock(monkeypatch):
 def show(clock, monkeypatch):
     """A run of 100 steps from step 20 on, 2 seconds each, as it looks on a terminal or in a file."""
 
-    def run_it(terminal, steps=range(21, 101)):
+    def run_it(terminal, steps=STEPS):
         screen = Screen(terminal)
         monkeypatch.setattr(sys, "stdout", screen)
         callback, state = progress.Progress(), SimpleNamespace(global_step=20, max_steps=100)
