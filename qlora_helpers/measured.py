@@ -7,6 +7,7 @@ from qlora_helpers import memory, runs, shapes, sources
 from qlora_helpers.config import Config
 
 MOMENTS = ("train", "heldout", "answers")
+SETTINGS = ("model", "quantization", "double_quant", "rank", "bias", "batch_size", "max_length", "optimizer")
 HELDOUT_ROWS, ANSWERS, NEW_TOKENS = 8, 16, 32  # of each setting's evaluation, whatever a run of its own would choose
 
 
@@ -20,18 +21,11 @@ def config_of(setting: dict[str, Any]) -> Config:
     targets = {"q,v": shapes.load(setting["model"]).usual_targets, "all": ("all-linear",)}[setting["targets"]]
     return Config.from_params(
         profile="gpu",
-        model=setting["model"],
-        quantization=setting["quantization"],
-        double_quant=setting["double_quant"],
         compute_dtype=setting["dtype"],
-        rank=setting["rank"],
         target_modules=targets,
-        bias=setting["bias"],
-        batch_size=setting["batch_size"],
-        max_length=setting["max_length"],
         gradient_checkpointing=setting["checkpointing"],
-        optimizer=setting["optimizer"],
         max_new_tokens=NEW_TOKENS,
+        **{name: setting[name] for name in SETTINGS},
     )
 
 

@@ -23,11 +23,14 @@ ALL_LINEAR = ("all-linear",)
 hf_logging.disable_progress_bar()  # the bar for reading a file; downloads keep theirs
 
 
+def compute_dtype(config: Config, device: Device) -> str:
+    """The device's; float32 without a GPU where biases are trained: they are, and no autocast joins the two."""
+    return "float32" if device.kind == "cpu" and config.bias != "none" else device.dtype
+
+
 def load_base(config: Config, device: Device) -> Any:
     """The frozen base, stored as `config.quantization` says, computing in the device's dtype."""
-    dtype = getattr(torch, device.dtype)
-    if device.kind == "cpu" and config.bias != "none":
-        dtype = torch.float32  # biases that are trained are; without a GPU no autocast brings the two together
+    dtype = getattr(torch, compute_dtype(config, device))
     quantization = None
     if config.quantization != "none":
         quantization = BitsAndBytesConfig(

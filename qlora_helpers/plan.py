@@ -61,9 +61,14 @@ class Plan:
     advice: list[Advice]
 
     @property
+    def peak(self) -> float:
+        """The most that torch takes, in training or in evaluation."""
+        return max(sum(self.training.values()), sum(self.evaluation.values()))
+
+    @property
     def total(self) -> float:
         """Peak of the whole run on the card, CUDA's own share included."""
-        return max(sum(self.training.values()), sum(self.evaluation.values())) + self.context
+        return self.peak + self.context
 
     @property
     def fits(self) -> bool:
@@ -205,9 +210,7 @@ def _advice(config: Config, plan: Plan) -> list[Advice]:
     found = []
     for change, settings in _changes(config):
         changed = config.replace(**settings)
-        load = memory.load_of(changed)
-        peaks = (memory.training_parts(load), memory.evaluation_parts(load))
-        saved = plan.total - plan.context - max(sum(parts.values()) for parts in peaks) / GIB
+        saved = plan.peak - plan_memory(changed).peak
         if saved > 0.01 * plan.total:
             found.append(Advice(change, saved, seconds(changed) / seconds(config), settings))
     return sorted(found, key=lambda item: -item.saves_gib / (max(item.time, 1) - 0.9))

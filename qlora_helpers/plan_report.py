@@ -39,33 +39,30 @@ def answer(found: Plan) -> str:
 
 def cards(found: Plan) -> list[str]:
     """The known cards that have enough memory, the smallest first."""
-    used = found.total - found.context
-    return [name for name, (size, context) in CARDS.items() if used + context <= size]
+    return [name for name, (size, context) in CARDS.items() if found.peak + context <= size]
 
 
 def grid(
     configs: dict[str, Config], splits: Iterable[tuple[int, int]], devices: dict[str, str | float]
 ) -> list[dict[str, Any]]:
     """A line for each config at each batch size and length: what torch takes in GiB, and whether each device has it."""
-    lines = []
-    for name, config in configs.items():
-        for batch, length in splits:
-            setting = config.replace(batch_size=batch, max_length=length)
-            found = {device: plan.plan_memory(setting, where) for device, where in devices.items()}
-            peak = max(one.total - one.context for one in found.values())
-            verdicts = {device: one.verdict for device, one in found.items()}
-            lines.append({"run": name, "batch": batch, "tokens": length, "GiB": peak, **verdicts})
-    return lines
+    return [
+        {"run": name, "batch": batch, "tokens": length}
+        | _verdicts(config.replace(batch_size=batch, max_length=length), devices)
+        for name, config in configs.items()
+        for batch, length in splits
+    ]
 
 
 def fitting(configs: dict[str, Config]) -> list[dict[str, Any]]:
     """A line a preset: what torch takes in GiB, and whether each known card has it."""
-    lines = []
-    for name, config in configs.items():
-        found = {card: plan.plan_memory(config, card) for card in CARDS}
-        peak = max(one.total - one.context for one in found.values())
-        lines.append({"preset": name, "GiB": peak, **{card: one.verdict for card, one in found.items()}})
-    return lines
+    devices: dict[str, str | float] = {card: card for card in CARDS}
+    return [{"preset": name} | _verdicts(config, devices) for name, config in configs.items()]
+
+
+def _verdicts(config: Config, devices: dict[str, str | float]) -> dict[str, Any]:
+    verdicts = {name: plan.plan_memory(config, device).verdict for name, device in devices.items()}
+    return {"GiB": plan.plan_memory(config).peak, **verdicts}
 
 
 def methods(configs: dict[str, Config]) -> list[dict[str, Any]]:

@@ -142,19 +142,27 @@ def weights_by_module(tables: dict[str, list[dict[str, Any]]]) -> Figure:
     mib = {name: {row["module"]: row["bytes"] / 2**20 for row in rows} for name, rows in tables.items()}
     totals = {name: sum(sizes.values()) for name, sizes in mib.items()}
     modules = sorted({module for sizes in mib.values() for module in sizes})
-    left = np.zeros(len(mib))
-    for module, color in zip(modules, PALETTE * len(modules), strict=False):
-        widths = np.array([sizes.get(module, 0.0) for sizes in mib.values()])
-        seen = widths.max() > max(totals.values()) / 100
-        label = module if seen else f"_{module}"  # a class too thin to see stays out of the legend
-        bars = axes.barh(list(mib), widths, left=left, color=color, height=0.6, label=label)
-        left += widths
-    axes.bar_label(bars, [f"{total:,.0f} MiB" for total in totals.values()], padding=4)
-    axes.invert_yaxis()
-    axes.margins(x=0.2)
+    widths = {module: [sizes.get(module, 0.0) for sizes in mib.values()] for module in modules}
+    whole = max(totals.values())
+    stacks = {  # a class too thin to see stays out of the legend
+        module if max(sizes) > whole / 100 else f"_{module}": sizes for module, sizes in widths.items()
+    }
+    _stack(axes, list(mib), stacks, [f"{total:,.0f} MiB" for total in totals.values()])
     axes.set(xlabel="memory (MiB)", ylabel="storage")
     figure.legend(loc="outside lower center", ncols=3)
     return figure
+
+
+def _stack(axes: Axes, names: list[str], parts: dict[str, list[float]], totals: list[str]) -> None:
+    """A bar a name, made of its parts from left to right, with its total behind it."""
+    left = np.zeros(len(names))
+    colors = (*PALETTE, GREY, "#A6761D", "#4B3B8F", "#BBBBBB") * len(parts)
+    for (part, widths), color in zip(parts.items(), colors, strict=False):
+        bars = axes.barh(names, widths, left=left, color=color, height=0.6, label=part)
+        left += np.array(widths)
+    axes.bar_label(bars, totals, padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
 
 
 @_styled
@@ -273,16 +281,9 @@ def memory_parts(plans: "dict[str, Plan]", card: float | None) -> Figure:
     names = [part for part in every[0] if max(parts.get(part, 0.0) for parts in every) > whole / 50]
     sizes = {part: [parts.get(part, 0.0) for parts in every] for part in names}
     sizes["all else"] = [sum(size for part, size in parts.items() if part not in names) for parts in every]
-    left = np.zeros(len(plans))
-    for (part, widths), color in zip(sizes.items(), (*PALETTE, GREY, "#A6761D", "#4B3B8F", "#BBBBBB"), strict=False):
-        axes.barh(list(plans), widths, left=left, color=color, height=0.6, label=part)
-        left += np.array(widths)
-    for row, size in enumerate(left):
-        axes.text(size, row, f" {size:.1f}", va="center")
+    _stack(axes, list(plans), sizes, [f"{sum(parts.values()):.1f}" for parts in every])
     if card is not None:
         axes.axvline(card, color="black", linestyle="--", linewidth=1.5, label=f"the GPU: {card:.1f} GiB")
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
     axes.set(xlabel="peak memory in training (GiB)", ylabel="method")
     figure.legend(loc="outside lower center", ncols=2)
     return figure

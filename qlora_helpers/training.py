@@ -1,6 +1,5 @@
 """One run: TRL's SFTTrainer, configured; taken up where it was cut off; its results saved."""
 
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -14,12 +13,13 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from trl import SFTConfig, SFTTrainer
 
 from qlora_helpers import checkpoints, cleaning, drive, evaluation, guard, hub, model_card, out_of_memory, runs
+from qlora_helpers.callbacks import CopyToDrive, LogWriter, SaveBest
 from qlora_helpers.cleaning import Data
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device, detect, forget_peak, limit_memory, peak_memory_gib
 from qlora_helpers.evaluation import RowLoss
 from qlora_helpers.guard import Guard
-from qlora_helpers.model import attach_lora, check_targets, load_base, train_in_float32
+from qlora_helpers.model import attach_lora, check_targets, compute_dtype, load_base, train_in_float32
 from qlora_helpers.progress import Progress
 from qlora_helpers.runs import RunFolder
 
@@ -145,43 +145,6 @@ class QloraTrainer(SFTTrainer):
         runs.seal(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}", self.identity)
 
 
-class LogWriter(TrainerCallback):
-    """`log.jsonl`, a line a step. After a restart the lines past the checkpoint are dropped."""
-
-    def __init__(self, path: Path, base_loss: float) -> None:
-        self.path, self.base_loss = path, base_loss
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the file with the loss before training, and what an earlier part of this run logged."""
-        first = {"step": 0, "epoch": 0.0, "eval_loss": self.base_loss}
-        runs.write_jsonl(self.path, [first, *filter(_is_step, state.log_history)])
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the newest line."""
-        if _is_step(state.log_history[-1]):
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(state.log_history[-1]) + "\n")
-
-
-class CopyToDrive(TrainerCallback):
-    """Brings the run on Google Drive up to date when a checkpoint is whole."""
-
-    def __init__(self, mirror: drive.Mirror) -> None:
-        self.mirror = mirror
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The checkpoint is sealed: copy it."""
-        self.mirror.push()
-
-
-class SaveBest(TrainerCallback):
-    """Saves a checkpoint whenever the held-out loss is a new low, so that the best one is there at the end."""
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Compare with the best so far, which the trainer notes only after this."""
-        control.should_save |= state.best_metric is None or metrics["eval_loss"] < state.best_metric
-
-
 def build_trainer(
     model: Any,
     config: Config,
@@ -267,12 +230,8 @@ def baseline_folder(config: Config, data: Data, device: Device, folder: Path) ->
     """Where the base model's losses are: named after everything they depend on."""
     keys = ("model", "revision", "quantization", "double_quant", "template", "system", "train_on", "max_length")
     depends = [getattr(config, key) for key in (*keys, "max_new_tokens", "n_answers")]
-    depends += [device.dtype, data.heldout_fingerprint]
+    depends += [compute_dtype(config, device), data.heldout_fingerprint]
     return RunFolder(folder / f"base-{runs.short_hash(depends)}")
-
-
-def _is_step(line: dict[str, Any]) -> bool:
-    return "loss" in line or "eval_loss" in line
 
 
 def _write_manifest(run: RunFolder, config: Config, device: Device, data: Data, base: Any) -> None:
@@ -307,17 +266,27 @@ def _save_results(
 ) -> None:
     """Adapter, tokenizer, model card, answers and losses; `metrics.json` last, since it says that all is there."""
     model: Any = trainer.model
-    state = trainer.state
     if config.keep_best:  # the best weights are back: measured, but no step of their own in the log
         trainer.measure()
-    elif trainer.heldout_step != state.global_step:
+    elif trainer.heldout_step != trainer.state.global_step:
         trainer.evaluate()
     runs.write_jsonl(run / "heldout_losses.jsonl", evaluation.to_rows(trainer.heldout_rows))
     with trainer.evaluating():
         evaluation.measure_answers(model, config, data, tokenizer, device, run)
+    metrics = _metrics(trainer, config, data, base_losses)
+    model.save_pretrained(run.adapter)
+    tokenizer.save_pretrained(run.adapter)
+    runs.write_text(run.adapter / "README.md", model_card.render(config, metrics, run.read("manifest.json")))
+    runs.write_json(run / "metrics.json", metrics)
+
+
+def _metrics(trainer: QloraTrainer, config: Config, data: Data, base_losses: list[RowLoss]) -> dict[str, Any]:
+    """What `metrics.json` holds. Seconds and memory of training are those of its steps alone."""
+    model: Any = trainer.model
+    state, device = trainer.state, trainer.device_
     steps = [line for line in state.log_history if "loss" in line]
     seconds = sum(line["seconds"] for line in steps)
-    metrics = {
+    return {
         "train_rows": len(data.train),
         "rehearsal_rows": len(data.rehearsal),
         "steps": state.global_step,
@@ -335,7 +304,3 @@ def _save_results(
         "device": device.name,
         "compute_dtype": device.dtype,
     }
-    model.save_pretrained(run.adapter)
-    tokenizer.save_pretrained(run.adapter)
-    runs.write_text(run.adapter / "README.md", model_card.render(config, metrics, run.read("manifest.json")))
-    runs.write_json(run / "metrics.json", metrics)

@@ -33,7 +33,7 @@ DATA = Data([example(20), example(64, cut=30), example(40), example(64, cut=1)],
 
 
 def log(heldout: list[float]) -> list[dict[str, float]]:
-    """A log with held-out losses at steps 0, 10, 20 and so on, as `training.LogWriter` writes it."""
+    """A log with held-out losses at steps 0, 10, 20 and so on, as `callbacks.LogWriter` writes it."""
     lines = [{"step": 0, "epoch": 0.0, "eval_loss": heldout[0]}]
     for number, loss in enumerate(heldout[1:]):
         lines += [{"step": 10 * number + step, "loss": 2 - 0.01 * step} for step in range(1, 11)]

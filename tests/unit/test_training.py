@@ -1,5 +1,6 @@
 """One run of the tiny model: what it leaves behind, that it learns, and that a cut-off run ends like any other."""
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -364,3 +365,10 @@ def test_a_folder_in_use_is_refused(train, tmp_path):
 def test_the_log_is_valid_json(trained):
     for line in (trained.run / "log.jsonl").read_text("utf-8").splitlines():
         json.loads(line)
+
+
+def test_a_base_that_computes_otherwise_is_measured_for_itself(config, data, tmp_path):
+    """Without a GPU, a run that trains biases has its base in float32: losses in bf16 are not its own."""
+    here = dataclasses.replace(detect("bfloat16"), kind="cpu")
+    plain, biased = (training.baseline_folder(config.replace(bias=b), data, here, tmp_path) for b in ("none", "all"))
+    assert plain.name != biased.name
