@@ -123,7 +123,7 @@ def test_the_nearest_fit_fits():
     assert plan.nearest_fit(config, 3.0) is None
 
 
-@pytest.mark.parametrize(("preset", "most"), [("tinyllama-guanaco-100", (8, 64)), ("llama31-8b", (8, 32))])
+@pytest.mark.parametrize(("preset", "most"), [("tinyllama-guanaco-100", (8, 128)), ("llama31-8b", (8, 32))])
 def test_evaluation_takes_so_many_at_once_that_training_needs_more(preset, most):
     config = Config.preset(preset)
     load = memory.load_of(config)
