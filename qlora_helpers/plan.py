@@ -4,29 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_helpers import memory, shapes
+from qlora_helpers import cards, memory, shapes, step_time
+from qlora_helpers.cards import CARDS, CONTEXT_GIB, Card
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device
 from qlora_helpers.errors import UserError, nearest
 from qlora_helpers.memory import GIB, METHODS
 
-CONTEXT_GIB = 0.6  # CUDA itself: seen on an H100
 TIGHT = 0.9  # of the card: nearer to its end than this, the arithmetic's own error decides
-
-# Memory as the driver shows it, and what CUDA itself takes of it, in GiB. The H100's was seen; of a T4's, torch can
-# have 14.56; the others are as nvidia-smi lists them.
-CARDS = {
-    "t4": (14.74, 0.18),
-    "l4": (22.49, CONTEXT_GIB),
-    "rtx-4090": (23.99, CONTEXT_GIB),
-    "a100-40": (40.0, CONTEXT_GIB),
-    "a100-80": (80.0, CONTEXT_GIB),
-    "h100": (79.65, CONTEXT_GIB),
-}
-# A step's time, in tokens that a forward and backward pass adds. Rough, from a few settings on an H100; not fitted.
-PASS = 1000  # what each pass costs whatever its size
-RECOMPUTED = 4 / 3  # checkpointing goes forward twice
-UNPACKED = 1.3  # 4-bit weights are unpacked at every use
 
 
 @dataclass(frozen=True)
@@ -115,7 +100,7 @@ def plan_memory(config: Config, device: Device | str | float | None = None, meth
     without config and for settings that the model cannot have.
     """
     load = memory.load_of(config, method)
-    card = _card(device, config)
+    card = None if device is None else card_of(device, config)
     plan = Plan(
         model=config.model,
         parameters=load.shape.parameters,
@@ -123,13 +108,13 @@ def plan_memory(config: Config, device: Device | str | float | None = None, meth
         method=method or memory.method_of(config),
         training=_gib(memory.training_parts(load)),
         evaluation=_gib(memory.evaluation_parts(load)),
-        context=card[1] if card else CONTEXT_GIB,
-        memory=card[0] if card else None,
+        context=card.context if card else CONTEXT_GIB,
+        memory=card.memory if card else None,
         advice=[],
     )
-    if load.full or plan.verdict in ("fits", "no device named"):
+    if card is None or load.full or plan.verdict == "fits":
         return plan
-    return replace(plan, advice=_advice(load.config, plan))
+    return replace(plan, advice=_advice(load.config, plan, card))
 
 
 def by_method(config: Config, device: Device | str | float | None = None) -> dict[str, Plan]:
@@ -141,19 +126,13 @@ def fastest_split(config: Config, device: Device | str | float) -> Config:
     """The same effective batch, split and checkpointed as it is fastest among the splits that fit; those that are tight
     come after the others. If none fits, the one that takes least: the run will say so.
     """
+    card = card_of(device, config)
     order = {"fits": 0, "tight": 1}
     planned = [(plan_memory(split, device), split) for split in _splits(config)]
-    fitting = [(order[plan.verdict], seconds(split), split) for plan, split in planned if plan.fits]
+    fitting = [(order[plan.verdict], step_time.seconds(split, card), split) for plan, split in planned if plan.fits]
     if fitting:
         return min(fitting, key=lambda item: item[:2])[2]
     return min(planned, key=lambda item: item[0].total)[1]
-
-
-def seconds(config: Config) -> float:
-    """A step's time against other splits of the same batch on the same GPU; not in seconds of any clock."""
-    tokens = config.batch_size * config.max_length
-    one_pass = PASS + tokens * (RECOMPUTED if config.gradient_checkpointing else 1)
-    return config.gradient_accumulation * one_pass * (1 if config.quantization == "none" else UNPACKED)
 
 
 def preset_on(preset: str, model: str | None, **params: Any) -> Config:
@@ -184,10 +163,8 @@ def _splits(config: Config) -> Iterator[Config]:
             )
 
 
-def _card(device: Device | str | float | None, config: Config) -> tuple[float, float] | None:
-    """Memory of the card and CUDA's share of it. A run that is held to less has less."""
-    if device is None:
-        return None
+def card_of(device: Device | str | float, config: Config) -> Card:
+    """The card that is meant. A run that is held to less memory has less."""
     if isinstance(device, str):
         if device not in CARDS:
             raise UserError(f"device: there is no '{device}'.{nearest(device, CARDS)}")
@@ -195,24 +172,24 @@ def _card(device: Device | str | float | None, config: Config) -> tuple[float, f
     total = device.memory_gib if isinstance(device, Device) else device
     if not total > 0:
         raise UserError(f"memory: {total:g} GiB is no budget. Mend: the card's memory, such as 16.")
-    context = next((context for size, context in CARDS.values() if abs(size - total) < 0.1), CONTEXT_GIB)
+    card = cards.of_size(total)
     if isinstance(device, Device) and config.memory_limit_gib is not None:
-        total = min(total, config.memory_limit_gib + context)
-    return total, context
+        return replace(card, memory=min(total, config.memory_limit_gib + card.context))
+    return card
 
 
 def _gib(parts: dict[str, float]) -> dict[str, float]:
     return {name: size / GIB for name, size in parts.items()}
 
 
-def _advice(config: Config, plan: Plan) -> list[Advice]:
+def _advice(config: Config, plan: Plan, card: Card) -> list[Advice]:
     """Changes that save something, those first that save most for the time they cost."""
-    found = []
+    found, now = [], step_time.seconds(config, card)
     for change, settings in _changes(config):
         changed = config.replace(**settings)
         saved = plan.peak - plan_memory(changed).peak
         if saved > 0.01 * plan.total:
-            found.append(Advice(change, saved, seconds(changed) / seconds(config), settings))
+            found.append(Advice(change, saved, step_time.seconds(changed, card) / now, settings))
     return sorted(found, key=lambda item: -item.saves_gib / (max(item.time, 1) - 0.9))
 
 

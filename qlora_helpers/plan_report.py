@@ -3,9 +3,10 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from qlora_helpers import measured, plan
+from qlora_helpers import measured, plan, step_time
+from qlora_helpers.cards import CARDS
 from qlora_helpers.config import Config
-from qlora_helpers.plan import CARDS, Plan
+from qlora_helpers.plan import Plan
 
 if TYPE_CHECKING:
     from qlora_helpers.comparison import Difference  # which needs more than arithmetic
@@ -39,7 +40,7 @@ def answer(found: Plan) -> str:
 
 def cards(found: Plan) -> list[str]:
     """The known cards that have enough memory, the smallest first."""
-    return [name for name, (size, context) in CARDS.items() if found.peak + context <= size]
+    return [name for name, card in CARDS.items() if found.peak + card.context <= card.memory]
 
 
 def grid(
@@ -91,6 +92,39 @@ def trials(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for line in lines
     ]
+
+
+def timings(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Seconds a step as measured and by arithmetic, a line a setting."""
+    return [
+        {
+            "model": line["model"],
+            "base": "16-bit" if line["quantization"] == "none" else "4-bit",
+            "batch": line["batch_size"],
+            "tokens": line["max_length"],
+            "checkpointing": line["checkpointing"],
+            "measured s": line["seconds_per_step"],
+            "arithmetic s": step_time.seconds(measured.config_of(line), CARDS["h100"]),
+        }
+        for line in lines
+    ]
+
+
+def hours(configs: dict[str, Config], rows: Iterable[int]) -> list[dict[str, Any]]:
+    """A line a model and method, LoRA and QLoRA: the smallest known card that has the memory, and hours on it for so
+    many rows, by arithmetic. Where no card has it, no hours.
+    """
+    lines = []
+    for name, config in configs.items():
+        for method in ("lora", "qlora"):
+            fitting = cards(plan.plan_memory(config, method=method))
+            line: dict[str, Any] = {"model": name, "method": method, "card": next(iter(fitting), "more than one card")}
+            for number in rows:
+                steps = config.epochs * number / config.effective_batch
+                taken = steps * step_time.seconds(config, CARDS[fitting[0]], method) / 3600 if fitting else None
+                line[f"{number:,} rows"] = f"{taken:.1f} h" if taken is not None else "–"
+            lines.append(line)
+    return lines
 
 
 def take(difference: "Difference", rows: list[dict[str, Any]]) -> str:

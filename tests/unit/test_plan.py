@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_helpers import evaluation, measured, memory, out_of_memory, plan, plan_report
+from qlora_helpers import evaluation, measured, memory, out_of_memory, plan, plan_report, step_time
 from qlora_helpers.__main__ import main
+from qlora_helpers.cards import CARDS
 from qlora_helpers.comparison import Difference
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device
@@ -103,7 +104,27 @@ def test_a_large_card_gets_the_whole_batch_and_a_small_one_checkpointing():
     assert split.gradient_checkpointing
     single = config.replace(batch_size=1, gradient_accumulation=16, gradient_checkpointing=False)
     assert plan.plan_memory(single, "t4").fits
-    assert plan.seconds(whole) < plan.seconds(split) < plan.seconds(single)
+    times = [step_time.seconds(one, CARDS["t4"]) for one in (whole, split, single)]
+    assert times == sorted(times)
+
+
+def test_the_arithmetic_of_seconds_is_near_what_was_measured():
+    lines = plan_report.timings(measured.read("speed"))
+    assert len(lines) == 8
+    assert max(abs(line["arithmetic s"] / line["measured s"] - 1) for line in lines) < 0.12
+
+
+def test_hours_grow_with_the_rows_and_with_the_model_and_need_a_card():
+    llama = Config.preset("llama2-7b-qlora")
+    table = plan_report.hours({name: llama.replace(model=name) for name in ("llama2-7b", "llama2-70b")}, (1000, 2000))
+    cells = {(line["model"], line["method"]): line for line in table}
+    small, large = cells["llama2-7b", "qlora"], cells["llama2-70b", "qlora"]
+    assert small["card"] == "t4"
+    seconds = llama.epochs * 1000 / llama.effective_batch * step_time.seconds(llama, CARDS["t4"])
+    assert small["1,000 rows"] == f"{seconds / 3600:.1f} h"
+    assert float(small["2,000 rows"][:-2]) == pytest.approx(2 * float(small["1,000 rows"][:-2]), abs=0.15)
+    assert large["card"] == "a100-80"
+    assert cells["llama2-70b", "lora"]["1,000 rows"] == "–"
 
 
 def test_advice_says_what_it_saves_and_following_it_saves_that():
@@ -231,8 +252,8 @@ def test_shrinking_halves_to_the_end_and_then_stops(tmp_path):
 
 def test_cards_are_those_whose_memory_is_enough():
     found = plan.plan_memory(Config.preset("llama31-8b"))
-    for card, (size, context) in plan.CARDS.items():
-        assert (card in plan_report.cards(found)) == (found.total - found.context + context <= size)
+    for card, known in CARDS.items():
+        assert (card in plan_report.cards(found)) == (found.peak + known.context <= known.memory)
         assert plan.plan_memory(Config.preset("llama31-8b"), card).fits == (card in plan_report.cards(found))
 
 
