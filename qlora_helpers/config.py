@@ -12,7 +12,6 @@ import typing
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from textwrap import shorten
 from typing import Any
 
 from qlora_helpers.errors import UserError, nearest
@@ -61,11 +60,11 @@ class Config:
     min_chars: int = _field(10, "question and answer together, or the row is dropped", low=1)
     max_chars: int = _field(1_000_000, "a row with more characters is dropped, not read", low=100)
     near_duplicates: float = _field(0.7, "rows this similar (Jaccard) count as one; 1 is equal", low=0.5, high=1)
-    rehearsal: float = _field(0.0, "rows of a second source per own row, against forgetting", low=0, high=1)
+    rehearsal: float = _field(0.0, "against forgetting: rows of a second source per row", low=0, high=1)
     rehearsal_dataset: str = _field(SAMPLE_DATA, "the second source: hub id, file, or 'sample'")
     n_samples: int | None = _field(None, "rows to train on; None takes all usable ones", low=1)
     n_heldout: int = _field(100, "rows that are never trained on", low=2)
-    data_seed: int = _field(0, "decides which rows are held out and which are trained on", low=0)
+    data_seed: int = _field(0, "decides which rows are held out and which trained on", low=0)
 
     rank: int = _field(16, "rank r of the adapter", low=1)
     alpha: int = _field(32, "the adapter's output is scaled by alpha / r", low=1)
@@ -85,14 +84,14 @@ class Config:
     )
     max_grad_norm: float = _field(1.0, "gradients are clipped to this norm", low=0)
     gradient_checkpointing: bool = _field(False, "recompute activations: less memory, more time")
-    auto_batch: bool = _field(False, "split the batch as is fastest on this GPU by the memory plan")
+    auto_batch: bool = _field(False, "split the batch as is fastest on this GPU by the plan")
     on_oom: str = _field("stop", "out of GPU memory: stop, or split the batch and go on", choices=("stop", "shrink"))
     eval_steps: int | None = _field(None, "steps between held-out losses; None is once an epoch", low=1)
     save_steps: int = _field(50, "steps between checkpoints", low=1)
     keep_best: bool = _field(False, "end with the checkpoint of the lowest held-out loss")
-    early_stopping_patience: int | None = _field(None, "stop after this many held-out losses without a new low", low=1)
-    n_seeds: int = _field(1, "training seeds that a comparison runs of each experiment", low=1)
-    equal_steps: bool = _field(False, "a comparison also trains the smaller one for as many steps as the larger")
+    early_stopping_patience: int | None = _field(None, "stop after so many held-out losses without a new low", low=1)
+    n_seeds: int = _field(1, "training seeds of each experiment in a comparison", low=1)
+    equal_steps: bool = _field(False, "compare: also train the smaller one for as many steps")
     n_answers: int = _field(100, "held-out questions that are answered and scored", low=1)
     seconds_per_step: float = _field(1.0, "rough time of a step, for 'about N minutes'", low=0)
     max_new_tokens: int = _field(128, "length of the sample answers, in tokens", low=1)
@@ -188,12 +187,12 @@ class Config:
         return f"about {minutes} min (with the profile's own model)"
 
     def __str__(self) -> str:
-        """A line a setting, no wider than a notebook's cell; long values leave no room for words."""
+        """A line a setting, no wider than a notebook's cell: words have 54 columns, and none where a value is long."""
         lines = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             shown = ", ".join(value) if isinstance(value, tuple) else str(value)
-            words = "" if len(shown) > 22 else f"  {shorten(field.metadata['help'], 40, placeholder=' …')}"
+            words = "" if len(shown) > 22 else f"  {field.metadata['help']}"
             lines.append(f"{field.name:<24}{shown:<22}{words}".rstrip())
         return "\n".join(lines)
 

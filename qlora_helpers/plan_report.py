@@ -87,7 +87,7 @@ def trials(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "batch": line["batch_size"],
             "tokens": line["max_length"],
             "GPU held to (GiB)": line.get("limit_gib", "–"),
-            "measured GiB": line["train_reserved"] if line["fits"] else "out of memory",
+            "measured GiB": round(line["train_reserved"], 2) if line["fits"] else "out of memory",
             "planned GiB": measured.predicted(line)["train"],
         }
         for line in lines

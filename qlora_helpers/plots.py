@@ -194,7 +194,8 @@ def _draw_losses(axes: Axes, lines: list[dict[str, Any]]) -> None:
     for line in lines:
         if "eval_loss" in line:  # a step's second one is of the weights that keep_best went back to: not of this curve
             heldout.setdefault(line["step"], line["eval_loss"])
-    axes.plot(list(train), list(train.values()), color=BLUE, linewidth=1, label="training")
+    mark = "-" if len(train) > 1 else "."  # of a single step there is no line
+    axes.plot(list(train), list(train.values()), mark, color=BLUE, linewidth=1, label="training")
     losses = list(heldout.values())
     axes.plot(list(heldout), losses, "o-", color=VERMILLION, linewidth=2.8, markersize=5, label="held-out")
     turn = _turning_point(heldout)

@@ -24,6 +24,7 @@ _COLUMNS = {
 }
 _STYLE = """body{max-width:60em;margin:2em auto;padding:0 1em;font:16px/1.5 sans-serif}
 table{border-collapse:collapse;display:block;overflow-x:auto}td,th{padding:.3em .7em;border-bottom:1px solid #8886}
+td+td{min-width:4em}
 img{max-width:100%;background:#fff}code{overflow-wrap:anywhere}
 @media(prefers-color-scheme:dark){body{background:#111;color:#ddd}a{color:#8bf}}"""
 
@@ -60,7 +61,7 @@ def _interval(found: dict[str, float | None] | None) -> str:
         return "–"
     numbers = [found["value"], found["low"], found["high"]]
     value, low, high = ("–" if n is None else f"{n:.1f}" if abs(n) >= 10 else f"{n:.2f}" for n in numbers)
-    return f"{value} ({low} to {high})"
+    return f"{value} (no interval)" if found["low"] is found["high"] is None else f"{value} ({low} to {high})"
 
 
 def verdicts(result: dict[str, Any]) -> list[str]:

@@ -222,6 +222,7 @@ def baseline(base: Any, config: Config, data: Data, tokenizer: Any, device: Devi
     """Held-out losses and answers of the base model, measured once for all runs that share model and held-out rows."""
     where = baseline_folder(config, data, device, folder)
     if not (where / "heldout_losses.jsonl").exists():
+        print("First the base model is measured, once for all runs with these held-out rows.", flush=True)
         evaluation.measure_base(base, config, data, tokenizer, device, where)
     return evaluation.read_losses(where)
 
@@ -271,6 +272,7 @@ def _save_results(
     elif trainer.heldout_step != trainer.state.global_step:
         trainer.evaluate()
     runs.write_jsonl(run / "heldout_losses.jsonl", evaluation.to_rows(trainer.heldout_rows))
+    print("Trained. Now it answers the held-out questions.", flush=True)
     with trainer.evaluating():
         evaluation.measure_answers(model, config, data, tokenizer, device, run)
     metrics = _metrics(trainer, config, data, base_losses)

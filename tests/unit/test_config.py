@@ -213,6 +213,9 @@ def test_identity_changes_with_the_result(changes):
 def test_shown_resolved():
     assert "learning_rate" in str(Config())
     assert "q_proj, v_proj" in str(Config())
+    assert max(len(line) for line in str(Config()).splitlines()) <= 102  # a browser breaks longer ones anywhere
+    for field in dataclasses.fields(Config):
+        assert field.metadata["help"] in str(Config())
 
 
 scalars = (

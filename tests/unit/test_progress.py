@@ -104,5 +104,8 @@ def test_a_run_without_a_screen_prints_its_end_and_no_line_a_step(config, tokeni
     said = capfd.readouterr()
     assert "it/s" not in said.err
     assert said.out.count("step ") == 1
-    assert said.out.startswith("step 4 of 4, loss ")
+    before, bar, after = said.out.splitlines()  # what takes long beside the steps is announced
+    assert before.startswith("First the base model")
+    assert bar.startswith("step 4 of 4, loss ")
+    assert after.startswith("Trained.")
     assert "grad_norm" not in said.out

@@ -46,6 +46,9 @@ def test_the_table_has_a_line_a_run():
 
 def test_text_metrics_have_intervals():
     assert "| exp1 | 0.12 (0.10 to 0.20) | 12.3 (– to 15.0) |" in report.text_table_markdown(result())
+    unbounded = result()
+    unbounded["table"][1]["text"]["ROUGE-L"] |= {"low": None, "high": None}
+    assert "| exp1 | 0.12 (no interval) | 12.3" in report.text_table_markdown(unbounded)
 
 
 def test_report_holds_table_verdicts_figures_and_answers():

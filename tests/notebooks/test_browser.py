@@ -1,0 +1,130 @@
+"""Notebooks as a person sees them: JupyterLab in a real Chromium, with the widgets alive. Needs requirements-full.txt."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import nbformat
+import pytest
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+MISSING = [name for name in ("jupyterlab", "playwright") if importlib.util.find_spec(name) is None]
+ROOT = Path(__file__).parents[2]
+SECONDS = 60  # for a server or a cell on a busy machine: a limit, not an expectation
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} missing: pip install -r requirements-full.txt"),
+    pytest.mark.skipif(BROWSER is None, reason=f"no browser on PATH: none of {', '.join(BROWSERS)}"),
+]
+
+PICKER = """
+from qlora_helpers import side_by_side
+nasty = "<script>document.title = 'broken out'</script><b class='nasty'>bold</b> & $x$"
+entries = [{"prompt": f"Question {n}?", "base": f"plain {n}", "exp1": nasty} for n in range(10)]
+side_by_side.show(entries)
+"""
+TRAINING = """
+from pathlib import Path
+from qlora_helpers import Config, cleaning, hub, live, runs, training
+config = Config.from_params(
+    profile="cpu", model=MODEL, n_samples=16, n_heldout=6, max_length=64, learning_rate=0.01, max_new_tokens=8
+)
+tokenizer = hub.load_tokenizer(config)
+data = cleaning.prepare(config, tokenizer)
+run = runs.RunFolder(Path("run").absolute())
+run = training.train(config, data, tokenizer, run, callbacks=[live.LiveLoss(run)])
+"""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A JupyterLab of its own on a free port; yields its folder, and its address with the token."""
+    home = tmp_path_factory.mktemp("lab")
+    folder, runtime = home / "notebooks", home / "runtime"
+    folder.mkdir()
+    own = {f"JUPYTER_{kind}_DIR": str(home / kind.lower()) for kind in ("RUNTIME", "CONFIG", "DATA")}
+    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", "--ServerApp.port=0", f"--ServerApp.root_dir={folder}"]
+    with (home / "log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", *options],
+            env={**os.environ, **own, "PYTHONPATH": str(ROOT)},
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        until = time.monotonic() + SECONDS
+        while not (found := list(runtime.glob("jpserver-*.json"))):
+            assert server.poll() is None, (home / "log").read_text()
+            assert time.monotonic() < until, (home / "log").read_text()
+            time.sleep(0.2)
+        facts = json.loads(found[0].read_text())
+        yield folder, f"{facts['url']}doc/tree/{{}}?token={facts['token']}"
+    finally:
+        server.terminate()  # it ends its kernels
+        server.wait(SECONDS)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        opened = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@contextmanager
+def running(lab, browser, name, code):
+    """A notebook of one cell, opened by a person who runs it."""
+    folder, address = lab
+    kernel = {"name": "python3", "display_name": "Python 3"}  # without one, JupyterLab asks which
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(code.strip())], metadata={"kernelspec": kernel}
+    )
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+    page = browser.new_page(viewport={"width": 1000, "height": 1400})
+    page.set_default_timeout(SECONDS * 1000)
+    try:
+        page.goto(address.format(f"{name}.ipynb"))
+        page.get_by_text("| Idle").wait_for()  # the kernel, in the status bar
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        yield page
+    finally:
+        page.close()
+
+
+def test_a_click_on_a_question_shows_its_answers(lab, browser):
+    with running(lab, browser, "picker", PICKER) as page:
+        choice, answers = page.locator(".jp-OutputArea select"), page.locator(".jp-OutputArea table")
+        choice.wait_for()
+        assert choice.locator("option").count() == 10
+        assert "plain 0" in answers.inner_text()
+        choice.select_option(index=7)
+        page.get_by_text("plain 7").wait_for()
+        assert answers.count() == 1  # the picker, and not also the table for where no widget runs
+        assert "plain 0" not in answers.inner_text()
+        assert "<b class='nasty'>bold</b> & $x$" in answers.inner_text()
+        assert page.locator(".nasty").count() == 0
+        assert page.title() != "broken out"
+
+
+def test_training_leaves_one_bar_and_one_figure(lab, browser, model_folder):
+    """However often both were redrawn, and nothing else: no warning, no line a step."""
+    code = TRAINING.replace("MODEL", repr(str(model_folder)))
+    with running(lab, browser, "training", code) as page:
+        page.get_by_text("step 4 of 4").wait_for()
+        page.get_by_text("[1]:", exact=True).first.wait_for()  # the cell is done
+        assert page.locator(".jp-OutputArea progress").count() == 1
+        assert page.locator(".jp-OutputArea progress").evaluate("bar => bar.value / bar.max") == 1
+        assert page.locator(".jp-OutputArea img").count() == 1
+        assert page.locator(".jp-OutputArea [data-mime-type*=stderr]").all_inner_texts() == []
