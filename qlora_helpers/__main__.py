@@ -54,6 +54,10 @@ def build_parser() -> Parser:
     export.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a complete run")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the merged model")
     export.add_argument("--gguf", metavar="KIND", help="also write a GGUF file and a Modelfile: f16 or q8_0")
+    serve = commands.add_parser("serve", help="an exported model over OpenAI's protocol", allow_abbrev=False)
+    serve.add_argument("path", type=Path, metavar="DIR", help="exported folder, merged folder or .gguf file")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
+    serve.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on (default 8000)")
     commands.add_parser("fetch", help="fetch the embedded model into the cache", allow_abbrev=False)
     parser.commands = commands.choices
     return parser
@@ -217,6 +221,14 @@ def _export(run_folder: Path, out: Path, gguf: str | None) -> None:
     )
 
 
+def _serve(**args: Any) -> None:
+    from qlora_helpers import serve
+
+    server = serve.plan(**args)
+    print(server.help())
+    serve.start(server)
+
+
 def _fetch() -> None:
     from qlora_helpers import embedded
 
@@ -230,6 +242,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "plan": _plan,
     "compare": _compare,
     "export": _export,
+    "serve": _serve,
     "fetch": _fetch,
 }
 

@@ -10,9 +10,8 @@ from qlora_helpers import chat_templates, gguf_export, hub, merging, parity, run
 from qlora_helpers.errors import UserError, nearest
 from qlora_helpers.merging import Source
 from qlora_helpers.parity import Parity
-from qlora_helpers.runs import RunFolder
+from qlora_helpers.runs import GGUF, MERGED, RunFolder
 
-MERGED, GGUF = "merged", "gguf"
 SPARE = 2**28  # bytes for tokenizer, cards and the file system itself
 SHARE = {"f16": 1.0, "q8_0": 0.55}  # of a GGUF's size in that of 16-bit weights
 

@@ -8,7 +8,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 from unittest.mock import patch
 
@@ -213,11 +212,7 @@ def _general() -> Config:
 def _check_context(what: Source, questions: Sequence[str], ids: list[list[int]]) -> None:
     context = json.loads((what.base / "config.json").read_text("utf-8")).get("max_position_embeddings")
     for question, prompt in zip(questions, ids, strict=True):
-        if context and len(prompt) + NEW_TOKENS > context:
-            raise UserError(
-                f"prompt: '{shorten(question, 40, placeholder=' …')}' is {len(prompt)} tokens long, and the model's "
-                f"context of {context} has to hold {NEW_TOKENS} of the answer too. Mend: ask a shorter one."
-            )
+        templates.check_context(question, len(prompt), NEW_TOKENS, context, "ask a shorter one")
 
 
 def _load(export: Path, device: Device) -> tuple[Any, Any, list[int]]:

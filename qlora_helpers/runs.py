@@ -17,6 +17,7 @@ from qlora_helpers.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SEAL = "complete.json"
+MERGED, GGUF = "merged", "gguf"  # folders of an export
 DRIVE = Path("/content/drive/MyDrive")  # Google Drive, where Colab mounts it
 
 

@@ -2,13 +2,15 @@
 
 import html
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
 
 from qlora_helpers import answers, hub, model
 from qlora_helpers.comparison import BASE
-from qlora_helpers.device import detect, limit_memory, on_colab
+from qlora_helpers.config import Config
+from qlora_helpers.device import Device, detect, limit_memory, on_colab
 from qlora_helpers.errors import UserError
 from qlora_helpers.runs import RunFolder
 
@@ -20,8 +22,22 @@ _CELL = "text-align:left;vertical-align:top"
 Entry = dict[str, str]  # "prompt", and an answer under the name of each model
 
 
-def ask(prompts: list[str], experiments: dict[str, list[RunFolder]]) -> list[Entry]:
-    """Greedy answers of the base model and of the first run of each experiment, all on one base in memory.
+@dataclass(frozen=True)
+class Loaded:
+    """One base in memory with the adapters of several runs on it, and the config that each model is asked with."""
+
+    adapters: model.Adapters
+    configs: dict[str, Config]  # the base's, then each experiment's
+    tokenizer: Any
+    device: Device
+
+    def use(self, name: str) -> AbstractContextManager[Any]:
+        """The model called `name`, the base or an experiment, for the length of a `with`."""
+        return self.adapters.use(None if name == BASE else name)
+
+
+def load(experiments: dict[str, list[RunFolder]]) -> Loaded:
+    """The base model and the adapter of the first run of each experiment. The base is asked in the first one's layout.
 
     Raises `UserError` if the runs are not of one base model, or trained its biases.
     """
@@ -39,11 +55,20 @@ def ask(prompts: list[str], experiments: dict[str, list[RunFolder]]) -> list[Ent
     limit_memory(device, shared.memory_limit_gib)
     tokenizer = hub.load_tokenizer(shared)
     adapters = model.load_adapters(model.load_base(shared, device), {name: run.adapter for name, run in first.items()})
+    return Loaded(adapters, {BASE: shared, **configs}, tokenizer, device)
+
+
+def ask(prompts: list[str], experiments: dict[str, list[RunFolder]]) -> list[Entry]:
+    """Greedy answers of the base model and of the first run of each experiment, all on one base in memory.
+
+    Raises `UserError` for what `load` refuses.
+    """
+    loaded = load(experiments)
     found: list[Entry] = [{"prompt": prompt} for prompt in prompts]
     asked = [{"prompt": prompt, "reference": None} for prompt in prompts]
-    for name, config in {BASE: shared, **configs}.items():
-        with adapters.use(None if name == BASE else name) as switched:
-            said = answers.generate(switched, tokenizer, config, device, asked)
+    for name, config in loaded.configs.items():
+        with loaded.use(name) as switched:
+            said = answers.generate(switched, loaded.tokenizer, config, loaded.device, asked)
         for entry, answer in zip(found, said, strict=True):
             entry[name] = answer["answer"]
     return found
@@ -91,19 +116,24 @@ class Picker:
         self.shown.value = _html([self.table.entries[self.choice.value]])
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        view = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
-        bundle: dict[str, Any] = {WIDGET: view, "text/plain": repr(self.table)}
-        if not on_colab():  # others show the first kind they know; which of the two Colab would take is not documented
-            bundle["text/html"] = self.table._repr_html_()
-        return bundle
+        return bundle(self.box, repr(self.table), self.table._repr_html_())
+
+
+def bundle(box: Any, text: str, page: str) -> dict[str, Any]:
+    """What a cell shows: a widget where it lives, the text or the HTML page where a stored notebook is read."""
+    view = {"version_major": 2, "version_minor": 0, "model_id": box.model_id}
+    found: dict[str, Any] = {WIDGET: view, "text/plain": text}
+    if not on_colab():  # others show the first kind they know; which of the two Colab would take is not documented
+        found["text/html"] = page
+    return found
 
 
 def show(entries: list[Entry]) -> Table | Picker:
     """A picker, if someone is there to pick; else the table, and no widget that a stored notebook would keep."""
-    return Picker(entries) if _someone_is_there() else Table(entries)
+    return Picker(entries) if someone_is_there() else Table(entries)
 
 
-def _someone_is_there() -> bool:
+def someone_is_there() -> bool:
     """Whether a person's front end runs this cell. It says with each request that it can be asked for input; papermill,
     nbval and nbconvert say that they cannot.
     """

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
+from textwrap import shorten
 from typing import Any
 
 from qlora_helpers.config import Config
@@ -158,6 +159,15 @@ def tokenize(texts: list[str], tokenizer: Any, **options: Any) -> Any:
     start = tokenizer.bos_token
     written = bool(start) and texts[0].startswith(start)
     return tokenizer(texts, add_special_tokens=not written, **options)
+
+
+def check_context(question: str, tokens: int, answer: int, context: int | None, mend: str) -> None:
+    """Raise `UserError` if a prompt of so many tokens leaves no room for `answer` of them in the model's context."""
+    if context and tokens + answer > context:
+        raise UserError(
+            f"prompt: '{shorten(question, 40, placeholder=' …')}' makes a prompt of {tokens} tokens, and the model's "
+            f"context of {context} has to hold {answer} of the answer too. Mend: {mend}."
+        )
 
 
 def encode(rows: Iterable[Row], config: Config, tokenizer: Any) -> Iterator[Example]:

@@ -148,6 +148,39 @@ def make_row():
 
 
 @pytest.fixture(scope="module")
+def kernel():
+    """A real kernel, driven as a front end does: run code, or send another message, and return what it published."""
+    import jupyter_client
+
+    manager = jupyter_client.KernelManager(kernel_name="python3")
+    manager.start_kernel()
+    client = manager.client()
+    client.start_channels()
+    client.wait_for_ready(60)
+
+    def run(code, person=True):
+        return until_idle(client.execute(code, allow_stdin=person))
+
+    def send(comm, data):
+        message = client.session.msg("comm_msg", {"comm_id": comm, "data": data})
+        client.shell_channel.send(message)
+        return message["header"]["msg_id"]
+
+    def until_idle(sent):
+        messages = []
+        while True:
+            message = client.get_iopub_msg(timeout=60)
+            messages.append(message)
+            if message["parent_header"].get("msg_id") == sent and message["content"].get("execution_state") == "idle":
+                return messages
+
+    run.send, run.until_idle = send, until_idle
+    yield run
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
+
+
+@pytest.fixture(scope="module")
 def setup(config, device, tokenizer):
     """A float32 model with an adapter that does something, and held-out rows of many lengths."""
     import torch

@@ -4,7 +4,6 @@ import re
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
-import jupyter_client
 import nbformat
 import papermill
 import pytest
@@ -126,29 +125,6 @@ from qlora_helpers import side_by_side
 shown = side_by_side.show([{"prompt": "One <i>?", "base": "<b>a"}, {"prompt": "Two?", "base": "b"}])
 shown
 """
-
-
-@pytest.fixture(scope="module")
-def kernel():
-    """Run code as a front end does, and return the messages."""
-    manager = jupyter_client.KernelManager(kernel_name="python3")
-    manager.start_kernel()
-    client = manager.client()
-    client.start_channels()
-    client.wait_for_ready(60)
-
-    def run(code, person):
-        sent, messages = client.execute(code, allow_stdin=person), []
-        while True:
-            message = client.get_iopub_msg(timeout=60)
-            if message["parent_header"].get("msg_id") == sent:
-                messages.append(message)
-                if message["content"].get("execution_state") == "idle":
-                    return messages
-
-    yield run
-    client.stop_channels()
-    manager.shutdown_kernel(now=True)
 
 
 def results(messages):

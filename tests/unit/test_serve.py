@@ -1,0 +1,156 @@
+"""An exported model is served on this machine alone, by a server that exists, and answers OpenAI's own client."""
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_helpers import UserError, chat_templates, runs, serve
+from qlora_helpers.__main__ import main
+
+QUESTION = [{"role": "user", "content": "How do computers store data?"}]
+
+
+@pytest.fixture(scope="module")
+def exported(config, tokenizer, model_folder, tmp_path_factory):
+    """A merged folder on the tiny Llama, each word of which has a likely next one, and the file of a GGUF."""
+    out = tmp_path_factory.mktemp("shipped")
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
+    torch.manual_seed(2)
+    words = model.model.embed_tokens.weight.data.normal_(std=3)
+    model.lm_head.weight.data = 0.1 * words.roll(1, dims=0)
+    model.generation_config.do_sample = False
+    model.save_pretrained(out / "merged")
+    shutil.copytree(
+        model_folder, out / "merged", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*model*", "*conf*")
+    )
+    own = AutoTokenizer.from_pretrained(model_folder)
+    own.chat_template = chat_templates.chat_template(config, tokenizer)
+    own.save_pretrained(out / "merged")
+    (out / "gguf").mkdir()
+    (out / "gguf" / "model-q8_0.gguf").touch()
+    return out
+
+
+@pytest.fixture
+def port():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def greedy(exported):
+    """What the folder itself says: the text of 24 tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(exported / "merged")
+    model = AutoModelForCausalLM.from_pretrained(exported / "merged", dtype=torch.bfloat16)
+    ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    said = model.generate(**ids, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    return tokenizer.decode(said[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.fixture
+def server(exported, port):
+    """The command itself, from its first line until its server answers."""
+    from openai import OpenAI
+
+    words = [sys.executable, "-m", "qlora_helpers", "serve", str(exported), "--port", str(port)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=runs.ROOT) as process:
+        try:
+            first = [process.stdout.readline() for _ in range(2)]
+            name, url = (line.split()[1] for line in first)
+            client = OpenAI(base_url=url, api_key="none", timeout=60, max_retries=0)
+            while not healthy(url):
+                assert process.poll() is None, process.stdout.read()
+                time.sleep(0.2)
+            yield client, name
+        finally:
+            process.terminate()  # it is the server: nothing is left behind
+            process.wait(30)
+
+
+def healthy(url):
+    try:
+        return urllib.request.urlopen(url.replace("/v1", "/health"), timeout=5)
+    except OSError:
+        return None
+
+
+def test_openais_client_gets_the_folders_own_answer(server, greedy, port, exported):
+    client, name = server
+    assert name == str(exported / "merged")
+    asked = {"model": name, "messages": QUESTION, "max_tokens": 24}
+    whole = client.chat.completions.create(**asked)
+    assert whole.choices[0].message.content == greedy
+    pieces = [
+        chunk.choices[0].delta.content or ""
+        for chunk in client.chat.completions.create(**asked, stream=True)
+        if chunk.choices
+    ]
+    assert "".join(pieces) == greedy
+    assert len([piece for piece in pieces if piece]) > 3
+    outside = socket.gethostbyname(socket.gethostname())
+    if outside != "127.0.0.1":
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((outside, port), timeout=5)
+
+
+def test_a_port_in_use(exported, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        number = other.getsockname()[1]
+        assert main(["serve", str(exported), "--port", str(number)]) == 2
+    said = capsys.readouterr()
+    assert f"port: {number} on 127.0.0.1 cannot be had (Address already in use). Mend" in said.err
+    assert said.out == ""
+    assert main(["serve", str(exported), "--port", "70000"]) == 2
+    assert "port: there is no 70000" in capsys.readouterr().err
+
+
+def test_no_model(tmp_path, exported, capsys):
+    assert main(["serve", str(tmp_path / "no")]) == 2
+    assert "holds no model. Mend" in capsys.readouterr().err
+    (tmp_path / "config.json").touch()  # a run folder: an adapter is no model
+    with pytest.raises(UserError, match="holds no model"):
+        serve.find(tmp_path)
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"2 GGUF files. Mend: name one, such as .*a.gguf"):
+        serve.find(tmp_path)
+
+
+def test_what_is_meant(exported):
+    merged, file = exported / "merged", exported / "gguf" / "model-q8_0.gguf"
+    assert [serve.find(path) for path in (exported, merged, exported / "gguf", file)] == [merged, merged, file, file]
+
+
+def test_a_package_that_is_missing(exported, port, monkeypatch):
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else name)
+    with pytest.raises(UserError, match=r"uvicorn is not installed. Mend: pip install 'transformers\[serving\]'"):
+        serve.plan(exported, port=port)
+
+
+def test_the_servers_for_a_gguf(exported, port, monkeypatch):
+    """llama-cpp-python's in this Python, else llama.cpp's own on PATH, else a line that names both."""
+    file, where = exported / "gguf" / "model-q8_0.gguf", ["--host", "127.0.0.1", "--port", str(port)]
+    installed, programs = set(serve.LLAMA_CPP), {"llama-server": "/bin/llama-server"}
+    monkeypatch.setattr(serve, "find_spec", lambda name: name if name in installed else None)
+    monkeypatch.setattr(serve.shutil, "which", programs.get)
+    model = ["--model", str(file)]
+    python = [sys.executable, "-m", "llama_cpp.server", *model, "--model_alias", "model-q8_0", "--n_ctx", "0", *where]
+    assert serve.plan(file, port=port) == serve.Server(python, f"http://127.0.0.1:{port}/v1", "model-q8_0", False)
+    installed.remove("sse_starlette")
+    own = ["/bin/llama-server", *model, "--alias", "model-q8_0", "--jinja", *where]
+    assert serve.plan(exported / "gguf", port=port).command == own
+    programs.clear()
+    with pytest.raises(UserError, match=r"no server for GGUF files is installed. Mend"):
+        serve.plan(file, port=port)
+
+
+def test_who_opens_it_is_told(exported, port):
+    assert "Whoever reaches this machine" in serve.plan(exported, host="0.0.0.0", port=port).help()
+    assert "Whoever" not in serve.plan(exported, port=port).help()
