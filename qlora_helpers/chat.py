@@ -23,7 +23,7 @@ STEP = 4  # tokens of each answer between two looks at the buttons
 TICK = 40  # milliseconds that the browser waits before it asks for more
 NEW_TOKENS = 128
 CUT = "\ufffd"  # what the bytes of half a character are decoded to
-HELP = "Write a question, then ▶ sends it. ■ stops the answers where they are; ❚❚ only pauses."
+HELP = "Write a question. ▶, the first button, sends it; ■, the last, stops the answers where they are; ❚❚ pauses."
 STYLE = {
     "user": "margin:.6em 0 .3em;font-weight:bold",
     "assistant": "margin:0;padding:.3em .6em;border-left:3px solid rgba(128,128,128,.5)",
@@ -127,13 +127,15 @@ class Panel:
 
         self.conversation = conversation
         self.growing: Iterator[None] | None = None
-        wide = widgets.Layout(width="100%")
+        wide = widgets.Layout(width="auto")
         self.columns = {
             name: widgets.HTML(layout=widgets.Layout(flex="1 1 0", min_width="0")) for name in conversation.turns
         }
         self.question = widgets.Textarea(value=question, rows=2, placeholder="your question", layout=wide)
         self.clock = widgets.Play(min=0, max=10**9, interval=TICK, show_repeat=False)
-        self.temperature = widgets.FloatSlider(value=0.0, min=0.0, max=2.0, step=0.1, description="temperature")
+        self.temperature = widgets.FloatSlider(
+            value=0.0, min=0.0, max=2.0, step=0.1, description="temperature", style={"description_width": "initial"}
+        )
         self.clear = widgets.Button(description="clear")
         self.which = widgets.Dropdown(options=list(conversation.turns), value=list(conversation.turns)[-1])
         self.take = widgets.Button(description="as a row", tooltip="one line of JSON for the next data set")
@@ -151,10 +153,13 @@ class Panel:
 
     def _tick(self, change: Any) -> None:
         """The browser counted one on, or went back to nought because someone pressed ■."""
-        if change["new"] == 0 or (self.growing is None and not self.question.value.strip()):
-            self._rest()
-        else:
+        if change["new"] == 0:
+            if self.growing:
+                self._rest(HELP)
+        elif self.growing or self.question.value.strip():
             self._grow()
+        else:  # it had counted on before it heard of the end
+            self._rest()
 
     def _grow(self) -> None:
         first = self.growing is None
@@ -162,7 +167,7 @@ class Panel:
         try:
             next(growing)
         except StopIteration:
-            self._rest()
+            self._rest(HELP)
         except Exception as error:
             self._rest(f"error: {error}")
             if not isinstance(error, UserError):
@@ -174,15 +179,16 @@ class Panel:
                 self.question.value = ""
                 self._say("■ stops the answers.")
 
-    def _rest(self, said: str = HELP) -> None:
+    def _rest(self, said: str | None = None) -> None:
         """No more answers: the browser stops counting, and what has grown so far stays."""
         self.growing = None
         setattr(self.clock, "playing" if self.clock.has_trait("playing") else "_playing", False)  # ipywidgets 8, and 7
         self.clock.value = 0
-        self._say(said)
+        if said:
+            self._say(said)
 
     def _clear(self, button: Any) -> None:
-        self._rest()
+        self._rest(HELP)
         self.conversation.clear()
         self.row.value = ""
         self._draw()

@@ -270,6 +270,8 @@ def test_the_panel_says_what_is_wrong(browser):
     assert "has to hold 24 of the answer too. Mend: clear the conversation" in browser.pages()[-1]
     assert browser.state("PlayModel")[playing] is False
     assert browser.state("your question")["value"] == "why? " * 500
+    browser(("your question", change(value="")), ("PlayModel", change(value=2)))
+    assert "Mend: clear the conversation" in browser.pages()[-1]  # a late tick wipes nothing away
 
 
 def test_no_person_gets_an_example_conversation(kernel, found, loaded):
