@@ -54,6 +54,11 @@ def build_parser() -> Parser:
     export.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a complete run")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the merged model")
     export.add_argument("--gguf", metavar="KIND", help="also write a GGUF file and a Modelfile: f16 or q8_0")
+    push = commands.add_parser("push", help="show what a push to a model hub would send", allow_abbrev=False)
+    push.add_argument("source", type=Path, metavar="FOLDER", help="a complete run, or what export made")
+    push.add_argument("--to", required=True, metavar="NAME/MODEL", dest="repository", help="repository on the hub")
+    push.add_argument("--public", action="store_true", help="for everyone to see; default: private")
+    push.add_argument("--really", action="store_true", help="send it; without this, nothing is sent")
     commands.add_parser("fetch", help="fetch the embedded model into the cache", allow_abbrev=False)
     parser.commands = commands.choices
     return parser
@@ -217,6 +222,14 @@ def _export(run_folder: Path, out: Path, gguf: str | None) -> None:
     )
 
 
+def _push(source: Path, repository: str, public: bool, really: bool) -> None:
+    from qlora_helpers import pushing
+
+    push = pushing.prepare(source.expanduser(), repository, public)
+    print(push)
+    print(f"Pushed: {pushing.upload(push)}" if really else "Nothing was sent. To send it: the same with --really.")
+
+
 def _fetch() -> None:
     from qlora_helpers import embedded
 
@@ -230,6 +243,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "plan": _plan,
     "compare": _compare,
     "export": _export,
+    "push": _push,
     "fetch": _fetch,
 }
 

@@ -71,7 +71,7 @@ def _write(what: Source, made: Path, kind: str | None) -> dict[str, Path]:
 def _identity(what: Source, kind: str | None) -> dict[str, Any]:
     with (what.run.adapter / "adapter_model.safetensors").open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"run": what.run.name, "adapter_sha256": digest, "model": what.config.model, "gguf": kind}
+    return {"run": what.run.name, "adapter_sha256": digest, "model": hub.public_name(what.config), "gguf": kind}
 
 
 def _again(out: Path, me: dict[str, Any]) -> list[Parity]:
