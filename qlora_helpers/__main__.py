@@ -53,7 +53,7 @@ def build_parser() -> Parser:
     export = commands.add_parser("export", help="merge a run's adapter, and check what comes out", allow_abbrev=False)
     export.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a complete run")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the merged model")
-    export.add_argument("--gguf", metavar="KIND", help="also write a GGUF file and a Modelfile: f16 or q8_0")
+    export.add_argument("--gguf", metavar="KIND", help="also write a GGUF file and a Modelfile: f16, q8_0 or q4_k_m")
     push = commands.add_parser("push", help="show what a push to a model hub would send", allow_abbrev=False)
     push.add_argument("source", type=Path, metavar="FOLDER", help="a complete run, or what export made")
     push.add_argument("--to", required=True, metavar="NAME/MODEL", dest="repository", help="repository on the hub")

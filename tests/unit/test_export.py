@@ -54,7 +54,7 @@ def what(run):
 def shipped(run, tmp_path_factory):
     """A sound export of each kind, and what the gate said of it."""
     folder = tmp_path_factory.mktemp("out")
-    return {kind: (folder / kind, export.ship(run, folder / kind, kind)) for kind in gguf_export.KINDS}
+    return {kind: (folder / kind, export.ship(run, folder / kind, kind)) for kind in gguf_export.OWN}
 
 
 def logits(loaded, ids):
