@@ -89,13 +89,14 @@ def folder(config: Config, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(config.model, local_files_only=not reachable(), **options))
     except (OSError, ValueError) as error:
-        raise _not_there(config, error) from None
+        raise _not_there(config, error, revision) from None
 
 
-def _not_there(config: Config, error: Exception) -> UserError:
+def _not_there(config: Config, error: Exception, revision: str | None = None) -> UserError:
     why = str(error).strip().splitlines()[0].rstrip(".")
+    at = f" at revision {revision}" if revision else ""
     return UserError(
-        f"model: '{config.model}' is neither a model folder nor to be had from the hub ({why}). Mend: check the "
+        f"model: '{config.model}'{at} is neither a model folder nor to be had from the hub ({why}). Mend: check the "
         f"name and the connection, or pass model=FOLDER, or model={EMBEDDED_MODEL}."
     )
 
