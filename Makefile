@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0
 OUT ?= runs/demo
 BIN := .venv/bin
 READY := .venv/.ready
+FULL := .venv/.ready-full
 FAST_NOTEBOOKS := $(wildcard notebooks/0[1-4]_*.ipynb)
 NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg -p no:cacheprovider
 
@@ -13,7 +14,7 @@ NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-sanitize-wi
 help:
 	@echo "make run        execute notebooks 01-07 on this machine into $(OUT), and compare"
 	@echo "make test       the fast tests (minutes)"
-	@echo "make test-full  the long ones too"
+	@echo "make test-full  the long ones too; compiles llama.cpp once (a C++ compiler)"
 	@echo "make test-versions  the unit tests on the oldest, the newest and Colab's versions (gigabytes)"
 	@echo "make notebooks  execute the notebooks and store their outputs (CPU profile)"
 	@echo "make figures    redraw figures/ and the README's tables from results/"
@@ -26,6 +27,11 @@ $(READY): requirements.txt requirements-dev.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt --editable .
+	@touch $@
+
+$(FULL): $(READY) requirements-full.txt
+	@echo "Compiling llama.cpp, once: some minutes"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-full.txt
 	@touch $@
 
 run: $(READY)
@@ -43,7 +49,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile tests/unit
 	$(BIN)/python -m pytest -m "not slow" tests/notebooks
 
-test-full: lint
+test-full: lint $(FULL)
 	$(BIN)/python -m qlora_helpers fetch
 	QLORA_WORKDIR=$$(mktemp -d) $(NBVAL) notebooks
 	$(BIN)/python -m pytest

@@ -53,11 +53,16 @@ def build_parser() -> Parser:
     export = commands.add_parser("export", help="merge a run's adapter, and check what comes out", allow_abbrev=False)
     export.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a complete run")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the merged model")
-    export.add_argument("--gguf", metavar="KIND", help="also write a GGUF file and a Modelfile: f16 or q8_0")
+    export.add_argument("--gguf", metavar="KIND", help="also write a GGUF file and a Modelfile: f16, q8_0 or q4_k_m")
     serve = commands.add_parser("serve", help="an exported model over OpenAI's protocol", allow_abbrev=False)
     serve.add_argument("path", type=Path, metavar="DIR", help="exported folder, merged folder or .gguf file")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
     serve.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on (default 8000)")
+    push = commands.add_parser("push", help="show what a push to a model hub would send", allow_abbrev=False)
+    push.add_argument("source", type=Path, metavar="FOLDER", help="a complete run, or what export made")
+    push.add_argument("--to", required=True, metavar="NAME/MODEL", dest="repository", help="repository on the hub")
+    push.add_argument("--public", action="store_true", help="for everyone to see; default: private")
+    push.add_argument("--really", action="store_true", help="send it; without this, nothing is sent")
     commands.add_parser("fetch", help="fetch the embedded model into the cache", allow_abbrev=False)
     parser.commands = commands.choices
     return parser
@@ -229,6 +234,14 @@ def _serve(**args: Any) -> None:
     serve.start(server)
 
 
+def _push(source: Path, repository: str, public: bool, really: bool) -> None:
+    from qlora_helpers import pushing
+
+    push = pushing.prepare(source.expanduser(), repository, public)
+    print(push)
+    print(f"Pushed: {pushing.upload(push)}" if really else "Nothing was sent. To send it: the same with --really.")
+
+
 def _fetch() -> None:
     from qlora_helpers import embedded
 
@@ -243,6 +256,7 @@ COMMANDS: dict[str, Callable[..., int | None]] = {
     "compare": _compare,
     "export": _export,
     "serve": _serve,
+    "push": _push,
     "fetch": _fetch,
 }
 

@@ -7,23 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from qlora_helpers import chat_templates, gguf_export, hub, merging, parity, runs
-from qlora_helpers.errors import UserError, nearest
+from qlora_helpers.errors import UserError
 from qlora_helpers.merging import Source
 from qlora_helpers.parity import Parity
 from qlora_helpers.runs import GGUF, MERGED, RunFolder
 
 SPARE = 2**28  # bytes for tokenizer, cards and the file system itself
-SHARE = {"f16": 1.0, "q8_0": 0.55}  # of a GGUF's size in that of 16-bit weights
+SHARE = {
+    "f16": 1.0,
+    "q8_0": 0.55,
+    "q4_k_m": 1.4,
+}  # of the disk a GGUF takes in that of 16-bit weights, while it is made
 
 
 def ship(run: RunFolder, out: Path, kind: str | None = None) -> list[Parity]:
-    """Merge a run's adapter into `out/merged`, write `out/gguf` if `kind` is f16 or q8_0, and compare both with the
-    adapter. `out` appears whole, or not at all; the comparison is in `out/parity.json`.
+    """Merge a run's adapter into `out/merged`, write `out/gguf` if a `kind` is given (f16, q8_0 or q4_k_m), and compare
+    both with the adapter. `out` appears whole, or not at all; the comparison is in `out/parity.json`.
 
     Raises `UserError` for what cannot be merged or written, too little disk, or an export that answers otherwise.
     """
-    if kind is not None and kind not in gguf_export.KINDS:
-        raise UserError(f"gguf: '{kind}' cannot be written.{nearest(kind, gguf_export.KINDS)}")
+    if kind is not None:
+        gguf_export.check_kind(kind)
     what = merging.source(run)
     if kind:
         gguf_export.check(what.base)
@@ -70,7 +74,7 @@ def _write(what: Source, made: Path, kind: str | None) -> dict[str, Path]:
 def _identity(what: Source, kind: str | None) -> dict[str, Any]:
     with (what.run.adapter / "adapter_model.safetensors").open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"run": what.run.name, "adapter_sha256": digest, "model": what.config.model, "gguf": kind}
+    return {"run": what.run.name, "adapter_sha256": digest, "model": hub.public_name(what.config), "gguf": kind}
 
 
 def _again(out: Path, me: dict[str, Any]) -> list[Parity]:

@@ -3,7 +3,10 @@
 Written with the `gguf` package of the llama.cpp project, one tensor in memory at a time.
 """
 
+import ctypes
+import importlib.util
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,12 @@ from gguf import quants
 
 from qlora_helpers import chat_templates, checkpoints, hub
 from qlora_helpers.checkpoints import Stored
-from qlora_helpers.errors import UserError
+from qlora_helpers.errors import UserError, nearest
 
-# Kinds that the package can write: it reads q4_k_m, and leaves writing that to llama.cpp's own llama-quantize.
-KINDS = {"f16": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16), "q8_0": (Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0)}
+# Kinds that the `gguf` package can write: it reads q4_k_m, and leaves writing that to llama.cpp's own quantiser.
+OWN = {"f16": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16), "q8_0": (Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0)}
+Q4 = "q4_k_m"
+KINDS = (*OWN, Q4)
 WRITTEN = ("llama", "mistral")  # one architecture to llama.cpp
 TOKEN = gguf.TokenType
 # How llama.cpp splits text before merging, by the regular expression that the tokenizer splits with.
@@ -44,11 +49,24 @@ def check(folder: Path) -> dict[str, Any]:
     return config
 
 
+def check_kind(kind: str) -> None:
+    """Raise `UserError` for a kind that cannot be written here."""
+    if kind not in KINDS:
+        raise UserError(f"gguf: '{kind}' cannot be written.{nearest(kind, KINDS)}")
+    if kind == Q4 and importlib.util.find_spec("llama_cpp") is None:
+        raise UserError(
+            f"gguf: {Q4} is made by llama.cpp, which is not installed. Mend: pip install llama-cpp-python (a compiler "
+            "works on it for minutes), or choose q8_0."
+        )
+
+
 MEND = "Mend: ship the merged folder, or convert it with llama.cpp's own script."
 
 
 def write(folder: Path, target: Path, kind: str) -> None:
-    """Write the merged model in `folder` to the file `target`, its matrices as `kind`: f16 or q8_0."""
+    """Write the merged model in `folder` to the file `target`, its matrices as `kind`: f16, q8_0 or q4_k_m."""
+    if kind == Q4:
+        return _write_q4(folder, target)
     config = check(folder)
     writer = gguf.GGUFWriter(target, "llama")
     _add_shape(writer, config, kind, folder)
@@ -72,11 +90,26 @@ def write(folder: Path, target: Path, kind: str) -> None:
     writer.close()
 
 
+def _write_q4(folder: Path, target: Path) -> None:
+    """By way of an f16 file, which is removed. Rows that blocks of 256 do not fill get 5 or 8 bits, by llama.cpp."""
+    import llama_cpp
+
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # or it tells of every tensor
+    whole = target.with_name(f".{target.name}-f16")
+    write(folder, whole, "f16")
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
+    failed = llama_cpp.llama_model_quantize(str(whole).encode(), str(target).encode(), ctypes.byref(options))
+    whole.unlink()
+    if failed:
+        raise UserError(f"gguf: llama.cpp could not make {Q4} of {folder}. Mend: choose q8_0.")
+
+
 def _how(tensor: Stored, kind: str) -> Kind:
     """Norms stay in 32 bits, as in llama.cpp; a row that blocks of 32 do not fill stays in 16."""
     if len(tensor.shape) == 1:
         return Kind.F32
-    return Kind.F16 if tensor.shape[-1] % 32 else KINDS[kind][0]
+    return Kind.F16 if tensor.shape[-1] % 32 else OWN[kind][0]
 
 
 def _permuted(name: str, weight: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
@@ -95,7 +128,7 @@ def _add_shape(writer: gguf.GGUFWriter, config: dict[str, Any], kind: str, folde
     width = config.get("head_dim") or config["hidden_size"] // heads
     rope = config.get("rope_parameters") or config
     writer.add_name("fine-tuned with QLoRA")
-    writer.add_file_type(KINDS[kind][1])
+    writer.add_file_type(OWN[kind][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(config["num_hidden_layers"])
     # llama.cpp knows no sliding window in this architecture: inside the window the two agree.

@@ -19,6 +19,41 @@ def is_local(config: Config) -> bool:
     return config.model == EMBEDDED_MODEL or Path(config.model).expanduser().is_dir()
 
 
+def public_id(config: Config) -> str | None:
+    """The model's id on the hub, which tells readers what it is; None for a folder of this machine."""
+    if config.model == EMBEDDED_MODEL:
+        return embedded.ORIGIN
+    known = not is_local(config) and config.model.count("/") < 2 and not config.model.startswith(("~", ".", "/"))
+    return config.model if known else None
+
+
+def public_name(config: Config) -> str:
+    """The model in words that say nothing of this machine: its id on the hub, or its folder's own name."""
+    return public_id(config) or Path(config.model).name
+
+
+def licence(config: Config, revision: str | None = None) -> dict[str, str]:
+    """The base model's licence as its card has it: `license`, and its name and link if it is none of the common ones.
+
+    Empty if the card cannot be had, or says nothing.
+    """
+    from huggingface_hub import ModelCard, hf_hub_download
+
+    if config.model == EMBEDDED_MODEL:
+        return {"license": embedded.LICENCE}
+    try:
+        if is_local(config):
+            path = Path(config.model).expanduser() / "README.md"
+        else:
+            options: dict[str, Any] = {"revision": revision or config.revision, "local_files_only": not reachable()}
+            path = Path(hf_hub_download(config.model, "README.md", **options))
+        said = ModelCard(path.read_text("utf-8"), ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError):
+        return {}
+    keys = ("license", "license_name", "license_link")
+    return {key: str(said[key]) for key in keys if said.get(key)} if said.get("license") else {}
+
+
 def from_pretrained(loader: Any, config: Config, **options: Any) -> Any:
     """`loader.from_pretrained` for the config's model. Raises `UserError` if it cannot be had.
 
@@ -54,13 +89,14 @@ def folder(config: Config, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(config.model, local_files_only=not reachable(), **options))
     except (OSError, ValueError) as error:
-        raise _not_there(config, error) from None
+        raise _not_there(config, error, revision) from None
 
 
-def _not_there(config: Config, error: Exception) -> UserError:
+def _not_there(config: Config, error: Exception, revision: str | None = None) -> UserError:
     why = str(error).strip().splitlines()[0].rstrip(".")
+    at = f" at revision {revision}" if revision else ""
     return UserError(
-        f"model: '{config.model}' is neither a model folder nor to be had from the hub ({why}). Mend: check the "
+        f"model: '{config.model}'{at} is neither a model folder nor to be had from the hub ({why}). Mend: check the "
         f"name and the connection, or pass model=FOLDER, or model={EMBEDDED_MODEL}."
     )
 

@@ -79,10 +79,8 @@ def merge(what: Source, out: Path) -> None:
     tokenizer.chat_template = chat_templates.chat_template(what.config, tokenizer)
     tokenizer.save_pretrained(out)
     _write_configs(what, out, tokenizer, stops)
-    runs.write_text(
-        out / "README.md",
-        model_card.render(what.config, what.run.read("metrics.json"), what.run.read("manifest.json"), merged=True),
-    )
+    card = model_card.render(what.run, what.config, what.run.read("metrics.json"), merged=True)
+    runs.write_text(out / "README.md", card)
     for pattern in ("LICENSE*", "NOTICE*"):
         for path in what.base.glob(pattern):
             shutil.copyfile(path, out / path.name)

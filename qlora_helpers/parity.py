@@ -5,7 +5,7 @@ another layout, the end of an answer is not known. Each is measured by itself.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -135,21 +135,33 @@ def compare(
     loaded, tokenizer, own_ends = _load(export, device)
     ids = [_prompt(tokenizer, question) for question in questions]
     said = _answers(loaded, ids, own_ends)
-    equal = [answer[: len(r.answer)] == r.answer for r, (answer, _) in zip(reference, said, strict=True)]
-    ended = [(len(r.answer), r.stopped) == (len(a), stopped) for r, (a, stopped) in zip(reference, said, strict=True)]
-    kl, agree = [], []
-    for r in reference:
-        got = _logprobs(loaded, r.prompt, r.answer)
-        kl.append((r.logprobs.exp() * (r.logprobs - got)).sum(-1))
-        agree.append(r.logprobs.argmax(-1) == got.argmax(-1))
+    asked = (
+        Asked(prompt, answer, stopped, _logprobs(loaded, r.prompt, r.answer))
+        for r, prompt, (answer, stopped) in zip(reference, ids, said, strict=True)
+    )
+    return judge(name, device.dtype, reference, asked, set(own_ends) == set(ends))
+
+
+def judge(name: str, dtype: str, reference: list[Asked], export: Iterable[Asked], same_ends: bool) -> Parity:
+    """What an export said against what the adapter said to the same questions, whatever program asked it.
+
+    The log-probabilities of both are those after the adapter's tokens, `dtype` the arithmetic of the export's.
+    """
+    layouts, equal, ended, kl, agree = [], [], [], [], []
+    for r, e in zip(reference, export, strict=True):
+        layouts.append(e.prompt == r.prompt)
+        equal.append(e.answer[: len(r.answer)] == r.answer)
+        ended.append((len(e.answer), e.stopped) == (len(r.answer), r.stopped))
+        kl.append((r.logprobs.exp() * (r.logprobs - e.logprobs)).sum(-1))
+        agree.append(r.logprobs.argmax(-1) == e.logprobs.argmax(-1))
     divergence = torch.cat(kl)
     return Parity(
         name=name,
-        dtype=device.dtype,
-        prompts=len(questions),
+        dtype=dtype,
+        prompts=len(reference),
         tokens=len(divergence),
-        same_layout=sum(r.prompt == own for r, own in zip(reference, ids, strict=True)),
-        same_ends=set(own_ends) == set(ends),
+        same_layout=sum(layouts),
+        same_ends=same_ends,
         same_stops=sum(e and s for e, s in zip(equal, ended, strict=True)),
         same_texts=sum(equal),
         top1=torch.cat(agree).double().mean().item(),

@@ -49,6 +49,13 @@ def load(config: Config) -> Loaded:
     return _parse(((str(file), _from_file(file, path)) for file in _files(path)), name)
 
 
+def public_name(config: Config) -> str | None:
+    """The data set in words that say nothing of this machine: its id on the hub, or its file's own name."""
+    if config.dataset is None or config.dataset in (SAMPLE_DATA, PYTHON_DOCS) or not _is_path(config.dataset):
+        return config.dataset
+    return Path(config.dataset).name
+
+
 def sample_data() -> Path:
     """The project's own conversations."""
     return own_data("conversations.jsonl")

@@ -278,7 +278,7 @@ def _save_results(
     metrics = _metrics(trainer, config, data, base_losses)
     model.save_pretrained(run.adapter)
     tokenizer.save_pretrained(run.adapter)
-    runs.write_text(run.adapter / "README.md", model_card.render(config, metrics, run.read("manifest.json")))
+    runs.write_text(run.adapter / "README.md", model_card.render(run, config, metrics))
     runs.write_json(run / "metrics.json", metrics)
 
 

@@ -114,6 +114,40 @@ def config(model_folder):
 
 
 @pytest.fixture(scope="session")
+def make_run(config, tokenizer, tmp_path_factory):
+    """A run folder with an adapter that changes the answers, as training leaves it; of the base in a folder, and with
+    that one's tokenizer, if they are given.
+    """
+    import torch
+
+    from qlora_helpers import checkpoints, hub, model, runs
+    from qlora_helpers.device import detect
+    from qlora_helpers.runs import RunFolder
+
+    def make(base=None, words=tokenizer, **changes):
+        run = RunFolder(tmp_path_factory.mktemp("run") / "exp1")
+        own = config.replace(quantization="none", **({"model": str(base)} if base else {}), **changes)
+        built = model.attach_lora(model.load_base(own, detect("float32")), own)
+        torch.manual_seed(1)
+        for name, p in built.named_parameters():
+            if "lora_B" in name or (p.requires_grad and name.endswith("bias")):
+                p.data.normal_(std=0.1)
+        built.save_pretrained(run.adapter)
+        words.save_pretrained(run.adapter)
+        runs.write_json(run / "config.json", {"identity": {}, "config": own.to_dict()})
+        data = {"heldout_ids": ["a", "b"], "source_fingerprint": "x"}
+        base_ = {"revision": None, "fingerprint": checkpoints.fingerprint(hub.folder(own))}
+        noted = {"versions": {"torch": "2"}, "data": data, "model": base_, "baseline": "base-0"}
+        runs.write_json(run / "manifest.json", noted)
+        metrics = {"train_rows": 1, "epochs": 1, "steps": 1, "device": "x", "compute_dtype": "float32", "seed": 0}
+        metrics |= {"trainable_parameters": 1, "eval_loss": 1.0, "base_eval_loss": 2.0}
+        runs.write_json(run / "metrics.json", metrics)
+        return run
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def device():
     """This machine, computing in float32, where losses can be compared closely."""
     from qlora_helpers.device import detect

@@ -27,15 +27,10 @@ from qlora_helpers import (
     templates,
 )
 from qlora_helpers.__main__ import main
-from qlora_helpers.device import detect
-from qlora_helpers.runs import RunFolder
-
-METRICS = {"train_rows": 1, "epochs": 1, "steps": 1, "device": "x", "compute_dtype": "float32", "seed": 0}
-METRICS |= {"trainable_parameters": 1, "eval_loss": 1.0, "base_eval_loss": 2.0}
 
 
 @pytest.fixture(scope="module")
-def run(config, tokenizer, model_folder, tmp_path_factory):
+def run(make_run, tokenizer, model_folder, tmp_path_factory):
     """A run on the tiny Llama in bf16, with weights so large that 4 bits show."""
     folder = tmp_path_factory.mktemp("ship")
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
@@ -45,24 +40,9 @@ def run(config, tokenizer, model_folder, tmp_path_factory):
             p.data.normal_(std=0.2)
     words = base.model.embed_tokens.weight.data.normal_(std=3)
     base.lm_head.weight.data = 0.1 * words.roll(1, dims=0)  # each word has a likely next one, as in a real model
-    base.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    own = config.replace(quantization="none", model=str(folder / "base"))
-    built = model.attach_lora(model.load_base(own, detect("float32")), own)
-    for name, p in built.named_parameters():
-        if "lora_B" in name:
-            p.data.normal_(std=0.1)
-    made = RunFolder(folder / "exp1")
-    built.save_pretrained(made.adapter)
-    tokenizer.save_pretrained(made.adapter)
-    runs.write_json(made / "config.json", {"identity": {}, "config": own.to_dict()})
-    data = {"heldout_ids": [], "source_fingerprint": "x"}
-    print_ = checkpoints.fingerprint(folder / "base")
-    runs.write_json(
-        made / "manifest.json", {"versions": {}, "data": data, "model": {"revision": None, "fingerprint": print_}}
-    )
-    runs.write_json(made / "metrics.json", METRICS)
-    return made
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return make_run(folder)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +54,7 @@ def what(run):
 def shipped(run, tmp_path_factory):
     """A sound export of each kind, and what the gate said of it."""
     folder = tmp_path_factory.mktemp("out")
-    return {kind: (folder / kind, export.ship(run, folder / kind, kind)) for kind in gguf_export.KINDS}
+    return {kind: (folder / kind, export.ship(run, folder / kind, kind)) for kind in gguf_export.OWN}
 
 
 def logits(loaded, ids):

@@ -7,38 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
-from qlora_helpers import UserError, chat_templates, checkpoints, merging, model, runs, templates
-from qlora_helpers.device import detect
+from qlora_helpers import UserError, chat_templates, merging, model, runs, templates
 from qlora_helpers.runs import RunFolder
-
-METRICS = {"train_rows": 1, "epochs": 1, "steps": 1, "device": "x", "compute_dtype": "float32", "seed": 0}
-METRICS |= {"trainable_parameters": 1, "eval_loss": 1.0, "base_eval_loss": 2.0}
-
-
-@pytest.fixture(scope="session")
-def make_run(config, tokenizer, tmp_path_factory):
-    """A run folder with an adapter that changes the answers, as training leaves it."""
-
-    def make(base=None, **changes):
-        folder = tmp_path_factory.mktemp("run")
-        own = config.replace(quantization="none", **({"model": str(base)} if base else {}), **changes)
-        built = model.attach_lora(model.load_base(own, detect("float32")), own)
-        torch.manual_seed(1)
-        for name, p in built.named_parameters():
-            if "lora_B" in name or (p.requires_grad and name.endswith("bias")):
-                p.data.normal_(std=0.1)
-        built.save_pretrained(folder / "adapter")
-        tokenizer.save_pretrained(folder / "adapter")
-        runs.write_json(folder / "config.json", {"identity": {}, "config": own.to_dict()})
-        print_ = checkpoints.fingerprint(merging.hub.folder(own))
-        data = {"heldout_ids": [], "source_fingerprint": "x"}
-        runs.write_json(
-            folder / "manifest.json", {"versions": {}, "data": data, "model": {"revision": None, "fingerprint": print_}}
-        )
-        runs.write_json(folder / "metrics.json", METRICS)
-        return RunFolder(folder)
-
-    return make
 
 
 @pytest.fixture(scope="session")

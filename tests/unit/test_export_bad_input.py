@@ -1,0 +1,110 @@
+"""What cannot be shipped is said in one line, with its mend, and leaves nothing behind."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from qlora_helpers import hub
+from qlora_helpers.__main__ import main
+from qlora_helpers.runs import RunFolder
+
+TRAINED_ON, CACHED = "b" * 40, "a" * 40
+
+
+@pytest.fixture(scope="module")
+def run(make_run):
+    return make_run()
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    """The run, to be broken."""
+    return RunFolder(shutil.copytree(run.path, tmp_path / "exp1"))
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | values), "utf-8")
+
+
+def change_config(run, **values):
+    config = json.loads((run / "config.json").read_text("utf-8"))
+    change(run / "config.json", config=config["config"] | values)
+
+
+def without_adapter(run, tmp_path, monkeypatch):
+    (run.adapter / "adapter_model.safetensors").unlink()
+
+
+def other_base(run, tmp_path, monkeypatch):
+    """Of the same shape, so that the sum would be possible, and nonsense."""
+    base = shutil.copytree(run.config().model, tmp_path / "base")
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\x80\xbf")
+    change_config(run, model=str(base))
+
+
+def other_name(run, tmp_path, monkeypatch):
+    change_config(run, model="someone/else")
+
+
+def other_revision(run, tmp_path, monkeypatch):
+    """The hub's cache holds another commit than the one that was trained on, and the hub cannot be asked."""
+    cache = tmp_path / "cache" / "models--someone--model"
+    shutil.copytree(run.config().model, cache / "snapshots" / CACHED)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(CACHED)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    change_config(run, model="someone/model", revision="main")
+    change(run.adapter / "adapter_config.json", base_model_name_or_path="someone/model")
+    change(run / "manifest.json", model={"name": "someone/model", "revision": TRAINED_ON, "fingerprint": None})
+
+
+def full_disk(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+
+
+def no_llama_cpp(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+
+def configured(**values):
+    def plant(run, tmp_path, monkeypatch):
+        base = shutil.copytree(run.config().model, tmp_path / "base")
+        change(base / "config.json", **values)
+        change_config(run, model=str(base))
+
+    return plant
+
+
+def nothing(run, tmp_path, monkeypatch):
+    pass
+
+
+CASES = [
+    (without_adapter, "q8_0", "adapter: .* holds none"),
+    (other_base, "q8_0", "model: the weights in .* are not those that .* was trained on"),
+    (other_name, "q8_0", "adapter: .* belongs to .*, not to someone/else"),
+    (other_revision, "q8_0", f"model: 'someone/model' at revision {TRAINED_ON} is neither"),
+    (full_disk, "q8_0", "disk: .* needs 0.3 GB, and 0.0 GB are free"),
+    (no_llama_cpp, "q4_k_m", "gguf: q4_k_m is made by llama.cpp, which is not installed"),
+    (nothing, "q4_0", "gguf: 'q4_0' cannot be written. Did you mean 'q[48]_"),
+    (configured(model_type="bloom"), "f16", "gguf: a model of the family 'bloom' cannot be written"),
+    (configured(rope_parameters={"rope_type": "yarn"}), "f16", "gguf: positions scaled as 'yarn' cannot be written"),
+]
+
+
+@pytest.mark.parametrize(("plant", "kind", "message"), CASES)
+def test_one_line_and_nothing_written(copy, tmp_path, monkeypatch, capfd, plant, kind, message):
+    plant(copy, tmp_path, monkeypatch)
+    out = tmp_path / "new" / "shipped"
+    capfd.readouterr()
+    assert main(["export", str(copy.path), "--out", str(out), "--gguf", kind]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert re.search(message, error), error
+    assert "Mend: " in error or "Did you mean" in error
+    assert not out.parent.exists()
