@@ -44,6 +44,7 @@ test: lint
 	$(BIN)/python -m pytest -m "not slow" tests/notebooks
 
 test-full: lint
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-full.txt
 	$(BIN)/python -m qlora_helpers fetch
 	QLORA_WORKDIR=$$(mktemp -d) $(NBVAL) notebooks
 	$(BIN)/python -m pytest
