@@ -161,6 +161,8 @@ def build_trainer(
         callbacks.append(SaveBest())
     if config.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+    for settings in (model.config, model.generation_config):  # the library would do so too, with a warning
+        settings.pad_token_id = tokenizer.pad_token_id
     trainer = QloraTrainer(
         model=model,
         args=_arguments(config, len(rows), device, run),
