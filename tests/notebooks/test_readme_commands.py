@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,16 @@ def test_every_inline_make_target_of_the_readme_is_there():
         subprocess.run(["make", "-n", target, "URL=x"], cwd=ROOT, capture_output=True, check=True)
 
 
+def serves(command, **where):
+    """Start a server, which does not end by itself, on a port that is free; whether it gets so far as to listen."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        words = [*shlex.split(command), "--port", str(free.getsockname()[1])]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **where) as process:
+        listening = any("Uvicorn running" in line for line in process.stdout)
+        process.terminate()
+    return listening
+
+
 @pytest.mark.slow
 def test_the_readmes_commands_work_in_their_order(tmp_path):
     """`make run` is replaced by what it runs once its environment is there; `rows.jsonl` is the reader's own file."""
@@ -52,6 +63,9 @@ def test_the_readmes_commands_work_in_their_order(tmp_path):
     run = [line for line in made("run") if "qlora_helpers" in line and "-m pip" not in line]
     assert len(run) == 2
     for command in [*run, *(command for command in COMMANDS if command not in MAKE)]:
+        if " serve " in command:
+            assert serves(command, cwd=tmp_path, env=env)
+            continue
         done = subprocess.run(shlex.split(command), cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     for made_by_them in (
