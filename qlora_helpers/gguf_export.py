@@ -94,7 +94,7 @@ def _write_q4(folder: Path, target: Path) -> None:
     """By way of an f16 file, which is removed. Rows that blocks of 256 do not fill get 5 or 8 bits, by llama.cpp."""
     import llama_cpp
 
-    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # or it tells of every tensor
+    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)  # it tells of every tensor, warnings as errors
     whole = target.with_name(f".{target.name}-f16")
     write(folder, whole, "f16")
     options = llama_cpp.llama_model_quantize_default_params()

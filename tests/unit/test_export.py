@@ -170,6 +170,13 @@ def test_sixteen_bit_arithmetic_has_room_for_its_rounding(shipped):
     assert dataclasses.replace(noisy, dtype="bfloat16").problems() == []
 
 
+def test_one_close_call_at_an_end_is_no_lost_end_where_weights_are_rounded(shipped):
+    merged, packed = shipped["q8_0"][1]
+    assert len(dataclasses.replace(merged, same_texts=20, same_stops=19).problems()) == 1
+    assert dataclasses.replace(packed, same_texts=20, same_stops=19).problems() == []
+    assert len(dataclasses.replace(packed, same_texts=20, same_stops=18).problems()) == 1
+
+
 @pytest.mark.parametrize("fault", ["template", "stop"])
 def test_a_gguf_without_template_or_stop_is_caught(what, tmp_path, monkeypatch, fault):
     name = {"template": "add_chat_template", "stop": "add_eos_token_id"}[fault]

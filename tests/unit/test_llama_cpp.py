@@ -28,23 +28,23 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def made(make_run, tmp_path_factory):
-    """For each layout: a run on the embedded model, its merged folder, and what the adapter answers."""
-    base = embedded.fetch()
-    found = {}
-    for template in ("guanaco", "auto"):
-        run = make_run(base, words=hub.saved_tokenizer(base), template=template)
-        what = merging.source(run)
-        folder = tmp_path_factory.mktemp(template) / "merged"
-        merging.merge(what, folder)
-        found[template] = (run, folder, parity.of_adapter(what, parity.choose_device(base), parity.prompts()))
-    return found
+def base():
+    return embedded.fetch()
+
+
+@pytest.fixture(scope="module", params=["guanaco", "auto"])
+def made(request, base, make_run, tmp_path_factory):
+    """In each layout: the merged folder of a run on the embedded model, and what its adapter answers."""
+    what = merging.source(make_run(base, words=hub.saved_tokenizer(base), template=request.param))
+    merged = tmp_path_factory.mktemp(request.param) / "merged"
+    merging.merge(what, merged)
+    return request.param, merged, parity.of_adapter(what, parity.choose_device(base), parity.prompts())
 
 
 def opened(path):
     import llama_cpp
 
-    return llama_cpp.Llama(str(path), n_ctx=512, logits_all=True, n_threads=1, verbose=False)
+    return llama_cpp.Llama(str(path), n_ctx=512, logits_all=True, n_threads=1, n_threads_batch=1, verbose=False)
 
 
 def asked_by_llama_cpp(llama, reference):
@@ -66,10 +66,9 @@ def asked_by_llama_cpp(llama, reference):
         yield parity.Asked(prompt, answer, stopped, logprobs), said["choices"][0]["message"]["content"]
 
 
-@pytest.mark.parametrize("template", ["guanaco", "auto"])
 @pytest.mark.parametrize("kind", gguf_export.KINDS)
-def test_llama_cpp_answers_as_the_adapter_does(made, tmp_path, kind, template):
-    _, merged, reference = made[template]
+def test_llama_cpp_answers_as_the_adapter_does(made, tmp_path, kind):
+    template, merged, reference = made
     gguf_export.write(merged, tmp_path / "model.gguf", kind)
     llama = opened(tmp_path / "model.gguf")
     asked, texts = zip(*asked_by_llama_cpp(llama, reference), strict=True)
@@ -87,8 +86,8 @@ def test_llama_cpp_answers_as_the_adapter_does(made, tmp_path, kind, template):
         assert llama.tokenize(text.encode(), add_bos=True, special=True) == tokenizer(text)["input_ids"]
 
 
-def test_the_command_makes_q4_k_m(made, tmp_path, capfd):
-    run, *_ = made["guanaco"]
+def test_the_command_makes_q4_k_m(make_run, base, tmp_path, capfd):
+    run = make_run(base, words=hub.saved_tokenizer(base))
     assert main(["export", str(run.path), "--out", str(tmp_path / "out"), "--gguf", "q4_k_m"]) == 0
     said = capfd.readouterr()
     assert "| q4_k_m | 20 of 20 |" in said.out
