@@ -9,6 +9,7 @@ import html
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from threading import RLock
 from typing import Any
 
 import torch
@@ -127,9 +128,10 @@ class Panel:
 
         self.conversation = conversation
         self.growing: Iterator[None] | None = None
+        self.turn = RLock()  # JupyterLab 4 brings each click in a thread of its own
         wide = widgets.Layout(width="auto")
         self.columns = {
-            name: widgets.HTML(layout=widgets.Layout(flex="1 1 0", min_width="0")) for name in conversation.turns
+            name: widgets.HTML(layout=widgets.Layout(flex="1 1 14em", min_width="0")) for name in conversation.turns
         }
         self.question = widgets.Textarea(value=question, rows=2, placeholder="your question", layout=wide)
         self.clock = widgets.Play(min=0, max=10**9, interval=TICK, show_repeat=False)
@@ -137,13 +139,15 @@ class Panel:
             value=0.0, min=0.0, max=2.0, step=0.1, description="temperature", style={"description_width": "initial"}
         )
         self.clear = widgets.Button(description="clear")
-        self.which = widgets.Dropdown(options=list(conversation.turns), value=list(conversation.turns)[-1])
+        names = list(conversation.turns)
+        self.which = widgets.Dropdown(options=names, value=names[-1], description="the talk with")
         self.take = widgets.Button(description="as a row", tooltip="one line of JSON for the next data set")
         self.row = widgets.Textarea(rows=2, placeholder="one line for a .jsonl file: select and copy", layout=wide)
         self.status = widgets.HTML()
         bars = [[self.clock, self.temperature, self.clear], [self.which, self.take]]
-        ask, more = (widgets.HBox(bar, layout=widgets.Layout(flex_flow="row wrap")) for bar in bars)
-        answers = widgets.HBox(list(self.columns.values()), layout=wide)
+        wrapped = widgets.Layout(flex_flow="row wrap")
+        ask, more = (widgets.HBox(bar, layout=wrapped) for bar in bars)
+        answers = widgets.HBox(list(self.columns.values()), layout=wrapped)
         self.box = widgets.VBox([answers, self.question, ask, self.status, more, self.row])
         self.clock.observe(self._tick, names="value")
         self.clear.on_click(self._clear)
@@ -153,13 +157,14 @@ class Panel:
 
     def _tick(self, change: Any) -> None:
         """The browser counted one on, or went back to nought because someone pressed ■."""
-        if change["new"] == 0:
-            if self.growing:
-                self._rest(HELP)
-        elif self.growing or self.question.value.strip():
-            self._grow()
-        else:  # it had counted on before it heard of the end
-            self._rest()
+        with self.turn:
+            if change["new"] == 0:
+                if self.growing:
+                    self._rest(HELP)
+            elif self.growing or self.question.value.strip():
+                self._grow()
+            else:  # it had counted on before it heard of the end
+                self._rest()
 
     def _grow(self) -> None:
         first = self.growing is None
@@ -188,16 +193,18 @@ class Panel:
             self._say(said)
 
     def _clear(self, button: Any) -> None:
-        self._rest(HELP)
-        self.conversation.clear()
-        self.row.value = ""
-        self._draw()
+        with self.turn:
+            self._rest(HELP)
+            self.conversation.clear()
+            self.row.value = ""
+            self._draw()
 
     def _take(self, button: Any) -> None:
-        try:
-            self.row.value = json.dumps(self.conversation.row(self.which.value), ensure_ascii=False)
-        except UserError as error:
-            self._say(f"error: {error}")
+        with self.turn:
+            try:
+                self.row.value = json.dumps(self.conversation.row(self.which.value), ensure_ascii=False)
+            except UserError as error:
+                self._say(f"error: {error}")
 
     def _draw(self) -> None:
         for name, turns in self.conversation.turns.items():

@@ -1,6 +1,7 @@
 """The chat panel: answers that grow, each model's own, from one base in memory; and its buttons, in a real kernel."""
 
 import json
+from threading import Thread
 
 import pytest
 import torch
@@ -165,6 +166,26 @@ def test_no_row_that_would_be_dropped(talk, answer, reason):
         talk.turns["exp1"] = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": answer}]
     with pytest.raises(UserError, match=f"exp1 makes none .{reason}.*Mend"):
         talk.row("exp1")
+
+
+def test_a_click_in_another_thread_waits_for_the_step(talk, monkeypatch):
+    panel, clicks = chat.Panel(talk, "Why?"), []
+    tokens = talk._tokens
+
+    def clicked_in_the_middle(*args):
+        for said in tokens(*args):
+            if not clicks:
+                clicks.append(Thread(target=panel.clear.click))
+                clicks[0].start()
+                clicks[0].join(0.5)
+            yield said
+
+    monkeypatch.setattr(talk, "_tokens", clicked_in_the_middle)
+    panel.clock.value = 1
+    clicks[0].join(10)
+    assert talk.entries() == []
+    assert panel.growing is None
+    assert "error" not in panel.status.value
 
 
 CODE = """
