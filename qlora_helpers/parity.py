@@ -39,8 +39,8 @@ class Limits:
 # file; 19 of 20 answers are equal, and 99.8% of the likeliest tokens. q8_0 rounds each weight to 8 bits: 1.3e-3, 14
 # of 20, 98.6%. Broken: merged into 4 bits 0.33 nats and 77%; with alpha doubled or halved, after 36 steps of
 # training, 6e-3, 3e-3. Few equal answers are asked for, since one close call changes all that follows.
-# q4_k_m, of which a model this small loses most: 0.056 nats, 1 of 20, 90.7%; 0.059, 0 of 20, 87.5% in llama.cpp. What it
-# is made of, the merged folder, has to be within the close limits all the same.
+# q4_k_m, by which a model this small loses most: 0.056 nats, 1 of 20, 90.7%; in llama.cpp itself 0.059, 0 of 20,
+# 87.5%. What it is made of, the merged folder, has to be within the close limits all the same.
 LIMITS = {"merged": Limits(1e-3, 0.97, 0.7), "f16": Limits(1e-3, 0.97, 0.7), "q8_0": Limits(5e-3, 0.95, 0.4)}
 LIMITS |= {"q4_k_m": Limits(0.12, 0.82, 0.0)}
 # Models too large for float32 are asked in 16 bits, where a sound merge is 1.8e-3 nats off, with 5 of 8 answers equal
