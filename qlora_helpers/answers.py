@@ -1,5 +1,6 @@
 """Answers: greedy ones from a model, and what can be counted about them: wording, endings, inventions, repetitions."""
 
+from math import inf
 from typing import Any
 
 import torch
@@ -97,12 +98,12 @@ def text_metrics(answers: list[dict[str, Any]]) -> dict[str, Interval]:
     said, wanted = [row["answer"] for row in rows], [row["reference"] for row in rows]
     ones = [1.0] * len(rows)
     return {
-        "ROUGE-L": intervals.ratio(_rouge(said, wanted), ones),
+        "ROUGE-L": intervals.ratio(_rouge(said, wanted), ones).within(0, 1),
         **_sacrebleu(said, wanted),
         "ends by itself": intervals.share(sum(row["stopped"] for row in rows), len(rows)),
         "invents a turn": intervals.share(sum(row["invented"] for row in rows), len(rows)),
-        "repeats itself": intervals.ratio([_repeated(text) for text in said], ones),
-        "length": intervals.ratio([len(text.split()) for text in said], [len(text.split()) for text in wanted]),
+        "repeats itself": intervals.ratio([_repeated(text) for text in said], ones).within(0, 1),
+        "length": intervals.ratio(*([len(text.split()) for text in texts] for texts in (said, wanted))).within(0, inf),
     }
 
 

@@ -1,7 +1,7 @@
 """95% intervals: over held-out rows by a studentised bootstrap, over training seeds by Student's t, and both."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -19,6 +19,10 @@ class Interval:
     high: float
     error: float = 0.0
     freedom: int = 0
+
+    def within(self, low: float, high: float) -> "Interval":
+        """The same for a quantity that cannot leave `low` to `high`: a symmetric interval of few rows may."""
+        return replace(self, low=max(low, self.low), high=min(high, self.high))
 
 
 def ratio(numerators: Sequence[float] | np.ndarray, denominators: Sequence[float] | np.ndarray) -> Interval:

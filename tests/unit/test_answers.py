@@ -89,6 +89,17 @@ def test_rates_and_lengths():
     assert answers.text_metrics([rows()[0] | {"reference": None}]) == {}
     one = answers.text_metrics(rows()[:1])
     assert (one["BLEU"].low, one["BLEU"].high) == (0, 100)
+    assert (one["ROUGE-L"].low, one["ROUGE-L"].high) == (0, 1)
+
+
+def test_no_interval_leaves_what_can_be():
+    short, long = ({"answer": " ".join("word" for _ in range(n))} for n in (1, 60))
+    found = answers.text_metrics([rows()[0] | said for said in (short, short, long)])
+    for name in ("ROUGE-L", "repeats itself", "length"):
+        assert found[name].low >= 0, name
+    assert found["ROUGE-L"].high <= 1
+    assert found["repeats itself"].high <= 1
+    assert found["length"].low == 0 < found["length"].value < found["length"].high
 
 
 def test_bleu_and_chrf_are_the_command_lines(tmp_path):
