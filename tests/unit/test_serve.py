@@ -100,7 +100,8 @@ def test_openais_client_gets_the_folders_own_answer(server, greedy, port, export
             socket.create_connection((outside, port), timeout=5)
 
 
-def test_a_port_in_use(exported, capsys):
+def test_a_port_in_use(exported, capsys, monkeypatch):
+    monkeypatch.setattr(serve, "start", lambda server: None)  # it would take this process's place
     with socket.create_server(("127.0.0.1", 0)) as other:
         number = other.getsockname()[1]
         assert main(["serve", str(exported), "--port", str(number)]) == 2
@@ -111,7 +112,8 @@ def test_a_port_in_use(exported, capsys):
     assert "port: there is no 70000" in capsys.readouterr().err
 
 
-def test_no_model(tmp_path, exported, capsys):
+def test_no_model(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(serve, "start", lambda server: None)
     assert main(["serve", str(tmp_path / "no")]) == 2
     assert "holds no model. Mend" in capsys.readouterr().err
     (tmp_path / "config.json").touch()  # a run folder: an adapter is no model
