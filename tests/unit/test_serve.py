@@ -2,16 +2,13 @@
 
 import shutil
 import socket
-import subprocess
 import sys
-import time
-import urllib.request
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_helpers import UserError, chat_templates, runs, serve
+from qlora_helpers import UserError, chat_templates, serve
 from qlora_helpers.__main__ import main
 
 QUESTION = [{"role": "user", "content": "How do computers store data?"}]
@@ -38,12 +35,6 @@ def exported(config, tokenizer, model_folder, tmp_path_factory):
     return out
 
 
-@pytest.fixture
-def port():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def greedy(exported):
     """What the folder itself says: the text of 24 tokens."""
@@ -54,50 +45,17 @@ def greedy(exported):
     return tokenizer.decode(said[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-@pytest.fixture
-def server(exported, port):
-    """The command itself, from its first line until its server answers."""
-    from openai import OpenAI
-
-    words = [sys.executable, "-m", "qlora_helpers", "serve", str(exported), "--port", str(port)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=runs.ROOT) as process:
-        try:
-            first = [process.stdout.readline() for _ in range(2)]
-            name, url = (line.split()[1] for line in first)
-            client = OpenAI(base_url=url, api_key="none", timeout=60, max_retries=0)
-            while not healthy(url):
-                assert process.poll() is None, process.stdout.read()
-                time.sleep(0.2)
-            yield client, name
-        finally:
-            process.terminate()  # it is the server: nothing is left behind
-            process.wait(30)
-
-
-def healthy(url):
-    try:
-        return urllib.request.urlopen(url.replace("/v1", "/health"), timeout=5)
-    except OSError:
-        return None
-
-
-def test_openais_client_gets_the_folders_own_answer(server, greedy, port, exported):
-    client, name = server
-    assert name == str(exported / "merged")
-    asked = {"model": name, "messages": QUESTION, "max_tokens": 24}
-    whole = client.chat.completions.create(**asked)
-    assert whole.choices[0].message.content == greedy
-    pieces = [
-        chunk.choices[0].delta.content or ""
-        for chunk in client.chat.completions.create(**asked, stream=True)
-        if chunk.choices
-    ]
-    assert "".join(pieces) == greedy
-    assert len([piece for piece in pieces if piece]) > 3
-    outside = socket.gethostbyname(socket.gethostname())
-    if outside != "127.0.0.1":
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection((outside, port), timeout=5)
+def test_openais_client_gets_the_folders_own_answer(serving, greedy, port, exported):
+    with serving(exported, "/health") as (name, ask):
+        assert name == str(exported / "merged")
+        assert ask(QUESTION, max_tokens=24) == [greedy]
+        pieces = ask(QUESTION, max_tokens=24, stream=True)
+        assert "".join(pieces) == greedy
+        assert len(pieces) > 3
+        outside = socket.gethostbyname(socket.gethostname())
+        if outside != "127.0.0.1":
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection((outside, port), timeout=5)
 
 
 def test_a_port_in_use(exported, capsys, monkeypatch):

@@ -4,6 +4,7 @@ an operator sees is looked at. The library's loop needs a GPU for its own autoca
 
 import contextlib
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,5 +149,6 @@ def test_the_scaler_of_a_gpu_run_starts_low(t4, monkeypatch, config, tokenizer, 
 
     monkeypatch.setattr(training, "QloraTrainer", Shell)
     data = cleaning.prepare(config, tokenizer)
-    training.build_trainer(None, config, data, tokenizer, t4, RunFolder(tmp_path / "run"))
+    empty = SimpleNamespace(config=SimpleNamespace(), generation_config=SimpleNamespace())
+    training.build_trainer(empty, config, data, tokenizer, t4, RunFolder(tmp_path / "run"))
     assert built == [("cuda", 1024.0)]
