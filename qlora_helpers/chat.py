@@ -129,18 +129,18 @@ class Panel:
         self.conversation = conversation
         self.growing: Iterator[None] | None = None
         self.turn = RLock()  # JupyterLab 4 brings each click in a thread of its own
-        wide = widgets.Layout(width="auto")
+        wide, whole_words = widgets.Layout(width="auto"), {"description_width": "initial"}
         self.columns = {
             name: widgets.HTML(layout=widgets.Layout(flex="1 1 14em", min_width="0")) for name in conversation.turns
         }
         self.question = widgets.Textarea(value=question, rows=2, placeholder="your question", layout=wide)
         self.clock = widgets.Play(min=0, max=10**9, interval=TICK, show_repeat=False)
         self.temperature = widgets.FloatSlider(
-            value=0.0, min=0.0, max=2.0, step=0.1, description="temperature", style={"description_width": "initial"}
+            value=0.0, min=0.0, max=2.0, step=0.1, description="temperature", style=whole_words
         )
         self.clear = widgets.Button(description="clear")
         names = list(conversation.turns)
-        self.which = widgets.Dropdown(options=names, value=names[-1], description="the talk with")
+        self.which = widgets.Dropdown(options=names, value=names[-1], description="the talk with", style=whole_words)
         self.take = widgets.Button(description="as a row", tooltip="one line of JSON for the next data set")
         self.row = widgets.Textarea(rows=2, placeholder="one line for a .jsonl file: select and copy", layout=wide)
         self.status = widgets.HTML()
