@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from qlora_helpers import answers, intervals, memory, runs, sources, templates
+from qlora_helpers import answers, memory, runs, sources, templates
 from qlora_helpers.answers import Shots
 from qlora_helpers.cleaning import Data
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device, autocast
 from qlora_helpers.errors import UserError
-from qlora_helpers.intervals import Interval
 from qlora_helpers.runs import RunFolder
 from qlora_helpers.templates import IGNORE, Example
 
@@ -39,19 +38,6 @@ class RowLoss:
 def mean_loss(losses: list[RowLoss]) -> float:
     """Mean per trained token: long rows weigh more, as they do in training."""
     return sum(row.loss_sum for row in losses) / sum(row.tokens for row in losses)
-
-
-def change(before: list[RowLoss], after: list[RowLoss]) -> Interval:
-    """Loss per trained token `after` less that `before` (nats), with its 95% interval over the rows.
-
-    Raises `UserError` if the two were not measured on the same rows.
-    """
-    if [(row.id, row.tokens) for row in before] != [(row.id, row.tokens) for row in after]:
-        raise UserError(
-            "losses: those of the base model and of the run are of different held-out rows. Mend: train again."
-        )
-    gaps = [b.loss_sum - a.loss_sum for a, b in zip(before, after, strict=True)]
-    return intervals.ratio(gaps, [row.tokens for row in after])
 
 
 def heldout_losses(

@@ -4,7 +4,8 @@ import math
 from textwrap import fill
 from typing import Any
 
-from qlora_helpers import answers, evaluation, hub, runs, sources
+from qlora_helpers import answers, comparison, evaluation, hub, runs, sources
+from qlora_helpers.comparison import Arm, Difference
 from qlora_helpers.config import EMBEDDED_MODEL, Config
 from qlora_helpers.intervals import Interval
 from qlora_helpers.runs import RunFolder
@@ -83,7 +84,8 @@ def _change(run: RunFolder, metrics: dict[str, Any], manifest: dict[str, Any]) -
     base = RunFolder(run.path.parent / manifest.get("baseline", "no baseline"))
     if not ((run / "heldout_losses.jsonl").exists() and (base / "heldout_losses.jsonl").exists()):
         return f"{metrics['eval_loss'] - metrics['base_eval_loss']:+.4f}"
-    found = evaluation.change(evaluation.read_losses(base), evaluation.read_losses(run))
+    before, after = (Arm(side.name, [evaluation.read_losses(side)]) for side in (base, run))
+    found = comparison.difference(before, after)
     return f"{found.value:+.4f}{_bounds(found, '+.4f')}"
 
 
@@ -98,7 +100,7 @@ def _answers(run: RunFolder) -> str:
     return "\n".join(["", f"| | greedy answers to {asked} held-out questions |", "|---|---|", *lines, ""])
 
 
-def _bounds(interval: Interval, digits: str) -> str:
+def _bounds(interval: Interval | Difference, digits: str) -> str:
     if not (math.isfinite(interval.low) and math.isfinite(interval.high)):
         return ""
     return f", 95% interval {interval.low:{digits}} to {interval.high:{digits}}"

@@ -1,7 +1,8 @@
 """How long a training step takes, roughly, by arithmetic: to compare settings, and to think of hours before starting.
 
 Two things take time: Python and the launching of kernels, which cost the same for one row as for many, and products
-with the frozen weights. The first was fitted to eight settings on an H100, `data/memory_speed_measured.jsonl`.
+with the frozen weights. LAUNCH, UNPACKED and REACHED were fitted to eight settings on an H100,
+`data/memory_speed_measured.jsonl`; the other two follow from what a step does.
 """
 
 from qlora_helpers import memory
@@ -12,7 +13,7 @@ LAUNCH = 6.4e-3  # seconds a block and pass, forward and backward, whatever the 
 UNPACKED = 1.3  # 4-bit weights are unpacked at every use: more kernels
 PRODUCTS = 4  # operations a weight and token: a product and a sum, forward and, for frozen weights, once backward
 RECOMPUTED = 3 / 2  # checkpointing goes forward twice, backward once
-REACHED = 0.8  # of the published speed of products: 798 of 989 TFLOP/s were seen on an H100
+REACHED = 0.8  # of the published speed of products
 
 
 def seconds(config: Config, card: Card, method: str | None = None) -> float:

@@ -31,16 +31,18 @@ def _claims() -> str:
     folder = ROOT / "results" / CLAIMS
     judged = json.loads((folder / "claims.json").read_text("utf-8"))
     table = ["| claim | measured | so it is |", "| --- | --- | --- |"]
-    manifest = RunFolder(folder / "rank-14").read("manifest.json")
+    run = RunFolder(folder / "rank-14")
+    recipe, rows = run.config(), run.read("metrics.json")["train_rows"]
     table += [f"| {found['claim']} | {found['text']} | {found['claim_is']} |" for found in judged]
     return "\n\n".join(
         [
             "### Four claims of the second report, tried again",
-            "Its recipe (alpha 20, 3 epochs, on 100 rows here) on SmolLM2-135M-Instruct, since BLOOM could not be had. "
+            f"Its recipe (alpha {recipe.alpha}, {recipe.epochs} epochs, on {rows} rows here) on SmolLM2-135M-Instruct, "
+            "since BLOOM could not be had. "
             "SmolLM2 has no biases, so zero ones were added. The smaller model lacks the three blocks that are missed "
             "least. `python benchmarks/claims.py FILE --out DIR`",
             "\n".join(table),
-            f"{judged[0]['rows']} held-out rows, {judged[0]['seeds']} seeds. {_where(manifest)}.",
+            f"{judged[0]['rows']} held-out rows, {judged[0]['seeds']} seeds. {_where(run.read('manifest.json'))}.",
         ]
     )
 
@@ -62,9 +64,11 @@ def _evaluation() -> str:
 
 
 def _where(manifest: dict[str, Any]) -> str:
-    device = manifest["device"]
-    packages = ", ".join(f"{package} {manifest['versions'][package]}" for package in PACKAGES)
-    return f"{device['name']}, {device['dtype']}; {packages}"
+    return f"{manifest['device']['name']}, {manifest['device']['dtype']}; {_packages(manifest)}"
+
+
+def _packages(made: dict[str, Any]) -> str:
+    return ", ".join(f"{package} {made['versions'][package]}" for package in PACKAGES)
 
 
 def _memory() -> str:
@@ -76,13 +80,12 @@ def _memory() -> str:
         scores = [measured.score(chosen, moments) for moments in (measured.MOMENTS, *((m,) for m in measured.MOMENTS))]
         cells = [f"{found['median']:.1%}, {found['worst']:.1%}" for found in scores]
         table.append(f"| {len(chosen)} {words} | {' | '.join(cells)} |")
-    packages = ", ".join(f"{package} {lines[0]['versions'][package]}" for package in PACKAGES)
     return "\n\n".join(
         [
             "### Planned against measured peak memory",
             "How far the plan was off what torch reserved, at the median and at the worst:",
             "\n".join(table),
-            f"Seven models' shapes with random weights, {lines[0]['device']}; {packages}.",
+            f"Seven models' shapes with random weights, {lines[0]['device']}; {_packages(lines[0])}.",
         ]
     )
 
@@ -129,11 +132,10 @@ def _section(name: str, title: str) -> str:
 
 
 def _made(result: dict[str, Any]) -> str:
-    device, versions = result["device"], result["versions"]
-    packages = ", ".join(f"{package} {versions[package]}" for package in PACKAGES)
+    device = result["device"]
     seeds = ", ".join(map(str, result["table"][-1]["seeds"]))
     rows = f"{result['heldout_rows']} held-out rows with {result['heldout_tokens']:,} trained tokens."
-    return f"{rows} {device['name']}, {device['dtype']}, seeds {seeds}; {packages}."
+    return f"{rows} {device['name']}, {device['dtype']}, seeds {seeds}; {_packages(result)}."
 
 
 def main() -> None:

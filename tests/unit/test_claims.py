@@ -1,6 +1,7 @@
 """The benchmark's two made models are what it says, and its verdicts follow from the intervals."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -89,3 +90,14 @@ def test_a_claim_is_judged_by_its_interval(tmp_path):
     assert [word for _, _, word in judged] == [
         "contradicted", "confirmed", "contradicted", "confirmed", "contradicted", "confirmed", "not distinguishable",
     ]  # fmt: skip
+
+
+def test_the_recorded_verdicts_follow_from_the_recorded_losses():
+    folder = ROOT / "results" / "h100-claims"
+    arms = (claims.RANK_14, claims.RANK_20, claims.LORA_ONLY, claims.ALL, claims.BAD, claims.SMALL)
+    places = {name: name.replace(",", "").replace(" ", "-") for name in arms}
+    found = {name: [RunFolder(folder / f"{place}{seed}") for seed in ("", "-seed1")] for name, place in places.items()}
+    judged = [{"claim": c, **gap.to_dict(), "claim_is": word} for c, gap, word in claims.judge(found, folder)]
+    recorded = json.loads((folder / "claims.json").read_text("utf-8"))
+    assert [line["text"] for line in judged] == [line["text"] for line in recorded]
+    assert [line["claim_is"] for line in judged] == [line["claim_is"] for line in recorded]

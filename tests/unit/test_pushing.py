@@ -226,7 +226,7 @@ def test_the_card_has_intervals_where_the_bases_losses_lie_beside_the_run(make_r
     losses(made.path.parent / "base-0", 3.0)
     other = made.path.parent / "base-0" / "heldout_losses.jsonl"
     other.write_text(other.read_text().replace('"a"', '"z"'))
-    with pytest.raises(UserError, match=r"of different held-out rows\. Mend"):
+    with pytest.raises(UserError, match=r"on different held-out rows\. Mend"):
         model_card.render(made, made.config(), made.read("metrics.json"))
 
 
