@@ -82,7 +82,7 @@ def modelfile(config: Config, tokenizer: Any, gguf: str) -> str:
         '{{ end }}{{ end }}"""',
     ]
     lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(token)}"' for token in stops(config, tokenizer)]
-    return "\n".join([*lines, "PARAMETER temperature 0", ""])
+    return "\n".join([*lines, "PARAMETER temperature 0", "PARAMETER repeat_penalty 1.0", ""])  # its own is 1.1
 
 
 def _turns(*texts: str) -> tuple[Message, ...]:

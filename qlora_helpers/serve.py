@@ -16,6 +16,8 @@ HERE = ("127.0.0.1", "localhost", "::1")
 TRANSFORMERS = ("fastapi", "uvicorn", "openai", "pydantic")  # what transformers serve asks for
 LLAMA_CPP = ("llama_cpp", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings")
 
+OWN_PENALTY = "This server's default makes words that were used less likely: send repeat_penalty=1.0 for the model's own.\n"
+
 
 @dataclass(frozen=True)
 class Server:
@@ -25,16 +27,19 @@ class Server:
     url: str
     model: str
     open: bool  # to other machines
+    penalty: bool = False  # on repetition, unless the client sends it away
 
     def help(self) -> str:
         """Where it is, and how the `openai` client asks it."""
+        own = ', extra_body={"repeat_penalty": 1.0}' if self.penalty else ""
         return (
             f"model:   {self.model}\naddress: {self.url}  (Ctrl+C ends it)\n"
             f"{'Whoever reaches this machine can ask it: no key is needed.' if self.open else ''}\n"
+            f"{OWN_PENALTY if self.penalty else ''}"
             "    from openai import OpenAI\n"
             f'    client = OpenAI(base_url="{self.url}", api_key="none")\n'
             '    question = [{"role": "user", "content": "How do computers store data?"}]\n'
-            f'    said = client.chat.completions.create(model="{self.model}", messages=question)\n'
+            f'    said = client.chat.completions.create(model="{self.model}", messages=question{own})\n'
             "    print(said.choices[0].message.content)\n"
         )
 
@@ -48,8 +53,10 @@ def plan(path: Path, host: str = HERE[0], port: int = 8000) -> Server:
     _check_port(host, port)
     where = ["--host", host, "--port", str(port)]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-    command, name = (_transformers(model), str(model)) if model.is_dir() else (_llama_cpp(model), model.stem)
-    return Server([*command, *where], url, name, host not in HERE)
+    if model.is_dir():
+        return Server([*_transformers(model), *where], url, str(model), host not in HERE)
+    command = _llama_cpp(model)
+    return Server([*command, *where], url, model.stem, host not in HERE, penalty="llama_cpp.server" in command)
 
 
 def start(server: Server) -> None:

@@ -244,7 +244,7 @@ def port():
 
 
 @pytest.fixture
-def serving(port):
+def serving(port, tmp_path):
     """The serve command itself, until its server answers at `probe`; yields the model's name there, and a function that
     asks it through OpenAI's own client and returns the pieces of its answer.
     """
@@ -264,13 +264,14 @@ def serving(port):
     @contextmanager
     def served(path, probe):
         words = [sys.executable, "-m", "qlora_helpers", "serve", str(path), "--port", str(port)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        with subprocess.Popen(words, cwd=ROOT, **pipes) as process:
+        said, url = tmp_path / "server.log", f"http://127.0.0.1:{port}/v1"  # a pipe fills: llama.cpp's says 200 KB
+        with open(said, "w") as log, subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log) as process:
             try:
-                name, url = (process.stdout.readline().split()[1] for _ in range(2))
                 while not answers(url.replace("/v1", probe)):
-                    assert process.poll() is None, process.stdout.read()
+                    assert process.poll() is None, said.read_text()
                     time.sleep(0.2)
+                name, told = (line.split()[1] for line in said.read_text().splitlines()[:2])
+                assert told == url
                 create = OpenAI(base_url=url, api_key="none", timeout=60, max_retries=0).chat.completions.create
 
                 def ask(messages, stream=False, **options):

@@ -241,6 +241,7 @@ def test_the_modelfile_asks_in_the_layout_of_training(config, tokenizer, make_ro
     got = jinja2.Environment(keep_trailing_newline=True).from_string(go).render(messages=row.messages)
     assert got == templates.render_prompt(row.messages, own, tokenizer)
     assert 'PARAMETER stop "</s>"' in text
+    assert "PARAMETER repeat_penalty 1.0" in text  # else the answers are not those that were compared
     assert "FROM ./model-f16.gguf" in text
 
 

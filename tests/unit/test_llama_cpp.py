@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_helpers import embedded, gguf_export, hub, merging, parity
+from qlora_helpers import embedded, gguf_export, hub, merging, parity, serve
 from qlora_helpers.__main__ import main
 
 pytestmark = [
@@ -94,3 +94,19 @@ def test_the_command_makes_q4_k_m(make_run, base, tmp_path, capfd):
     assert "llama_model_quantize" not in said.err
     files = sorted(path.name for path in (tmp_path / "out" / "gguf").iterdir())
     assert files == ["Modelfile", "model-q4_k_m.gguf"]
+
+
+@pytest.mark.skipif(bool(serve._lacking(serve.LLAMA_CPP)), reason="its server is not installed: requirements-full.txt")
+def test_openais_client_gets_llama_cpps_own_answer(made, tmp_path, serving):
+    _, merged, _ = made
+    gguf_export.write(merged, tmp_path / "mine.gguf", "f16")
+    question = [{"role": "user", "content": "How do computers store data?"}]
+    asked = {"messages": question, "temperature": 0.0, "max_tokens": 24}
+    said = opened(tmp_path / "mine.gguf").create_chat_completion(**asked)["choices"][0]["message"]["content"]
+    own = {**asked, "extra_body": {"repeat_penalty": 1.0}}  # its default is 1.1: see what the command prints
+    with serving(tmp_path / "mine.gguf", "/v1/models") as (name, ask):
+        assert name == "mine"
+        assert ask(**own) == [said]
+        pieces = ask(**own, stream=True)
+    assert "".join(pieces) == said
+    assert len(pieces) > 3
