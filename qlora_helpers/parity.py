@@ -246,7 +246,17 @@ def _load(export: Path, device: Device) -> tuple[Any, Any, list[int]]:
     fields = gguf.GGUFReader(export).fields  # a server ends at both of them; transformers knows the first alone
     keys = [f"tokenizer.ggml.{key}_token_id" for key in ("eos", "eot")]
     ends = [int(fields[key].contents()) for key in keys if key in fields]
-    return loaded.eval(), AutoTokenizer.from_pretrained(**source), ends
+    return loaded.eval(), gguf_tokenizer(export), ends
+
+
+def gguf_tokenizer(file: Path) -> Any:
+    """A GGUF file's tokenizer as transformers reads it, with a start token where the file says so: older versions pass
+    that over.
+    """
+    fields = gguf.GGUFReader(file).fields
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer.add_bos_token = bool(fields["tokenizer.ggml.add_bos_token"].contents())
+    return tokenizer
 
 
 def _prompt(tokenizer: Any, question: str) -> list[int]:
