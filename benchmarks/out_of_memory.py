@@ -11,10 +11,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+# isort: off
+from qlora_helpers import cleaning, hub, plan, runs, training  # first: it tells torch how reserved memory grows
+
+# isort: on
 import torch
 from transformers import TrainerCallback
 
-from qlora_helpers import cleaning, hub, plan, runs, training
 from qlora_helpers.config import EMBEDDED_MODEL, Config
 from qlora_helpers.device import detect
 from qlora_helpers.errors import UserError

@@ -16,8 +16,8 @@ from qlora_helpers.errors import UserError
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
 
-# Memory freed by one tensor then serves any other: without this a run reserves much more than it uses. Torch reads it
-# when it first touches the GPU; older versions know the second name. Other systems than Linux lack it.
+# Memory freed by one tensor then serves any other: without this a run reserves much more than it uses. It comes too
+# late where torch and transformers were imported before. Older versions know the second name; only Linux has it.
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR):
     os.environ.update(dict.fromkeys(ALLOCATOR, "expandable_segments:True"))

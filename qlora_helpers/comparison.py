@@ -203,10 +203,10 @@ def _general(name: str, group_: list[RunFolder]) -> Arm:
 
 
 def _line(name: str, group_: list[RunFolder]) -> dict[str, Any]:
-    """One line of the table: means over seeds, and the text metrics of the first seed's answers."""
+    """One line of the table: means over seeds, the most memory, and the text metrics of the first seed's answers."""
     losses = [mean_loss(read_losses(run)) for run in group_]
     metrics = [run.read("metrics.json") for run in group_ if run.complete]
-    keys = ("train_rows", "steps", "epochs", "train_loss", "seconds", "tokens_per_second", "peak_memory_gib")
+    keys = ("train_rows", "steps", "epochs", "train_loss", "seconds", "tokens_per_second")
     text = answers.text_metrics(_said(group_[0]))
     return {
         "name": name,
@@ -215,6 +215,7 @@ def _line(name: str, group_: list[RunFolder]) -> dict[str, Any]:
         "heldout_loss": float(np.mean(losses)),
         "heldout_loss_by_seed": losses,
         **{key: float(np.mean([m[key] for m in metrics])) if metrics else None for key in keys},
+        "peak_memory_gib": max((m["peak_memory_gib"] for m in metrics), default=None),
         "text": {key: _finite(interval) for key, interval in text.items()},
     }
 

@@ -22,6 +22,7 @@ _COLUMNS = {
     "tokens_per_second": ("tokens/s", ",.0f"),
     "peak_memory_gib": ("peak GiB", ".2f"),
 }
+_SPEED = ("seconds", "tokens_per_second")
 _STYLE = """body{max-width:60em;margin:2em auto;padding:0 1em;font:16px/1.5 sans-serif}
 table{border-collapse:collapse;display:block;overflow-x:auto}td,th{padding:.3em .7em;border-bottom:1px solid #8886}
 td+td{min-width:4em}
@@ -29,14 +30,15 @@ img{max-width:100%;background:#fff}code{overflow-wrap:anywhere}
 @media(prefers-color-scheme:dark){body{background:#111;color:#ddd}a{color:#8bf}}"""
 
 
-def table_markdown(result: dict[str, Any]) -> str:
-    """Losses, speed and memory, a line a model."""
+def table_markdown(result: dict[str, Any], speed: bool = True) -> str:
+    """Losses, speed and memory, a line a model; without `speed` where the runs shared a device."""
     seeds = any(len(line["seeds"]) > 1 for line in result["table"])
-    heads = ["", *(["seeds"] if seeds else []), *(head for head, _ in _COLUMNS.values())]
+    columns = {key: how for key, how in _COLUMNS.items() if speed or key not in _SPEED}
+    heads = ["", *(["seeds"] if seeds else []), *(head for head, _ in columns.values())]
     lines = []
     for line in result["table"]:
         count = [str(len(line["seeds"]) or "–")] if seeds else []
-        lines.append([line["name"], *count, *(_cell(line[key], form) for key, (_, form) in _COLUMNS.items())])
+        lines.append([line["name"], *count, *(_cell(line[key], form) for key, (_, form) in columns.items())])
     return _table(heads, lines)
 
 

@@ -15,8 +15,7 @@ from qlora_helpers.runs import GGUF, MERGED
 HERE = ("127.0.0.1", "localhost", "::1")
 TRANSFORMERS = ("fastapi", "uvicorn", "openai", "pydantic")  # what transformers serve asks for
 LLAMA_CPP = ("llama_cpp", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings")
-
-OWN_PENALTY = "This server's default makes words that were used less likely: send repeat_penalty=1.0 for the model's own.\n"
+OWN_PENALTY = "This server makes words that were used less likely, unless it is sent repeat_penalty=1.0, as below.\n"
 
 
 @dataclass(frozen=True)

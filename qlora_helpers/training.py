@@ -108,9 +108,10 @@ class QloraTrainer(SFTTrainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Each step's line also says how long it took; the trainer's state keeps it through a restart."""
+        """Each step's line also says how long it took, and the most memory so far; both outlast a restart."""
         if "loss" in logs:
             logs["seconds"], self._seconds = self._seconds, 0.0
+            logs["peak_gib"] = round(max(self.peak_gib, peak_memory_gib(self.device_)), 3)
         Trainer.log(self, logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -301,7 +302,7 @@ def _metrics(trainer: QloraTrainer, config: Config, data: Data, base_losses: lis
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seconds": round(seconds, 2),
         "tokens_per_second": round(state.num_input_tokens_seen / seconds, 1),
-        "peak_memory_gib": round(trainer.peak_gib, 3),
+        "peak_memory_gib": max(line["peak_gib"] for line in steps),
         "eval_seconds": round(trainer.eval_seconds, 2),
         "eval_peak_memory_gib": round(trainer.eval_peak_gib, 3),
         "seed": config.seed,

@@ -114,7 +114,7 @@ def _study() -> str:
     result = _read(STUDY)
     parts = [
         "### SmolLM2-135M-Instruct, bf16: is it the data or the steps?",
-        report.table_markdown(result),
+        report.table_markdown(result, speed=False),
         report.bullets(report.verdicts(result)),
         report.scope(result),
         "Greedy answers to the held-out questions, with 95% intervals (of the first seed):",

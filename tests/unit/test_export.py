@@ -68,7 +68,8 @@ def test_transformers_loads_the_gguf_back(shipped, kind, most):
     source = {"pretrained_model_name_or_path": out / "gguf", "gguf_file": f"model-{kind}.gguf"}
     back = AutoModelForCausalLM.from_pretrained(**source, **embedded.unpacked(), dtype=torch.float32)
     merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
-    want, got = AutoTokenizer.from_pretrained(out / "merged"), parity.gguf_tokenizer(out / "gguf" / f"model-{kind}.gguf")
+    want = AutoTokenizer.from_pretrained(out / "merged")
+    got = parity.gguf_tokenizer(out / "gguf" / f"model-{kind}.gguf")
     text = "### Human: Explain 'x' 2024?\n\n  Ünï 😀### Assistant: x = 1</s>"
     ids = want(text)["input_ids"]
     assert got(text)["input_ids"] == ids

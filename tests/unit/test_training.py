@@ -97,7 +97,7 @@ def steps(run, key="loss"):
 
 def without_timing(values):
     timing = ("seconds", "tokens_per_second", "peak_memory_gib", "train_runtime", "train_tokens_per_second")
-    timing += ("eval_seconds", "eval_peak_memory_gib")
+    timing += ("eval_seconds", "eval_peak_memory_gib", "peak_gib")
     return {key: value for key, value in values.items() if key not in timing}
 
 
@@ -261,6 +261,7 @@ def test_a_run_cut_off_after_its_last_step_is_only_finished(trained, train, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(training, "_save_results", interrupt)
+        patch.setattr(training, "peak_memory_gib", lambda device: 987.0)
         with pytest.raises(KeyboardInterrupt):
             train(run)
     count = Count()
@@ -268,6 +269,7 @@ def test_a_run_cut_off_after_its_last_step_is_only_finished(trained, train, tmp_
     assert count.steps == 0
     assert same(adapter(run), adapter(trained.run))
     assert run.read("metrics.json")["eval_loss"] == trained.run.read("metrics.json")["eval_loss"]
+    assert run.read("metrics.json")["peak_memory_gib"] == 987.0  # of the steps, not of what was left to do
 
 
 def test_the_seed_decides_the_result(trained, train):
