@@ -5,11 +5,14 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_helpers import drive, runs
 from qlora_helpers.config import Config, as_kind
 from qlora_helpers.errors import UserError
+
+if TYPE_CHECKING:
+    from pandas.io.formats.style import Styler
 
 NUMBERED = re.compile(r"_\d$")
 KINDS = {bool: bool, int: int, float: float, str: str, "Optional[str]": str}  # of annotations, as a notebook has them
@@ -48,6 +51,16 @@ def resolve(namespace: Mapping[str, Any], experiment: int | None = None, apart: 
     if use_drive:
         drive.mount()
     return Setup(Config.from_params(**given), runs.workdir(work), run_name)
+
+
+def texts(rows: list[dict[str, Any]], columns: list[str] | None = None) -> "Styler":
+    """Rows of texts as a table: read from the left, line breaks kept, and what looks like HTML shown, not rendered."""
+    import pandas as pd
+
+    table = pd.DataFrame(rows, columns=columns).fillna("–")
+    left = {"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap"}
+    heads = [{"selector": "th", "props": "text-align: left"}]
+    return table.style.format(escape="html").hide().set_properties(None, **left).set_table_styles(heads)
 
 
 def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:

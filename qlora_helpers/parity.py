@@ -254,7 +254,7 @@ def gguf_tokenizer(file: Path) -> Any:
     that over.
     """
     fields = gguf.GGUFReader(file).fields
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     tokenizer.add_bos_token = bool(fields["tokenizer.ggml.add_bos_token"].contents())
     return tokenizer
 

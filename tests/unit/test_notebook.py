@@ -79,3 +79,10 @@ def test_a_notebooks_own_parameter_is_no_setting_and_has_its_type(tmp_path, kind
     else:
         with pytest.raises(UserError, match="mine: expected"):
             notebook.resolve(cells, 1, apart=["mine"])
+
+
+def test_a_text_is_shown_as_it_stands():
+    page = notebook.texts([{"prompt": "<b>x</b>\ny", "said": None}], ["prompt", "said"]).to_html()
+    assert "&lt;b&gt;x&lt;/b&gt;\ny" in page
+    assert "–" in page
+    assert "pre-wrap" in page
