@@ -6,6 +6,7 @@ Each has a virtual environment of its own, .venv-NAME; `colab` wants Colab's Pyt
 build of several gigabytes: PIP_EXTRA_INDEX_URL chooses another index, as for any pip.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -63,7 +64,8 @@ def test(name: str) -> int:
     subprocess.run([*pip, *needed], cwd=ROOT, check=True)
     print(f"{name}: {', '.join(installed(python))}", flush=True)
     words = [python, "-m", "pytest", "tests/unit", "-m", "not slow", "-p", "no:cacheprovider"]
-    return subprocess.run(words, cwd=ROOT).returncode
+    both = ["--numprocesses", "2", "--dist", "loadfile"]  # small models: one thread each, as in `make test`
+    return subprocess.run([*words, *both], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
 
 
 def installed(python: str) -> list[str]:
