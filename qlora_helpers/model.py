@@ -10,6 +10,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 from transformers.utils import logging as hf_logging
 
@@ -116,6 +117,16 @@ def check_targets(base: Any, config: Config) -> None:
                 f"target_modules: {config.model} has no linear layer '{target}'. "
                 f"Mend: choose from {', '.join(sorted(linear))}, or all-linear."
             )
+
+
+def save_biases(model: Any, folder: Path) -> None:
+    """Put trained biases into the adapter that was saved in `folder` a moment ago, where they are missing: PEFT up to
+    0.20 looks for those of `lora_only` under a name that they no longer have.
+    """
+    file = folder / "adapter_model.safetensors"
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")}
+    if trained and not trained.keys() <= (saved := load_file(file)).keys():
+        save_file({name: p.cpu().contiguous() for name, p in (saved | trained).items()}, file, {"format": "pt"})
 
 
 def load_adapter(base: Any, adapter: Path) -> Any:

@@ -19,7 +19,7 @@ from qlora_helpers.config import Config
 from qlora_helpers.device import Device, detect, forget_peak, limit_memory, peak_memory_gib
 from qlora_helpers.evaluation import RowLoss
 from qlora_helpers.guard import Guard
-from qlora_helpers.model import attach_lora, check_targets, compute_dtype, load_base, train_in_float32
+from qlora_helpers.model import attach_lora, check_targets, compute_dtype, load_base, save_biases, train_in_float32
 from qlora_helpers.progress import Progress
 from qlora_helpers.runs import RunFolder
 
@@ -143,7 +143,9 @@ class QloraTrainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """The library's checkpoint without TRL's model card, sealed when it is whole."""
         Trainer._save_checkpoint(self, model, trial)
-        runs.seal(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}", self.identity)
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        save_biases(self.model, folder)
+        runs.seal(folder, self.identity)
 
 
 def build_trainer(
@@ -280,6 +282,7 @@ def _save_results(
         evaluation.measure_answers(model, config, data, tokenizer, device, run)
     metrics = _metrics(trainer, config, data, base_losses)
     model.save_pretrained(run.adapter)
+    save_biases(model, run.adapter)
     tokenizer.save_pretrained(run.adapter)
     runs.write_text(run.adapter / "README.md", model_card.render(run, config, metrics))
     runs.write_json(run / "metrics.json", metrics)

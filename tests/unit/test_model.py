@@ -151,6 +151,7 @@ def test_trained_biases_move_in_float32_are_saved_and_come_back(bloom_folder, tm
     assert {p.dtype for p in biases.values()} == {torch.float32}
     assert all(p.abs().max() > 0 for p in biases.values())  # they begin at zero, and steps of 1e-5 are not lost
     trained.save_pretrained(tmp_path)
+    model.save_biases(trained, tmp_path)
     again = model.load_adapter(model.load_base(config, detect()), tmp_path)
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, trained.eval()(input_ids=ids).logits)
