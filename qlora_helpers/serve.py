@@ -26,15 +26,15 @@ class Server:
     url: str
     model: str
     open: bool  # to other machines
-    penalty: bool = False  # on repetition, unless the client sends it away
 
     def help(self) -> str:
         """Where it is, and how the `openai` client asks it."""
-        own = ', extra_body={"repeat_penalty": 1.0}' if self.penalty else ""
+        penalty = "llama_cpp.server" in self.command  # its default is 1.1
+        own = ', extra_body={"repeat_penalty": 1.0}' if penalty else ""
         return (
             f"model:   {self.model}\naddress: {self.url}  (Ctrl+C ends it)\n"
             f"{'Whoever reaches this machine can ask it: no key is needed.' if self.open else ''}\n"
-            f"{OWN_PENALTY if self.penalty else ''}"
+            f"{OWN_PENALTY if penalty else ''}"
             "    from openai import OpenAI\n"
             f'    client = OpenAI(base_url="{self.url}", api_key="none")\n'
             '    question = [{"role": "user", "content": "How do computers store data?"}]\n'
@@ -52,10 +52,8 @@ def plan(path: Path, host: str = HERE[0], port: int = 8000) -> Server:
     _check_port(host, port)
     where = ["--host", host, "--port", str(port)]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-    if model.is_dir():
-        return Server([*_transformers(model), *where], url, str(model), host not in HERE)
-    command = _llama_cpp(model)
-    return Server([*command, *where], url, model.stem, host not in HERE, penalty="llama_cpp.server" in command)
+    command, name = (_transformers(model), str(model)) if model.is_dir() else (_llama_cpp(model), model.stem)
+    return Server([*command, *where], url, name, host not in HERE)
 
 
 def start(server: Server) -> None:

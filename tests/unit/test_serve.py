@@ -102,7 +102,7 @@ def test_the_servers_for_a_gguf(exported, port, monkeypatch):
     monkeypatch.setattr(serve.shutil, "which", programs.get)
     model = ["--model", str(file)]
     python = [sys.executable, "-m", "llama_cpp.server", *model, "--model_alias", "model-q8_0", "--n_ctx", "0", *where]
-    assert serve.plan(file, port=port) == serve.Server(python, f"http://127.0.0.1:{port}/v1", "model-q8_0", False, True)
+    assert serve.plan(file, port=port) == serve.Server(python, f"http://127.0.0.1:{port}/v1", "model-q8_0", False)
     assert 'messages=question, extra_body={"repeat_penalty": 1.0})' in serve.plan(file, port=port).help()
     installed.remove("sse_starlette")
     own = ["/bin/llama-server", *model, "--alias", "model-q8_0", "--jinja", *where]
