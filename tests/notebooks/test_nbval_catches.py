@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FAULTS = {
     "the wrong turn is masked": ("templates.py", "spans.append((start, len(text)))", "spans.append((0, start))"),
-    "another split": ("cleaning.py", '_digest(f"{data_seed}\\n{row.prompt}")', '_digest(f"{row.prompt}{data_seed}")'),
+    "another split": ("cleaning.py", '_digest(f"{config.data_seed}\\n{row.prompt}")', "row.prompt[::-1]"),
 }  # fmt: skip
 
 

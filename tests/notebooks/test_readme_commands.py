@@ -18,6 +18,8 @@ COMMANDS = [
 ]
 # Not run here: they make an environment of their own. What they call is.
 MAKE = {"make run": "run", "make test": "test"}
+# Says that it does not fit, which is 3.
+CODES = {"python -m qlora_helpers plan --preset llama31-8b --memory 16": 3}
 
 
 def made(target):
@@ -67,7 +69,7 @@ def test_the_readmes_commands_work_in_their_order(tmp_path):
             assert serves(command, cwd=tmp_path, env=env)
             continue
         done = subprocess.run(shlex.split(command), cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        assert done.returncode == CODES.get(command, 0), f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     for made_by_them in (
         "runs/demo/report.md",
         "runs/demo/report.html",
