@@ -15,6 +15,13 @@ FAULTS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_a_fault_replaces_is_there(fault):
+    """Fast, so that a line that moves is noticed before the long tests are run."""
+    name, right, _ = FAULTS[fault]
+    assert (ROOT / "qlora_helpers" / name).read_text("utf-8").count(right) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_a_planted_fault_turns_nbval_red(tmp_path, fault):
@@ -27,7 +34,6 @@ def test_a_planted_fault_turns_nbval_red(tmp_path, fault):
     if fault:
         name, right, wrong = FAULTS[fault]
         module = tmp_path / "qlora_helpers" / name
-        assert right in module.read_text("utf-8")
         module.write_text(module.read_text("utf-8").replace(right, wrong), "utf-8")
     words = ["pytest", "--nbval", "--nbval-current-env", "-p", "no:cacheprovider", "notebooks/02_load_data.ipynb"]
     env = os.environ | {"PYTHONPATH": str(tmp_path), "QLORA_WORKDIR": str(tmp_path / "runs")}
