@@ -100,6 +100,8 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--accumulation", type=int, metavar="N", dest="gradient_accumulation", help="passes of a step")
     plan.add_argument("--checkpointing", action="store_true", default=None, dest="gradient_checkpointing")
     plan.add_argument("--optimizer", help="adamw_torch, adamw_8bit, paged_adamw_8bit or paged_adamw_32bit")
+    plan.add_argument("--rows", type=int, nargs="+", metavar="N", help="print the time for so many training rows")
+    plan.add_argument("--epochs", type=int, help="passes over the training rows")
     plan.add_argument("--json", action="store_true", help="for programs")
 
 
@@ -197,7 +199,7 @@ def _data(out: Path, max_tokens: int, n_heldout: int | None, template: str | Non
 
 def _plan(
     model: str | None, memory: float | None, device: str | None, method: str | None, targets: str | None, json: bool,
-    **params: Any,
+    rows: list[int] | None, **params: Any,
 ) -> int:  # fmt: skip
     from json import dumps
 
@@ -209,11 +211,15 @@ def _plan(
     where = device if memory is None else memory
     plans = plan.by_method(config, where)
     asked = plan.plan_memory(config, where, method)
+    if any(number < 1 for number in rows or []):
+        raise UserError(f"rows: {min(rows or [])} is too small. Fix: 1 or more.")
+    times = plan_report.time(config, asked, where, rows or [config.n_samples or 1000])
     if json:
         totals = {name: round(other.total, 3) for name, other in plans.items()}
-        print(dumps({**asked.to_dict(), "methods": totals}, indent=1))
+        print(dumps({**asked.to_dict(), "methods": totals, "time": times}, indent=1))
     else:
-        print(plan_report.table(plans), "", plan_report.answer(asked), sep="\n")
+        shown = (plan_report.table(plans), "", plan_report.answer(asked), "", plan_report.time_table(times))
+        print(*shown, sep="\n")
     return 0 if asked.fits else 3
 
 

@@ -104,7 +104,7 @@ class Conversation:
             layouts.to_row(record, "messages", name, Counter())
         except ValueError as reason:
             raise UserError(
-                f"row: the conversation with {name} makes none ({reason}). Mend: ask a question and let it be answered."
+                f"row: the conversation with {name} makes none ({reason}). Fix: ask a question and let it be answered."
             ) from None
         return record
 

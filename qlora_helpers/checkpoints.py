@@ -51,7 +51,7 @@ def files(folder: Path) -> list[Path]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(
-            f"model: {folder} has no {missing[0]}. Mend: get the whole model as safetensors, then run again."
+            f"model: {folder} has no {missing[0]}. Fix: get the whole model as safetensors, then run again."
         )
     return [folder / name for name in names]
 
@@ -70,7 +70,7 @@ def tensors(folder: Path) -> Iterator[Stored]:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             if entry["dtype"] not in PLAIN:
                 raise UserError(
-                    f"model: {name} of {path} is stored as {entry['dtype']}, not as plain 16-bit numbers. Mend: train "
+                    f"model: {name} of {path} is stored as {entry['dtype']}, not as plain 16-bit numbers. Fix: train "
                     "on the model's 16-bit release; a merge into packed weights changes the answers."
                 )
             begin, end = (8 + length + offset for offset in entry["data_offsets"])

@@ -161,7 +161,7 @@ def check_enough(cleaned: Cleaned, n_heldout: int, n_samples: int) -> None:
         raise UserError(
             f"n_samples: {n_samples} asked for, but {left} usable rows are left to train on ("
             f"{cleaned.rows_read} read, {len(cleaned.dropped)} dropped, {held} of {n_heldout} held out). "
-            f"Mend: n_samples={max(left, 1)} or fewer, a smaller n_heldout, or more data."
+            f"Fix: n_samples={max(left, 1)} or fewer, a smaller n_heldout, or more data."
         )
 
 
@@ -276,7 +276,7 @@ def _rehearsal(
     if len(rows) < wanted:
         raise UserError(
             f"rehearsal: {wanted} rows asked for, but {config.rehearsal_dataset} has {len(rows)} usable ones. "
-            "Mend: a smaller rehearsal, or a larger rehearsal_dataset."
+            "Fix: a smaller rehearsal, or a larger rehearsal_dataset."
         )
     return _encode(rows[:wanted], second, tokenizer), cleaned.loaded.name
 
@@ -296,5 +296,5 @@ def check_no_leak(data: Data) -> None:
     if both:
         raise UserError(
             f"held-out set: {len(both)} of its rows are also trained on (first: {both[0].origin}). "
-            "Mend: remove them from the data set."
+            "Fix: remove them from the data set."
         )

@@ -86,7 +86,7 @@ def contrast(arms: Sequence[Arm], factors: Sequence[float], unit: str = "token")
     for arm in arms:
         if any(_keys(losses, unit) != _keys(first, unit) for losses in arm.seeds):
             raise UserError(
-                f"comparison: {arms[0].name} and {arm.name} were measured on different held-out rows. Mend: run both "
+                f"comparison: {arms[0].name} and {arm.name} were measured on different held-out rows. Fix: run both "
                 "with the same data set, data_seed, n_heldout, template and max_length."
             )
     weights = np.array([row.tokens if unit == "token" else row.bytes for row in first], dtype=float)
@@ -95,7 +95,7 @@ def contrast(arms: Sequence[Arm], factors: Sequence[float], unit: str = "token")
             weights *= [x.bytes == y.bytes for x, y in zip(first, arm.seeds[0], strict=True)]
     counted = weights > 0
     if not counted.any():
-        raise UserError("comparison: no held-out row is whole in both runs. Mend: a larger max_length.")
+        raise UserError("comparison: no held-out row is whole in both runs. Fix: a larger max_length.")
     scale = np.asarray(factors, dtype=float) / (1.0 if unit == "token" else math.log(2))
     sums = [
         np.array([[row.loss_sum for row in seed] for seed in arm.seeds])[:, counted] * factor
@@ -148,6 +148,7 @@ def compare(experiments: dict[str, list[RunFolder]]) -> dict[str, Any]:
     every = [run for group_ in experiments.values() for run in group_]
     manifests = [run.read("manifest.json") for run in every]
     _check_one_heldout_set(every, manifests)
+    _check_one_arithmetic(every, manifests)
     bases = {run.path.parent / m["baseline"] for run, m in zip(every, manifests, strict=True)}
     one_model = len({path.name for path in bases}) == 1
     base = RunFolder(sorted(bases)[0])
@@ -182,8 +183,19 @@ def _check_one_heldout_set(every: list[RunFolder], manifests: list[dict[str, Any
     if len(prints) > 1:
         which = ", ".join(f"{name}: {print_}" for print_, name in prints.items())
         raise UserError(
-            f"comparison: the runs were measured on different held-out sets ({which}). Mend: compare runs with the "
+            f"comparison: the runs were measured on different held-out sets ({which}). Fix: compare runs with the "
             "same dataset, data_seed and n_heldout."
+        )
+
+
+def _check_one_arithmetic(every: list[RunFolder], manifests: list[dict[str, Any]]) -> None:
+    """Rounding moves a loss by as much as a few training rows do."""
+    dtypes = {m["device"]["dtype"]: run.name for run, m in zip(every, manifests, strict=True)}
+    if len(dtypes) > 1:
+        which = ", ".join(f"{name}: {dtype}" for dtype, name in dtypes.items())
+        raise UserError(
+            f"comparison: the runs were computed in different dtypes ({which}). Fix: train them in one, such as "
+            f"compute_dtype={min(dtypes)}."
         )
 
 

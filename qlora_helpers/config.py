@@ -46,7 +46,7 @@ class Config:
     quantization: str = _field("nf4", "how the frozen base is stored", choices=("nf4", "fp4", "none"))
     double_quant: bool = _field(True, "quantise the quantisation constants too")
     compute_dtype: str = _field(
-        "auto", "arithmetic; auto looks at the GPU", choices=("auto", "bfloat16", "float16", "float32")
+        "auto", "dtype of products; auto suits the machine", choices=("auto", "bfloat16", "float16", "float32")
     )
     memory_limit_gib: float | None = _field(None, "hold the run to this much GPU memory", low=0.5)
 
@@ -92,8 +92,9 @@ class Config:
     early_stopping_patience: int | None = _field(None, "stop after so many held-out losses without a new low", low=1)
     n_seeds: int = _field(1, "training seeds of each experiment in a comparison", low=1)
     equal_steps: bool = _field(False, "compare: also train the smaller one for as many steps")
+    few_shot: bool = _field(True, "also measure the base with examples in its prompt")
     n_answers: int = _field(100, "held-out questions that are answered and scored", low=1)
-    seconds_per_step: float = _field(1.0, "rough time of a step, for 'about N minutes'", low=0)
+    seconds_per_step: float | None = _field(None, "of the profile's model; None: see step_time", low=0)
     max_new_tokens: int = _field(128, "length of the sample answers, in tokens", low=1)
     seed: int = _field(0, "adapter's first weights, order of rows, dropout", low=0)
 
@@ -146,6 +147,7 @@ class Config:
             "memory_limit_gib",
             "save_steps",
             "max_new_tokens",
+            "few_shot",
             "n_answers",
             "seconds_per_step",
             "n_seeds",
@@ -180,11 +182,6 @@ class Config:
     def steps(self, n_rows: int) -> int:
         """Optimizer steps for `n_rows` training rows: a last short batch counts as one."""
         return self.epochs * -(-n_rows // self.effective_batch)
-
-    def minutes(self, n_rows: int) -> str:
-        """Rough training time in words, from a step of the profile's own model: larger ones take longer."""
-        minutes = max(1, round(self.steps(n_rows) * self.seconds_per_step / 60))
-        return f"about {minutes} min (with the profile's own model)"
 
     def __str__(self) -> str:
         """A line a setting, no wider than a notebook's cell: words have 54 columns, and none where a value is long."""
@@ -226,9 +223,9 @@ def load_preset(name: str) -> dict[str, Any]:
 
 def _resolve_profile(profile: str) -> str:
     if profile == "auto":
-        from qlora_helpers.device import detect  # imports torch: only when we are asked to look
+        from qlora_helpers import device  # imports torch: only when we are asked to look
 
-        return detect().profile
+        return device.profile()
     if profile not in PROFILES:
         raise UserError(f"profile: there is no '{profile}'.{nearest(str(profile), ('auto', *PROFILES))}")
     return profile
@@ -256,9 +253,9 @@ def _check_value(name: str, value: Any, hint: Any, limits: typing.Mapping[str, A
     if choices and value not in choices:
         raise UserError(f"{name}: '{value}' is not one of {', '.join(choices)}.")
     if low is not None and not value >= low:  # written so that NaN fails
-        raise UserError(f"{name}: {value} is too small. Mend: {low:g} or more.")
+        raise UserError(f"{name}: {value} is too small. Fix: {low:g} or more.")
     if high is not None and not value <= high:
-        raise UserError(f"{name}: {value} is too large. Mend: {high:g} or less.")
+        raise UserError(f"{name}: {value} is too large. Fix: {high:g} or less.")
     return value
 
 
@@ -274,5 +271,5 @@ def as_kind(name: str, value: Any, kind: Any) -> Any:
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
-    hint = " Mend: in YAML write 2.0e-4, not 2e-4." if kind is float and isinstance(value, str) else ""
+    hint = " Fix: in YAML write 2.0e-4, not 2e-4." if kind is float and isinstance(value, str) else ""
     raise UserError(f"{name}: expected {words}, got {value!r} ({type(value).__name__}).{hint}")

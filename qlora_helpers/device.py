@@ -1,15 +1,21 @@
 """What we run on: GPU, capability, arithmetic, memory; and why it was chosen."""
 
+import contextlib
+import ctypes
 import os
 import platform
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from qlora_helpers.errors import UserError
 
 GIB = 2**30
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+# Matrix cores with bfloat16: MI100 and later Instinct cards, RDNA 3 and 4.
+AMD_WITH_BF16 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "numpy")
 
 
@@ -26,11 +32,15 @@ class Device:
     reason: str
 
     @property
-    def profile(self) -> str:
-        """The profile that suits this machine: cpu, t4 or gpu."""
-        if self.kind == "cpu":
-            return "cpu"
-        return "gpu" if self.dtype == "bfloat16" else "t4"
+    def storage_dtype(self) -> str:
+        """The 16-bit dtype in which frozen weights that are not packed are stored, whatever is computed in."""
+        return "bfloat16" if self.dtype == "float32" else self.dtype
+
+    def computing_in(self, dtype: str, reason: str = "as asked for") -> "Device":
+        """The same machine with another dtype. Raises `UserError` for bfloat16 on a GPU that only emulates it."""
+        if self.kind == "cuda" and dtype == "bfloat16" and not has_bf16():
+            raise UserError(f"compute_dtype: {self.name} only emulates bfloat16, many times slower. Fix: auto.")
+        return replace(self, dtype=dtype, reason=reason)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest; free memory is left out, since it changes by the second."""
@@ -40,31 +50,96 @@ class Device:
 def detect(compute_dtype: str = "auto") -> Device:
     """Look at this machine. `compute_dtype` other than auto overrides the choice, and the reason says so.
 
-    A GPU's capability decides, not `torch.cuda.is_bf16_supported()`, which says yes on a T4, by emulation. bfloat16 is
-    refused there even if it is asked for.
+    On a CPU, `auto` is the dtype that suits the embedded model; `arithmetic.device_for` asks for a config's own model.
+    Raises `UserError` for bfloat16 on a GPU that only emulates it.
+    """
+    return _gpu(compute_dtype) if _has_gpu() else _cpu(compute_dtype)
+
+
+def profile() -> str:
+    """The profile that suits this machine: cpu, t4 or gpu. Times nothing."""
+    if not _has_gpu():
+        return "cpu"
+    return "gpu" if has_bf16() else "t4"
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def has_bf16() -> bool:
+    """Whether the GPU computes in bfloat16 itself.
+
+    Not `torch.cuda.is_bf16_supported()`, which says yes on a T4, by emulation. NVIDIA's cards have it from compute
+    capability 8.0. AMD's answer `torch.cuda` too, but their capability counts differently: their architecture's name
+    decides.
     """
     import torch
 
-    if torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability(0)
-        free, total = torch.cuda.mem_get_info(0)
-        kind, name = "cuda", torch.cuda.get_device_name(0)
-        modern = capability >= (8, 0)
-        dtype = "bfloat16" if modern else "float16"
-        reason = f"capability {capability[0]}.{capability[1]} has {'' if modern else 'no '}bf16 in hardware"
-        if compute_dtype == "bfloat16" and not modern:
-            raise UserError(f"compute_dtype: {name} only emulates bfloat16, many times slower ({reason}). Mend: auto.")
-    else:
-        import psutil
+    if torch.version.hip:
+        return _amd_architecture().startswith(AMD_WITH_BF16)
+    return torch.cuda.get_device_capability(0) >= (8, 0)
 
-        memory = psutil.virtual_memory()
-        kind, capability, free, total = "cpu", None, memory.available, memory.total
-        name = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-        dtype, reason = "bfloat16", "no GPU: bf16 products are the faster ones on a CPU, sums stay in float32"
-    if compute_dtype not in ("auto", dtype):
-        reason = f"asked for, in place of {dtype}: {reason}"
-        dtype = compute_dtype
-    return Device(kind, name, capability, round(total / GIB, 2), round(free / GIB, 2), dtype, reason)
+
+def _amd_architecture() -> str:
+    import torch
+
+    return torch.cuda.get_device_properties(0).gcnArchName.split(":")[0]
+
+
+def _gpu(compute_dtype: str) -> Device:
+    import torch
+
+    free, total = torch.cuda.mem_get_info(0)
+    amd = bool(torch.version.hip)
+    capability = None if amd else torch.cuda.get_device_capability(0)
+    generation = _amd_architecture() if amd else "capability {}.{}".format(*torch.cuda.get_device_capability(0))
+    native = has_bf16()
+    reason = f"{generation} has {'' if native else 'no '}bf16 in hardware"
+    name = torch.cuda.get_device_name(0)
+    device = Device("cuda", name, capability, *_gib(total, free), "bfloat16" if native else "float16", reason)
+    return device if compute_dtype == "auto" else device.computing_in(compute_dtype)
+
+
+def _cpu(compute_dtype: str) -> Device:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    device = Device("cpu", cpu_name(), None, *_gib(memory.total, memory.available), "float32", "")
+    if compute_dtype != "auto":
+        return device.computing_in(compute_dtype)
+    from qlora_helpers import arithmetic
+
+    return arithmetic.on_cpu(device)
+
+
+def _gib(total: int, free: int) -> tuple[float, float]:
+    return round(total / GIB, 2), round(free / GIB, 2)
+
+
+def cpu_name() -> str:
+    """The processor, its cores, and the vector instructions that torch uses on it."""
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = next(iter(names), platform.processor() or platform.machine())
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def keep_freed_memory(device: Device) -> None:
+    """Without a GPU, on Linux: let memory that is freed stay with this process, for the next tensor.
+
+    glibc returns large blocks to the system at once, and the next one costs a page fault every 4 KiB: about a seventh
+    of a training step on a CPU.
+    """
+    if device.kind == "cpu" and sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            libc = ctypes.CDLL(None)
+            libc.mallopt(M_MMAP_MAX, 0)
+            libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def limit_memory(device: Device, limit_gib: float | None) -> None:
@@ -137,16 +212,17 @@ def prove_four_bit(device: Device, size: int = 512) -> dict[str, dict[str, float
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(rows, size, generator=generator) for rows in (size, 8))
     want, dtype = x @ weight.T, getattr(torch, device.dtype)
-    half = weight.to(device.kind, dtype)
+    half = weight.to(device.kind, getattr(torch, device.storage_dtype))
+    x = x.to(device.kind, dtype)
     layer = bnb.nn.Linear4bit(size, size, bias=False, quant_type="nf4", compute_dtype=dtype)
     layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
     layer = layer.to(device.kind)
     with torch.no_grad():
-        products = {"16-bit": x.to(half) @ half.T, "4-bit (NF4)": layer(x.to(half))}
+        products = {"16-bit": x @ half.to(dtype).T, "4-bit (NF4)": layer(x)}
     errors = {name: ((got.float().cpu() - want).norm() / want.norm()).item() for name, got in products.items()}
     if not errors["4-bit (NF4)"] < 0.15:  # 0.09 is what rounding normal weights to NF4's levels costs
         raise UserError(
-            f"bitsandbytes: its 4-bit product is off by {errors['4-bit (NF4)']:.0%}. Mend: reinstall bitsandbytes for "
+            f"bitsandbytes: its 4-bit product is off by {errors['4-bit (NF4)']:.0%}. Fix: reinstall bitsandbytes for "
             "this machine's torch."
         )
     packed: Any = layer.weight

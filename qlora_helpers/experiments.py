@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import cleaning, hub, runs
+from qlora_helpers import cleaning, hub, runs, step_time
 from qlora_helpers.cleaning import Data
 from qlora_helpers.config import Config, of_profile
 from qlora_helpers.runs import RunFolder
@@ -31,7 +31,7 @@ class Wanted:
     @property
     def minutes(self) -> str:
         """Rough training time, in words."""
-        return self.config.minutes(len(self.data.trained_on))
+        return step_time.estimate(self.config, len(self.data.trained_on))
 
 
 def wanted(configs: dict[str, Config], folder: Path) -> list[Wanted]:
@@ -55,15 +55,15 @@ def wanted(configs: dict[str, Config], folder: Path) -> list[Wanted]:
 
 
 def missing(needed: Iterable[Wanted]) -> tuple[list[Wanted], str]:
-    """The runs that are not complete, and the minutes that they take, in words: rough, from the profile's own model."""
+    """The runs that are not complete, and how long they take, in words: rough."""
     absent = [item for item in needed if not item.run.complete]
     seconds = sum(
-        item.config.steps(len(item.data.trained_on)) * item.config.seconds_per_step
+        item.config.steps(len(item.data.trained_on)) * step_time.here(item.config)[0]
         + of_profile(item.config.profile, "seconds_per_run")
         for item in absent
     )
-    minutes = max(1, round(seconds / 60)) if absent else 0
-    return absent, f"about {minutes} min (with the profile's own model)"
+    source = step_time.here(absent[0].config)[1] if absent else "nothing to train"
+    return absent, f"about {step_time.in_words(seconds)} ({source})"
 
 
 def outlook(needed: list[Wanted]) -> str:

@@ -81,7 +81,7 @@ def _again(out: Path, me: dict[str, Any]) -> list[Parity]:
     """The comparison of an equal export that is there already; another one is not overwritten."""
     there = RunFolder(out).read("parity.json") if (out / "parity.json").exists() else {}
     if there.get("identity") != me:
-        raise UserError(f"export: {out} holds something else. Mend: choose another folder, or delete that one.")
+        raise UserError(f"export: {out} holds something else. Fix: choose another folder, or delete that one.")
     print(f"{out} is there already: nothing to export.")
     extra = ("limits", "problems")
     return [Parity(**{k: v for k, v in found.items() if k not in extra}) for found in there["exports"]]
@@ -94,6 +94,6 @@ def _check_disk(what: Source, out: Path, kind: str | None) -> None:
     free = shutil.disk_usage(there).free
     if free < need:
         raise UserError(
-            f"disk: {out} needs {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. Mend: make room, or choose a "
+            f"disk: {out} needs {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. Fix: make room, or choose a "
             "folder on another disk."
         )

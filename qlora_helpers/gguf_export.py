@@ -55,12 +55,12 @@ def check_kind(kind: str) -> None:
         raise UserError(f"gguf: '{kind}' cannot be written.{nearest(kind, KINDS)}")
     if kind == Q4 and importlib.util.find_spec("llama_cpp") is None:
         raise UserError(
-            f"gguf: {Q4} is made by llama.cpp, which is not installed. Mend: pip install llama-cpp-python (a compiler "
+            f"gguf: {Q4} is made by llama.cpp, which is not installed. Fix: pip install llama-cpp-python (a compiler "
             "works on it for minutes), or choose q8_0."
         )
 
 
-MEND = "Mend: ship the merged folder, or convert it with llama.cpp's own script."
+MEND = "Fix: ship the merged folder, or convert it with llama.cpp's own script."
 
 
 def write(folder: Path, target: Path, kind: str) -> None:
@@ -102,7 +102,7 @@ def _write_q4(folder: Path, target: Path) -> None:
     failed = llama_cpp.llama_model_quantize(str(whole).encode(), str(target).encode(), ctypes.byref(options))
     whole.unlink()
     if failed:
-        raise UserError(f"gguf: llama.cpp could not make {Q4} of {folder}. Mend: choose q8_0.")
+        raise UserError(f"gguf: llama.cpp could not make {Q4} of {folder}. Fix: choose q8_0.")
 
 
 def _how(tensor: Stored, kind: str) -> Kind:

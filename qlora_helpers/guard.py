@@ -34,7 +34,7 @@ class Guard(TrainerCallback):
         loss, norm = logs.get("loss"), logs.get("grad_norm")
         if loss is not None and (loss == 0 or not math.isfinite(loss)):
             raise UserError(
-                f"training: the loss at step {state.global_step} is {loss}. Mend: a lower learning_rate if it is nan, "
+                f"training: the loss at step {state.global_step} is {loss}. Fix: a lower learning_rate if it is nan, "
                 "or a look at the label viewer if it is 0: no token may be trained."
             )
         if norm is not None:
@@ -42,7 +42,7 @@ class Guard(TrainerCallback):
         if self._without_gradient == ZERO_STEPS:
             raise UserError(
                 f"training: the gradients of {ZERO_STEPS} steps up to step {state.global_step} are zero: the adapter "
-                "learns nothing. Mend: run notebook 01, which proves the 4-bit arithmetic; if it passes, try "
+                "learns nothing. Fix: run notebook 01, which proves the 4-bit arithmetic; if it passes, try "
                 "quantization=none or other target_modules."
             )
 
@@ -56,7 +56,7 @@ def check_rows(data: Data) -> None:
         if empty:
             raise UserError(
                 f"labels: {where} row {empty.id} ({empty.origin}) has no trained token: its label mask is empty. "
-                "Mend: a larger max_length, or rows from cleaning.prepare, which drops such rows."
+                "Fix: a larger max_length, or rows from cleaning.prepare, which drops such rows."
             )
     cleaning.check_no_leak(data)
 
@@ -65,10 +65,10 @@ def check_moved(model: Any) -> None:
     """Raise `UserError` if the adapter is where it began, which is lora_B = 0, or holds no numbers."""
     largest = [p.detach().abs().max() for name, p in model.named_parameters() if "lora_B" in name]
     if not all(torch.isfinite(value) for value in largest):
-        raise UserError("training: the adapter holds nan or infinity. Mend: a lower learning_rate.")
+        raise UserError("training: the adapter holds nan or infinity. Fix: a lower learning_rate.")
     if not any(value > 0 for value in largest):
         raise UserError(
-            "training: the adapter has not moved from its first weights. Mend: more steps or a higher learning_rate."
+            "training: the adapter has not moved from its first weights. Fix: more steps or a higher learning_rate."
         )
 
 
@@ -83,7 +83,7 @@ def unchanged(model: Any) -> Iterator[None]:
     changed = [name for name in before if not _equal(before[name], after[name])]
     if changed:
         raise UserError(
-            f"evaluation: it changed {', '.join(changed)}: the run after it is another one. Mend: whatever measures "
+            f"evaluation: it changed {', '.join(changed)}: the run after it is another one. Fix: whatever measures "
             "must work on a copy and restore the model's mode and the random state."
         )
 
@@ -122,5 +122,5 @@ def full_disk_is_one_line(folder: Path) -> Iterator[None]:
             raise
         raise UserError(
             f"disk: {folder} is full, and the run cannot go on. What was saved is whole. "
-            "Mend: free some space, and run again: it goes on from the last checkpoint."
+            "Fix: free some space, and run again: it goes on from the last checkpoint."
         ) from None

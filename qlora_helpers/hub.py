@@ -96,7 +96,7 @@ def _not_there(config: Config, error: Exception, revision: str | None = None) ->
     why = str(error).strip().splitlines()[0].rstrip(".")
     at = f" at revision {revision}" if revision else ""
     return UserError(
-        f"model: '{config.model}'{at} is neither a model folder nor to be had from the hub ({why}). Mend: check the "
+        f"model: '{config.model}'{at} is neither a model folder nor to be had from the hub ({why}). Fix: check the "
         f"name and the connection, or pass model=FOLDER, or model={EMBEDDED_MODEL}."
     )
 

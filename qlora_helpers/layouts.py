@@ -91,7 +91,7 @@ def recognise(records: list[Any], source: str) -> str:
     columns = set(records[0]) if records and isinstance(records[0], dict) else set()
     known = "; ".join(" + ".join(sorted(needed)) for needed in LAYOUTS.values())
     has = ", ".join(sorted(map(str, columns))) or "none"
-    raise UserError(f"dataset: {source} lacks the needed columns (has: {has}). Mend: name them one of: {known}.")
+    raise UserError(f"dataset: {source} lacks the needed columns (has: {has}). Fix: name them one of: {known}.")
 
 
 def _layout_of(record: Any) -> str | None:

@@ -81,10 +81,10 @@ def load_of(config: Config, method: str | None = None) -> Load:
     load = Load(shape, config, method == "full")
     widths = [min(linear.n_in, linear.n_out) for linear in load.adapted]
     if config.rank > min(widths, default=config.rank):
-        raise UserError(f"rank: {config.rank} is above the width of an adapted layer. Mend: {min(widths)} or less.")
+        raise UserError(f"rank: {config.rank} is above the width of an adapted layer. Fix: {min(widths)} or less.")
     if shape.positions and config.max_length > shape.positions:
         raise UserError(
-            f"max_length: {config.max_length} is above the {shape.positions} positions of {shape.name}. Mend: less."
+            f"max_length: {config.max_length} is above the {shape.positions} positions of {shape.name}. Fix: less."
         )
     return load
 

@@ -51,20 +51,20 @@ def source(run: RunFolder) -> Source:
     for what, there, here in (("r", lora.r, config.rank), ("alpha", lora.lora_alpha, config.alpha)):
         if there != here:
             raise UserError(
-                f"adapter: {run.adapter} has {what} = {there}, and its run {what} = {here}. Mend: put the run's own "
+                f"adapter: {run.adapter} has {what} = {there}, and its run {what} = {here}. Fix: put the run's own "
                 "adapter back, or train it again."
             )
     if strange := [name for name in OTHER_KINDS if getattr(lora, name, None)]:
-        raise UserError(f"adapter: {run.adapter} is of another kind ({strange[0]}). Mend: merge it with PEFT itself.")
+        raise UserError(f"adapter: {run.adapter} is of another kind ({strange[0]}). Fix: merge it with PEFT itself.")
     named = lora.base_model_name_or_path or config.model
     trained_on = run.read("manifest.json").get("model", {})
     if not hub.is_local(config) and named != config.model:
-        raise UserError(f"adapter: {run.adapter} belongs to {named}, not to {config.model}. Mend: use its own base.")
+        raise UserError(f"adapter: {run.adapter} belongs to {named}, not to {config.model}. Fix: use its own base.")
     base = hub.folder(config, trained_on.get("revision"))
     noted = trained_on.get("fingerprint")
     if noted and noted != checkpoints.fingerprint(base):
         raise UserError(
-            f"model: the weights in {base} are not those that {run.path} was trained on. Mend: put that revision back, "
+            f"model: the weights in {base} are not those that {run.path} was trained on. Fix: put that revision back, "
             "or train again on this one."
         )
     return Source(run, config, base, lora.lora_alpha / lora.r)
@@ -114,7 +114,7 @@ def _place(name: str, stored: dict[str, Stored], what: Source) -> Stored:
     found = stored.get(name) or stored.get(name.partition(".")[2])
     if found is None:
         raise UserError(
-            f"adapter: {what.run.adapter} adapts {name}, which {what.base} has not. Mend: use the base that it was "
+            f"adapter: {what.run.adapter} adapts {name}, which {what.base} has not. Fix: use the base that it was "
             "trained on."
         )
     return found
@@ -124,7 +124,7 @@ def _check_shape(place: Stored, value: torch.Tensor, what: Source) -> None:
     if tuple(value.shape) != place.shape:
         raise UserError(
             f"adapter: {what.run.adapter} was trained on another base: {place.name} is {_size(place.shape)} in "
-            f"{what.base}, and {_size(value.shape)} in the adapter. Mend: use the base that it was trained on."
+            f"{what.base}, and {_size(value.shape)} in the adapter. Fix: use the base that it was trained on."
         )
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 from transformers.utils import logging as hf_logging
 
 from qlora_helpers.config import Config
-from qlora_helpers.device import Device
+from qlora_helpers.device import Device, keep_freed_memory
 from qlora_helpers.errors import UserError
 from qlora_helpers.hub import from_pretrained
 
@@ -24,14 +24,14 @@ ALL_LINEAR = ("all-linear",)
 hf_logging.disable_progress_bar()  # the bar for reading a file; downloads keep theirs
 
 
-def compute_dtype(config: Config, device: Device) -> str:
-    """The device's; float32 without a GPU where biases are trained: they are, and no autocast joins the two."""
-    return "float32" if device.kind == "cpu" and config.bias != "none" else device.dtype
-
-
 def load_base(config: Config, device: Device) -> Any:
-    """The frozen base, stored as `config.quantization` says, computing in the device's dtype."""
-    dtype = getattr(torch, compute_dtype(config, device))
+    """The frozen base, stored as `config.quantization` says, computing in the device's dtype.
+
+    What is not packed in 4 bits is stored in 16. Where products are in float32, as on most CPUs, those weights are
+    converted once, here: same values, and no conversion at every use.
+    """
+    keep_freed_memory(device)
+    dtype = getattr(torch, device.dtype)
     quantization = None
     if config.quantization != "none":
         quantization = BitsAndBytesConfig(
@@ -43,15 +43,27 @@ def load_base(config: Config, device: Device) -> Any:
     base = from_pretrained(
         AutoModelForCausalLM,
         config,
-        dtype=dtype,
+        dtype=getattr(torch, device.storage_dtype),
         quantization_config=quantization,
         device_map={"": 0} if device.kind == "cuda" else None,
         use_safetensors=True,
     )
+    _compute_in(base, dtype)
     _keep_trainable_on_cpu(base)
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     return base.eval()
+
+
+def _compute_in(base: Any, dtype: torch.dtype) -> None:
+    """Convert what is not packed, and let packed weights unpack to `dtype` at once."""
+    for module in base.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            packed: Any = module.weight
+            packed.quant_state.dtype = dtype
+    for tensor in (*base.parameters(), *base.buffers()):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            tensor.data = tensor.data.to(dtype)
 
 
 def attach_lora(base: Any, config: Config) -> Any:
@@ -115,7 +127,7 @@ def check_targets(base: Any, config: Config) -> None:
         if target not in linear:
             raise UserError(
                 f"target_modules: {config.model} has no linear layer '{target}'. "
-                f"Mend: choose from {', '.join(sorted(linear))}, or all-linear."
+                f"Fix: choose from {', '.join(sorted(linear))}, or all-linear."
             )
 
 
@@ -166,7 +178,7 @@ def load_adapters(base: Any, adapters: dict[str, Path]) -> Adapters:
         if bias != "none":
             raise UserError(
                 f"adapter: {path} holds biases of the base too (bias={bias}), which stay when another adapter is "
-                "switched on. Mend: ask it alone, or train it with bias=none."
+                "switched on. Fix: ask it alone, or train it with bias=none."
             )
     names = {name: f"adapter_{number}" for number, name in enumerate(adapters)}
     (first, path), *others = adapters.items()
@@ -179,7 +191,7 @@ def load_adapters(base: Any, adapters: dict[str, Path]) -> Adapters:
 def check_saved(adapter: Path) -> None:
     """Raise `UserError` if the folder holds no adapter."""
     if not (adapter / "adapter_model.safetensors").exists():
-        raise UserError(f"adapter: {adapter} holds none. Mend: run the notebook that trains it to its end.")
+        raise UserError(f"adapter: {adapter} holds none. Fix: run the notebook that trains it to its end.")
 
 
 def train_in_float32(model: Any) -> None:
@@ -200,7 +212,12 @@ def trainable_per_layer(model: Any) -> dict[str, int]:
 
 
 def weight_table(model: Any) -> list[dict[str, Any]]:
-    """Parameters and bytes as stored, by module class; 4-bit weights count with their quantisation constants."""
+    """Parameters and bytes as stored, by module class; 4-bit weights count with their quantisation constants.
+
+    Frozen weights that are not packed count in the dtype they were loaded in, not in that of the products: see
+    `load_base`.
+    """
+    stored = model.config.dtype.itemsize
     table: dict[str, dict[str, Any]] = {}
     output = model.get_output_embeddings()
     seen: set[int] = set()
@@ -212,7 +229,7 @@ def weight_table(model: Any) -> list[dict[str, Any]]:
             seen.add(id(parameter))
             row = table.setdefault(label, {"module": label, "parameters": 0, "bytes": 0})
             row["parameters"] += true_size(parameter)
-            row["bytes"] += _stored_bytes(parameter)
+            row["bytes"] += _stored_bytes(parameter, stored)
     return sorted(table.values(), key=lambda row: -row["bytes"])
 
 
@@ -235,9 +252,10 @@ def true_size(parameter: Any) -> int:
     return state.shape.numel() if state is not None else parameter.numel()
 
 
-def _stored_bytes(parameter: Any) -> int:
-    size = parameter.numel() * parameter.element_size()
+def _stored_bytes(parameter: Any, itemsize: int) -> int:
     state = getattr(parameter, "quant_state", None)
+    frozen = state is None and not parameter.requires_grad
+    size = parameter.numel() * (itemsize if frozen else parameter.element_size())
     if state is not None:
         size += state.absmax.numel() * state.absmax.element_size()
         if state.nested:

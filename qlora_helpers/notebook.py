@@ -75,5 +75,5 @@ def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
                 targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
                 names |= {target.id for target in targets if isinstance(target, ast.Name)}
     if not names:
-        raise UserError("parameters: none found. Mend: run the cell that begins with '# Parameters' first.")
+        raise UserError("parameters: none found. Fix: run the cell that begins with '# Parameters' first.")
     return {name: namespace[name] for name in names}

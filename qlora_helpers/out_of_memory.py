@@ -61,7 +61,7 @@ def shrink(config: Config, device: Device, run: RunFolder, seen_gib: float) -> C
             print(f"Out of GPU memory: {seen}. Going on with {_split(found)}: the same steps.")
             return found
     raise UserError(
-        f"memory: the GPU ran out: {_planned(config, device)}, {seen}. Mend: {_mend(config, device)}. What "
+        f"memory: the GPU ran out: {_planned(config, device)}, {seen}. Fix: {_mend(config, device)}. What "
         f"was saved stays in {run.path}."
     )
 

@@ -178,7 +178,7 @@ def check(parity: Parity) -> None:
     """Raise `UserError` with what differs, if it differs more than it may."""
     if problems := parity.problems():
         raise UserError(
-            f"export: the {parity.name} model does not answer as its adapter does: {'; '.join(problems)}. Mend: export "
+            f"export: the {parity.name} model does not answer as its adapter does: {'; '.join(problems)}. Fix: export "
             "again from the run's own files; if it stays so, do not ship it."
         )
 
@@ -210,7 +210,7 @@ def choose_device(base: Path) -> Device:
                 return replace(place, dtype=dtype)
     raise UserError(
         f"parity: {weights / 1e9:.1f} billion weights need {ROOM * weights * 2 / GIB:.0f} GiB of memory. "
-        "Mend: close other programs, or export on a machine with more memory."
+        "Fix: close other programs, or export on a machine with more memory."
     )
 
 

@@ -171,7 +171,7 @@ def card_of(device: Device | str | float, config: Config) -> Card:
         return CARDS[device]
     total = device.memory_gib if isinstance(device, Device) else device
     if not total > 0:
-        raise UserError(f"memory: {total:g} GiB is no budget. Mend: the card's memory, such as 16.")
+        raise UserError(f"memory: {total:g} GiB is no budget. Fix: the card's memory, such as 16.")
     card = cards.of_size(total)
     if isinstance(device, Device) and config.memory_limit_gib is not None:
         return replace(card, memory=min(total, config.memory_limit_gib + card.context))

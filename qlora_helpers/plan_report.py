@@ -11,6 +11,11 @@ from qlora_helpers.plan import Plan
 if TYPE_CHECKING:
     from qlora_helpers.comparison import Difference  # which needs more than arithmetic
 
+TIME_SOURCE = (
+    "By arithmetic fitted to steps measured on an H100, rows as long as rows may be; other cards are scaled by their\n"
+    "published speed, which they seldom reach (a published T4 run took 4.7 times as long): read this as the least."
+)
+
 
 def parts(plans: dict[str, Plan]) -> list[dict[str, Any]]:
     """Peak memory in GiB, a line a part and a column a method."""
@@ -36,6 +41,37 @@ def answer(found: Plan) -> str:
     if found.memory is None:
         return f"{head}\nFits on: {', '.join(cards(found)) or 'none of ' + ', '.join(CARDS)}."
     return "\n".join([head, found.words, *(f"- {advice}" for advice in found.advice)])
+
+
+def time(config: Config, found: Plan, device: str | float | None, n_rows: Iterable[int]) -> list[dict[str, Any]]:
+    """Steps and hours of training, a line for each number of rows, on `device` or else on the smallest known card that
+    fits; nothing if none does.
+    """
+    card = None if device is None else plan.card_of(device, config)
+    name = device if isinstance(device, str) else f"a GPU of {card.memory:g} GiB" if card else None
+    if card is None and (fitting := cards(found)):
+        name, card = fitting[0], CARDS[fitting[0]]
+    if card is None:
+        return []
+    step = step_time.seconds(config, card, found.method) if found.method != "full" else None
+    lines = []
+    for rows in n_rows:
+        steps = config.steps(rows)
+        hours = None if step is None else steps * step / 3600
+        lines.append({"rows": rows, "epochs": config.epochs, "steps": steps, "hours": hours, "on": name})
+    return lines
+
+
+def time_table(lines: list[dict[str, Any]]) -> str:
+    """Those lines as text, with where the hours come from."""
+    if not lines or lines[0]["hours"] is None:
+        return "Hours: no estimate for this method, or no known card that fits."
+    body = [
+        f"{line['rows']:>10,}{line['epochs']:>8}{line['steps']:>10,}{step_time.in_words(line['hours'] * 3600):>10}"
+        for line in lines
+    ]
+    head = f"{'rows':>10}{'epochs':>8}{'steps':>10}{'time':>10}  on {lines[0]['on']}"
+    return "\n".join([head, *body, TIME_SOURCE])
 
 
 def cards(found: Plan) -> list[str]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from qlora_helpers.step_time import in_words
+
 REFRESH_SECONDS = 0.5
 LINE_SECONDS = 30.0
 
@@ -27,7 +29,7 @@ class Bar:
         parts += [f"loss {self.loss:.3f}"] if self.loss is not None else []
         parts += [f"held-out {self.heldout:.3f}"] if self.heldout is not None else []
         if self.step < self.steps and self.seconds_left is not None:
-            parts.append(f"about {duration(self.seconds_left)} left")
+            parts.append(f"about {in_words(self.seconds_left)} left")
         return ", ".join(parts)
 
     __repr__ = __str__
@@ -36,13 +38,6 @@ class Bar:
         return (
             f'<progress value="{self.step}" max="{self.steps}" style="width:16em"></progress> {html.escape(str(self))}'
         )
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, as a person would say it."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def in_notebook() -> bool:

@@ -56,13 +56,13 @@ def prepare(source: Path, repository: str, public: bool = False) -> Push:
     except HFValidationError:
         repository = ""
     if repository.count("/") != 1:
-        raise UserError("push: a repository is called NAME/MODEL. Mend: pass your name on the hub and the model's.")
+        raise UserError("push: a repository is called NAME/MODEL. Fix: pass your name on the hub and the model's.")
     if (source / "manifest.json").exists():
         files = _of_run(RunFolder(source))
     elif (source / "parity.json").exists():
         files = _of_export(source)
     else:
-        raise UserError(f"push: {source} is neither a run folder nor an exported one. Mend: pass one of these.")
+        raise UserError(f"push: {source} is neither a run folder nor an exported one. Fix: pass one of these.")
     _check_clean(files, source)
     return Push(repository, public, files)
 
@@ -76,13 +76,13 @@ def upload(push: Push) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
     if not get_token():
-        raise UserError("push: there is no token. Mend: put one that may write into HF_TOKEN, or into Colab's secrets.")
+        raise UserError("push: there is no token. Fix: put one that may write into HF_TOKEN, or into Colab's secrets.")
     api = HfApi()
     try:
         api.create_repo(push.repository, private=not push.public, exist_ok=True)
         if not push.public and not api.model_info(push.repository).private:
             raise UserError(
-                f"push: {push.repository} is there already, and public. Mend: choose another name, or ask for public."
+                f"push: {push.repository} is there already, and public. Fix: choose another name, or ask for public."
             )
         files = [CommitOperationAdd(name, content) for name, content in push.files.items()]
         return api.create_commit(push.repository, files, commit_message="Push from qlora_helpers").commit_url
@@ -91,7 +91,7 @@ def upload(push: Push) -> str:
     except Exception as error:  # of many kinds: those of a lost connection change with the client below the library
         why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
-            f"push: {push.repository} could not be written ({why}). Mend: check the name, the connection, and that the "
+            f"push: {push.repository} could not be written ({why}). Fix: check the name, the connection, and that the "
             "token may write there."
         ) from None
 
@@ -114,12 +114,12 @@ def _of_export(folder: Path) -> dict[str, Content]:
     """The merged model as it lies there, the GGUF file below it, and what the comparison with the adapter said."""
     compared = RunFolder(folder).read("parity.json")["exports"]
     if broken := [found["name"] for found in compared if found["problems"]]:
-        raise UserError(f"push: the {broken[0]} model in {folder} is not sound. Mend: export the run again.")
+        raise UserError(f"push: the {broken[0]} model in {folder} is not sound. Fix: export the run again.")
     files = _named(folder / MERGED, OF_MERGED)
     files |= {f"{GGUF}/{name}": content for name, content in _named(folder / GGUF, OF_GGUF).items()}
     missing = {"README.md", "config.json"} - files.keys()
     if missing:
-        raise UserError(f"push: {folder / MERGED} has no {min(missing)}. Mend: export the run again.")
+        raise UserError(f"push: {folder / MERGED} has no {min(missing)}. Fix: export the run again.")
     return {**files, "parity.json": folder / "parity.json"}
 
 
@@ -138,9 +138,9 @@ def _check_clean(files: Mapping[str, Content], source: Path) -> None:
             continue
         text = _read(content)
         if (token := get_token()) and token in text:
-            raise UserError(f"push: {name} holds the token. Mend: take it out, and revoke it: a file has seen it.")
+            raise UserError(f"push: {name} holds the token. Fix: take it out, and revoke it: a file has seen it.")
         if told := [str(folder) for folder in folders if str(folder) in text]:
-            raise UserError(f"push: {name} names {told[0]}, a folder of this machine. Mend: take that line out.")
+            raise UserError(f"push: {name} names {told[0]}, a folder of this machine. Fix: take that line out.")
 
 
 def _read(content: Content) -> str:

@@ -38,7 +38,7 @@ def workdir(given: str | None = None) -> Path:
             pass
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"output folder: {path} cannot be written ({reason}). Mend: choose another folder.") from None
+        raise UserError(f"output folder: {path} cannot be written ({reason}). Fix: choose another folder.") from None
     return path
 
 
@@ -78,7 +78,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         raise
     except (ValueError, OSError) as error:
-        raise UserError(f"file: {path} cannot be read ({error}). Mend: delete its folder and run again.") from None
+        raise UserError(f"file: {path} cannot be read ({error}). Fix: delete its folder and run again.") from None
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,10 @@ class RunFolder:
                 raise ValueError("no JSON object")
             return content
         except FileNotFoundError:
-            raise UserError(f"run folder: {self.path} has no {name}. Mend: run its notebook to the end.") from None
+            raise UserError(f"run folder: {self.path} has no {name}. Fix: run its notebook to the end.") from None
         except (ValueError, OSError) as error:
             raise UserError(
-                f"run folder: {self / name} cannot be read ({error}). Mend: delete the folder and run again."
+                f"run folder: {self / name} cannot be read ({error}). Fix: delete the folder and run again."
             ) from None
 
     def config(self) -> Config:
@@ -124,7 +124,7 @@ class RunFolder:
         try:
             return Config(**self.read("config.json")["config"])
         except TypeError:
-            raise UserError(f"run folder: {self.path} was written by another version. Mend: train it again.") from None
+            raise UserError(f"run folder: {self.path} was written by another version. Fix: train it again.") from None
 
     def identity(self) -> dict[str, str] | None:
         """Fingerprints of the config and the data this folder belongs to; None for a new folder."""
@@ -132,8 +132,12 @@ class RunFolder:
             return None
         found = self.read("config.json").get("identity")
         if not isinstance(found, dict):
-            raise UserError(f"run folder: {self / 'config.json'} is damaged. Mend: delete the folder and run again.")
+            raise UserError(f"run folder: {self / 'config.json'} is damaged. Fix: delete the folder and run again.")
         return found
+
+    def compute_dtype(self) -> str | None:
+        """The dtype that the run computes in, from its manifest; None for a run that has not begun."""
+        return self.read("manifest.json")["device"]["dtype"] if (self / "manifest.json").exists() else None
 
     def log(self) -> list[dict[str, Any]]:
         """Training and held-out losses, a line a step."""
@@ -169,7 +173,7 @@ def check_free(run: RunFolder, config: Config, identity: dict[str, str] | None =
     what = [f"{key} {there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]]
     why = "; ".join(what[:3]) if "config" in differ else "its rows have changed"
     raise UserError(
-        f"run folder: {run.path} holds another run ({why}). Mend: choose another output folder, or delete that one."
+        f"run folder: {run.path} holds another run ({why}). Fix: choose another output folder, or delete that one."
     )
 
 
@@ -182,7 +186,7 @@ def damage_is_one_line(folders: Iterable[RunFolder]) -> Iterator[None]:
         names = ", ".join(str(folder.path) for folder in folders)
         raise UserError(
             f"run folder: a file of {names}, or of their base model, is damaged ({type(error).__name__}: {error}). "
-            "Mend: run its notebook again in another folder."
+            "Fix: run its notebook again in another folder."
         ) from error
 
 
@@ -197,7 +201,7 @@ def lock(run: RunFolder) -> Iterator[None]:
         holder.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(
-            f"run folder: {run.path} is in use by another process. Mend: wait for it, or stop it first."
+            f"run folder: {run.path} is in use by another process. Fix: wait for it, or stop it first."
         ) from None
     try:
         yield
@@ -260,6 +264,6 @@ def _is_whole(checkpoint: Path, identity: dict[str, str]) -> bool:
         return False
     if sealed["identity"] != identity:
         raise UserError(
-            f"checkpoint: {checkpoint} belongs to another config. Mend: delete it, or choose another run name."
+            f"checkpoint: {checkpoint} belongs to another config. Fix: delete it, or choose another run name."
         )
     return sizes_match

@@ -93,7 +93,7 @@ def train(needed: Sequence[Wanted], bar: bool = True) -> dict[str, list[RunFolde
     if failed:
         raise UserError(
             f"batch: {len(failed)} of {len(needed)} runs failed ({', '.join(failed)}); the others are complete. "
-            "Mend: what is said above of each, and the same command again."
+            "Fix: what is said above of each, and the same command again."
         )
     return found
 

@@ -71,17 +71,17 @@ def find(path: Path) -> Path:
         return path
     files = sorted(file for folder in (path, path / GGUF) for file in folder.glob("*.gguf"))
     if len(files) > 1:
-        raise UserError(f"serve: {path} holds {len(files)} GGUF files. Mend: name one, such as {files[0]}.")
+        raise UserError(f"serve: {path} holds {len(files)} GGUF files. Fix: name one, such as {files[0]}.")
     if not files:
         raise UserError(
-            f"serve: {path} holds no model. Mend: name a folder that the export command wrote, or a .gguf file."
+            f"serve: {path} holds no model. Fix: name a folder that the export command wrote, or a .gguf file."
         )
     return files[0]
 
 
 def _transformers(folder: Path) -> list[str]:
     if lacking := _lacking(TRANSFORMERS):
-        raise UserError(f"serve: {lacking} is not installed. Mend: pip install 'transformers[serving]'.")
+        raise UserError(f"serve: {lacking} is not installed. Fix: pip install 'transformers[serving]'.")
     dtype = device.detect().dtype  # a T4 would emulate bf16
     return [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--dtype", dtype]
 
@@ -94,7 +94,7 @@ def _llama_cpp(file: Path) -> list[str]:
     if program := shutil.which("llama-server"):
         return [program, "--model", str(file), "--alias", file.stem, "--jinja"]
     raise UserError(
-        "serve: no server for GGUF files is installed. Mend: pip install 'llama-cpp-python[server]', put llama.cpp's "
+        "serve: no server for GGUF files is installed. Fix: pip install 'llama-cpp-python[server]', put llama.cpp's "
         "llama-server on PATH, or serve the merged folder."
     )
 
@@ -105,13 +105,13 @@ def _lacking(packages: tuple[str, ...]) -> str | None:
 
 def _check_port(host: str, port: int) -> None:
     if not 0 < port < 2**16:
-        raise UserError(f"port: there is no {port}. Mend: --port with a number from 1024 to 65535.")
+        raise UserError(f"port: there is no {port}. Fix: --port with a number from 1024 to 65535.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host, port), family=family).close()
     except OSError as error:
         why = str(error.strerror).partition(" (")[0]
         raise UserError(
-            f"port: {port} on {host} cannot be had ({why}). Mend: end the program that uses it, or choose another with "
+            f"port: {port} on {host} cannot be had ({why}). Fix: end the program that uses it, or choose another with "
             "--port."
         ) from None

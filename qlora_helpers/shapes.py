@@ -127,9 +127,9 @@ def load(model: str, revision: str = "main") -> Shape:
         try:
             config = json.loads(file.read_text("utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"config: {file} cannot be read ({error}). Mend: pass a model's config.json.") from None
+            raise UserError(f"config: {file} cannot be read ({error}). Fix: pass a model's config.json.") from None
     if not isinstance(config, dict):
-        raise UserError(f"config: {model} holds no model's config. Mend: pass a model's config.json.")
+        raise UserError(f"config: {model} holds no model's config. Fix: pass a model's config.json.")
     return from_config(model, config)
 
 
@@ -144,7 +144,7 @@ def _from_hub(model: str, revision: str) -> Path:
     except (OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(
-            f"model: no config of '{model}' is to be had ({why}). Mend: pass a folder or a config.json, or one of "
+            f"model: no config of '{model}' is to be had ({why}). Fix: pass a folder or a config.json, or one of "
             f"{', '.join(_known())}."
         ) from None
 
@@ -161,7 +161,7 @@ def _count(name: str, config: dict[str, Any], *keys: str, default: int | None = 
     """The first of `keys` that the config has, a whole number above zero."""
     found = next((config[key] for key in keys if config.get(key) is not None), default)
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        raise UserError(f"config: {name} has {keys[0]} = {found!r}. Mend: pass the model's own config.json.")
+        raise UserError(f"config: {name} has {keys[0]} = {found!r}. Fix: pass the model's own config.json.")
     return found
 
 

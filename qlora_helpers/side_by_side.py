@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from textwrap import shorten
 from typing import Any
 
-from qlora_helpers import answers, hub, model
+from qlora_helpers import answers, arithmetic, hub, model
 from qlora_helpers.comparison import BASE
 from qlora_helpers.config import Config
-from qlora_helpers.device import Device, detect, limit_memory, on_colab
+from qlora_helpers.device import Device, limit_memory, on_colab
 from qlora_helpers.errors import UserError
 from qlora_helpers.runs import RunFolder
 
@@ -48,10 +48,10 @@ def load(experiments: dict[str, list[RunFolder]]) -> Loaded:
         differ = [key for key in SAME_BASE if getattr(config, key) != getattr(shared, key)]
         if differ:
             raise UserError(
-                f"question: {name} has another base than {next(iter(configs))} ({differ[0]} differs). Mend: ask runs "
+                f"question: {name} has another base than {next(iter(configs))} ({differ[0]} differs). Fix: ask runs "
                 "of one base model."
             )
-    device = detect(shared.compute_dtype)
+    device = arithmetic.as_begun(arithmetic.device_for(shared), next(iter(first.values())).compute_dtype())
     limit_memory(device, shared.memory_limit_gib)
     tokenizer = hub.load_tokenizer(shared)
     adapters = model.load_adapters(model.load_base(shared, device), {name: run.adapter for name, run in first.items()})

@@ -34,7 +34,7 @@ def load(config: Config) -> Loaded:
     """Read the config's data set. Raises `UserError` for a source that cannot be read as rows."""
     if config.dataset is None:
         raise UserError(
-            f"dataset: the preset '{config.preset_name}' has none of its own. Mend: pass dataset=FILE or a hub id."
+            f"dataset: the preset '{config.preset_name}' has none of its own. Fix: pass dataset=FILE or a hub id."
         )
     if config.dataset == PYTHON_DOCS:
         return _parse([(PYTHON_DOCS, python_docs.records())], python_docs.source_name())
@@ -88,7 +88,7 @@ def _from_hub(name: str, revision: str) -> Records:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"dataset: '{name}' at {revision} cannot be had from the hub ({why}). "
-            "Mend: check the name and the connection, or pass dataset=FILE."
+            "Fix: check the name and the connection, or pass dataset=FILE."
         ) from None
     yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
@@ -98,12 +98,12 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         found = [file for file in path.rglob("*") if file.suffix in READERS and file.is_file()]
         if not found:
-            raise UserError(f"dataset: {path} holds no file of a known kind. Mend: put one of {_known()} there.")
+            raise UserError(f"dataset: {path} holds no file of a known kind. Fix: put one of {_known()} there.")
         return sorted(found, key=lambda file: file.relative_to(path).as_posix())
     if not path.is_file():
-        raise UserError(f"dataset: there is no file {path}. Mend: check the path.")
+        raise UserError(f"dataset: there is no file {path}. Fix: check the path.")
     if path.suffix not in READERS:
-        raise UserError(f"dataset: {path} is none of {_known()}. Mend: convert it to one of these.")
+        raise UserError(f"dataset: {path} is none of {_known()}. Fix: convert it to one of these.")
     return [path]
 
 
@@ -118,7 +118,7 @@ def _from_file(file: Path, source: Path) -> Records:
         for place, record in READERS[file.suffix](file):
             yield f"{head}{place}", record
     except OSError as error:
-        raise UserError(f"dataset: {file} cannot be read ({error.strerror}). Mend: check the file.") from None
+        raise UserError(f"dataset: {file} cannot be read ({error.strerror}). Fix: check the file.") from None
 
 
 def _read_jsonl(path: Path) -> Records:
@@ -133,7 +133,7 @@ def _read_json(path: Path) -> Records:
     content = _decode(path.read_bytes(), path, 1)
     rows = _json(content, path, 1) if content.strip() else []
     if not isinstance(rows, list):
-        raise UserError(f"dataset: {path} holds no list of rows. Mend: make it [{{…}}, {{…}}].")
+        raise UserError(f"dataset: {path} holds no list of rows. Fix: make it [{{…}}, {{…}}].")
     yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
@@ -146,7 +146,7 @@ def _read_csv(path: Path) -> Records:
                 yield f"line {reader.line_num}", row
         except csv.Error as error:
             raise UserError(
-                f"dataset: {path} is no valid CSV on line {reader.reader.line_num} ({error}). Mend: repair the line."
+                f"dataset: {path} is no valid CSV on line {reader.reader.line_num} ({error}). Fix: repair the line."
             ) from None
 
 
@@ -159,7 +159,7 @@ def _read_parquet(path: Path) -> Records:
             yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
     except ArrowException as error:
         why = str(error).splitlines()[0]
-        raise UserError(f"dataset: {path} is no readable Parquet file ({why}). Mend: write it anew.") from None
+        raise UserError(f"dataset: {path} is no readable Parquet file ({why}). Fix: write it anew.") from None
 
 
 READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
@@ -170,7 +170,7 @@ def _decode(raw: bytes, path: Path, line: int) -> str:
         return raw.decode("utf-8-sig" if line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         line += raw[: error.start].count(b"\n")
-        raise UserError(f"dataset: {path} is not UTF-8 on line {line}. Mend: save it as UTF-8.") from None
+        raise UserError(f"dataset: {path} is not UTF-8 on line {line}. Fix: save it as UTF-8.") from None
 
 
 def _json(text: str, path: Path, line: int) -> Any:
@@ -179,7 +179,7 @@ def _json(text: str, path: Path, line: int) -> Any:
     except (ValueError, RecursionError) as error:
         line += getattr(error, "lineno", 1) - 1
         why = getattr(error, "msg", str(error).split(":")[0])
-        raise UserError(f"dataset: {path} is no valid JSON on line {line} ({why}). Mend: repair the line.") from None
+        raise UserError(f"dataset: {path} is no valid JSON on line {line} ({why}). Fix: repair the line.") from None
 
 
 def _parse(parts: Iterable[tuple[str, Records]], source: str) -> Loaded:
@@ -200,5 +200,5 @@ def _parse(parts: Iterable[tuple[str, Records]], source: str) -> Loaded:
             except ValueError as error:
                 rejected.append({"reason": str(error), "origin": origin, "row": record})
     if not seen:
-        raise UserError(f"dataset: {source} is empty or has no rows. Mend: give a file with one JSON object a line.")
+        raise UserError(f"dataset: {source} is empty or has no rows. Fix: give a file with one JSON object a line.")
     return Loaded(rows, rejected, " + ".join(seen), altered, source)

@@ -49,7 +49,7 @@ def counts(config: Config, cleaned: Cleaned, asked: Any = None) -> tuple[list[in
     if len(sizes) < 2:
         raise UserError(
             f"sample_counts: a curve needs two sizes or more, and {_join(sizes)} alone is left of {_join(wanted)} "
-            f"({left} rows to train on). Mend: name smaller ones."
+            f"({left} rows to train on). Fix: name smaller ones."
         )
     return sizes, remarks
 
@@ -95,7 +95,7 @@ def _with(config: Config, key: str, value: Any) -> Config:
     if key != "effective_batch":
         return config.replace(**{key: value})
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"effective_batches: {value!r} is no number of rows. Mend: whole numbers, 1 or more.")
+        raise UserError(f"effective_batches: {value!r} is no number of rows. Fix: whole numbers, 1 or more.")
     batch = max(size for size in range(1, config.batch_size + 1) if value % size == 0)
     return config.replace(batch_size=batch, gradient_accumulation=value // batch)
 
@@ -104,7 +104,7 @@ def _list(name: str, asked: Any) -> list[Any]:
     if isinstance(asked, list | tuple) and asked and None not in asked:
         return list(asked)
     raise UserError(
-        f"{name}: expected a list of numbers such as [1, 2], got {asked!r}. Mend: with papermill, -y '{name}: [1, 2]'."
+        f"{name}: expected a list of numbers such as [1, 2], got {asked!r}. Fix: with papermill, -y '{name}: [1, 2]'."
     )
 
 

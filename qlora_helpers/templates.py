@@ -89,7 +89,7 @@ def gap(template: str) -> str:
 def _apply_chat(messages: tuple[Message, ...], config: Config, tokenizer: Any, **options: Any) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
-            f"template: {config.model} has no chat template. Mend: template=guanaco or template=instruction."
+            f"template: {config.model} has no chat template. Fix: template=guanaco or template=instruction."
         )
     head = [{"role": "system", "content": config.system}] if config.system else []
     turns = [
@@ -114,7 +114,7 @@ def _render_chat(messages: tuple[Message, ...], config: Config, tokenizer: Any) 
         if not (text.startswith(before) and text.startswith(after)):
             raise UserError(
                 f"template: the chat template of {config.model} rewrites earlier turns: its answers cannot be found. "
-                "Mend: template=guanaco or template=instruction."
+                "Fix: template=guanaco or template=instruction."
             )
         spans.append((len(before), len(after)))
     return text, spans
@@ -166,7 +166,7 @@ def check_context(question: str, tokens: int, answer: int, context: int | None, 
     if context and tokens + answer > context:
         raise UserError(
             f"prompt: '{shorten(question, 40, placeholder=' …')}' makes a prompt of {tokens} tokens, and the model's "
-            f"context of {context} has to hold {answer} of the answer too. Mend: {mend}."
+            f"context of {context} has to hold {answer} of the answer too. Fix: {mend}."
         )
 
 

@@ -12,14 +12,26 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from qlora_helpers import checkpoints, cleaning, drive, evaluation, guard, hub, model_card, out_of_memory, runs
+from qlora_helpers import (
+    arithmetic,
+    batches,
+    checkpoints,
+    cleaning,
+    drive,
+    evaluation,
+    guard,
+    hub,
+    model_card,
+    out_of_memory,
+    runs,
+)
 from qlora_helpers.callbacks import CopyToDrive, LogWriter, SaveBest
 from qlora_helpers.cleaning import Data
 from qlora_helpers.config import Config
-from qlora_helpers.device import Device, detect, forget_peak, limit_memory, peak_memory_gib
+from qlora_helpers.device import Device, forget_peak, limit_memory, peak_memory_gib
 from qlora_helpers.evaluation import RowLoss
 from qlora_helpers.guard import Guard
-from qlora_helpers.model import attach_lora, check_targets, compute_dtype, load_base, save_biases, train_in_float32
+from qlora_helpers.model import attach_lora, check_targets, load_base, save_biases, train_in_float32
 from qlora_helpers.progress import Progress
 from qlora_helpers.runs import RunFolder
 
@@ -47,7 +59,7 @@ def train(
         if run.complete:
             print(f"{run.path} is complete: nothing to train.")
             return run
-        device = detect(config.compute_dtype)
+        device = arithmetic.as_begun(arithmetic.device_for(config), run.compute_dtype())
         limit_memory(device, config.memory_limit_gib)
         config = out_of_memory.choose_split(config, device)
         out_of_memory.announce(config, device)
@@ -71,7 +83,7 @@ def _attempt(
     base = load_base(config, device)
     check_targets(base, config)
     runs.write_json(run / "config.json", {"identity": me, "config": config.to_dict()})
-    base_losses = baseline(base, config, data, tokenizer, device, run.path.parent)
+    base_losses = evaluation.baseline(base, config, data, tokenizer, device, run.path.parent)
     _write_manifest(run, config, device, data, base)
     model = attach_lora(base, config)
     trainer = build_trainer(model, config, data, tokenizer, device, run, callbacks)
@@ -172,6 +184,7 @@ def build_trainer(
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows[:1]),  # never read: `evaluate` measures the held-out rows
         processing_class=tokenizer,
+        data_collator=batches.collator(model, device),
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)  # what the library has in place of its bar: a line a step
@@ -223,23 +236,6 @@ def _arguments(config: Config, n_rows: int, device: Device, run: RunFolder) -> S
     )
 
 
-def baseline(base: Any, config: Config, data: Data, tokenizer: Any, device: Device, folder: Path) -> list[RowLoss]:
-    """Held-out losses and answers of the base model, measured once for all runs that share model and held-out rows."""
-    where = baseline_folder(config, data, device, folder)
-    if not (where / "heldout_losses.jsonl").exists():
-        print("First the base model is measured, once for all runs with these held-out rows.", flush=True)
-        evaluation.measure_base(base, config, data, tokenizer, device, where)
-    return evaluation.read_losses(where)
-
-
-def baseline_folder(config: Config, data: Data, device: Device, folder: Path) -> RunFolder:
-    """Where the base model's losses are: named after everything they depend on."""
-    keys = ("model", "revision", "quantization", "double_quant", "template", "system", "train_on", "max_length")
-    depends = [getattr(config, key) for key in (*keys, "max_new_tokens", "n_answers")]
-    depends += [compute_dtype(config, device), data.heldout_fingerprint]
-    return RunFolder(folder / f"base-{runs.short_hash(depends)}")
-
-
 def _write_manifest(run: RunFolder, config: Config, device: Device, data: Data, base: Any) -> None:
     content = runs.manifest(config, device, data.to_manifest())
     content["model"] = {
@@ -247,7 +243,7 @@ def _write_manifest(run: RunFolder, config: Config, device: Device, data: Data, 
         "revision": None if hub.is_local(config) else getattr(base.config, "_commit_hash", None) or config.revision,
         "fingerprint": checkpoints.fingerprint(hub.folder(config)) if hub.is_local(config) else None,
     }
-    content["baseline"] = baseline_folder(config, data, device, run.path.parent).name
+    content["baseline"] = evaluation.baseline_folder(config, data, device, run.path.parent).name
     runs.write_json(run / "manifest.json", content)
 
 

@@ -111,6 +111,7 @@ def config(model_folder):
         max_new_tokens=8,
         eval_steps=2,
         save_steps=2,
+        few_shot=True,
     )
 
 
@@ -139,6 +140,7 @@ def make_run(config, tokenizer, tmp_path_factory):
         data = {"heldout_ids": ["a", "b"], "source_fingerprint": "x"}
         base_ = {"revision": None, "fingerprint": checkpoints.fingerprint(hub.folder(own))}
         noted = {"versions": {"torch": "2"}, "data": data, "model": base_, "baseline": "base-0"}
+        noted |= {"device": {"dtype": "float32"}}
         runs.write_json(run / "manifest.json", noted)
         metrics = {"train_rows": 1, "epochs": 1, "steps": 1, "device": "x", "compute_dtype": "float32", "seed": 0}
         metrics |= {"trainable_parameters": 1, "eval_loss": 1.0, "base_eval_loss": 2.0}

@@ -20,7 +20,7 @@ def convert(freeze: str, system: str, as_of: str) -> str:
     """
     python = re.search(r"^Python (\d+\.\d+)", system, re.MULTILINE)
     if python is None:
-        raise SystemExit("error: the system's description names no Python. Mend: look at its address.")
+        raise SystemExit("error: the system's description names no Python. Fix: look at its address.")
     lines = [f"# Google Colab's GPU machines, from {SOURCE}", f"# as of {as_of}", f"# python {python[1]}"]
     for line in freeze.splitlines():
         name, _, address = line.partition(" @ ")

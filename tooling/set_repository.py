@@ -21,7 +21,7 @@ def set_repository(url: str, folder: Path) -> int:
     """Change every place under `folder`; returns how many files name the repository."""
     found = ADDRESS.fullmatch(url)
     if found is None:
-        raise SystemExit(f"error: '{url}' is no repository on GitHub. Mend: URL=https://github.com/NAME/REPOSITORY.")
+        raise SystemExit(f"error: '{url}' is no repository on GitHub. Fix: URL=https://github.com/NAME/REPOSITORY.")
     files = [folder / "README.md", *sorted((folder / "notebooks").glob("*.ipynb"))]
     for path in files:
         text = path.read_text("utf-8")

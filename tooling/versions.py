@@ -47,7 +47,7 @@ def python_for(name: str) -> str:
     found = shutil.which(f"python{wanted[1]}") if wanted else None
     if found is None:
         raise SystemExit(
-            f"error: Colab's Python is not on this machine. Mend: put python{wanted and wanted[1]} on PATH."
+            f"error: Colab's Python is not on this machine. Fix: put python{wanted and wanted[1]} on PATH."
         )
     return found
 

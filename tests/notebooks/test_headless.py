@@ -14,7 +14,7 @@ folder = pathlib.Path(workdir) / run_name
 if n_samples == 8:
     raise ValueError("a row\\nlike no other")
 if n_samples == 9:
-    raise UserError("rows: too few. Mend: more.")
+    raise UserError("rows: too few. Fix: more.")
 (folder / "metrics.json").write_text(json.dumps(RESULT | {"train_rows": n_samples}))"""
 RESULT = {"seed": 0, "steps": 1, "base_eval_loss": 2.0, "eval_loss": 1.0, "seconds": 3}
 
@@ -63,7 +63,7 @@ def test_failures_are_named_and_take_nobody_down(batch, tmp_path, capsys):
     assert len(failed) == 2
     assert failed[0].startswith("[2/4] n8: failed: notebook 05_train_exp1, cell 4: ValueError: like no other.")
     assert str(tmp_path / "out" / "n8" / "notebook.ipynb") in failed[0]
-    assert failed[1] == "[3/4] n9: failed: rows: too few. Mend: more. (Notebook 05_train_exp1, cell 4.)"
+    assert failed[1] == "[3/4] n9: failed: rows: too few. Fix: more. (Notebook 05_train_exp1, cell 4.)"
     assert said.err.count("\n") == 1
     assert "2 of 4 runs failed (n8, n9)" in said.err
     executed = nbformat.read(tmp_path / "out" / "n8" / "notebook.ipynb", as_version=4)

@@ -55,5 +55,5 @@ def test_what_is_no_repository_is_refused(copy, url):
     done = set_repo(url, copy)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert "Mend" in done.stderr
+    assert "Fix" in done.stderr
     assert places(copy) == places(ROOT)

@@ -137,7 +137,7 @@ def test_who_stops_asking_stops_the_answers(talk):
 
 
 def test_a_conversation_longer_than_the_context(talk):
-    with pytest.raises(UserError, match=r"context of 512 has to hold 10 of the answer too. Mend: clear"):
+    with pytest.raises(UserError, match=r"context of 512 has to hold 10 of the answer too. Fix: clear"):
         finish(talk.ask("why? " * 500))
     assert talk.entries() == []
 
@@ -164,7 +164,7 @@ def test_a_row_is_read_back(talk, config, tmp_path):
 def test_no_row_that_would_be_dropped(talk, answer, reason):
     if answer is not None:
         talk.turns["exp1"] = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": answer}]
-    with pytest.raises(UserError, match=f"exp1 makes none .{reason}.*Mend"):
+    with pytest.raises(UserError, match=f"exp1 makes none .{reason}.*Fix"):
         talk.row("exp1")
 
 
@@ -286,13 +286,13 @@ def test_the_panel_in_a_kernel(browser):
 def test_the_panel_says_what_is_wrong(browser):
     playing = "playing" if "playing" in browser.state("PlayModel") else "_playing"
     browser(("as a row", CLICK))
-    assert "exp1 makes none (no answer). Mend" in browser.pages()[-1]
+    assert "exp1 makes none (no answer). Fix" in browser.pages()[-1]
     browser(("your question", change(value="why? " * 500)), ("PlayModel", change(value=1, **{playing: True})))
-    assert "has to hold 24 of the answer too. Mend: clear the conversation" in browser.pages()[-1]
+    assert "has to hold 24 of the answer too. Fix: clear the conversation" in browser.pages()[-1]
     assert browser.state("PlayModel")[playing] is False
     assert browser.state("your question")["value"] == "why? " * 500
     browser(("your question", change(value="")), ("PlayModel", change(value=2)))
-    assert "Mend: clear the conversation" in browser.pages()[-1]  # a late tick wipes nothing away
+    assert "Fix: clear the conversation" in browser.pages()[-1]  # a late tick wipes nothing away
 
 
 def test_no_person_gets_an_example_conversation(kernel, found, loaded):

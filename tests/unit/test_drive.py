@@ -130,7 +130,7 @@ def test_a_drive_that_fails_in_the_middle_costs_nothing(train, fail, capsys, num
     there = RunFolder(runs.DRIVE / "qlora_runs" / "exp1")
     lines = [line for line in said.splitlines() if "could not be brought up to date" in line]
     assert lines
-    assert all("Mend" in line and str(run.path) in line for line in lines)
+    assert all("Fix" in line and str(run.path) in line for line in lines)
     assert run.path == drive.HERE / "qlora_runs" / "exp1"
     assert run.complete
     assert not there.complete
@@ -203,7 +203,7 @@ def test_a_mount_that_fails_is_one_line(colab):
         raise ValueError("mount failed")
 
     colab.mount = refuse
-    with pytest.raises(UserError, match=r"could not be mounted \(mount failed\).*Mend"):
+    with pytest.raises(UserError, match=r"could not be mounted \(mount failed\).*Fix"):
         resolve(use_drive=True)
 
 

@@ -261,20 +261,20 @@ def change(path, **changes):
 def test_a_model_that_no_gguf_is_written_of(what, tmp_path, changes, message):
     merging.merge(what, tmp_path / "merged")
     change(tmp_path / "merged" / "config.json", **changes)
-    with pytest.raises(UserError, match=message + r".*Mend"):
+    with pytest.raises(UserError, match=message + r".*Fix"):
         gguf_export.write(tmp_path / "merged", tmp_path / "model.gguf", "f16")
     assert not (tmp_path / "model.gguf").exists()
 
 
 def test_too_little_disk_is_said_before_anything_is_written(run, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(UserError, match=r"needs 0.\d GB, and 0.0 GB are free. Mend"):
+    with pytest.raises(UserError, match=r"needs 0.\d GB, and 0.0 GB are free. Fix"):
         export.ship(run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_prompt_longer_than_the_context(what, device):
-    with pytest.raises(UserError, match=r"context of 512 has to hold 32 of the answer too. Mend"):
+    with pytest.raises(UserError, match=r"context of 512 has to hold 32 of the answer too. Fix"):
         parity.of_adapter(what, device, ["why? " * 500])
 
 
@@ -285,8 +285,8 @@ def test_the_command(run, shipped, capsys):
     assert "nothing to export" in said
     assert "| q8_0 |" in said
     assert main(["export", str(run.path), "--out", str(out), "--gguf", "f16"]) == 2
-    assert "holds something else. Mend" in capsys.readouterr().err
+    assert "holds something else. Fix" in capsys.readouterr().err
     assert main(["export", str(run.path), "--out", "x", "--gguf", "q8"]) == 2
     assert "Did you mean 'q8_0'?" in capsys.readouterr().err
     assert main(["export", str(Path("no") / "run"), "--out", "x"]) == 2
-    assert "has no config.json. Mend" in capsys.readouterr().err
+    assert "has no config.json. Fix" in capsys.readouterr().err

@@ -106,5 +106,5 @@ def test_one_line_and_nothing_written(copy, tmp_path, monkeypatch, capfd, plant,
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert re.search(message, error), error
-    assert "Mend: " in error or "Did you mean" in error
+    assert "Fix: " in error or "Did you mean" in error
     assert not out.parent.exists()

@@ -42,7 +42,7 @@ def train(config, tokenizer):
 def test_a_full_disk_is_one_line_wherever_it_fills(disk, train, tmp_path, kib):
     """In the first file, in a checkpoint, at the end: given room, the run goes on and ends like any other."""
     where = disk(kib)
-    with pytest.raises(UserError, match=r"disk: .* is full.*Mend"):
+    with pytest.raises(UserError, match=r"disk: .* is full.*Fix"):
         train(where / "run")
     disk(20_000)
     run, plain = train(where / "run"), train(tmp_path / "plain")

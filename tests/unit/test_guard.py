@@ -43,7 +43,7 @@ def plant_loss(monkeypatch, change):
 @pytest.mark.parametrize(("factor", "shown"), [(0.0, "0.0"), (float("nan"), "nan"), (float("inf"), "inf")])
 def test_a_loss_that_is_zero_or_no_number_stops_at_its_first_step(train, monkeypatch, factor, shown):
     plant_loss(monkeypatch, lambda loss: loss * factor)
-    with pytest.raises(UserError, match=f"loss at step 1 is {shown}.*Mend"):
+    with pytest.raises(UserError, match=f"loss at step 1 is {shown}.*Fix"):
         train()
 
 
@@ -51,7 +51,7 @@ def test_a_loss_that_is_zero_or_no_number_stops_at_its_first_step(train, monkeyp
 def test_three_steps_without_a_gradient_stop(train, monkeypatch, clip):
     """The loss looks as ever: only its way back is cut, as repacked 4-bit weights do it."""
     plant_loss(monkeypatch, lambda loss: loss * 0 + loss.detach())
-    with pytest.raises(UserError, match=r"gradients of 3 steps up to step 3 are zero.*Mend"):
+    with pytest.raises(UserError, match=r"gradients of 3 steps up to step 3 are zero.*Fix"):
         train(max_grad_norm=clip)
 
 
@@ -62,14 +62,14 @@ def test_steps_without_a_gradient_between_others_do_not_stop(train, monkeypatch)
 
 
 def test_an_adapter_that_does_not_move_stops(train):
-    with pytest.raises(UserError, match=r"not moved.*Mend"):
+    with pytest.raises(UserError, match=r"not moved.*Fix"):
         train(learning_rate=0.0)
 
 
 def test_an_adapter_of_no_numbers_stops():
     layer = torch.nn.Module()
     layer.lora_B = torch.nn.Parameter(torch.tensor([1.0, float("nan")]))
-    with pytest.raises(UserError, match=r"nan or infinity.*Mend"):
+    with pytest.raises(UserError, match=r"nan or infinity.*Fix"):
         guard.check_moved(layer)
 
 
@@ -124,7 +124,7 @@ def test_an_evaluation_that_changes_training_stops(train, monkeypatch, fault, sa
         return losses
 
     monkeypatch.setattr(evaluation, "heldout_losses", meddle)
-    with pytest.raises(UserError, match=f"evaluation: it changed .*{says}.*Mend"):
+    with pytest.raises(UserError, match=f"evaluation: it changed .*{says}.*Fix"):
         train()
 
 
@@ -133,14 +133,14 @@ def test_a_row_with_an_empty_label_mask_is_named(train, data, where, tmp_path):
     rows = getattr(data, where)
     masked = dataclasses.replace(rows[1], labels=[IGNORE] * len(rows[1].labels))
     planted = dataclasses.replace(data, **{where: [rows[0], masked, *rows[2:]]})
-    with pytest.raises(UserError, match=f"row {masked.row.id} .*label mask is empty.*Mend"):
+    with pytest.raises(UserError, match=f"row {masked.row.id} .*label mask is empty.*Fix"):
         train(planted)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_heldout_row_that_is_trained_on_stops(train, data, tmp_path):
     planted = dataclasses.replace(data, train=[*data.train[1:], data.heldout[0]])
-    with pytest.raises(UserError, match=r"1 of its rows are also trained on.*Mend"):
+    with pytest.raises(UserError, match=r"1 of its rows are also trained on.*Fix"):
         train(planted)
     assert not (tmp_path / "run").exists()
 
@@ -157,7 +157,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(train, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_save_checkpoint", full)
-        with pytest.raises(UserError, match=r"disk: .*run is full.*Mend"):
+        with pytest.raises(UserError, match=r"disk: .*run is full.*Fix"):
             train()
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "complete.json").exists()
     assert train().complete

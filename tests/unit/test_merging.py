@@ -107,16 +107,16 @@ def broken(run, tmp_path, name, **changes):
 def test_a_run_without_an_adapter(make_run, tmp_path):
     copy = broken(make_run(), tmp_path, "config.json")
     (copy.adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"holds none. Mend"):
+    with pytest.raises(UserError, match=r"holds none. Fix"):
         merging.source(copy)
 
 
 def test_an_adapter_of_another_base(make_run, bases, tmp_path):
     copy = broken(make_run(), tmp_path, "config.json", model=str(bases["bloom"]))
-    with pytest.raises(UserError, match=r"not those that .* was trained on. Mend"):
+    with pytest.raises(UserError, match=r"not those that .* was trained on. Fix"):
         merging.source(copy)
     (copy / "manifest.json").write_text('{"model": {}}')  # of a run that noted no fingerprint
-    with pytest.raises(UserError, match=r"adapts .*, which .* has not. Mend"):
+    with pytest.raises(UserError, match=r"adapts .*, which .* has not. Fix"):
         merging.merge(merging.source(copy), tmp_path / "merged")
 
 
@@ -128,7 +128,7 @@ def test_an_adapter_of_a_base_of_another_width(make_run, tmp_path, model_folder)
     LlamaForCausalLM(shape).save_pretrained(tmp_path / "wide")
     copy = broken(make_run(), tmp_path, "config.json", model=str(tmp_path / "wide"))
     (copy / "manifest.json").write_text('{"model": {}}')
-    with pytest.raises(UserError, match=r"64 x 64 in the adapter. Mend"):
+    with pytest.raises(UserError, match=r"64 x 64 in the adapter. Fix"):
         merging.merge(merging.source(copy), tmp_path / "merged")
 
 
@@ -139,13 +139,13 @@ def test_a_base_whose_weights_changed(make_run, bases, tmp_path):
     changed = AutoModelForCausalLM.from_pretrained(base)
     changed.model.layers[1].mlp.up_proj.weight.data += 0.01
     changed.save_pretrained(base)
-    with pytest.raises(UserError, match=r"not those that .* was trained on. Mend"):
+    with pytest.raises(UserError, match=r"not those that .* was trained on. Fix"):
         merging.source(run)
 
 
 def test_another_scale_than_the_runs(make_run, tmp_path):
     copy = broken(make_run(), tmp_path, "adapter/adapter_config.json", lora_alpha=64)
-    with pytest.raises(UserError, match=r"alpha = 64, and its run alpha = 8. Mend"):
+    with pytest.raises(UserError, match=r"alpha = 64, and its run alpha = 8. Fix"):
         merging.source(copy)
 
 
@@ -154,7 +154,7 @@ def test_a_base_in_four_bits_is_refused(make_run, config, tmp_path, device):
     packed.save_pretrained(tmp_path / "packed")
     copy = broken(make_run(), tmp_path, "config.json", model=str(tmp_path / "packed"))
     (copy / "manifest.json").write_text('{"model": {}}')
-    with pytest.raises(UserError, match=r"not as plain 16-bit numbers. Mend"):
+    with pytest.raises(UserError, match=r"not as plain 16-bit numbers. Fix"):
         merging.merge(merging.source(copy), tmp_path / "merged")
 
 

@@ -185,7 +185,7 @@ def test_a_t4_is_the_same_card_by_name_by_size_and_as_a_device():
         (["--model", "bigscience/bloom-560m"], 0, "Fits on: t4"),
         (["--memory", "0"], 2, "0 GiB is no budget"),
         (["--memory", "nan"], 2, "nan GiB is no budget"),
-        (["--rank", "257"], 2, "rank: 257 is above the width of an adapted layer. Mend: 256 or less."),
+        (["--rank", "257"], 2, "rank: 257 is above the width of an adapted layer. Fix: 256 or less."),
         (["--max-length", "4096"], 2, "4096 is above the 2048 positions"),
         (["--model", "gpt2/none"], 2, "no config of 'gpt2/none'"),
         (["--device", "a100"], 2, "there is no 'a100'. Did you mean"),
@@ -246,7 +246,7 @@ def test_shrinking_halves_to_the_end_and_then_stops(tmp_path):
     for split in ((3, 2, False), (1, 6, False), (1, 6, True)):
         config = out_of_memory.shrink(config, T4, RunFolder(tmp_path), 14.2)
         assert (config.batch_size, config.gradient_accumulation, config.gradient_checkpointing) == split
-    with pytest.raises(UserError, match=r"Mend: a smaller model, or a GPU with more memory\. What"):
+    with pytest.raises(UserError, match=r"Fix: a smaller model, or a GPU with more memory\. What"):
         out_of_memory.shrink(config, T4, RunFolder(tmp_path), 14.2)
 
 

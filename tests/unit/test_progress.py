@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from qlora_helpers import cleaning, progress, training
+from qlora_helpers import cleaning, progress, step_time, training
 from qlora_helpers.runs import RunFolder
 
 STEPS = range(21, 101)
@@ -93,7 +93,7 @@ def test_a_notebook_gets_one_bar_that_moves(show, monkeypatch):
     ("seconds", "words"), [(0.2, "1 s"), (89, "89 s"), (91, "2 min"), (5300, "88 min"), (9000, "2.5 h")]
 )
 def test_durations(seconds, words):
-    assert progress.duration(seconds) == words
+    assert step_time.in_words(seconds) == words
 
 
 def test_a_run_without_a_screen_prints_its_end_and_no_line_a_step(config, tokenizer, tmp_path, capfd):

@@ -154,7 +154,7 @@ def test_what_arrives_is_what_was_shown_and_the_token_is_in_none_of_it(run, ship
 def test_a_repository_that_is_public_unasked_is_left_alone(run, server, capfd):
     server.private = False
     assert main(["push", str(run.path), "--to", NAME, "--really"]) == 2
-    assert "is there already, and public. Mend" in capfd.readouterr().err
+    assert "is there already, and public. Fix" in capfd.readouterr().err
     assert server.files == {}
     assert main(["push", str(run.path), "--to", NAME, "--really", "--public"]) == 0
     assert sorted(server.files) == ADAPTER
@@ -169,11 +169,11 @@ def test_what_the_hub_refuses_is_one_line_without_the_token(run, server, monkeyp
     assert SECRET not in error
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody is there
     assert main(["push", str(run.path), "--to", NAME, "--really"]) == 2
-    assert "Mend: check the name, the connection" in capfd.readouterr().err
+    assert "Fix: check the name, the connection" in capfd.readouterr().err
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(run.path / "none"))
     assert main(["push", str(run.path), "--to", NAME, "--really"]) == 2
-    assert "there is no token. Mend: put one that may write into HF_TOKEN" in capfd.readouterr().err
+    assert "there is no token. Fix: put one that may write into HF_TOKEN" in capfd.readouterr().err
 
 
 def test_bad_input(run, shipped, tmp_path, server, capfd):
@@ -191,15 +191,15 @@ def test_bad_input(run, shipped, tmp_path, server, capfd):
     leaking = shutil.copytree(shipped, tmp_path / "leaking")
     (leaking / "merged" / "config.json").write_text(f'{{"token": "{SECRET}"}}')
     for source, to, message in (
-        (tmp_path, NAME, "is neither a run folder nor an exported one. Mend"),
-        (run.path, "model", "a repository is called NAME/MODEL. Mend"),
-        (run.path, "a/b/c", "a repository is called NAME/MODEL. Mend"),
-        (run.path, "me/-x-", "a repository is called NAME/MODEL. Mend"),
-        (bare.path, NAME, "holds none. Mend"),
-        (cut.path, NAME, "has no metrics.json. Mend"),
-        (unsound, NAME, "is not sound. Mend"),
-        (telling, NAME, f"README.md names {Path.home()}, a folder of this machine. Mend"),
-        (leaking, NAME, "config.json holds the token. Mend"),
+        (tmp_path, NAME, "is neither a run folder nor an exported one. Fix"),
+        (run.path, "model", "a repository is called NAME/MODEL. Fix"),
+        (run.path, "a/b/c", "a repository is called NAME/MODEL. Fix"),
+        (run.path, "me/-x-", "a repository is called NAME/MODEL. Fix"),
+        (bare.path, NAME, "holds none. Fix"),
+        (cut.path, NAME, "has no metrics.json. Fix"),
+        (unsound, NAME, "is not sound. Fix"),
+        (telling, NAME, f"README.md names {Path.home()}, a folder of this machine. Fix"),
+        (leaking, NAME, "config.json holds the token. Fix"),
     ):
         assert main(["push", str(source), "--to", to, "--really"]) == 2
         said = capfd.readouterr()
@@ -226,7 +226,7 @@ def test_the_card_has_intervals_where_the_bases_losses_lie_beside_the_run(make_r
     losses(made.path.parent / "base-0", 3.0)
     other = made.path.parent / "base-0" / "heldout_losses.jsonl"
     other.write_text(other.read_text().replace('"a"', '"z"'))
-    with pytest.raises(UserError, match=r"on different held-out rows\. Mend"):
+    with pytest.raises(UserError, match=r"on different held-out rows\. Fix"):
         model_card.render(made, made.config(), made.read("metrics.json"))
 
 

@@ -64,7 +64,7 @@ def test_a_port_in_use(exported, capsys, monkeypatch):
         number = other.getsockname()[1]
         assert main(["serve", str(exported), "--port", str(number)]) == 2
     said = capsys.readouterr()
-    assert f"port: {number} on 127.0.0.1 cannot be had (Address already in use). Mend" in said.err
+    assert f"port: {number} on 127.0.0.1 cannot be had (Address already in use). Fix" in said.err
     assert said.out == ""
     assert main(["serve", str(exported), "--port", "70000"]) == 2
     assert "port: there is no 70000" in capsys.readouterr().err
@@ -73,13 +73,13 @@ def test_a_port_in_use(exported, capsys, monkeypatch):
 def test_no_model(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(serve, "start", lambda server: None)
     assert main(["serve", str(tmp_path / "no")]) == 2
-    assert "holds no model. Mend" in capsys.readouterr().err
+    assert "holds no model. Fix" in capsys.readouterr().err
     (tmp_path / "config.json").touch()  # a run folder: an adapter is no model
     with pytest.raises(UserError, match="holds no model"):
         serve.find(tmp_path)
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()
-    with pytest.raises(UserError, match=r"2 GGUF files. Mend: name one, such as .*a.gguf"):
+    with pytest.raises(UserError, match=r"2 GGUF files. Fix: name one, such as .*a.gguf"):
         serve.find(tmp_path)
 
 
@@ -90,7 +90,7 @@ def test_what_is_meant(exported):
 
 def test_a_package_that_is_missing(exported, port, monkeypatch):
     monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else name)
-    with pytest.raises(UserError, match=r"uvicorn is not installed. Mend: pip install 'transformers\[serving\]'"):
+    with pytest.raises(UserError, match=r"uvicorn is not installed. Fix: pip install 'transformers\[serving\]'"):
         serve.plan(exported, port=port)
 
 
@@ -109,7 +109,7 @@ def test_the_servers_for_a_gguf(exported, port, monkeypatch):
     assert serve.plan(exported / "gguf", port=port).command == own
     assert "penalty" not in serve.plan(exported / "gguf", port=port).help()
     programs.clear()
-    with pytest.raises(UserError, match=r"no server for GGUF files is installed. Mend"):
+    with pytest.raises(UserError, match=r"no server for GGUF files is installed. Fix"):
         serve.plan(file, port=port)
 
 

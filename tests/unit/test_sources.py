@@ -224,7 +224,7 @@ def test_unreadable_files_say_why_and_where(tmp_path, name, content, says):
     message = refusal(tmp_path / name)
     assert message.startswith("dataset: ")
     assert says in message
-    assert "Mend: " in message
+    assert "Fix: " in message
 
 
 def test_missing_file_and_no_dataset(tmp_path):

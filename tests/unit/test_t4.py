@@ -64,7 +64,7 @@ def trainer(config, tokenizer, tmp_path):
 
 
 def test_the_device(t4):
-    assert (t4.dtype, t4.profile) == ("float16", "t4")
+    assert (t4.dtype, device.profile()) == ("float16", "t4")
     assert "no bf16 in hardware" in t4.reason
 
 
@@ -74,7 +74,7 @@ def test_other_arithmetic_may_be_asked_for(t4, asked):
 
 
 def test_bf16_is_refused_where_it_is_emulated(t4):
-    with pytest.raises(UserError, match=r"only emulates bfloat16.*Mend"):
+    with pytest.raises(UserError, match=r"only emulates bfloat16.*Fix"):
         device.detect("bfloat16")
 
 

@@ -1,6 +1,5 @@
 """One run of the tiny model: what it leaves behind, that it learns, and that a cut-off run ends like any other."""
 
-import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from qlora_helpers import UserError, cleaning, evaluation, model, runs, training
+from qlora_helpers import UserError, arithmetic, cleaning, evaluation, model, runs, training
 from qlora_helpers.device import detect
 from qlora_helpers.runs import RunFolder
 
@@ -196,13 +195,13 @@ def test_the_saved_adapter_is_the_one_that_was_measured(trained, config, data, d
 
 
 def test_the_base_is_measured_once_for_all_runs(trained, config, data):
-    where = training.baseline_folder(config, data, detect(config.compute_dtype), trained.run.path.parent)
+    where = evaluation.baseline_folder(config, data, detect(config.compute_dtype), trained.run.path.parent)
     measured = evaluation.mean_loss(evaluation.read_losses(where))
     assert measured == trained.run.read("metrics.json")["base_eval_loss"]
     more = config.replace(n_samples=8, seed=5)
-    assert training.baseline_folder(more, data, detect(), trained.run.path.parent) == where
+    assert evaluation.baseline_folder(more, data, detect(), trained.run.path.parent) == where
     other = config.replace(quantization="none")
-    assert training.baseline_folder(other, data, detect(), trained.run.path.parent) != where
+    assert evaluation.baseline_folder(other, data, detect(), trained.run.path.parent) != where
 
 
 def test_a_complete_run_is_not_trained_again(trained, train, capsys):
@@ -390,6 +389,8 @@ def test_the_log_is_valid_json(trained):
 
 def test_a_base_that_computes_otherwise_is_measured_for_itself(config, data, tmp_path):
     """Without a GPU, a run that trains biases has its base in float32: losses in bf16 are not its own."""
-    here = dataclasses.replace(detect("bfloat16"), kind="cpu")
-    plain, biased = (training.baseline_folder(config.replace(bias=b), data, here, tmp_path) for b in ("none", "all"))
+    own = config.replace(compute_dtype="bfloat16")
+    here = [arithmetic.device_for(own.replace(bias=bias)) for bias in ("none", "all")]
+    assert [device.dtype for device in here] == ["bfloat16", "float32"]
+    plain, biased = (evaluation.baseline_folder(config, data, device, tmp_path) for device in here)
     assert plain.name != biased.name

@@ -70,7 +70,7 @@ def test_code_in_a_model_folder_does_not_run(folder, config, device, tmp_path, k
     if kind == "llama":
         assert model.load_base(settings, device) is not None
     else:
-        with pytest.raises(UserError, match="Mend"):
+        with pytest.raises(UserError, match="Fix"):
             model.load_base(settings, device)
     assert not marker.exists()
 
@@ -84,7 +84,7 @@ def test_a_pickle_is_not_loaded(folder, config, device, tmp_path):
 
     (folder / "model.safetensors").unlink()
     torch.save({"weights": Planted()}, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="Mend"):
+    with pytest.raises(UserError, match="Fix"):
         model.load_base(config.replace(model=str(folder)), device)
     assert not marker.exists()
 

@@ -1,0 +1,244 @@
+"""The dtype a run computes in: measured on a CPU, the same for all runs of a machine, kept by a run."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qlora_helpers import arithmetic, comparison, device, experiments, hub, model, runs, training
+from qlora_helpers.arithmetic import CpuSpeed
+from qlora_helpers.cleaning import prepare
+from qlora_helpers.errors import UserError
+
+FAST, SLOW = CpuSpeed(float32=100, bfloat16=300), CpuSpeed(float32=100, bfloat16=3)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty store of measured speeds."""
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
+    arithmetic.cpu_speed.cache_clear()
+    yield tmp_path / "qlora_helpers" / arithmetic.STORE
+    arithmetic.cpu_speed.cache_clear()
+
+
+@pytest.fixture
+def measured(cache, monkeypatch):
+    """Choose what the probe finds."""
+
+    def choose(speed):
+        arithmetic.cpu_speed.cache_clear()
+        cache.unlink(missing_ok=True)
+        monkeypatch.setattr(arithmetic, "measure", lambda *size: speed)
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("float32", "bfloat16", "dtype"),
+    [(100, 3, "float32"), (100, 119, "float32"), (100, 120, "bfloat16"), (100, 400, "bfloat16")],
+)
+def test_bfloat16_has_to_be_a_fifth_faster(float32, bfloat16, dtype):
+    speed = CpuSpeed(float32=float32, bfloat16=bfloat16)
+    assert speed.dtype == dtype
+    assert f"{bfloat16} GFLOP/s in bfloat16, {float32} in float32" in speed.reason
+
+
+def test_the_probe_times_both_dtypes_forward_and_backward(monkeypatch):
+    grad, linear, seen = torch.autograd.grad, torch.nn.functional.linear, []
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a: seen.append(("backward", a[0].dtype)) or grad(*a))
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *a: seen.append(("forward", a[0].dtype)) or linear(*a))
+    speed = arithmetic.measure(32, 48)
+    assert {*seen} == {(way, dtype) for way in ("forward", "backward") for dtype in (torch.float32, torch.bfloat16)}
+    assert speed.float32 > 0
+    assert speed.bfloat16 > 0
+
+
+def test_a_hopeless_candidate_is_looked_at_once(monkeypatch):
+    """Without instructions for bfloat16, a product of the full size would take seconds."""
+    asked = []
+
+    def seconds(dtype, tokens, *size):
+        asked.append((dtype, tokens))
+        return tokens * (1.0 if dtype == "bfloat16" else 0.1)
+
+    monkeypatch.setattr(arithmetic, "_seconds", seconds)
+    speed = arithmetic.measure(10, 10)
+    assert [tokens for dtype, tokens in asked if dtype == "bfloat16"] == [arithmetic.FEW_TOKENS]
+    assert speed.float32 == pytest.approx(10 * speed.bfloat16, rel=0.5)
+
+
+def test_the_choice_is_stored_for_this_machine(cache, monkeypatch):
+    monkeypatch.setattr(arithmetic, "measure", lambda *size: FAST)
+    assert device.detect().dtype == "bfloat16"
+    arithmetic.cpu_speed.cache_clear()  # another process
+    monkeypatch.setattr(arithmetic, "measure", lambda *size: SLOW)
+    assert device.detect().dtype == "bfloat16"
+    arithmetic.cpu_speed.cache_clear()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)  # another machine
+    assert device.detect().dtype == "float32"
+    assert len(json.loads(cache.read_text("utf-8"))) == 2
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"x": 1}', "null"])
+def test_a_damaged_store_is_measured_again(cache, measured, content):
+    measured(SLOW)
+    cache.parent.mkdir(parents=True)
+    cache.write_text(content, "utf-8")
+    assert device.detect().dtype == "float32"
+    stored = [entry for entry in json.loads(cache.read_text("utf-8")).values() if isinstance(entry, dict)]
+    assert [CpuSpeed(**entry) for entry in stored] == [SLOW]
+
+
+def test_a_damaged_entry_is_no_traceback(cache, measured):
+    measured(SLOW)
+    device.detect()
+    entries = json.loads(cache.read_text("utf-8"))
+    cache.write_text(json.dumps({key: {"float32": "x"} for key in entries}), "utf-8")
+    arithmetic.cpu_speed.cache_clear()
+    assert device.detect().dtype == "float32"
+
+
+def test_the_profile_is_known_without_a_measurement(monkeypatch):
+    monkeypatch.setattr(arithmetic, "cpu_speed", lambda *size: pytest.fail("measured"))
+    assert device.profile() == "cpu"
+    assert device.detect("float32").dtype == "float32"
+
+
+def test_trained_biases_need_float32_on_a_cpu(config, measured):
+    measured(FAST)
+    assert arithmetic.device_for(config).dtype == "bfloat16"
+    assert arithmetic.device_for(config.replace(bias="all")).dtype == "float32"
+
+
+def test_the_models_own_size_is_measured(config, cache, monkeypatch):
+    asked = []
+    monkeypatch.setattr(arithmetic, "measure", lambda *size: asked.append(size) or FAST)
+    arithmetic.device_for(config)
+    assert asked == [(64, 128)]
+
+
+# What bfloat16 and float32 store is the same; only the products differ.
+@pytest.mark.parametrize("speed", [FAST, SLOW])
+def test_the_same_base_in_either_arithmetic(config, measured, speed):
+    measured(speed)
+    here = arithmetic.device_for(config)
+    base = model.load_base(config, here)
+    weights = {name: p for name, p in base.named_parameters() if p.dtype == torch.uint8}
+    assert {m.weight.quant_state.dtype for m in base.modules() if hasattr(m, "compute_dtype")} == {
+        getattr(torch, here.dtype)
+    }
+    other = model.load_base(config, here.computing_in("float32" if here.dtype == "bfloat16" else "bfloat16"))
+    assert all(torch.equal(weights[name], p) for name, p in other.named_parameters() if name in weights)
+    assert model.weight_table(base) == model.weight_table(other)
+    proofs = [device.prove_four_bit(here.computing_in(dtype)) for dtype in arithmetic.CANDIDATES]
+    assert {p["16-bit"]["KiB of weights"] for p in proofs} == {512}
+
+
+@pytest.mark.parametrize("speed", [FAST, SLOW])
+def test_three_steps_in_either_arithmetic(config, tokenizer, measured, tmp_path, speed):
+    """The run trains, and its manifest says in what it computed, and why."""
+    measured(speed)
+    own = config.replace(n_samples=12, few_shot=False, n_answers=1)
+    run = training.train(own, prepare(own, tokenizer), tokenizer, runs.RunFolder(tmp_path / "run"))
+    noted = run.read("manifest.json")["device"]
+    assert noted["dtype"] == speed.dtype == run.read("metrics.json")["compute_dtype"]
+    assert noted["reason"] == speed.reason
+    steps = [line for line in run.log() if "loss" in line]
+    assert len(steps) == 3
+    assert all(line["grad_norm"] > 0 for line in steps)
+
+
+def test_a_run_stays_in_the_arithmetic_it_began_in(config, tokenizer, measured, tmp_path, monkeypatch, capsys):
+    """Begun on a machine with fast bfloat16, moved to one without."""
+    own = config.replace(n_samples=12, few_shot=False, n_answers=1, save_steps=1)
+    data, run = prepare(own, tokenizer), runs.RunFolder(tmp_path / "run")
+    save = training.QloraTrainer._save_checkpoint
+
+    def once(self, *args):
+        save(self, *args)
+        raise KeyboardInterrupt
+
+    measured(FAST)
+    monkeypatch.setattr(training.QloraTrainer, "_save_checkpoint", once)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(own, data, tokenizer, run)
+    monkeypatch.setattr(training.QloraTrainer, "_save_checkpoint", save)
+    measured(SLOW)
+    training.train(own, data, tokenizer, run)
+    assert run.read("metrics.json")["compute_dtype"] == "bfloat16"
+    assert "began in bfloat16 and stays in it, which is slow here" in capsys.readouterr().out
+
+
+def test_runs_in_two_arithmetics_are_not_compared(config, tokenizer, measured, tmp_path):
+    folders = {}
+    for name, speed in (("exp1", FAST), ("exp2", SLOW)):
+        measured(speed)
+        own = config.replace(n_samples=8, few_shot=False, n_answers=1, seed=len(folders))
+        folders[name] = [training.train(own, prepare(own, tokenizer), tokenizer, runs.RunFolder(tmp_path / name))]
+    with pytest.raises(UserError, match=r"different dtypes \(exp1: bfloat16, exp2: float32\).*Fix: .*compute_dtype"):
+        comparison.compare(folders)
+    bases = sorted(path.name for path in tmp_path.glob("base-*"))
+    assert len(bases) == 2  # the base was measured in both
+
+
+def test_missing_runs_say_how_long_they_take_here(config, measured, tmp_path):
+    """By the speed that was measured: a machine that is a hundred times slower says a hundred times as long."""
+    words = []
+    for speed in (FAST, CpuSpeed(float32=0.01, bfloat16=0.01)):
+        measured(speed)
+        (needed,) = experiments.wanted({"exp1": config}, tmp_path)
+        words.append(needed.minutes)
+    assert "300 GFLOP/s in bfloat16" in words[0]
+    assert "0 GFLOP/s in float32" in words[1]
+    assert words[0] != words[1]
+
+
+@pytest.fixture
+def amd(monkeypatch):
+    """A machine on which torch.cuda means an AMD card."""
+
+    def claim(architecture):
+        facts = SimpleNamespace(gcnArchName=f"{architecture}:sramecc+:xnack-")
+        monkeypatch.setattr(torch.version, "hip", "6.4", raising=False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (9, 4))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *a: facts)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "AMD card")
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *a: (8 * 2**30, 16 * 2**30))
+
+    return claim
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [
+        ("gfx942", "bfloat16"),
+        ("gfx90a", "bfloat16"),
+        ("gfx1100", "bfloat16"),
+        ("gfx1030", "float16"),
+        ("gfx906", "float16"),
+    ],
+)
+def test_an_amd_cards_capability_is_not_nvidias(amd, architecture, dtype):
+    amd(architecture)
+    found = device.detect()
+    assert (found.dtype, found.capability) == (dtype, None)
+    assert architecture in found.reason
+
+
+def test_apple_silicon_uses_its_cpu(config, measured, monkeypatch):
+    """Metal is there, CUDA is not, /proc is not: nothing asks for either."""
+    measured(SLOW)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(device.Path, "exists", lambda self: False)
+    found = device.detect()
+    assert (found.kind, found.dtype) == ("cpu", "float32")
+    assert dataclasses.asdict(found)["name"]
+
+
+def test_an_unknown_model_is_measured_at_the_usual_size(config):
+    assert arithmetic.product_size(config.replace(model="no/such-model")) == arithmetic.USUAL_SIZE
+    assert hub.is_local(config)
