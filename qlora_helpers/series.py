@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import cleaning, hub, runs, sweep
+from qlora_helpers import cleaning, device, hub, runs, sweep
 from qlora_helpers.config import Config
 from qlora_helpers.errors import UserError
 from qlora_helpers.experiments import Wanted
@@ -41,13 +41,27 @@ def run_series(out: Path, samples: list[int] | None, **params: Any) -> Path:
         "06_train_exp2": {"n_samples": second, "run_name": "exp2"},
         "07_compare": {"n_samples_1": first, "n_samples_2": second},
     }
+    seconds = {}
     for number, name in enumerate(SERIES, 1):
         params_here = common | own.get(name, {})
         target = folder / "notebooks" / f"{name}.ipynb"
         if "run_name" in params_here:
             target = folder / params_here["run_name"] / "notebook.ipynb"
+        began = time.monotonic()
         execute(name, target, params_here, f"[{number}/{len(SERIES)}] {name}")
+        seconds[name] = round(time.monotonic() - began, 1)
+    _note_time(folder, seconds)
     return folder / "report.md"
+
+
+def _note_time(folder: Path, seconds: dict[str, float]) -> None:
+    """Print how long the notebooks took together; `series.json` keeps it, with the machine it holds for."""
+    here = device.detect()
+    print(
+        f"Notebooks: {len(seconds)} done in {sum(seconds.values()):.0f} s on {here.name}, in {here.dtype}", flush=True
+    )
+    noted = {"device": here.to_dict(), "versions": device.versions(), "seconds": seconds}
+    runs.write_json(folder / "series.json", noted | {"total": round(sum(seconds.values()), 1)})
 
 
 def run_batch(

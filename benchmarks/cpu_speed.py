@@ -1,0 +1,188 @@
+"""Training on a CPU: this package beside TRL's SFTTrainer, on the same 4-bit base and the same rows, in one run.
+
+usage: python benchmarks/cpu_speed.py [--out FILE] [--rounds 3]
+
+Each contender trains 24 of the project's own rows, 4 at a time, cut at 256 tokens, in a process of its own; the
+contenders take turns. Tokens a second count real tokens, without padding, and leave the first step out. TRL runs with
+`use_cpu=True, bf16=False` and its defaults, which include gradient checkpointing; a second line turns that off.
+A dtype whose products are hopeless on this CPU is named, not run. Without dropout, the losses of this package's batches
+and of TRL's own, through this package's trainer, are compared step by step.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from qlora_helpers import arithmetic, batches, cleaning, device, hub, model, runs
+from qlora_helpers.config import Config
+from qlora_helpers.runs import RunFolder
+
+OURS, PADDED, TRL, TRL_UNCHECKPOINTED = "this package", "padded", "TRL", "TRL, no checkpointing"
+ROWS = 24
+
+
+def setting(dtype: str, dropout: float) -> Config:
+    """SmolLM2-135M in NF4, LoRA r=16 on queries and values, 24 sample rows, 4 at a time."""
+    return Config.from_params(
+        profile="cpu", compute_dtype=dtype, dropout=dropout, n_samples=ROWS, eval_steps=10**6, save_steps=10**6
+    )
+
+
+def trainer_of(contender: str, config: Config, folder: Path) -> Any:
+    """The trainer of one contender, ready to train."""
+    here, tokenizer = arithmetic.device_for(config), hub.load_tokenizer(config)
+    data = cleaning.prepare(config, tokenizer)
+    if contender in (OURS, PADDED):
+        from qlora_helpers import training
+
+        if contender == PADDED:
+            batches.collator = lambda *args: None  # type: ignore[assignment]
+        built = model.attach_lora(model.load_base(config, here), config)
+        trainer = training.build_trainer(built, config, data, tokenizer, here, RunFolder(folder))
+        trainer.evaluate = lambda *args, **kwargs: {"eval_loss": 0.0}  # type: ignore[method-assign]
+        return trainer
+    return _trl(config, data, tokenizer, contender == TRL, folder)
+
+
+def _trl(config: Config, data: Any, tokenizer: Any, checkpointing: bool, folder: Path) -> Any:
+    """SFTTrainer as its documentation uses it, on rows that are tokenised already."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from trl import SFTConfig, SFTTrainer
+
+    dtype = getattr(torch, config.compute_dtype)
+    packed = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    base = AutoModelForCausalLM.from_pretrained(hub.folder(config), dtype=dtype, quantization_config=packed)
+    rows = [{"input_ids": e.input_ids, "completion_mask": [int(label >= 0) for label in e.labels]} for e in data.train]
+    options = {} if checkpointing else {"gradient_checkpointing": False}
+    return SFTTrainer(
+        model=base,
+        args=SFTConfig(
+            output_dir=str(folder),
+            use_cpu=True,
+            bf16=False,
+            per_device_train_batch_size=config.batch_size,
+            num_train_epochs=1,
+            learning_rate=config.learning_rate,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=config.seed,
+            **options,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=list(config.target_modules),
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def measure(contender: str, dtype: str, dropout: float) -> dict[str, Any]:
+    """Train one contender: its losses, and tokens a second over all steps but the first."""
+    from transformers import TrainerCallback
+
+    seconds: list[float] = []
+
+    class Timer(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            seconds.append(-time.perf_counter())
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            seconds[-1] += time.perf_counter()
+
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = trainer_of(contender, setting(dtype, dropout), Path(scratch))
+        trainer.add_callback(Timer())
+        trainer.args.include_num_input_tokens_seen = "non_padding"
+        trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    seen = [line["num_input_tokens_seen"] for line in lines]
+    rate = (seen[-1] - seen[0]) / sum(seconds[1:])
+    return {"tokens_per_second": rate, "losses": [line["loss"] for line in lines], "seconds": seconds}
+
+
+def in_its_own_process(contender: str, dtype: str, dropout: float) -> dict[str, Any]:
+    """What `measure` finds in a fresh process, so that no contender inherits another's memory."""
+    command = [sys.executable, __file__, "--contender", contender, "--dtype", dtype, "--dropout", str(dropout)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{contender}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(rounds: int) -> dict[str, Any]:
+    """All contenders in turn, `rounds` times."""
+    here = arithmetic.device_for(Config.from_params(profile="cpu"))
+    speed = arithmetic.cpu_speed(*arithmetic.USUAL_SIZE)
+    best = max(speed.float32, speed.bfloat16)
+    dtypes = [name for name in arithmetic.CANDIDATES if getattr(speed, name) > best / arithmetic.HOPELESS]
+    contenders = [(OURS, here.dtype), (PADDED, here.dtype)]
+    contenders += [(name, dtype) for name in (TRL, TRL_UNCHECKPOINTED) for dtype in dtypes]
+    found: dict[str, list[float]] = {f"{name}, {dtype}": [] for name, dtype in contenders}
+    for number in range(rounds):
+        for name, dtype in contenders:
+            rate = in_its_own_process(name, dtype, 0.05)["tokens_per_second"]
+            found[f"{name}, {dtype}"].append(rate)
+            print(f"round {number + 1} of {rounds}: {name}, {dtype}: {rate:.0f} tokens/s", flush=True)
+    losses = [in_its_own_process(name, here.dtype, 0.0)["losses"] for name in (OURS, PADDED)]
+    ours = found[f"{OURS}, {here.dtype}"]
+    fastest = {name: max((found[f"{name}, {dtype}"] for dtype in dtypes), key=statistics.median)
+               for name in (TRL, TRL_UNCHECKPOINTED)}  # fmt: skip
+    return {
+        "device": here.to_dict(),
+        "versions": device.versions(),
+        "gflops": {name: getattr(speed, name) for name in arithmetic.CANDIDATES},
+        "not_run": [name for name in arithmetic.CANDIDATES if name not in dtypes],
+        "tokens_per_second": {name: statistics.median(rates) for name, rates in found.items()},
+        "rounds": found,
+        "times_trl": statistics.median(a / b for a, b in zip(ours, fastest[TRL], strict=True)),
+        "times_trl_without_checkpointing": statistics.median(
+            a / b for a, b in zip(ours, fastest[TRL_UNCHECKPOINTED], strict=True)
+        ),
+        "losses": dict(zip((OURS, PADDED), losses, strict=True)),
+        "largest_relative_difference_of_losses": max(abs(a / b - 1) for a, b in zip(*losses, strict=True)),
+    }
+
+
+def main() -> None:
+    """Compare, or measure one contender for the process that compares."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--contender")
+    parser.add_argument("--dtype")
+    parser.add_argument("--dropout", type=float)
+    args = parser.parse_args()
+    if args.contender:
+        with contextlib.redirect_stdout(sys.stderr):
+            found = measure(args.contender, args.dtype, args.dropout)
+        print(json.dumps(found))
+        return
+    result = compare(args.rounds)
+    for name, rate in result["tokens_per_second"].items():
+        print(f"{rate:8.0f} tokens/s  {name}")
+    print(f"{result['times_trl']:.2f} x TRL, {result['times_trl_without_checkpointing']:.2f} x without checkpointing;",
+          f"losses within {result['largest_relative_difference_of_losses']:.1e}")  # fmt: skip
+    if args.out:
+        runs.write_json(args.out, result)
+
+
+if __name__ == "__main__":
+    main()
