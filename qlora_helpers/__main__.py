@@ -213,7 +213,7 @@ def _plan(
     asked = plan.plan_memory(config, where, method)
     if any(number < 1 for number in rows or []):
         raise UserError(f"rows: {min(rows or [])} is too small. Fix: 1 or more.")
-    times = plan_report.time(config, asked, where, rows or [config.n_samples or 1000])
+    times = plan_report.training_time(config, asked, where, rows or [config.n_samples or 1000])
     if json:
         totals = {name: round(other.total, 3) for name, other in plans.items()}
         print(dumps({**asked.to_dict(), "methods": totals, "time": times}, indent=1))

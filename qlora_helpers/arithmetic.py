@@ -104,20 +104,28 @@ def cpu_speed(hidden: int, intermediate: int) -> CpuSpeed:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{path}.lock"):
             stored = _stored(path)
-            if key not in stored:
-                stored[key] = asdict(measure(*size))
-                runs.write_json(path, stored)
-            return CpuSpeed(**stored[key])
-    except (OSError, TypeError):  # a cache that cannot be written, or a damaged one: this process measures for itself
+            if (speed := _speed(stored.get(key))) is None:
+                speed = measure(*size)
+                runs.write_json(path, stored | {key: asdict(speed)})
+            return speed
+    except OSError:  # a cache that cannot be written: this process measures for itself
         return measure(*size)
 
 
-def _stored(path: Path) -> dict[str, dict[str, float]]:
+def _stored(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _speed(entry: Any) -> CpuSpeed | None:
+    """An entry of the store; None if it is missing or damaged."""
+    try:
+        return CpuSpeed(**{name: float(entry[name]) for name in CANDIDATES})
+    except (TypeError, KeyError, ValueError):
+        return None
 
 
 def machine() -> tuple[Any, ...]:

@@ -120,13 +120,14 @@ def _gib(total: int, free: int) -> tuple[float, float]:
 
 
 def cpu_name() -> str:
-    """The processor, its cores, and the vector instructions that torch uses on it."""
+    """The processor, the cores that this process may use, and the vector instructions that torch uses on it."""
     import torch
 
     lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = next(iter(names), platform.processor() or platform.machine())
-    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def keep_freed_memory(device: Device) -> None:

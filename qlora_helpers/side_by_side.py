@@ -5,14 +5,17 @@ import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from textwrap import shorten
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qlora_helpers import answers, arithmetic, hub, model
+from qlora_helpers import answers, arithmetic, hub
 from qlora_helpers.comparison import BASE
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device, limit_memory, on_colab
 from qlora_helpers.errors import UserError
 from qlora_helpers.runs import RunFolder
+
+if TYPE_CHECKING:
+    from qlora_helpers.model import Adapters
 
 SHOWN = 8  # questions of the table: your own, the published two and a few held-out ones
 SAME_BASE = ("model", "revision", "quantization", "double_quant", "compute_dtype")
@@ -26,7 +29,7 @@ Entry = dict[str, str]  # "prompt", and an answer under the name of each model
 class Loaded:
     """One base in memory with the adapters of several runs on it, and the config that each model is asked with."""
 
-    adapters: model.Adapters
+    adapters: "Adapters"
     configs: dict[str, Config]  # the base's, then each experiment's
     tokenizer: Any
     device: Device
@@ -51,6 +54,8 @@ def load(experiments: dict[str, list[RunFolder]]) -> Loaded:
                 f"question: {name} has another base than {next(iter(configs))} ({differ[0]} differs). Fix: ask runs "
                 "of one base model."
             )
+    from qlora_helpers import model  # heavy, and not needed to look at answers that are there
+
     device = arithmetic.as_begun(arithmetic.device_for(shared), next(iter(first.values())).compute_dtype())
     limit_memory(device, shared.memory_limit_gib)
     tokenizer = hub.load_tokenizer(shared)

@@ -14,6 +14,7 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 STUDY = "h100-smollm2-study"
 CLAIMS, EVALUATION = "h100-claims", "h100-evaluation"
 FP16, BF16 = "h100-smollm2-fp16/exp1", f"{STUDY}/100-rows"  # the same rows, seed and steps in both arithmetics
+CPUS = ("cpu-avx2", "cpu-amx")
 TITLES = {
     "h100-smollm2-fp16": "The first two as on a T4: fp16, 14.56 GiB",
     "h100-tinyllama-shape-t4": "TinyLlama's shape with random weights, as on a T4 (its losses mean nothing)",
@@ -23,7 +24,42 @@ TITLES = {
 def render() -> str:
     """The README's part between the markers."""
     sections = [_section(name, title) for name, title in TITLES.items()]
-    return "\n\n".join([START, _study(), *sections, _claims(), _evaluation(), _memory(), END])
+    return "\n\n".join([START, _study(), *sections, _claims(), _evaluation(), _memory(), _cpu(), END])
+
+
+def _cpu() -> str:
+    """Two kinds of CPU: minutes of the series, and training beside TRL's."""
+    columns = ("CPU", "dtype", "GFLOP/s float32, bfloat16", "notebooks 01–07", "this package", "TRL", "ratio", "ratio*")
+    table = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
+    speeds = [json.loads((ROOT / "results" / name / "speed.json").read_text("utf-8")) for name in CPUS]
+    for name, speed in zip(CPUS, speeds, strict=True):
+        series = json.loads((ROOT / "results" / name / "series.json").read_text("utf-8"))
+        rates, dtype, gflops = speed["tokens_per_second"], speed["device"]["dtype"], speed["gflops"]
+        trl = max(rate for contender, rate in rates.items() if contender in [f"TRL, {known}" for known in gflops])
+        cells = [
+            series["device"]["name"],
+            dtype,
+            ", ".join(f"{value:.0f}" for value in gflops.values()),
+            "{} min {} s".format(*divmod(round(series["total"]), 60)),
+            f"{rates[f'this package, {dtype}']:.0f} tokens/s",
+            f"{trl:.0f} tokens/s",
+            f"{speed['times_trl']:.2f}",
+            f"{speed['times_trl_without_checkpointing']:.2f}",
+        ]
+        table.append(f"| {' | '.join(cells)} |")
+    worst = max(speed["largest_relative_difference_of_losses"] for speed in speeds)
+    return "\n\n".join(
+        [
+            "### On a CPU",
+            "SmolLM2-135M in NF4, 24 sample rows, 4 at a time, 256 tokens at most, beside TRL's `SFTTrainer`: tokens a "
+            "second without padding, medians of three rounds in which the contenders took turns. TRL runs with "
+            "`use_cpu=True, bf16=False`, its defaults and the faster dtype; \\*: without its gradient checkpointing. "
+            "`python benchmarks/cpu_speed.py`",
+            "\n".join(table),
+            f"Step by step, losses are within {worst:.1e} of those on padded batches. "
+            f"{'; '.join(dict.fromkeys(map(_packages, speeds)))}.",
+        ]
+    )
 
 
 def _claims() -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from qlora_helpers.series import SERIES
+
 ROOT = Path(__file__).parents[2]
 METRICS = {
     "train_rows", "steps", "epochs", "train_loss", "eval_loss", "base_eval_loss", "trainable_parameters", "seconds",
@@ -66,7 +68,7 @@ def test_metrics_differ_with_the_rows_and_data_nests(series):
 def test_comparison_and_report(series):
     out, _, stdout = series
     result = read(out / "comparison.json")
-    assert [row["name"] for row in result["table"]] == ["base", "base + 3 examples", "exp1", "exp2"]
+    assert [row["name"] for row in result["table"]] == ["base", "exp1", "exp2"]
     assert "| base | – | – |" in stdout
     assert "these adapters only" in stdout
     assert (out / "report.html").stat().st_size > 10_000
@@ -77,6 +79,25 @@ def test_comparison_and_report(series):
         assert (out / figure).exists()
     for prompt in ("Explain what is a variable in programming.", "How do computers store data?"):
         assert prompt in report
+
+
+def test_notebook_03_measures_the_base_for_the_others(series):
+    """Four ways to store it have losses; the one that is trained on has answers too, and no pass was made twice."""
+    out, _, _ = series
+    bases = sorted(out.glob("base-*"))
+    assert len([base for base in bases if (base / "heldout_losses.jsonl").exists()]) == len(bases) == 4
+    (trained_on,) = [base for base in bases if (base / "answers.jsonl").exists()]
+    assert {read(out / name / "manifest.json")["baseline"] for name in ("exp1", "exp2")} == {trained_on.name}
+    losses, run = trained_on / "heldout_losses.jsonl", out / "exp1" / "config.json"
+    assert losses.stat().st_mtime_ns < run.stat().st_mtime_ns
+
+
+def test_the_series_says_how_long_it_took(series):
+    out, _, stdout = series
+    noted = read(out / "series.json")
+    assert list(noted["seconds"]) == list(SERIES)
+    assert noted["total"] == pytest.approx(sum(noted["seconds"].values()), abs=0.1)
+    assert f"Notebooks: 7 done in {noted['total']:.0f} s on {noted['device']['name']}" in stdout
 
 
 def test_run_again_reuses_and_another_config_is_refused(series):

@@ -92,13 +92,15 @@ def test_a_damaged_store_is_measured_again(cache, measured, content):
     assert [CpuSpeed(**entry) for entry in stored] == [SLOW]
 
 
-def test_a_damaged_entry_is_no_traceback(cache, measured):
-    measured(SLOW)
+@pytest.mark.parametrize("entry", [{"float32": "x", "bfloat16": 1}, {"float32": 1}, 5, None, [], "x"])
+def test_a_damaged_entry_is_replaced(cache, measured, entry):
+    measured(FAST)
     device.detect()
-    entries = json.loads(cache.read_text("utf-8"))
-    cache.write_text(json.dumps({key: {"float32": "x"} for key in entries}), "utf-8")
+    (key,) = json.loads(cache.read_text("utf-8"))
+    cache.write_text(json.dumps({key: entry}), "utf-8")
     arithmetic.cpu_speed.cache_clear()
-    assert device.detect().dtype == "float32"
+    assert device.detect().dtype == "bfloat16"
+    assert json.loads(cache.read_text("utf-8")) == {key: dataclasses.asdict(FAST)}
 
 
 def test_the_profile_is_known_without_a_measurement(monkeypatch):

@@ -121,7 +121,7 @@ def test_the_two_experiments_differ_in_rows_only():
 )
 def test_cpu_profile_shrinks_the_experiment(preset, rows):
     config = Config.from_params(preset=preset, profile="cpu")
-    assert (config.n_samples, config.n_heldout) == (rows, 32)
+    assert (config.n_samples, config.n_heldout) == (rows, 24)
     assert config.dataset == "sample"
 
 

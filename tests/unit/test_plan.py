@@ -223,6 +223,42 @@ def test_the_command_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
+def test_hours_grow_with_rows_and_epochs(capsys):
+    """Rows x epochs / effective batch steps, on the card that is named, else on the smallest that fits."""
+    words = ["plan", "--model", "llama2-7b", "--batch", "4", "--accumulation", "1", "--max-length", "512", "--json"]
+    found = {}
+    for epochs in (1, 3):
+        assert main([*words, "--rows", "50000", "500000", "--epochs", str(epochs)]) == 0
+        found[epochs] = json.loads(capsys.readouterr().out)["time"]
+    assert [line["steps"] for line in found[1]] == [12_500, 125_000]
+    assert {line["on"] for line in found[1]} == {"l4"}
+    first = found[1][0]["hours"]
+    hours = [line["hours"] for lines in found.values() for line in lines]
+    assert hours == pytest.approx([first, 10 * first, 3 * first, 30 * first], rel=1e-6)
+    config = Config.preset("tinyllama-guanaco-100", model="llama2-7b", batch_size=4, max_length=512)
+    config = config.replace(gradient_accumulation=1)
+    assert first == pytest.approx(12_500 * step_time.seconds(config, CARDS["l4"]) / 3600)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--preset", "tinyllama-guanaco-100", "--device", "t4"], "100       5       125"),
+        (["--preset", "tinyllama-guanaco-100", "--device", "t4"], "measured on an H100"),
+        (["--model", "llama2-70b", "--method", "lora"], "no known card that fits"),
+        (["--method", "full", "--device", "h100"], "no estimate for this method"),
+    ],
+)
+def test_the_time_and_where_it_comes_from(capsys, words, said):
+    main(["plan", *words])
+    assert said in capsys.readouterr().out
+
+
+def test_no_rows_take_no_time(capsys):
+    assert main(["plan", "--rows", "0"]) == 2
+    assert capsys.readouterr().err == "error: rows: 0 is too small. Fix: 1 or more.\n"
+
+
 def test_auto_batch_is_chosen_printed_and_leaves_the_run_the_same(capsys):
     config = Config.preset("llama31-8b", max_length=1024, auto_batch=True)
     found = out_of_memory.choose_split(config, T4)
