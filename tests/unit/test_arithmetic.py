@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qlora_helpers import arithmetic, comparison, device, experiments, hub, model, runs, training
+from qlora_helpers import arithmetic, comparison, device, experiments, hub, model, runs, shapes, training
 from qlora_helpers.arithmetic import CpuSpeed
 from qlora_helpers.cleaning import prepare
 from qlora_helpers.errors import UserError
@@ -151,6 +152,36 @@ def test_three_steps_in_either_arithmetic(config, tokenizer, measured, tmp_path,
     steps = [line for line in run.log() if "loss" in line]
     assert len(steps) == 3
     assert all(line["grad_norm"] > 0 for line in steps)
+
+
+@pytest.fixture(scope="module")
+def wide_model(tokenizer, tmp_path_factory):
+    """One random block of the embedded model's widths."""
+    torch.manual_seed(0)
+    shape = shapes.known("smollm2-135m") | {"num_hidden_layers": 1, "vocab_size": len(tokenizer)}
+    folder = tmp_path_factory.mktemp("wide")
+    AutoModelForCausalLM.from_config(LlamaConfig(**shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_three_steps_at_the_embedded_models_widths(config, tokenizer, wide_model, tmp_path, monkeypatch):
+    """float32 and bfloat16 train alike: the same losses, but for rounding."""
+    monkeypatch.setattr(training.QloraTrainer, "evaluate", lambda self, *args, **kwargs: {"eval_loss": 0.0})
+    small = config.replace(model=str(wide_model), n_samples=3, batch_size=1, dropout=0.0)
+    losses = []
+    for dtype in arithmetic.CANDIDATES:
+        own = small.replace(compute_dtype=dtype)
+        here, data = arithmetic.device_for(own), prepare(own, tokenizer)
+        built = model.attach_lora(model.load_base(own, here), own)
+        trainer = training.build_trainer(built, own, data, tokenizer, here, runs.RunFolder(tmp_path / dtype))
+        trainer.train()
+        lines = [line for line in trainer.state.log_history if "loss" in line]
+        assert all(line["grad_norm"] > 0 for line in lines)
+        losses.append([line["loss"] for line in lines])
+    assert len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] != losses[1]
 
 
 def test_a_run_stays_in_the_arithmetic_it_began_in(config, tokenizer, measured, tmp_path, monkeypatch, capsys):
