@@ -1,6 +1,7 @@
 """Losses per row on text that is never trained on, and everything else that is measured of a model, in one folder."""
 
 import copy
+import inspect
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -21,7 +22,7 @@ from qlora_helpers.templates import IGNORE, Example
 SHOTS = 3  # examples in the prompt: what a base model can do when it is shown the way
 SHOTS_FROM = 200  # the shortest of so many training rows are shown
 GENERAL_LENGTH = 512
-SHARED = 16  # tokens that all rows begin with, from which it pays to read them once
+SHARED = 64  # tokens that all rows begin with, from which it pays to read them once
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,14 @@ def _read(inner: Any, ids: list[int]) -> DynamicCache:
     """The model's keys and values of a beginning, which are the same for all rows."""
     where = inner.get_input_embeddings().weight.device
     cache = DynamicCache()
-    inner.get_decoder()(input_ids=torch.tensor([ids], device=where), past_key_values=cache, use_cache=True)
+    decoder = inner.get_decoder()
+    decoder(input_ids=torch.tensor([ids], device=where), use_cache=True, **{_cache_argument(decoder): cache})
     return cache
+
+
+def _cache_argument(decoder: Any) -> str:
+    """What this version of transformers calls it: the old name prints a warning in newer ones, and will go."""
+    return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
 
 
 def _batch_losses(inner: Any, batch: list[Example], shared: int, read: DynamicCache | None) -> list[RowLoss]:
@@ -98,11 +105,12 @@ def _batch_losses(inner: Any, batch: list[Example], shared: int, read: DynamicCa
     ids = _pad([example.input_ids[shared:] for example in batch], 0).to(where)
     labels = _pad([example.labels[shared:] for example in batch], IGNORE).to(where)[:, 1:]
     mask = _pad([[1] * len(example.input_ids) for example in batch], 0).to(where)
-    before = copy.deepcopy(read)  # the model adds to it
-    if before is not None:
-        before.batch_repeat_interleave(len(batch))
-    decoder = inner.get_decoder()
-    hidden = decoder(input_ids=ids, attention_mask=mask, past_key_values=before, use_cache=False).last_hidden_state
+    decoder, before = inner.get_decoder(), {}
+    if read is not None:
+        copied = copy.deepcopy(read)  # the model adds to it
+        copied.batch_repeat_interleave(len(batch))
+        before = {_cache_argument(decoder): copied}
+    hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False, **before).last_hidden_state
     wanted, part = labels != IGNORE, memory.EVALUATION_LOGITS
     states, targets = hidden[:, :-1][wanted], labels[wanted]
     token_losses = torch.cat(

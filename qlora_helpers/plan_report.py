@@ -43,7 +43,9 @@ def answer(found: Plan) -> str:
     return "\n".join([head, found.words, *(f"- {advice}" for advice in found.advice)])
 
 
-def training_time(config: Config, found: Plan, device: str | float | None, n_rows: Iterable[int]) -> list[dict[str, Any]]:
+def training_time(
+    config: Config, found: Plan, device: str | float | None, n_rows: Iterable[int]
+) -> list[dict[str, Any]]:
     """Steps and hours of training, a line for each number of rows, on `device` or else on the smallest known card that
     fits; nothing if none does.
     """

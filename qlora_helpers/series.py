@@ -44,14 +44,17 @@ def run_series(out: Path, samples: list[int] | None, **params: Any) -> Path:
     seconds = {}
     for number, name in enumerate(SERIES, 1):
         params_here = common | own.get(name, {})
-        target = folder / "notebooks" / f"{name}.ipynb"
-        if "run_name" in params_here:
-            target = folder / params_here["run_name"] / "notebook.ipynb"
         began = time.monotonic()
-        execute(name, target, params_here, f"[{number}/{len(SERIES)}] {name}")
+        execute(name, executed(folder, name), params_here, f"[{number}/{len(SERIES)}] {name}")
         seconds[name] = round(time.monotonic() - began, 1)
     _note_time(folder, seconds)
     return folder / "report.md"
+
+
+def executed(folder: Path, name: str) -> Path:
+    """Where a notebook of the series is, as executed: with its run, if it trains one."""
+    run_names = dict(zip(EXPERIMENTS, ("exp1", "exp2"), strict=True))
+    return folder / run_names[name] / "notebook.ipynb" if name in run_names else folder / "notebooks" / f"{name}.ipynb"
 
 
 def _note_time(folder: Path, seconds: dict[str, float]) -> None:

@@ -40,10 +40,15 @@ def main(names: list[str]) -> None:
     work = Path(tempfile.gettempdir()) / "qlora-demo"  # stored outputs name it: a random one would change each time
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    for name in names or sorted(path.stem for path in series.notebooks_folder().glob("*.ipynb")):
-        executed = work / f"{name}.ipynb"
-        series.execute(name, executed, {"profile": "cpu", "workdir": str(work)}, name)
-        clean(executed, series.notebooks_folder() / f"{name}.ipynb")
+    if not names:
+        series.run_series(work, None, profile="cpu")
+        for name in series.SERIES:
+            clean(series.executed(work, name), series.notebooks_folder() / f"{name}.ipynb")
+        names = sorted({path.stem for path in series.notebooks_folder().glob("*.ipynb")} - {*series.SERIES})
+    for name in names:
+        target = work / f"{name}.ipynb"
+        series.execute(name, target, {"profile": "cpu", "workdir": str(work)}, name)
+        clean(target, series.notebooks_folder() / f"{name}.ipynb")
 
 
 if __name__ == "__main__":
