@@ -1,5 +1,6 @@
 """Answers: greedy ones from a model, and what can be counted about them: wording, endings, inventions, repetitions."""
 
+import inspect
 from math import inf
 from typing import Any
 
@@ -58,6 +59,12 @@ def generate(
         tokenizer.padding_side = side
         model.train(was_training)
     return [found[index] for index in range(len(asked))]
+
+
+def cache_argument(model: Any) -> str:
+    """What this version of transformers calls the cache: the old name prints a warning in newer ones, and will go."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values"
 
 
 def _continue(model: Any, tokenizer: Any, config: Config, device: Device, texts: list[str]) -> list[list[int]]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from qlora_helpers import chat_templates, layouts, templates
+from qlora_helpers.answers import cache_argument
 from qlora_helpers.device import autocast
 from qlora_helpers.errors import UserError
 from qlora_helpers.layouts import Message
@@ -83,12 +84,13 @@ class Conversation:
         ids, cache = prompt, None
         for left in range(self.new_tokens, 0, -STEP):
             with self.loaded.use(name) as switched, torch.inference_mode(), autocast(self.loaded.device):
+                argument = cache_argument(switched)
                 output = switched.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache,
+                    input_ids=ids, attention_mask=torch.ones_like(ids), **{argument: cache},
                     max_new_tokens=min(STEP, left), eos_token_id=ends, pad_token_id=tokenizer.pad_token_id,
                     return_dict_in_generate=True, **how,
                 )  # fmt: skip
-            ids, cache = output.sequences, output.past_key_values
+            ids, cache = output.sequences, output[argument]
             said = ids[0, prompt.shape[1] :].tolist()
             yield said
             if said[-1] in ends:

@@ -1,7 +1,6 @@
 """Losses per row on text that is never trained on, and everything else that is measured of a model, in one folder."""
 
 import copy
-import inspect
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -88,13 +87,8 @@ def _read(inner: Any, ids: list[int]) -> DynamicCache:
     where = inner.get_input_embeddings().weight.device
     cache = DynamicCache()
     decoder = inner.get_decoder()
-    decoder(input_ids=torch.tensor([ids], device=where), use_cache=True, **{_cache_argument(decoder): cache})
+    decoder(input_ids=torch.tensor([ids], device=where), use_cache=True, **{answers.cache_argument(decoder): cache})
     return cache
-
-
-def _cache_argument(decoder: Any) -> str:
-    """What this version of transformers calls it: the old name prints a warning in newer ones, and will go."""
-    return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
 
 
 def _batch_losses(inner: Any, batch: list[Example], shared: int, read: DynamicCache | None) -> list[RowLoss]:
@@ -109,7 +103,7 @@ def _batch_losses(inner: Any, batch: list[Example], shared: int, read: DynamicCa
     if read is not None:
         copied = copy.deepcopy(read)  # the model adds to it
         copied.batch_repeat_interleave(len(batch))
-        before = {_cache_argument(decoder): copied}
+        before = {answers.cache_argument(decoder): copied}
     hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False, **before).last_hidden_state
     wanted, part = labels != IGNORE, memory.EVALUATION_LOGITS
     states, targets = hidden[:, :-1][wanted], labels[wanted]

@@ -112,6 +112,7 @@ def config(model_folder):
         eval_steps=2,
         save_steps=2,
         few_shot=True,
+        compute_dtype="float32",  # the same on every machine; test_arithmetic.py is about the choice
     )
 
 

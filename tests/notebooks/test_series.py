@@ -82,10 +82,10 @@ def test_comparison_and_report(series):
 
 
 def test_notebook_03_measures_the_base_for_the_others(series):
-    """Four ways to store it have losses; the one that is trained on has answers too, and no pass was made twice."""
+    """Three ways to store it have losses; the one that is trained on has answers too, and no pass was made twice."""
     out, _, _ = series
     bases = sorted(out.glob("base-*"))
-    assert len([base for base in bases if (base / "heldout_losses.jsonl").exists()]) == len(bases) == 4
+    assert len([base for base in bases if (base / "heldout_losses.jsonl").exists()]) == len(bases) == 3
     (trained_on,) = [base for base in bases if (base / "answers.jsonl").exists()]
     assert {read(out / name / "manifest.json")["baseline"] for name in ("exp1", "exp2")} == {trained_on.name}
     losses, run = trained_on / "heldout_losses.jsonl", out / "exp1" / "config.json"

@@ -16,6 +16,12 @@ from qlora_helpers.errors import UserError
 FAST, SLOW = CpuSpeed(float32=100, bfloat16=300), CpuSpeed(float32=100, bfloat16=3)
 
 
+@pytest.fixture(scope="session")
+def config(config):
+    """The tiny model's, with the dtype left to the machine."""
+    return config.replace(compute_dtype="auto")
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty store of measured speeds."""

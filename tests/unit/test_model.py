@@ -141,7 +141,7 @@ def test_trained_biases_move_in_float32_are_saved_and_come_back(bloom_folder, tm
     config = Config.from_params(
         profile="cpu", model=str(bloom_folder), target_modules="query_key_value", bias=bias, quantization=quantization
     )
-    trained = model.attach_lora(model.load_base(config, detect()), config).train()
+    trained = model.attach_lora(model.load_base(config, detect("float32")), config).train()
     ids = torch.arange(16).reshape(2, 8)
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-5)
     for _ in range(3):
@@ -154,7 +154,7 @@ def test_trained_biases_move_in_float32_are_saved_and_come_back(bloom_folder, tm
     assert all(p.abs().max() > 0 for p in biases.values())  # they begin at zero, and steps of 1e-5 are not lost
     trained.save_pretrained(tmp_path)
     model.save_biases(trained, tmp_path)
-    again = model.load_adapter(model.load_base(config, detect()), tmp_path)
+    again = model.load_adapter(model.load_base(config, detect("float32")), tmp_path)
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, trained.eval()(input_ids=ids).logits)
 

@@ -165,7 +165,7 @@ def test_it_learns(trained):
 def test_the_adapter_moved_and_the_base_did_not(trained, config):
     saved = adapter(trained.run)
     assert all(p.abs().max() > 0 for name, p in saved.items() if "lora_B" in name)
-    fresh = dict(model.load_base(config, detect()).named_parameters())
+    fresh = dict(model.load_base(config, detect("float32")).named_parameters())
     after = {
         name.removeprefix("base_model.model.").replace(".base_layer", ""): p
         for name, p in trained.model.named_parameters()
@@ -199,9 +199,9 @@ def test_the_base_is_measured_once_for_all_runs(trained, config, data):
     measured = evaluation.mean_loss(evaluation.read_losses(where))
     assert measured == trained.run.read("metrics.json")["base_eval_loss"]
     more = config.replace(n_samples=8, seed=5)
-    assert evaluation.baseline_folder(more, data, detect(), trained.run.path.parent) == where
+    assert evaluation.baseline_folder(more, data, detect("float32"), trained.run.path.parent) == where
     other = config.replace(quantization="none")
-    assert evaluation.baseline_folder(other, data, detect(), trained.run.path.parent) != where
+    assert evaluation.baseline_folder(other, data, detect("float32"), trained.run.path.parent) != where
 
 
 def test_a_complete_run_is_not_trained_again(trained, train, capsys):
