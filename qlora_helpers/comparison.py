@@ -147,8 +147,7 @@ def compare(experiments: dict[str, list[RunFolder]]) -> dict[str, Any]:
     """
     every = [run for group_ in experiments.values() for run in group_]
     manifests = [run.read("manifest.json") for run in every]
-    _check_one_heldout_set(every, manifests)
-    _check_one_arithmetic(every, manifests)
+    _check_comparable(every, manifests)
     bases = {run.path.parent / m["baseline"] for run, m in zip(every, manifests, strict=True)}
     one_model = len({path.name for path in bases}) == 1
     base = RunFolder(sorted(bases)[0])
@@ -178,25 +177,19 @@ def compare(experiments: dict[str, list[RunFolder]]) -> dict[str, Any]:
     }
 
 
-def _check_one_heldout_set(every: list[RunFolder], manifests: list[dict[str, Any]]) -> None:
-    prints = {m["data"]["heldout_fingerprint"]: run.name for run, m in zip(every, manifests, strict=True)}
-    if len(prints) > 1:
-        which = ", ".join(f"{name}: {print_}" for print_, name in prints.items())
-        raise UserError(
-            f"comparison: the runs were measured on different held-out sets ({which}). Fix: compare runs with the "
-            "same dataset, data_seed and n_heldout."
-        )
+def _check_comparable(every: list[RunFolder], manifests: list[dict[str, Any]]) -> None:
+    """Raise `UserError` for other held-out rows, and for another dtype: rounding moves a loss as a few rows do."""
+    rows = [m["data"]["heldout_fingerprint"] for m in manifests]
+    _check_equal(every, rows, "measured on different held-out sets", "the same dataset, data_seed and n_heldout")
+    dtypes = [m["device"]["dtype"] for m in manifests]
+    _check_equal(every, dtypes, "computed in different dtypes", f"one compute_dtype, such as {min(dtypes)}")
 
 
-def _check_one_arithmetic(every: list[RunFolder], manifests: list[dict[str, Any]]) -> None:
-    """Rounding moves a loss by as much as a few training rows do."""
-    dtypes = {m["device"]["dtype"]: run.name for run, m in zip(every, manifests, strict=True)}
-    if len(dtypes) > 1:
-        which = ", ".join(f"{name}: {dtype}" for dtype, name in dtypes.items())
-        raise UserError(
-            f"comparison: the runs were computed in different dtypes ({which}). Fix: train them in one, such as "
-            f"compute_dtype={min(dtypes)}."
-        )
+def _check_equal(every: list[RunFolder], values: list[str], what: str, fix: str) -> None:
+    names = {value: run.name for run, value in zip(every, values, strict=True)}
+    if len(names) > 1:
+        which = ", ".join(f"{name}: {value}" for value, name in names.items())
+        raise UserError(f"comparison: the runs were {what} ({which}). Fix: compare runs with {fix}.")
 
 
 def _forgetting(base: RunFolder, experiments: dict[str, list[RunFolder]]) -> list[dict[str, Any]]:
