@@ -133,8 +133,7 @@ def cpu_name() -> str:
 def keep_freed_memory(device: Device) -> None:
     """Without a GPU, on Linux: let memory that is freed stay with this process, for the next tensor.
 
-    glibc returns large blocks to the system at once, and the next one costs a page fault every 4 KiB: about a seventh
-    of a training step on a CPU.
+    glibc returns large blocks to the system at once, and the next one costs a page fault every 4 KiB, in every step.
     """
     if device.kind == "cpu" and sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library

@@ -56,7 +56,7 @@ def _cpu() -> str:
             "`use_cpu=True, bf16=False`, its defaults and the faster dtype; \\*: without its gradient checkpointing. "
             "`python benchmarks/cpu_speed.py`",
             "\n".join(table),
-            f"Step by step, losses are within {worst:.1e} of those on padded batches. "
+            f"Step by step, losses differ from those on padded batches by at most {worst:.3%} of the loss. "
             f"{'; '.join(dict.fromkeys(map(_packages, speeds)))}.",
         ]
     )
