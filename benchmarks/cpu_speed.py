@@ -6,7 +6,8 @@ Each contender trains 24 of the project's own rows, 4 at a time, cut at 256 toke
 contenders take turns. Tokens a second count real tokens, without padding, and leave the first step out. TRL runs with
 `use_cpu=True, bf16=False` and its defaults, which include gradient checkpointing; a second line turns that off.
 A dtype whose products are hopeless on this CPU is named, not run. Without dropout, the losses of this package's batches
-and of TRL's own, through this package's trainer, are compared step by step.
+and of TRL's own, through this package's trainer, are compared step by step. Two controls say how much of it is
+rounding: TRL's batches with eager attention instead of SDPA, and in float32.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from qlora_helpers.config import Config
 from qlora_helpers.runs import RunFolder
 
 OURS, PADDED, TRL, TRL_UNCHECKPOINTED = "this package", "padded", "TRL", "TRL, no checkpointing"
+EAGER, EXACT = "padded, eager attention", "padded, float32"
 ROWS = 24
 
 
@@ -39,13 +41,15 @@ def trainer_of(contender: str, config: Config, folder: Path) -> Any:
     """The trainer of one contender, ready to train."""
     here, tokenizer = arithmetic.device_for(config), hub.load_tokenizer(config)
     data = cleaning.prepare(config, tokenizer)
-    if contender in (OURS, PADDED):
+    if contender in (OURS, PADDED, EAGER):
         from qlora_helpers import training
 
-        if contender == PADDED:
+        if contender != OURS:
             batches.collator = lambda *args: None  # type: ignore[assignment]
         built = model.attach_lora(model.load_base(config, here), config)
         trainer = training.build_trainer(built, config, data, tokenizer, here, RunFolder(folder))
+        if contender == EAGER:
+            built.set_attn_implementation("eager")
         trainer.evaluate = lambda *args, **kwargs: {"eval_loss": 0.0}  # type: ignore[method-assign]
         return trainer
     return _trl(config, data, tokenizer, contender == TRL, folder)
@@ -141,7 +145,8 @@ def compare(rounds: int) -> dict[str, Any]:
             rate = in_its_own_process(name, dtype, 0.05)["tokens_per_second"]
             found[f"{name}, {dtype}"].append(rate)
             print(f"round {number + 1} of {rounds}: {name}, {dtype}: {rate:.0f} tokens/s", flush=True)
-    losses = [in_its_own_process(name, here.dtype, 0.0)["losses"] for name in (OURS, PADDED)]
+    losses = {name: in_its_own_process(name, here.dtype, 0.0)["losses"] for name in (OURS, PADDED, EAGER)}
+    losses[EXACT] = in_its_own_process(PADDED, "float32", 0.0)["losses"]
     ours = found[f"{OURS}, {here.dtype}"]
     fastest = {name: max((found[f"{name}, {dtype}"] for dtype in dtypes), key=statistics.median)
                for name in (TRL, TRL_UNCHECKPOINTED)}  # fmt: skip
@@ -156,9 +161,18 @@ def compare(rounds: int) -> dict[str, Any]:
         "times_trl_without_checkpointing": statistics.median(
             a / b for a, b in zip(ours, fastest[TRL_UNCHECKPOINTED], strict=True)
         ),
-        "losses": dict(zip((OURS, PADDED), losses, strict=True)),
-        "largest_relative_difference_of_losses": max(abs(a / b - 1) for a, b in zip(*losses, strict=True)),
+        "losses": losses,
+        "largest_relative_difference_of_losses": _largest_difference(losses[OURS], losses[PADDED]),
+        "rounding": {
+            EAGER: _largest_difference(losses[EAGER], losses[PADDED]),
+            **{f"{name}, from float32": _largest_difference(losses[name], losses[EXACT]) for name in (OURS, PADDED)},
+        },
     }
+
+
+def _largest_difference(losses: list[float], plain: list[float]) -> float:
+    """The largest relative difference of any step's loss."""
+    return max(abs(a / b - 1) for a, b in zip(losses, plain, strict=True))
 
 
 def main() -> None:
@@ -179,7 +193,8 @@ def main() -> None:
     for name, rate in result["tokens_per_second"].items():
         print(f"{rate:8.0f} tokens/s  {name}")
     print(f"{result['times_trl']:.2f} x TRL, {result['times_trl_without_checkpointing']:.2f} x without checkpointing;",
-          f"losses within {result['largest_relative_difference_of_losses']:.1e}")  # fmt: skip
+          f"losses within {result['largest_relative_difference_of_losses']:.1e};",
+          ", ".join(f"{name} {value:.1e}" for name, value in result["rounding"].items()))  # fmt: skip
     if args.out:
         runs.write_json(args.out, result)
 
