@@ -12,8 +12,8 @@ import argparse
 
 import numpy as np
 
-from qlora_helpers.comparison import Arm, Difference, difference
-from qlora_helpers.evaluation import RowLoss
+from qlora_helpers.evaluation.comparison import Arm, Difference, difference
+from qlora_helpers.evaluation.losses import RowLoss
 
 ROW_NOISE = 0.1  # nats per token: standard deviation of a row's own gap
 SEED_NOISE = 0.004  # of a training seed, on all rows alike

@@ -18,10 +18,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_helpers import cleaning, comparison, evaluation, experiments, hub, runs
-from qlora_helpers.comparison import BASE, Arm, Difference
+from qlora_helpers import runs
 from qlora_helpers.config import EMBEDDED_MODEL, PROFILES, Config
+from qlora_helpers.data import cleaning
 from qlora_helpers.device import detect
+from qlora_helpers.evaluation import comparison, losses
+from qlora_helpers.evaluation.comparison import BASE, Arm, Difference
+from qlora_helpers.experiments import matrix
+from qlora_helpers.models import hub
 
 LEFT_OUT = 3  # blocks that the smaller model lacks
 LOOKED_AT = 8  # training rows on which each block is missed
@@ -50,7 +54,7 @@ def smaller(original: Any, examples: list[Any], tokenizer: Any, folder: Path) ->
     blocks, device, costs = original.model.layers, detect("bfloat16"), []
     for left_out in range(len(blocks)):
         original.model.layers = torch.nn.ModuleList([b for n, b in enumerate(blocks) if n != left_out])
-        costs.append(evaluation.mean_loss(evaluation.heldout_losses(original, examples, device)))
+        costs.append(losses.mean_loss(losses.heldout_losses(original, examples, device)))
     original.model.layers = blocks
     kept = sorted(sorted(range(len(blocks)), key=costs.__getitem__)[LEFT_OUT:])
     print(f"smaller: {len(kept)} of {len(blocks)} blocks, without {sorted({*range(len(blocks))} - {*kept})}")
@@ -111,8 +115,8 @@ def judge(found: dict[str, list[runs.RunFolder]], folder: Path) -> list[tuple[st
     losses compare per token, and cut rows count too.
     """
     base = runs.RunFolder(folder / found[RANK_14][0].read("manifest.json")["baseline"])
-    sides = {name: Arm(name, [evaluation.read_losses(run) for run in group]) for name, group in found.items()}
-    sides[BASE] = Arm(BASE, [evaluation.read_losses(base)], trained=False)
+    sides = {name: Arm(name, [losses.read_losses(run) for run in group]) for name, group in found.items()}
+    sides[BASE] = Arm(BASE, [losses.read_losses(base)], trained=False)
     words = {"better": "confirmed", "worse": "contradicted", "not distinguishable": "not distinguishable"}
     judged = []
     for claim, a, b, wanted in CLAIMS:
@@ -138,8 +142,8 @@ def main() -> None:
     )
     config = config.replace(n_samples=args.rows, alpha=20, epochs=3, n_seeds=args.seeds, equal_steps=False)
     config = config.replace(n_answers=2, max_new_tokens=16)  # losses decide here
-    needed = experiments.wanted(arms(config, *models(config, folder)), folder)
-    found = experiments.complete(sorted(needed, key=lambda item: item.config.seed))
+    needed = matrix.wanted(arms(config, *models(config, folder)), folder)
+    found = matrix.complete(sorted(needed, key=lambda item: item.config.seed))
     lines = ["| arm | trained weights | held-out loss, by seed |", "|---|---|---|"]
     for name, group in found.items():
         metrics = [run.read("metrics.json") for run in group]

@@ -21,9 +21,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import arithmetic, batches, cleaning, device, hub, model, runs
+from qlora_helpers import arithmetic, device, runs
 from qlora_helpers.config import Config
+from qlora_helpers.data import cleaning
+from qlora_helpers.models import hub, qlora
 from qlora_helpers.runs import RunFolder
+from qlora_helpers.training import batches
 
 OURS, PADDED, TRL, TRL_UNCHECKPOINTED = "this package", "padded", "TRL", "TRL, no checkpointing"
 EAGER, EXACT = "padded, eager attention", "padded, float32"
@@ -42,16 +45,16 @@ def trainer_of(contender: str, config: Config, folder: Path) -> Any:
     here, tokenizer = arithmetic.device_for(config), hub.load_tokenizer(config)
     data = cleaning.prepare(config, tokenizer)
     if contender in (OURS, PADDED, EAGER):
-        from qlora_helpers import training
+        from qlora_helpers.training import trainer
 
         if contender != OURS:
             batches.collator = lambda *args: None  # type: ignore[assignment]
-        built = model.attach_lora(model.load_base(config, here), config)
-        trainer = training.build_trainer(built, config, data, tokenizer, here, RunFolder(folder))
+        built = qlora.attach_lora(qlora.load_base(config, here), config)
+        ready = trainer.build_trainer(built, config, data, tokenizer, here, RunFolder(folder))
         if contender == EAGER:
             built.set_attn_implementation("eager")
-        trainer.evaluate = lambda *args, **kwargs: {"eval_loss": 0.0}  # type: ignore[method-assign]
-        return trainer
+        ready.evaluate = lambda *args, **kwargs: {"eval_loss": 0.0}  # type: ignore[method-assign]
+        return ready
     return _trl(config, data, tokenizer, contender == TRL, folder)
 
 

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from qlora_helpers import python_docs
+from qlora_helpers.data import python_docs
 from qlora_helpers.runs import write_jsonl
 
 

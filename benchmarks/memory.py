@@ -23,11 +23,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from qlora_helpers import answers, cleaning, evaluation, measured, runs, shapes, training
+from qlora_helpers import runs
 from qlora_helpers.config import Config
+from qlora_helpers.data import cleaning
 from qlora_helpers.device import GIB, detect, versions
-from qlora_helpers.model import attach_lora, load_base
+from qlora_helpers.evaluation import answers, losses
+from qlora_helpers.models.qlora import attach_lora, load_base
+from qlora_helpers.planning import architectures, measurements
 from qlora_helpers.runs import RunFolder
+from qlora_helpers.training import trainer
 
 STEPS = 5  # optimizer states are there after the first, and the allocator has settled
 
@@ -35,7 +39,7 @@ STEPS = 5  # optimizer states are there after the first, and the allocator has s
 def write_shape(name: str, folder: Path, tokenizer: Any) -> None:
     """A checkpoint with random weights, as a hub would serve it, so that the package's own loading is measured too."""
     with torch.device("cuda"):
-        shape = AutoConfig.for_model(**(shapes.known(name) or {}))
+        shape = AutoConfig.for_model(**(architectures.known(name) or {}))
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -70,7 +74,7 @@ class Timer(TrainerCallback):
 
 def measure(setting: dict[str, Any], folder: Path, tokenizer: Any) -> dict[str, Any]:
     """What one setting takes: GiB that torch reserved and allocated, and seconds a step."""
-    config = measured.config_of(setting).replace(model=str(folder), save_steps=1000)
+    config = measurements.config_of(setting).replace(model=str(folder), save_steps=1000)
     device = detect(config.compute_dtype)
     _fresh()
     base = load_base(config, device)
@@ -83,22 +87,22 @@ def measure(setting: dict[str, Any], folder: Path, tokenizer: Any) -> dict[str, 
     with tempfile.TemporaryDirectory() as run_folder:
         run = RunFolder(Path(run_folder))
         cleaning.identity = lambda *_: {}
-        trainer = training.build_trainer(model, config, data, tokenizer, device, run, [timer])
-        trainer.evaluate = lambda *_, **__: {"eval_loss": 1.0}
-        trainer._save_checkpoint = lambda *_: None
+        ready = trainer.build_trainer(model, config, data, tokenizer, device, run, [timer])
+        ready.evaluate = lambda *_, **__: {"eval_loss": 1.0}
+        ready._save_checkpoint = lambda *_: None
         _fresh()
         found |= {"start": torch.cuda.memory_allocated() / GIB, "start_reserved": torch.cuda.memory_reserved() / GIB}
         found["start_blocks"] = _blocks()
-        trainer.train()
+        ready.train()
         found |= _peak("train")
         found["seconds_per_step"] = min(b - a for a, b in zip(timer.ends, timer.ends[1:], strict=False))
-    del trainer
+    del ready
     _fresh()
-    evaluation.heldout_losses(model, data.heldout, device, measured.HELDOUT_ROWS)
+    losses.heldout_losses(model, data.heldout, device, measurements.HELDOUT_ROWS)
     found |= _peak("heldout")
     _fresh()
     long = " ".join(["word"] * (config.max_length // 2))
-    answers.generate(model, tokenizer, config, device, [{"prompt": long, "reference": None}] * measured.ANSWERS)
+    answers.generate(model, tokenizer, config, device, [{"prompt": long, "reference": None}] * measurements.ANSWERS)
     found |= _peak("answers")
     return found
 

@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 # isort: off
-from qlora_helpers import cleaning, hub, plan, runs, training  # first: it tells torch how reserved memory grows
+from qlora_helpers import runs
+from qlora_helpers.data import cleaning
+from qlora_helpers.models import hub
+from qlora_helpers.planning import plan
+from qlora_helpers.training import trainer  # first: it tells torch how reserved memory grows
 
 # isort: on
 import torch
@@ -64,7 +68,7 @@ def main() -> None:
         torch.cuda.set_per_process_memory_fraction(1.0)
         run = runs.RunFolder(folder / on_oom)
         try:
-            training.train(config.replace(on_oom=on_oom), data, tokenizer, run, [Cut(limit)])
+            trainer.train(config.replace(on_oom=on_oom), data, tokenizer, run, [Cut(limit)])
         except UserError as error:
             print(f"on_oom={on_oom}: {error}")
             print(

@@ -10,8 +10,12 @@ import argparse
 import time
 from pathlib import Path
 
-from qlora_helpers import cleaning, comparison, experiments, hub, report, runs
+from qlora_helpers import runs
 from qlora_helpers.config import EMBEDDED_MODEL, PROFILES, Config
+from qlora_helpers.data import cleaning
+from qlora_helpers.evaluation import comparison, report
+from qlora_helpers.experiments import matrix
+from qlora_helpers.models import hub
 
 
 def ladder(dataset: str, model: str, profile: str) -> dict[str, Config]:
@@ -39,8 +43,8 @@ def main() -> None:
     started = time.time()
     found: dict[str, list[runs.RunFolder]] = {}
     for name, config in ladder(args.dataset, args.model, args.profile).items():
-        (item, *more) = experiments.wanted({name: config.replace(n_seeds=args.seeds, equal_steps=False)}, folder)
-        found |= experiments.complete([item, *more])
+        (item, *more) = matrix.wanted({name: config.replace(n_seeds=args.seeds, equal_steps=False)}, folder)
+        found |= matrix.complete([item, *more])
         print(f"{name}: {time.time() - started:.0f} s since the start", flush=True)
     result = comparison.compare(found)
     report.write(result, found, folder)

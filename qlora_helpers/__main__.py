@@ -139,13 +139,14 @@ def _check_names(argv: list[str], parser: Parser) -> None:
 
 
 def _run(**args: Any) -> None:
-    from qlora_helpers import series
+    from qlora_helpers.experiments import series
 
     _print_comparison(series.run_series(**args))
 
 
 def _compare(run_folders: list[Path], out: Path) -> None:
-    from qlora_helpers import comparison, report, runs
+    from qlora_helpers import runs
+    from qlora_helpers.evaluation import comparison, report
     from qlora_helpers.runs import RunFolder
 
     folders = [RunFolder(path) for path in run_folders]
@@ -157,7 +158,7 @@ def _compare(run_folders: list[Path], out: Path) -> None:
 
 
 def _print_comparison(written: Path) -> None:
-    from qlora_helpers import report
+    from qlora_helpers.evaluation import report
     from qlora_helpers.runs import RunFolder
 
     result = RunFolder(written.parent).read("comparison.json")
@@ -166,7 +167,7 @@ def _print_comparison(written: Path) -> None:
 
 
 def _batch(**args: Any) -> None:
-    from qlora_helpers import series, sweep
+    from qlora_helpers.experiments import series, sweep
 
     lists = {name: args.pop(name) for name in sweep.KNOBS}
     batch = series.run_batch(lists=lists, **args)
@@ -180,8 +181,10 @@ def _batch(**args: Any) -> None:
 
 
 def _data(out: Path, max_tokens: int, n_heldout: int | None, template: str | None, **params: Any) -> None:
-    from qlora_helpers import cleaning, data_report, hub, runs
+    from qlora_helpers import runs
     from qlora_helpers.config import Config
+    from qlora_helpers.data import cleaning, report
+    from qlora_helpers.models import hub
 
     params |= {"profile": "cpu", "preset": "tinyllama-coding", "max_length": max_tokens, "n_heldout": n_heldout}
     config = Config.from_params(**params)
@@ -189,12 +192,12 @@ def _data(out: Path, max_tokens: int, n_heldout: int | None, template: str | Non
     config = config.replace(template=template or ("auto" if tokenizer.chat_template else "instruction"))
     cleaned = cleaning.clean(config, tokenizer, None if n_heldout else lambda usable: min(1000, max(2, usable // 10)))
     cleaning.check_enough(cleaned, n_heldout or 2, 1)
-    report = data_report.build(cleaned, config, tokenizer)
-    data_report.write(report, cleaned, runs.workdir(str(out)))
+    found = report.build(cleaned, config, tokenizer)
+    report.write(found, cleaned, runs.workdir(str(out)))
     print(f"layout: {cleaned.loaded.layout}")
-    for name, count in report.tables[0].rows:
+    for name, count in found.tables[0].rows:
         print(f"{count:>10,}  {name}")
-    print(*filter(None, [report.advice]), f"Report: {out / 'report.md'}", sep="\n")
+    print(*filter(None, [found.advice]), f"Report: {out / 'report.md'}", sep="\n")
 
 
 def _plan(
@@ -203,7 +206,7 @@ def _plan(
 ) -> int:  # fmt: skip
     from json import dumps
 
-    from qlora_helpers import plan, plan_report
+    from qlora_helpers.planning import plan, tables
 
     if targets is not None:
         params["target_modules"] = "all-linear" if targets == "all" else targets
@@ -213,27 +216,26 @@ def _plan(
     asked = plan.plan_memory(config, where, method)
     if any(number < 1 for number in rows or []):
         raise UserError(f"rows: {min(rows or [])} is too small. Fix: 1 or more.")
-    times = plan_report.training_time(config, asked, where, rows or [config.n_samples or 1000])
+    times = tables.training_time(config, asked, where, rows or [config.n_samples or 1000])
     if json:
         totals = {name: round(other.total, 3) for name, other in plans.items()}
         print(dumps({**asked.to_dict(), "methods": totals, "time": times}, indent=1))
     else:
-        shown = (plan_report.table(plans), "", plan_report.answer(asked), "", plan_report.time_table(times))
+        shown = (tables.table(plans), "", tables.answer(asked), "", tables.time_table(times))
         print(*shown, sep="\n")
     return 0 if asked.fits else 3
 
 
 def _export(run_folder: Path, out: Path, gguf: str | None) -> None:
-    from qlora_helpers import export, parity
+    from qlora_helpers.export import parity, pipeline
     from qlora_helpers.runs import RunFolder
 
-    print(
-        parity.table(export.ship(RunFolder(run_folder), out.expanduser().resolve(), gguf)), f"\nExport: {out}", sep="\n"
-    )
+    compared = pipeline.ship(RunFolder(run_folder), out.expanduser().resolve(), gguf)
+    print(parity.table(compared), f"\nExport: {out}", sep="\n")
 
 
 def _serve(**args: Any) -> None:
-    from qlora_helpers import serve
+    from qlora_helpers.export import serve
 
     server = serve.plan(**args)
     print(server.help())
@@ -241,17 +243,17 @@ def _serve(**args: Any) -> None:
 
 
 def _push(source: Path, repository: str, public: bool, really: bool) -> None:
-    from qlora_helpers import pushing
+    from qlora_helpers.export import push
 
-    push = pushing.prepare(source.expanduser(), repository, public)
-    print(push)
-    print(f"Pushed: {pushing.upload(push)}" if really else "Nothing was sent. To send it: the same with --really.")
+    planned = push.prepare(source.expanduser(), repository, public)
+    print(planned)
+    print(f"Pushed: {push.upload(planned)}" if really else "Nothing was sent. To send it: the same with --really.")
 
 
 def _fetch() -> None:
-    from qlora_helpers import embedded
+    from qlora_helpers.models import bundled
 
-    print(embedded.fetch())
+    print(bundled.fetch())
 
 
 COMMANDS: dict[str, Callable[..., int | None]] = {

@@ -8,11 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import runs, shapes
+from qlora_helpers import runs
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device, cpu_name, detect, profile
-from qlora_helpers.embedded import cache_folder
 from qlora_helpers.errors import UserError
+from qlora_helpers.models.bundled import cache_folder
+from qlora_helpers.planning import architectures
 
 CANDIDATES = ("float32", "bfloat16")
 WORTHWHILE = 1.2  # bfloat16 rounds more coarsely: it has to be this much faster
@@ -83,7 +84,7 @@ def as_begun(device: Device, dtype: str | None) -> Device:
 def product_size(config: Config) -> tuple[int, int]:
     """Hidden and intermediate size of the config's model; the embedded model's for one whose shape is not known."""
     try:
-        shape = shapes.load(config.model, config.revision)
+        shape = architectures.load(config.model, config.revision)
     except UserError:
         return USUAL_SIZE
     return shape.hidden, shape.intermediate

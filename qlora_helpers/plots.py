@@ -15,14 +15,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from qlora_helpers import measured
+from qlora_helpers.planning import measurements
 
 if TYPE_CHECKING:
     import torch
 
-    from qlora_helpers.cleaning import Data
-    from qlora_helpers.curve import Curve
-    from qlora_helpers.plan import Plan
+    from qlora_helpers.data.cleaning import Data
+    from qlora_helpers.evaluation.learning_curve import Curve
+    from qlora_helpers.planning.plan import Plan
 
 # Okabe and Ito's colours, told apart with any kind of colour vision.
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -293,7 +293,7 @@ def memory_parts(plans: "dict[str, Plan]", card: float | None) -> Figure:
 @_styled
 def planned_and_measured(lines: list[dict[str, Any]]) -> Figure:
     """Planned against measured peak memory, a dot a setting; those that only score stand out. Within the band: 10%."""
-    planned, seen = zip(*map(measured.peaks, lines), strict=True)
+    planned, seen = zip(*map(measurements.peaks, lines), strict=True)
     figure, (axes,) = _new("Planned and measured", 4.6)
     reach = np.array([min(seen) * 0.8, max(seen) * 1.25])
     axes.fill_between(reach, reach * 0.9, reach * 1.1, color=GREY, alpha=0.2, linewidth=0, label="within 10%")

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 
 from qlora_helpers.config import Config
-from qlora_helpers.layouts import Row
+from qlora_helpers.data.schema import Row
 from qlora_helpers.runs import ROOT
 
 settings.register_profile("tests", derandomize=True, deadline=None, database=None)
@@ -123,14 +123,15 @@ def make_run(config, tokenizer, tmp_path_factory):
     """
     import torch
 
-    from qlora_helpers import checkpoints, hub, model, runs
+    from qlora_helpers import runs
     from qlora_helpers.device import detect
+    from qlora_helpers.models import hub, qlora, safetensors_io
     from qlora_helpers.runs import RunFolder
 
     def make(base=None, words=tokenizer, **changes):
         run = RunFolder(tmp_path_factory.mktemp("run") / "exp1")
         own = config.replace(quantization="none", **({"model": str(base)} if base else {}), **changes)
-        built = model.attach_lora(model.load_base(own, detect("float32")), own)
+        built = qlora.attach_lora(qlora.load_base(own, detect("float32")), own)
         torch.manual_seed(1)
         for name, p in built.named_parameters():
             if "lora_B" in name or (p.requires_grad and name.endswith("bias")):
@@ -139,7 +140,7 @@ def make_run(config, tokenizer, tmp_path_factory):
         words.save_pretrained(run.adapter)
         runs.write_json(run / "config.json", {"identity": {}, "config": own.to_dict()})
         data = {"heldout_ids": ["a", "b"], "source_fingerprint": "x"}
-        base_ = {"revision": None, "fingerprint": checkpoints.fingerprint(hub.folder(own))}
+        base_ = {"revision": None, "fingerprint": safetensors_io.fingerprint(hub.folder(own))}
         noted = {"versions": {"torch": "2"}, "data": data, "model": base_, "baseline": "base-0"}
         noted |= {"device": {"dtype": "float32"}}
         runs.write_json(run / "manifest.json", noted)
@@ -223,10 +224,11 @@ def setup(config, device, tokenizer):
     """A float32 model with an adapter that does something, and held-out rows of many lengths."""
     import torch
 
-    from qlora_helpers import cleaning, model
+    from qlora_helpers.data import cleaning
+    from qlora_helpers.models import qlora
 
     plain = config.replace(quantization="none", max_length=48, n_heldout=11, n_samples=1)
-    built = model.attach_lora(model.load_base(plain, device), plain)
+    built = qlora.attach_lora(qlora.load_base(plain, device), plain)
     torch.manual_seed(0)
     for name, p in built.named_parameters():
         if "lora_B" in name:

@@ -5,7 +5,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import measured, plots, report, runs
+from qlora_helpers import plots, runs
+from qlora_helpers.evaluation import report
+from qlora_helpers.planning import measurements
 from qlora_helpers.runs import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,11 +127,14 @@ def _packages(made: dict[str, Any]) -> str:
 
 def _memory() -> str:
     """How far the memory plan was off, moment by moment, on what it was fitted to and on what it was not."""
-    lines = measured.read("settings")
+    lines = measurements.read("settings")
     table = ["| settings | peak of the run | training | held-out losses | answers |", "| --- | --- | --- | --- | --- |"]
     for scored, words in ((False, "fitted to"), (True, "kept for the score")):
         chosen = [line for line in lines if line["scored_only"] == scored]
-        scores = [measured.score(chosen, moments) for moments in (measured.MOMENTS, *((m,) for m in measured.MOMENTS))]
+        scores = [
+            measurements.score(chosen, moments)
+            for moments in (measurements.MOMENTS, *((m,) for m in measurements.MOMENTS))
+        ]
         cells = [f"{found['median']:.1%}, {found['worst']:.1%}" for found in scores]
         table.append(f"| {len(chosen)} {words} | {' | '.join(cells)} |")
     return "\n\n".join(
@@ -198,7 +203,7 @@ def main() -> None:
     figures = {
         "differences": plots.differences(result),
         "loss_curves": plots.loss_curves(logs),
-        "memory": plots.planned_and_measured(measured.read("settings")),
+        "memory": plots.planned_and_measured(measurements.read("settings")),
         "arithmetic": plots.loss_curves({"bf16": _log(BF16), "fp16, as on a T4": _log(FP16)}),
     }
     for name, figure in figures.items():

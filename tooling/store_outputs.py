@@ -11,7 +11,7 @@ from pathlib import Path
 
 import nbformat
 
-from qlora_helpers import series
+from qlora_helpers.experiments import series
 
 
 def clean(path: Path, target: Path) -> None:

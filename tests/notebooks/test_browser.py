@@ -26,28 +26,31 @@ pytestmark = [
 ]
 
 PICKER = """
-from qlora_helpers import side_by_side
+from qlora_helpers.chat import side_by_side
 nasty = "<script>document.title = 'broken out'</script><b class='nasty'>bold</b> & $x$"
 entries = [{"prompt": f"Question {n}?", "base": f"plain {n}", "exp1": nasty} for n in range(10)]
 side_by_side.show(entries)
 """
 TRAINING = """
 from pathlib import Path
-from qlora_helpers import Config, cleaning, hub, live, runs, training
+from qlora_helpers import Config, runs
+from qlora_helpers.data import cleaning
+from qlora_helpers.models import hub
+from qlora_helpers.training import live, trainer
 config = Config.from_params(
     profile="cpu", model=MODEL, n_samples=16, n_heldout=6, max_length=64, learning_rate=0.01, max_new_tokens=8
 )
 tokenizer = hub.load_tokenizer(config)
 data = cleaning.prepare(config, tokenizer)
 run = runs.RunFolder(Path("run").absolute())
-run = training.train(config, data, tokenizer, run, callbacks=[live.LiveLoss(run)])
+run = trainer.train(config, data, tokenizer, run, callbacks=[live.LiveLoss(run)])
 """
 CHAT = """
 from pathlib import Path
-from qlora_helpers import chat, side_by_side
+from qlora_helpers.chat import panel, side_by_side
 from qlora_helpers.runs import RunFolder
 loaded = side_by_side.load({"exp1": [RunFolder(Path(RUN))]})
-chat.show(loaded, ["What is <b class='nasty'>rain</b>?"], new_tokens=400)
+panel.show(loaded, ["What is <b class='nasty'>rain</b>?"], new_tokens=400)
 """
 
 

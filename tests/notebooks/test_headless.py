@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 
-from qlora_helpers import __main__, series
+from qlora_helpers import __main__
+from qlora_helpers.experiments import series
 from qlora_helpers.runs import RunFolder
 
 WORK = """import json, pathlib

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_helpers.series import SERIES
+from qlora_helpers.experiments.series import SERIES
 
 ROOT = Path(__file__).parents[2]
 METRICS = {

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from qlora_helpers import answers, layouts
+from qlora_helpers.data import schema
+from qlora_helpers.evaluation import answers
 
 
 def asked(*prompts):
@@ -143,4 +144,4 @@ def test_rouge_is_the_command_lines(tmp_path):
     ],
 )
 def test_invented_turns(text, invented):
-    assert bool(layouts.TURN_MARKER.search(text)) is invented
+    assert bool(schema.TURN_MARKER.search(text)) is invented

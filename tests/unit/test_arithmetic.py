@@ -8,10 +8,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qlora_helpers import arithmetic, comparison, device, experiments, hub, model, runs, shapes, training
+from qlora_helpers import arithmetic, device, runs
 from qlora_helpers.arithmetic import CpuSpeed
-from qlora_helpers.cleaning import prepare
+from qlora_helpers.data.cleaning import prepare
 from qlora_helpers.errors import UserError
+from qlora_helpers.evaluation import comparison
+from qlora_helpers.experiments import matrix
+from qlora_helpers.models import hub, qlora
+from qlora_helpers.planning import architectures
+from qlora_helpers.training import trainer
 
 FAST, SLOW = CpuSpeed(float32=100, bfloat16=300), CpuSpeed(float32=100, bfloat16=3)
 
@@ -134,14 +139,14 @@ def test_the_models_own_size_is_measured(config, cache, monkeypatch):
 def test_the_same_base_in_either_arithmetic(config, measured, speed):
     measured(speed)
     here = arithmetic.device_for(config)
-    base = model.load_base(config, here)
+    base = qlora.load_base(config, here)
     weights = {name: p for name, p in base.named_parameters() if p.dtype == torch.uint8}
     assert {m.weight.quant_state.dtype for m in base.modules() if hasattr(m, "compute_dtype")} == {
         getattr(torch, here.dtype)
     }
-    other = model.load_base(config, here.computing_in("float32" if here.dtype == "bfloat16" else "bfloat16"))
+    other = qlora.load_base(config, here.computing_in("float32" if here.dtype == "bfloat16" else "bfloat16"))
     assert all(torch.equal(weights[name], p) for name, p in other.named_parameters() if name in weights)
-    assert model.weight_table(base) == model.weight_table(other)
+    assert qlora.weight_table(base) == qlora.weight_table(other)
     proofs = [device.prove_four_bit(here.computing_in(dtype)) for dtype in arithmetic.CANDIDATES]
     assert {p["16-bit"]["KiB of weights"] for p in proofs} == {512}
 
@@ -151,7 +156,7 @@ def test_three_steps_in_either_arithmetic(config, tokenizer, measured, tmp_path,
     """The run trains, and its manifest says in what it computed, and why."""
     measured(speed)
     own = config.replace(n_samples=12, few_shot=False, n_answers=1)
-    run = training.train(own, prepare(own, tokenizer), tokenizer, runs.RunFolder(tmp_path / "run"))
+    run = trainer.train(own, prepare(own, tokenizer), tokenizer, runs.RunFolder(tmp_path / "run"))
     noted = run.read("manifest.json")["device"]
     assert noted["dtype"] == speed.dtype == run.read("metrics.json")["compute_dtype"]
     assert noted["reason"] == speed.reason
@@ -164,7 +169,7 @@ def test_three_steps_in_either_arithmetic(config, tokenizer, measured, tmp_path,
 def wide_model(tokenizer, tmp_path_factory):
     """One random block of the embedded model's widths."""
     torch.manual_seed(0)
-    shape = shapes.known("smollm2-135m") | {"num_hidden_layers": 1, "vocab_size": len(tokenizer)}
+    shape = architectures.known("smollm2-135m") | {"num_hidden_layers": 1, "vocab_size": len(tokenizer)}
     folder = tmp_path_factory.mktemp("wide")
     AutoModelForCausalLM.from_config(LlamaConfig(**shape)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -173,16 +178,16 @@ def wide_model(tokenizer, tmp_path_factory):
 
 def test_three_steps_at_the_embedded_models_widths(config, tokenizer, wide_model, tmp_path, monkeypatch):
     """float32 and bfloat16 train alike: the same losses, but for rounding."""
-    monkeypatch.setattr(training.QloraTrainer, "evaluate", lambda self, *args, **kwargs: {"eval_loss": 0.0})
+    monkeypatch.setattr(trainer.QloraTrainer, "evaluate", lambda self, *args, **kwargs: {"eval_loss": 0.0})
     small = config.replace(model=str(wide_model), n_samples=3, batch_size=1, dropout=0.0)
     losses = []
     for dtype in arithmetic.CANDIDATES:
         own = small.replace(compute_dtype=dtype)
         here, data = arithmetic.device_for(own), prepare(own, tokenizer)
-        built = model.attach_lora(model.load_base(own, here), own)
-        trainer = training.build_trainer(built, own, data, tokenizer, here, runs.RunFolder(tmp_path / dtype))
-        trainer.train()
-        lines = [line for line in trainer.state.log_history if "loss" in line]
+        built = qlora.attach_lora(qlora.load_base(own, here), own)
+        ready = trainer.build_trainer(built, own, data, tokenizer, here, runs.RunFolder(tmp_path / dtype))
+        ready.train()
+        lines = [line for line in ready.state.log_history if "loss" in line]
         assert all(line["grad_norm"] > 0 for line in lines)
         losses.append([line["loss"] for line in lines])
     assert len(losses[0]) == 3
@@ -194,19 +199,19 @@ def test_a_run_stays_in_the_arithmetic_it_began_in(config, tokenizer, measured, 
     """Begun on a machine with fast bfloat16, moved to one without."""
     own = config.replace(n_samples=12, few_shot=False, n_answers=1, save_steps=1)
     data, run = prepare(own, tokenizer), runs.RunFolder(tmp_path / "run")
-    save = training.QloraTrainer._save_checkpoint
+    save = trainer.QloraTrainer._save_checkpoint
 
     def once(self, *args):
         save(self, *args)
         raise KeyboardInterrupt
 
     measured(FAST)
-    monkeypatch.setattr(training.QloraTrainer, "_save_checkpoint", once)
+    monkeypatch.setattr(trainer.QloraTrainer, "_save_checkpoint", once)
     with pytest.raises(KeyboardInterrupt):
-        training.train(own, data, tokenizer, run)
-    monkeypatch.setattr(training.QloraTrainer, "_save_checkpoint", save)
+        trainer.train(own, data, tokenizer, run)
+    monkeypatch.setattr(trainer.QloraTrainer, "_save_checkpoint", save)
     measured(SLOW)
-    training.train(own, data, tokenizer, run)
+    trainer.train(own, data, tokenizer, run)
     assert run.read("metrics.json")["compute_dtype"] == "bfloat16"
     assert "began in bfloat16 and stays in it, which is slow here" in capsys.readouterr().out
 
@@ -216,7 +221,7 @@ def test_runs_in_two_arithmetics_are_not_compared(config, tokenizer, measured, t
     for name, speed in (("exp1", FAST), ("exp2", SLOW)):
         measured(speed)
         own = config.replace(n_samples=8, few_shot=False, n_answers=1, seed=len(folders))
-        folders[name] = [training.train(own, prepare(own, tokenizer), tokenizer, runs.RunFolder(tmp_path / name))]
+        folders[name] = [trainer.train(own, prepare(own, tokenizer), tokenizer, runs.RunFolder(tmp_path / name))]
     with pytest.raises(UserError, match=r"different dtypes \(exp1: bfloat16, exp2: float32\).*Fix: .*compute_dtype"):
         comparison.compare(folders)
     bases = sorted(path.name for path in tmp_path.glob("base-*"))
@@ -228,7 +233,7 @@ def test_missing_runs_say_how_long_they_take_here(config, measured, tmp_path):
     words = []
     for speed in (FAST, CpuSpeed(float32=0.01, bfloat16=0.01)):
         measured(speed)
-        (needed,) = experiments.wanted({"exp1": config}, tmp_path)
+        (needed,) = matrix.wanted({"exp1": config}, tmp_path)
         words.append(needed.minutes)
     assert "300 GFLOP/s in bfloat16" in words[0]
     assert "0 GFLOP/s in float32" in words[1]

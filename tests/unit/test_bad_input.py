@@ -13,7 +13,9 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from qlora_helpers import __main__, experiments, hub, series
+from qlora_helpers import __main__
+from qlora_helpers.experiments import matrix, series
+from qlora_helpers.models import hub
 
 SECONDS = 120  # a command that takes longer hangs
 FEW_AND_ALL = [15, pytest.param(170, marks=pytest.mark.slow)]  # of each of three kinds: 510 in all
@@ -24,7 +26,7 @@ def trained(config, tokenizer, tmp_path_factory):
     """Two complete runs and their base, small and read again and again."""
     folder = tmp_path_factory.mktemp("trained")
     configs = {f"exp{n}": config.replace(n_samples=4 * n, n_heldout=4, n_answers=2) for n in (1, 2)}
-    experiments.complete(experiments.wanted(configs, folder))
+    matrix.complete(matrix.wanted(configs, folder))
     for checkpoints in folder.glob("*/checkpoints"):
         shutil.rmtree(checkpoints)
     return folder

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_helpers import batches, model, training
-from qlora_helpers.cleaning import prepare
+from qlora_helpers.data.cleaning import prepare
+from qlora_helpers.data.prompts import IGNORE
+from qlora_helpers.models import qlora
 from qlora_helpers.runs import RunFolder
-from qlora_helpers.templates import IGNORE
+from qlora_helpers.training import batches, trainer
 
 TINY = {
     "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -156,9 +157,9 @@ def test_a_run_takes_the_same_steps_as_on_trls_batches(config, tokenizer, device
     losses = []
     for number, collate in enumerate((batches.collator, lambda model, device: None)):
         monkeypatch.setattr(batches, "collator", collate)
-        built = model.attach_lora(model.load_base(own, device), own)
-        trainer = training.build_trainer(built, own, data, tokenizer, device, RunFolder(tmp_path / str(number)))
-        trainer.train()
-        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+        built = qlora.attach_lora(qlora.load_base(own, device), own)
+        ready = trainer.build_trainer(built, own, data, tokenizer, device, RunFolder(tmp_path / str(number)))
+        ready.train()
+        losses.append([line["loss"] for line in ready.state.log_history if "loss" in line])
     assert len(losses[0]) == 4
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -7,8 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_helpers import cleaning, comparison, evaluation, model, runs
+from qlora_helpers import runs
+from qlora_helpers.data import cleaning
 from qlora_helpers.device import detect
+from qlora_helpers.evaluation import comparison, losses
+from qlora_helpers.models import qlora
 from qlora_helpers.runs import ROOT, RunFolder
 
 spec = importlib.util.spec_from_file_location("claims", ROOT / "benchmarks" / "claims.py")
@@ -33,7 +36,7 @@ def test_zero_biases_change_nothing_and_can_be_trained(original, tokenizer, conf
     own = config.replace(model=str(folder))
     # a block: q 64, k 32, v 32, o 64, gate 128, up 128, down 64; the adapter is on q and v; two blocks
     for bias, count in (("none", 0), ("lora_only", 2 * (64 + 32)), ("all", 2 * 512)):
-        built = model.attach_lora(model.load_base(own, device), own.replace(bias=bias))
+        built = qlora.attach_lora(qlora.load_base(own, device), own.replace(bias=bias))
         trained = {n: p for n, p in built.named_parameters() if p.requires_grad and n.endswith("bias")}
         assert sum(p.numel() for p in trained.values()) == count
         ids = torch.arange(40)[None]
@@ -58,8 +61,8 @@ def test_the_smaller_model_lacks_the_block_that_is_missed_least(
     whole, by_hand = logits(original), {}
     for block in blocks:
         original.model.layers = torch.nn.ModuleList([block])
-        losses = evaluation.heldout_losses(original, examples, detect("bfloat16"))
-        by_hand[evaluation.mean_loss(losses)] = logits(original)
+        rows = losses.heldout_losses(original, examples, detect("bfloat16"))
+        by_hand[losses.mean_loss(rows)] = logits(original)
     original.model.layers = blocks
     folder = claims.smaller(original, examples, tokenizer, tmp_path)
     made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from qlora_helpers import Config, UserError, cleaning
+from qlora_helpers import Config, UserError
+from qlora_helpers.data import cleaning
 
 ROWS = [{"instruction": f"Question number {i}?", "output": f"Answer {i}."} for i in range(40)]
 

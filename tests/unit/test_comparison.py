@@ -8,13 +8,16 @@ import warnings
 
 import pytest
 
-from qlora_helpers import UserError, __main__, comparison, evaluation, experiments, report, runs, training
-from qlora_helpers.comparison import Arm, Difference
-from qlora_helpers.evaluation import RowLoss
+from qlora_helpers import UserError, __main__, runs
+from qlora_helpers.evaluation import comparison, losses, report
+from qlora_helpers.evaluation.comparison import Arm, Difference
+from qlora_helpers.evaluation.losses import RowLoss
+from qlora_helpers.experiments import matrix
 from qlora_helpers.runs import RunFolder
+from qlora_helpers.training import trainer
 
 
-def losses(per_token, tokens=(20, 30, 50, 10, 40, 25)):
+def row_losses(per_token, tokens=(20, 30, 50, 10, 40, 25)):
     return [RowLoss(str(i), loss * n, n, 4 * n) for i, (loss, n) in enumerate(zip(per_token, tokens, strict=False))]
 
 
@@ -23,7 +26,7 @@ def difference(a, losses_a, b, losses_b, **options):
     return comparison.difference(Arm(a, [losses_a]), Arm(b, [losses_b]), **options)
 
 
-BASE = losses([2.0, 2.5, 1.8, 2.2, 2.4, 2.1])
+BASE = row_losses([2.0, 2.5, 1.8, 2.2, 2.4, 2.1])
 
 
 @pytest.mark.parametrize(
@@ -52,7 +55,7 @@ def test_the_verdict_follows_from_the_interval(low, high, verdict):
     ],
 )
 def test_differences(shifts, verdict):
-    other = losses([a.loss_sum / a.tokens + shift for a, shift in zip(BASE, shifts, strict=True)])
+    other = row_losses([a.loss_sum / a.tokens + shift for a, shift in zip(BASE, shifts, strict=True)])
     found = difference("base", BASE, "exp1", other)
     assert found.verdict == verdict
     assert found.low <= found.value <= found.high
@@ -79,7 +82,7 @@ def test_the_same_gain_on_every_token_is_a_gain():
 
 
 def test_one_row_says_nothing_about_others():
-    found = difference("a", BASE[:1], "b", losses([1.0]))
+    found = difference("a", BASE[:1], "b", row_losses([1.0]))
     assert found.verdict == "not distinguishable"
     assert found.to_dict()["low"] is None  # JSON has no infinity
 
@@ -88,8 +91,8 @@ def test_one_row_says_nothing_about_others():
 def test_intervals_contain_their_value(rows):
     draw = random.Random(rows)
     tokens = [draw.randint(1, 200) for _ in range(rows)]
-    a = losses([draw.gauss(2, 0.5) for _ in range(rows)], tokens)
-    b = losses([draw.gauss(2, 0.5) for _ in range(rows)], tokens)
+    a = row_losses([draw.gauss(2, 0.5) for _ in range(rows)], tokens)
+    b = row_losses([draw.gauss(2, 0.5) for _ in range(rows)], tokens)
     found = difference("a", a, "b", b)
     assert found.low <= found.value <= found.high
 
@@ -104,8 +107,8 @@ def test_other_rows_are_refused(other):
 
 def test_the_spread_of_seeds_widens_the_interval():
     """Three adapters of one recipe that differ a lot say less about the recipe than three that agree."""
-    agree = [losses([row.loss_sum / row.tokens - 0.3 + s for row in BASE]) for s in (-0.01, 0, 0.01)]
-    differ = [losses([row.loss_sum / row.tokens - 0.3 + s for row in BASE]) for s in (-0.2, 0, 0.2)]
+    agree = [row_losses([row.loss_sum / row.tokens - 0.3 + s for row in BASE]) for s in (-0.01, 0, 0.01)]
+    differ = [row_losses([row.loss_sum / row.tokens - 0.3 + s for row in BASE]) for s in (-0.2, 0, 0.2)]
     base = Arm("base", [BASE], trained=False)
     close, wide = (comparison.difference(base, Arm("exp", seeds)) for seeds in (agree, differ))
     assert close.value == pytest.approx(wide.value) == pytest.approx(-0.3)
@@ -137,14 +140,14 @@ def trained(config, tokenizer, tmp_path_factory):
     """Two seeds of one config and one seed of another, trained on the tiny model."""
     folder = tmp_path_factory.mktemp("runs")
     small = config.replace(n_seeds=2, n_answers=2)
-    needed = experiments.wanted({"exp1": small.replace(n_samples=8), "exp2": small}, folder)
+    needed = matrix.wanted({"exp1": small.replace(n_samples=8), "exp2": small}, folder)
     assert [(w.experiment, w.name, w.config.seed) for w in needed] == [
         ("exp1", "exp1", 0),
         ("exp1", "exp1-seed1", 1),
         ("exp2", "exp2", 0),
         ("exp2", "exp2-seed1", 1),
     ]
-    return folder, experiments.complete(needed), needed
+    return folder, matrix.complete(needed), needed
 
 
 def test_runs_are_compared_from_their_folders(trained):
@@ -173,7 +176,7 @@ def test_runs_are_compared_from_their_folders(trained):
 
 def test_equal_steps_and_reuse(trained):
     folder, _, needed = trained
-    again = experiments.wanted(
+    again = matrix.wanted(
         {n: w.config.replace(equal_steps=True) for n, w in (("exp1", needed[0]), ("exp2", needed[2]))}, folder
     )
     control = [item for item in again if item.experiment == "exp1, equal steps"]
@@ -186,22 +189,20 @@ def test_equal_steps_and_reuse(trained):
 def test_the_minutes_are_said_before_anything_is_trained(trained, config, tmp_path, capsys, monkeypatch):
     """Of what is missing alone, all runs together."""
     _, found, needed = trained
-    assert experiments.complete(needed) == found
+    assert matrix.complete(needed) == found
     assert capsys.readouterr().out == "All 4 runs are there: nothing to train.\n"
     slow = {"seconds_per_step": 60.0, "n_seeds": 2, "n_answers": 2}
-    more = experiments.wanted(
-        {name: config.replace(n_samples=n, **slow) for name, n in (("a", 8), ("b", 16))}, tmp_path
-    )
+    more = matrix.wanted({name: config.replace(n_samples=n, **slow) for name, n in (("a", 8), ("b", 16))}, tmp_path)
 
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "train", stop)
+    monkeypatch.setattr(trainer, "train", stop)
     with pytest.raises(KeyboardInterrupt):
-        experiments.complete(more)
+        matrix.complete(more)
     first, _ = capsys.readouterr().out.splitlines()
     assert first.startswith("4 of 4 runs missing: about 14 min")  # 2 + 2 + 4 + 4 steps, and four starts
-    assert experiments.outlook([*needed, *more[:1]]).startswith("1 of 5 runs missing: about 3 min")
+    assert matrix.outlook([*needed, *more[:1]]).startswith("1 of 5 runs missing: about 3 min")
 
 
 def test_rehearsal_is_judged_on_the_general_questions(trained, tmp_path):
@@ -209,7 +210,7 @@ def test_rehearsal_is_judged_on_the_general_questions(trained, tmp_path):
     _, found, _ = trained
     (without, *_), (with_it, *_) = found["exp1"], found["exp2"]
     own = comparison.rehearsed([without], [with_it])
-    gaps = [evaluation.mean_loss(evaluation.read_losses(run, "general_losses.jsonl")) for run in (without, with_it)]
+    gaps = [losses.mean_loss(losses.read_losses(run, "general_losses.jsonl")) for run in (without, with_it)]
     assert own.value == pytest.approx(gaps[1] - gaps[0])
     assert (own.rows, own.seeds) == (48, 1)
     copy = RunFolder(shutil.copytree(without.path, tmp_path / "lower"))
@@ -221,7 +222,7 @@ def test_rehearsal_is_judged_on_the_general_questions(trained, tmp_path):
 
 def test_other_heldout_sets_are_refused_with_their_fingerprints(trained, config, tmp_path):
     _, found, _ = trained
-    other = experiments.complete(experiments.wanted({"other": config.replace(n_heldout=5, n_answers=2)}, tmp_path))
+    other = matrix.complete(matrix.wanted({"other": config.replace(n_heldout=5, n_answers=2)}, tmp_path))
     names = [found["exp1"][0], other["other"][0]]
     prints = [run.read("manifest.json")["data"]["heldout_fingerprint"] for run in names]
     with pytest.raises(UserError, match=f"exp1: {prints[0]}, other: {prints[1]}"):
@@ -273,7 +274,7 @@ def test_the_compare_command(trained, tmp_path, capsys):
 def test_the_same_seed_gives_the_same_metrics(trained, config, tokenizer, tmp_path):
     """A/A: on a CPU a run repeated is the same run."""
     _, found, needed = trained
-    (again,) = experiments.complete(experiments.wanted({"exp1": needed[0].config.replace(n_seeds=1)}, tmp_path))["exp1"]
+    (again,) = matrix.complete(matrix.wanted({"exp1": needed[0].config.replace(n_seeds=1)}, tmp_path))["exp1"]
     first = found["exp1"][0]
     for name in ("heldout_losses.jsonl", "general_losses.jsonl", "answers.jsonl"):
         assert (again / name).read_text() == (first / name).read_text()

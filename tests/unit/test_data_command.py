@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from qlora_helpers import __main__, sources
+from qlora_helpers import __main__
+from qlora_helpers.data import sources
 from qlora_helpers.runs import read_jsonl
 
 FILES = ("train.jsonl", "heldout.jsonl", "dropped.jsonl", "report.md", "report.json")

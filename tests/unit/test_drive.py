@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from qlora_helpers import UserError, cleaning, drive, notebook, runs, training
+from qlora_helpers import UserError, drive, notebook, runs
+from qlora_helpers.data import cleaning
 from qlora_helpers.runs import RunFolder
+from qlora_helpers.training import trainer
 
 
 class Interrupt(TrainerCallback):
@@ -47,7 +49,7 @@ def train(machine, config, tokenizer):
     def run_it(callbacks=(), folder=None, **changes):
         settings = config.replace(**changes)
         run = RunFolder(folder or runs.DRIVE / "qlora_runs" / "exp1")
-        return training.train(settings, cleaning.prepare(settings, tokenizer), tokenizer, run, callbacks)
+        return trainer.train(settings, cleaning.prepare(settings, tokenizer), tokenizer, run, callbacks)
 
     return run_it
 

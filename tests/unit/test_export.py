@@ -12,21 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_helpers import (
-    UserError,
-    chat_templates,
-    checkpoints,
-    embedded,
-    export,
-    gguf_export,
-    hub,
-    merging,
-    model,
-    parity,
-    runs,
-    templates,
-)
+from qlora_helpers import UserError, runs
 from qlora_helpers.__main__ import main
+from qlora_helpers.data import chat_template, prompts
+from qlora_helpers.export import gguf as export_gguf
+from qlora_helpers.export import merge, parity, pipeline
+from qlora_helpers.models import bundled, hub, qlora, safetensors_io
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +38,14 @@ def run(make_run, tokenizer, model_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def what(run):
-    return merging.source(run)
+    return merge.source(run)
 
 
 @pytest.fixture(scope="module")
 def shipped(run, tmp_path_factory):
     """A sound export of each kind, and what the gate said of it."""
     folder = tmp_path_factory.mktemp("out")
-    return {kind: (folder / kind, export.ship(run, folder / kind, kind)) for kind in gguf_export.OWN}
+    return {kind: (folder / kind, pipeline.ship(run, folder / kind, kind)) for kind in export_gguf.OWN}
 
 
 def logits(loaded, ids):
@@ -66,7 +57,7 @@ def logits(loaded, ids):
 def test_transformers_loads_the_gguf_back(shipped, kind, most):
     out, _ = shipped[kind]
     source = {"pretrained_model_name_or_path": out / "gguf", "gguf_file": f"model-{kind}.gguf"}
-    back = AutoModelForCausalLM.from_pretrained(**source, **embedded.unpacked(), dtype=torch.float32)
+    back = AutoModelForCausalLM.from_pretrained(**source, **bundled.unpacked(), dtype=torch.float32)
     merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
     want = AutoTokenizer.from_pretrained(out / "merged")
     got = parity.gguf_tokenizer(out / "gguf" / f"model-{kind}.gguf")
@@ -99,10 +90,10 @@ def test_a_tokenizer_of_llama_2s_kind_comes_back(tmp_path, shipped, config):
     merged = tmp_path / "merged"
     shutil.copytree(shipped["f16"][0] / "merged", merged)
     want = sentencepiece_like()
-    want.chat_template = chat_templates.chat_template(config, want)
+    want.chat_template = chat_template.chat_template(config, want)
     want.save_pretrained(merged)
     change(merged / "config.json", vocab_size=1000)
-    gguf_export.write(merged, tmp_path / "model.gguf", "f16")
+    export_gguf.write(merged, tmp_path / "model.gguf", "f16")
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
     got = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     for text in ("Which planet takes the longest?", "### Human: 17 x 6?\n\n  é😀### Assistant: ab</s>"):
@@ -130,13 +121,13 @@ def test_sound_exports_pass_and_are_written_whole(shipped, run):
 def planted(what, tmp_path, fault):
     """A merged folder with one fault."""
     out = tmp_path / "merged"
-    merging.merge(dataclasses.replace(what, scale=2 * what.scale) if fault == "alpha" else what, out)
+    merge.merge(dataclasses.replace(what, scale=2 * what.scale) if fault == "alpha" else what, out)
     if fault == "four bits":
-        base = {tensor.name: tensor.read().float() for tensor in checkpoints.tensors(what.base)}
-        for tensor in checkpoints.tensors(out):
+        base = {tensor.name: tensor.read().float() for tensor in safetensors_io.tensors(what.base)}
+        for tensor in safetensors_io.tensors(out):
             if "_proj" in tensor.name:
                 update = tensor.read().float() - base[tensor.name]
-                tensor.overwrite(model.round_trip(base[tensor.name], "nf4", True) + update, tensor.file)
+                tensor.overwrite(qlora.round_trip(base[tensor.name], "nf4", True) + update, tensor.file)
     if fault == "template":
         (out / "chat_template.jinja").unlink()
     if fault == "stop":
@@ -156,7 +147,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_caught_and_named(what, tmp_path, fault):
-    (found,) = export.verify(what, {"merged": planted(what, tmp_path, fault)})
+    (found,) = pipeline.verify(what, {"merged": planted(what, tmp_path, fault)})
     with pytest.raises(UserError, match=FAULTS[fault]):
         parity.check(found)
     other = [problem for name, problem in FAULTS.items() if FAULTS[name] != FAULTS[fault]]
@@ -182,24 +173,24 @@ def test_one_close_call_at_an_end_is_no_lost_end_where_weights_are_rounded(shipp
 def test_a_gguf_without_template_or_stop_is_caught(what, tmp_path, monkeypatch, fault):
     name = {"template": "add_chat_template", "stop": "add_eos_token_id"}[fault]
     monkeypatch.setattr(gguf.GGUFWriter, name, lambda *_: None)
-    merging.merge(what, tmp_path / "merged")
-    gguf_export.write(tmp_path / "merged", tmp_path / "model.gguf", "f16")
-    (found,) = export.verify(what, {"f16": tmp_path / "model.gguf"})
+    merge.merge(what, tmp_path / "merged")
+    export_gguf.write(tmp_path / "merged", tmp_path / "model.gguf", "f16")
+    (found,) = pipeline.verify(what, {"f16": tmp_path / "model.gguf"})
     with pytest.raises(UserError, match=FAULTS[fault]):
         parity.check(found)
 
 
 def test_a_broken_export_leaves_nothing_behind(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_export, "_permuted", lambda name, weight, config: weight)
+    monkeypatch.setattr(export_gguf, "_permuted", lambda name, weight, config: weight)
     with pytest.raises(UserError, match="the f16 model does not answer as its adapter does"):
-        export.ship(run, tmp_path / "out", "f16")
+        pipeline.ship(run, tmp_path / "out", "f16")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_answer_that_ends_ends_in_every_export(what, tmp_path, shipped):
     """With an end token that is likely, so that some answers do end; and the fault is then seen in the answers too."""
     out, _ = shipped["f16"]
-    device, questions = parity.choose_device(what.base), parity.prompts()
+    device, questions = parity.choose_device(what.base), parity.questions()
     likely = parity.of_adapter(what, device, questions)
     common = max({t for asked in likely for t in asked.answer}, key=lambda t: sum(t in a.answer for a in likely))
     reference = []
@@ -223,7 +214,7 @@ def test_an_answer_that_ends_ends_in_every_export(what, tmp_path, shipped):
 def test_the_modelfile_asks_in_the_layout_of_training(config, tokenizer, make_row, template):
     """Go's template language is read as Jinja's, of which the Modelfile uses the common part."""
     own = config.replace(template=template)
-    text = chat_templates.modelfile(own, tokenizer, "model-f16.gguf")
+    text = chat_template.modelfile(own, tokenizer, "model-f16.gguf")
     go = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)[1]
     for old, new in (
         ("{{ $later := false }}", "{% set ns = namespace(later=false) %}"),
@@ -240,7 +231,7 @@ def test_the_modelfile_asks_in_the_layout_of_training(config, tokenizer, make_ro
     go = go.replace("{{ end }}", "{% endif %}")
     row = make_row("What?", "It.", "Why?")
     got = jinja2.Environment(keep_trailing_newline=True).from_string(go).render(messages=row.messages)
-    assert got == templates.render_prompt(row.messages, own, tokenizer)
+    assert got == prompts.render_prompt(row.messages, own, tokenizer)
     assert 'PARAMETER stop "</s>"' in text
     assert "PARAMETER repeat_penalty 1.0" in text  # else the answers are not those that were compared
     assert "FROM ./model-f16.gguf" in text
@@ -259,17 +250,17 @@ def change(path, **changes):
     ],
 )
 def test_a_model_that_no_gguf_is_written_of(what, tmp_path, changes, message):
-    merging.merge(what, tmp_path / "merged")
+    merge.merge(what, tmp_path / "merged")
     change(tmp_path / "merged" / "config.json", **changes)
     with pytest.raises(UserError, match=message + r".*Fix"):
-        gguf_export.write(tmp_path / "merged", tmp_path / "model.gguf", "f16")
+        export_gguf.write(tmp_path / "merged", tmp_path / "model.gguf", "f16")
     assert not (tmp_path / "model.gguf").exists()
 
 
 def test_too_little_disk_is_said_before_anything_is_written(run, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(UserError, match=r"needs 0.\d GB, and 0.0 GB are free. Fix"):
-        export.ship(run, tmp_path / "out")
+        pipeline.ship(run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from qlora_helpers import hub
 from qlora_helpers.__main__ import main
+from qlora_helpers.models import hub
 from qlora_helpers.runs import RunFolder
 
 TRAINED_ON, CACHED = "b" * 40, "a" * 40

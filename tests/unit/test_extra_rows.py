@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_helpers import cleaning, templates
 from qlora_helpers.config import Config
+from qlora_helpers.data import cleaning, prompts
 
 FILES = [name for name in os.environ.get("QLORA_TEST_ROWS", "").split(os.pathsep) if name]
 
@@ -21,7 +21,7 @@ def test_rows_come_out_whole(name, template, tokenizer):
     parts = sum(n for key, n in counts.items() if key not in ("rows read", "train, cut at the token limit"))
     assert counts["rows read"] == parts
     for example in data.train + data.heldout:
-        text, spans = templates.render(example.row.messages, config, tokenizer)
-        pieces = templates.show_labels(example, tokenizer).pieces
+        text, spans = prompts.render(example.row.messages, config, tokenizer)
+        pieces = prompts.show_labels(example, tokenizer).pieces
         if not example.cut:
             assert "".join(piece for kind, piece in pieces if kind != "masked") == "".join(text[a:b] for a, b in spans)

@@ -4,8 +4,10 @@ import subprocess
 
 import pytest
 
-from qlora_helpers import UserError, cleaning, drive, runs, training
+from qlora_helpers import UserError, drive, runs
+from qlora_helpers.data import cleaning
 from qlora_helpers.runs import RunFolder
+from qlora_helpers.training import trainer
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def disk(tmp_path):
 def train(config, tokenizer):
     def run_it(folder):
         settings = config.replace(epochs=2)
-        return training.train(settings, cleaning.prepare(settings, tokenizer), tokenizer, RunFolder(folder))
+        return trainer.train(settings, cleaning.prepare(settings, tokenizer), tokenizer, RunFolder(folder))
 
     return run_it
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qlora_helpers import intervals
-from qlora_helpers.intervals import Interval
+from qlora_helpers.evaluation import intervals
+from qlora_helpers.evaluation.intervals import Interval
 
 
 def test_the_ratio_and_its_error():

@@ -17,7 +17,7 @@ from qlora_helpers.runs import RunFolder
 
 KILLS = 30
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["qlora_helpers.training"])
+SERVER.set_forkserver_preload(["qlora_helpers.training.trainer"])
 
 
 def work(config, tokenizer_folder, folder, said):
@@ -27,12 +27,14 @@ def work(config, tokenizer_folder, folder, said):
         import torch
         from transformers import AutoTokenizer
 
-        from qlora_helpers import UserError, cleaning, training
+        from qlora_helpers import UserError
+        from qlora_helpers.data import cleaning
+        from qlora_helpers.training import trainer
 
         torch.set_num_threads(1)
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
         try:
-            training.train(config, cleaning.prepare(config, tokenizer), tokenizer, RunFolder(folder))
+            trainer.train(config, cleaning.prepare(config, tokenizer), tokenizer, RunFolder(folder))
         except UserError as error:
             print(error)
             os._exit(2)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from qlora_helpers import embedded, gguf_export, hub, merging, parity, serve
 from qlora_helpers.__main__ import main
+from qlora_helpers.export import gguf, merge, parity, serve
+from qlora_helpers.models import bundled, hub
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,15 +30,15 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def base():
-    return embedded.fetch()
+    return bundled.fetch()
 
 
 @pytest.fixture(scope="module", params=["guanaco", "auto"])
 def made(request, base, make_run, tmp_path_factory):
     """In each layout: the merged folder of a run on the embedded model, and what its adapter answers."""
-    what = merging.source(make_run(base, words=hub.saved_tokenizer(base), template=request.param))
+    what = merge.source(make_run(base, words=hub.saved_tokenizer(base), template=request.param))
     merged = tmp_path_factory.mktemp(request.param) / "merged"
-    merging.merge(what, merged)
+    merge.merge(what, merged)
     return request.param, merged, parity.of_adapter(what, parity.choose_device(base), parity.prompts())
 
 
@@ -66,10 +67,10 @@ def asked_by_llama_cpp(llama, reference):
         yield parity.Asked(prompt, answer, stopped, logprobs), said["choices"][0]["message"]["content"]
 
 
-@pytest.mark.parametrize("kind", gguf_export.KINDS)
+@pytest.mark.parametrize("kind", gguf.KINDS)
 def test_llama_cpp_answers_as_the_adapter_does(made, tmp_path, kind):
     template, merged, reference = made
-    gguf_export.write(merged, tmp_path / "model.gguf", kind)
+    gguf.write(merged, tmp_path / "model.gguf", kind)
     llama = opened(tmp_path / "model.gguf")
     asked, texts = zip(*asked_by_llama_cpp(llama, reference), strict=True)
     found = parity.judge(kind, "bfloat16", reference, asked, same_ends=True)  # its products round to 16 bits, or to 8
@@ -99,7 +100,7 @@ def test_the_command_makes_q4_k_m(make_run, base, tmp_path, capfd):
 @pytest.mark.skipif(bool(serve._lacking(serve.LLAMA_CPP)), reason="its server is not installed: requirements-full.txt")
 def test_openais_client_gets_llama_cpps_own_answer(made, tmp_path, serving):
     _, merged, _ = made
-    gguf_export.write(merged, tmp_path / "mine.gguf", "f16")
+    gguf.write(merged, tmp_path / "mine.gguf", "f16")
     question = [{"role": "user", "content": "How do computers store data?"}]
     asked = {"messages": question, "temperature": 0.0, "max_tokens": 24}
     said = opened(tmp_path / "mine.gguf").create_chat_completion(**asked)["choices"][0]["message"]["content"]

@@ -8,23 +8,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_helpers import evaluation, measured, memory, out_of_memory, plan, plan_report, step_time
 from qlora_helpers.__main__ import main
-from qlora_helpers.cards import CARDS
-from qlora_helpers.comparison import Difference
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device
 from qlora_helpers.errors import UserError
+from qlora_helpers.evaluation import losses
+from qlora_helpers.evaluation.comparison import Difference
+from qlora_helpers.planning import measurements, memory, plan, step_time, tables
+from qlora_helpers.planning.gpus import CARDS
 from qlora_helpers.runs import RunFolder
+from qlora_helpers.training import oom
 
 T4 = Device("cuda", "T4", (7, 5), 14.74, 14.5, "float16", "")
 
 
 @pytest.mark.parametrize("scored_only", [False, True])
-@pytest.mark.parametrize("moments", [("train",), measured.MOMENTS])
+@pytest.mark.parametrize("moments", [("train",), measurements.MOMENTS])
 def test_the_plan_is_right_where_it_was_measured(scored_only, moments):
-    lines = [line for line in measured.read("settings") if line["scored_only"] == scored_only]
-    found = measured.score(lines, moments)
+    lines = [line for line in measurements.read("settings") if line["scored_only"] == scored_only]
+    found = measurements.score(lines, moments)
     assert found["settings"] >= 12
     assert found["median"] < 0.05
     assert found["worst"] < 0.10
@@ -33,7 +35,7 @@ def test_the_plan_is_right_where_it_was_measured(scored_only, moments):
 def test_trained_parameters_are_the_models_own(model_folder, device, tmp_path):
     from transformers import BloomConfig, BloomForCausalLM
 
-    from qlora_helpers.model import attach_lora, load_base
+    from qlora_helpers.models.qlora import attach_lora, load_base
 
     bloom = tmp_path / "bloom"
     BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4)).save_pretrained(bloom)
@@ -57,8 +59,8 @@ def test_tinyllama_trains_what_the_report_should_have_said():
 
 
 def test_weights_in_four_bits_are_what_torch_counted():
-    for line in measured.read("settings"):
-        load = memory.load_of(measured.config_of(line))
+    for line in measurements.read("settings"):
+        load = memory.load_of(measurements.config_of(line))
         assert sum(memory.static_parts(load).values()) / memory.GIB == pytest.approx(line["start"], rel=0.01)
 
 
@@ -109,14 +111,14 @@ def test_a_large_card_gets_the_whole_batch_and_a_small_one_checkpointing():
 
 
 def test_the_arithmetic_of_seconds_is_near_what_was_measured():
-    lines = plan_report.timings(measured.read("speed"))
+    lines = tables.timings(measurements.read("speed"))
     assert len(lines) == 8
     assert max(abs(line["arithmetic s"] / line["measured s"] - 1) for line in lines) < 0.12
 
 
 def test_hours_grow_with_the_rows_and_with_the_model_and_need_a_card():
     llama = Config.preset("llama2-7b-qlora")
-    table = plan_report.hours({name: llama.replace(model=name) for name in ("llama2-7b", "llama2-70b")}, (1000, 2000))
+    table = tables.hours({name: llama.replace(model=name) for name in ("llama2-7b", "llama2-70b")}, (1000, 2000))
     cells = {(line["model"], line["method"]): line for line in table}
     small, large = cells["llama2-7b", "qlora"], cells["llama2-70b", "qlora"]
     assert small["card"] == "t4"
@@ -149,7 +151,7 @@ def test_evaluation_takes_so_many_at_once_that_training_needs_more(preset, most)
     config = Config.preset(preset)
     load = memory.load_of(config)
     training = sum(memory.training_parts(load).values())
-    rows, questions = evaluation.at_once(config, T4)
+    rows, questions = losses.at_once(config, T4)
     assert (rows, questions) == most
     assert sum(memory.heldout_parts(load, rows).values()) <= training
     assert sum(memory.answer_parts(load, questions).values()) <= training
@@ -158,7 +160,7 @@ def test_evaluation_takes_so_many_at_once_that_training_needs_more(preset, most)
 
 def test_a_kind_of_model_that_is_not_planned_is_evaluated_in_small_parts(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    assert evaluation.at_once(Config.preset("llama31-8b", model=str(tmp_path)), T4) == (1, 8)
+    assert losses.at_once(Config.preset("llama31-8b", model=str(tmp_path)), T4) == (1, 8)
 
 
 def test_a_recipe_on_another_model_gets_that_models_layers_and_no_pinned_revision():
@@ -196,7 +198,7 @@ def test_a_t4_is_the_same_card_by_name_by_size_and_as_a_device():
     ],
 )
 def test_the_command(capsys, monkeypatch, words, code, said):
-    from qlora_helpers import hub
+    from qlora_helpers.models import hub
 
     monkeypatch.setattr(hub, "reachable", lambda: False)
     assert main(["plan", *words]) == code
@@ -261,17 +263,17 @@ def test_no_rows_take_no_time(capsys):
 
 def test_auto_batch_is_chosen_printed_and_leaves_the_run_the_same(capsys):
     config = Config.preset("llama31-8b", max_length=1024, auto_batch=True)
-    found = out_of_memory.choose_split(config, T4)
+    found = oom.choose_split(config, T4)
     assert found.identity == config.identity
     assert found.batch_size < config.batch_size
     assert "As published: batch 4 x 4, checkpointing (auto_batch=false)." in capsys.readouterr().out
-    assert out_of_memory.choose_split(config.replace(auto_batch=False), T4).batch_size == 4
+    assert oom.choose_split(config.replace(auto_batch=False), T4).batch_size == 4
 
 
 def test_out_of_memory_says_what_was_planned_seen_and_what_fits(tmp_path):
     config = Config.preset("llama31-8b")
     with pytest.raises(UserError) as caught:
-        out_of_memory.shrink(config, T4, RunFolder(tmp_path), 14.2)
+        oom.shrink(config, T4, RunFolder(tmp_path), 14.2)
     said = str(caught.value)
     for words in ("24.", "of 14.7 GiB were planned", "14.2 GiB were reserved", "batch_size=1", "on_oom=shrink"):
         assert words in said
@@ -280,29 +282,29 @@ def test_out_of_memory_says_what_was_planned_seen_and_what_fits(tmp_path):
 def test_shrinking_halves_to_the_end_and_then_stops(tmp_path):
     config = Config.preset("tinyllama-guanaco-100", batch_size=6, on_oom="shrink")
     for split in ((3, 2, False), (1, 6, False), (1, 6, True)):
-        config = out_of_memory.shrink(config, T4, RunFolder(tmp_path), 14.2)
+        config = oom.shrink(config, T4, RunFolder(tmp_path), 14.2)
         assert (config.batch_size, config.gradient_accumulation, config.gradient_checkpointing) == split
     with pytest.raises(UserError, match=r"Fix: a smaller model, or a GPU with more memory\. What"):
-        out_of_memory.shrink(config, T4, RunFolder(tmp_path), 14.2)
+        oom.shrink(config, T4, RunFolder(tmp_path), 14.2)
 
 
 def test_cards_are_those_whose_memory_is_enough():
     found = plan.plan_memory(Config.preset("llama31-8b"))
     for card, known in CARDS.items():
-        assert (card in plan_report.cards(found)) == (found.peak + known.context <= known.memory)
-        assert plan.plan_memory(Config.preset("llama31-8b"), card).fits == (card in plan_report.cards(found))
+        assert (card in tables.cards(found)) == (found.peak + known.context <= known.memory)
+        assert plan.plan_memory(Config.preset("llama31-8b"), card).fits == (card in tables.cards(found))
 
 
 def test_the_grid_has_a_line_a_setting_and_a_word_a_device():
     presets = {"small": Config.preset("bloom-560m-r20-all"), "large": Config.preset("bloom-7b1-r20-all")}
-    small, large = plan_report.grid(presets, [(8, 256)], {"T4": "t4", "16 GiB": 16.0})
+    small, large = tables.grid(presets, [(8, 256)], {"T4": "t4", "16 GiB": 16.0})
     assert (small["T4"], large["T4"], large["16 GiB"]) == ("fits", "does not fit", "does not fit")
     assert large["GiB"] > small["GiB"] > 1
 
 
 def test_what_ran_out_of_memory_when_it_was_tried_did_not_fit_the_plan():
-    for line in measured.read("reproduction"):
-        assert (measured.predicted(line)["train"] <= line["limit_gib"]) == line["fits"]
+    for line in measurements.read("reproduction"):
+        assert (measurements.predicted(line)["train"] <= line["limit_gib"]) == line["fits"]
 
 
 @pytest.mark.parametrize(
@@ -321,15 +323,15 @@ def test_which_to_take_follows_from_the_interval_then_memory_then_time(gap, memo
         {"run": name, "peak GiB": size, "seconds a step": time}
         for name, size, time in zip("AB", memory_, seconds, strict=True)
     ]
-    assert plan_report.take(found, rows).startswith(said)
+    assert tables.take(found, rows).startswith(said)
 
 
 def test_a_gpu_is_told_before_the_weights_are_loaded(capsys, tmp_path):
-    out_of_memory.announce(Config.preset("llama31-8b"), T4)
+    oom.announce(Config.preset("llama31-8b"), T4)
     said = capsys.readouterr().out
     assert said.startswith("Memory: does not fit: 24.")
     assert "- max_length=1024" in said
     unknown = tmp_path / "config.json"
     unknown.write_text('{"model_type": "mamba"}')
-    out_of_memory.announce(Config.preset("llama31-8b", model=str(tmp_path)), T4)
+    oom.announce(Config.preset("llama31-8b", model=str(tmp_path)), T4)
     assert "not planned: config: 'mamba' is no model type" in capsys.readouterr().out

@@ -15,14 +15,15 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from qlora_helpers import live, plots
-from qlora_helpers.cleaning import Cleaned, Data
-from qlora_helpers.comparison import Arm
-from qlora_helpers.curve import Curve
-from qlora_helpers.evaluation import RowLoss
-from qlora_helpers.layouts import Row
+from qlora_helpers import plots
+from qlora_helpers.data.cleaning import Cleaned, Data
+from qlora_helpers.data.prompts import Example
+from qlora_helpers.data.schema import Row
+from qlora_helpers.evaluation.comparison import Arm
+from qlora_helpers.evaluation.learning_curve import Curve
+from qlora_helpers.evaluation.losses import RowLoss
 from qlora_helpers.runs import ROOT, RunFolder
-from qlora_helpers.templates import Example
+from qlora_helpers.training import live
 
 
 def example(tokens: int, cut: int = 0) -> Example:

@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from qlora_helpers import cleaning, progress, step_time, training
+from qlora_helpers.data import cleaning
+from qlora_helpers.planning import step_time
 from qlora_helpers.runs import RunFolder
+from qlora_helpers.training import progress, trainer
 
 STEPS = range(21, 101)
 
@@ -100,7 +102,7 @@ def test_a_run_without_a_screen_prints_its_end_and_no_line_a_step(config, tokeni
     short = config.replace(epochs=1)
     data = cleaning.prepare(short, tokenizer)
     capfd.readouterr()
-    training.train(short, data, tokenizer, RunFolder(tmp_path / "run"))
+    trainer.train(short, data, tokenizer, RunFolder(tmp_path / "run"))
     said = capfd.readouterr()
     assert "it/s" not in said.err
     assert said.out.count("step ") == 1

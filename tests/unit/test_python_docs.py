@@ -4,7 +4,8 @@ import platform
 
 import pytest
 
-from qlora_helpers import Config, cleaning, python_docs, sources
+from qlora_helpers import Config
+from qlora_helpers.data import cleaning, python_docs, sources
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from qlora_helpers import report
-from qlora_helpers.comparison import Difference
+from qlora_helpers.evaluation import report
+from qlora_helpers.evaluation.comparison import Difference
 
 NASTY = "```python\nprint('<script>alert(1)</script>')\n```\n# Heading\n| a | b | [x](javascript:alert(1))"
 

@@ -5,9 +5,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from qlora_helpers.answers import PUBLISHED_PROMPTS
-from qlora_helpers.layouts import parse_guanaco
-from qlora_helpers.sources import sample_data
+from qlora_helpers.data.schema import parse_guanaco
+from qlora_helpers.data.sources import sample_data
+from qlora_helpers.evaluation.answers import PUBLISHED_PROMPTS
 
 ROWS = [json.loads(line) for line in sample_data().read_text("utf-8").splitlines()]
 TURNS = [parse_guanaco(row["text"]) for row in ROWS]

@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_helpers import UserError, chat_templates, serve
+from qlora_helpers import UserError
 from qlora_helpers.__main__ import main
+from qlora_helpers.data import chat_template
+from qlora_helpers.export import serve
 
 QUESTION = [{"role": "user", "content": "How do computers store data?"}]
 
@@ -28,7 +30,7 @@ def exported(config, tokenizer, model_folder, tmp_path_factory):
         model_folder, out / "merged", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*model*", "*conf*")
     )
     own = AutoTokenizer.from_pretrained(model_folder)
-    own.chat_template = chat_templates.chat_template(config, tokenizer)
+    own.chat_template = chat_template.chat_template(config, tokenizer)
     own.save_pretrained(out / "merged")
     (out / "gguf").mkdir()
     (out / "gguf" / "model-q8_0.gguf").touch()

@@ -9,8 +9,12 @@ import papermill
 import pytest
 import torch
 
-from qlora_helpers import UserError, answers, experiments, model, side_by_side
+from qlora_helpers import UserError
+from qlora_helpers.chat import side_by_side
 from qlora_helpers.device import detect
+from qlora_helpers.evaluation import answers
+from qlora_helpers.experiments import matrix
+from qlora_helpers.models import qlora
 
 NASTY = "<script>alert('x')</script>\n<b>bold</b> & $x$"
 ENTRIES = [{"prompt": f"Question {n}?", "base": f"plain {n}", "exp1": NASTY} for n in range(10)]
@@ -22,7 +26,7 @@ def found(config, tmp_path_factory):
     small = config.replace(n_samples=8, n_heldout=4, n_answers=1)
     wide = small.replace(rank=8, alpha=64, target_modules=["all-linear"], template="auto")
     folder = tmp_path_factory.mktemp("runs")
-    return experiments.complete(experiments.wanted({"exp1": small, "exp2, wide": wide}, folder))
+    return matrix.complete(matrix.wanted({"exp1": small, "exp2, wide": wide}, folder))
 
 
 @pytest.fixture(scope="module", params=["nf4", "none"])
@@ -32,8 +36,8 @@ def parts(request, config, found, tokenizer):
     paths = {name: group[0].adapter for name, group in found.items()}
     ids = tokenizer(["How do computers store data?"], return_tensors="pt")["input_ids"]
     return SimpleNamespace(
-        load=lambda: model.load_base(own, device),
-        adapters=model.load_adapters(model.load_base(own, device), paths),
+        load=lambda: qlora.load_base(own, device),
+        adapters=qlora.load_adapters(qlora.load_base(own, device), paths),
         paths=paths,
         logits=lambda built: torch.inference_mode()(lambda: built(input_ids=ids).logits)(),
     )
@@ -41,7 +45,7 @@ def parts(request, config, found, tokenizer):
 
 def test_switched_adapters_are_each_alone(parts):
     """To the last bit, in any order, and the base is itself again."""
-    alone = {name: parts.logits(model.load_adapter(parts.load(), path)) for name, path in parts.paths.items()}
+    alone = {name: parts.logits(qlora.load_adapter(parts.load(), path)) for name, path in parts.paths.items()}
     alone[None] = parts.logits(parts.load())
     assert len({tensor.sum().item() for tensor in alone.values()}) == 3
     for name in ("exp1", None, "exp2, wide", "exp1", None, None, "exp2, wide"):
@@ -59,18 +63,18 @@ def test_there_is_one_base_in_memory(parts):
 
 
 def test_adapters_that_trained_biases_cannot_be_switched(config, device, tmp_path):
-    built = model.attach_lora(model.load_base(config, device), config.replace(bias="lora_only"))
+    built = qlora.attach_lora(qlora.load_base(config, device), config.replace(bias="lora_only"))
     built.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="bias=lora_only"):
-        model.load_adapters(None, {"exp1": tmp_path})
+        qlora.load_adapters(None, {"exp1": tmp_path})
     with pytest.raises(UserError, match="holds none"):
-        model.load_adapters(None, {"exp1": tmp_path / "no"})
+        qlora.load_adapters(None, {"exp1": tmp_path / "no"})
 
 
 def test_a_question_is_answered_by_all(found, tokenizer, monkeypatch):
     """Each as it would answer alone, in the template it was trained in; with a single load of the base."""
     loads = []
-    monkeypatch.setattr(model, "load_base", lambda *a, load=model.load_base: loads.append(1) or load(*a))
+    monkeypatch.setattr(qlora, "load_base", lambda *a, load=qlora.load_base: loads.append(1) or load(*a))
     prompts = ["What is rain?", "Why?"]
     said = side_by_side.ask(prompts, found)
     assert len(loads) == 1
@@ -78,7 +82,7 @@ def test_a_question_is_answered_by_all(found, tokenizer, monkeypatch):
     for name, group in found.items():
         config = group[0].config()
         device = detect(config.compute_dtype)
-        alone = model.load_adapter(model.load_base(config, device), group[0].adapter)
+        alone = qlora.load_adapter(qlora.load_base(config, device), group[0].adapter)
         asked = [{"prompt": prompt, "reference": None} for prompt in prompts]
         want = [a["answer"] for a in answers.generate(alone, tokenizer, config, device, asked)]
         assert [entry[name] for entry in said] == want
@@ -86,8 +90,8 @@ def test_a_question_is_answered_by_all(found, tokenizer, monkeypatch):
 
 
 def test_other_bases_are_refused(found, config, tmp_path):
-    other = experiments.complete(
-        experiments.wanted({"plain": config.replace(quantization="none", n_samples=4, n_heldout=4)}, tmp_path)
+    other = matrix.complete(
+        matrix.wanted({"plain": config.replace(quantization="none", n_samples=4, n_heldout=4)}, tmp_path)
     )
     with pytest.raises(UserError, match="plain has another base than exp1"):
         side_by_side.ask(["Why?"], {"exp1": found["exp1"], **other})
@@ -121,7 +125,7 @@ def test_the_table_shows_texts_as_they_are():
 
 
 CODE = """
-from qlora_helpers import side_by_side
+from qlora_helpers.chat import side_by_side
 shown = side_by_side.show([{"prompt": "One <i>?", "base": "<b>a"}, {"prompt": "Two?", "base": "b"}])
 shown
 """

@@ -10,7 +10,8 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from qlora_helpers import Config, UserError, sources
+from qlora_helpers import Config, UserError
+from qlora_helpers.data import sources
 
 GOOD = {"text": "### Human: a### Assistant: b"}
 

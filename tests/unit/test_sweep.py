@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from qlora_helpers import Config, UserError, __main__, cleaning, comparison, curve, experiments, runs, series, sweep
+from qlora_helpers import Config, UserError, __main__, runs
+from qlora_helpers.data import cleaning
+from qlora_helpers.evaluation import comparison, learning_curve
+from qlora_helpers.experiments import matrix, series, sweep
 from qlora_helpers.runs import RunFolder
 
 SEEDS = [0]
@@ -145,14 +148,14 @@ def batch(config, cleaned, tokenizer, monkeypatch):
             params = dict(params)
             where, run_name = Path(params.pop("workdir")), params.pop("run_name")
             assert target == where / run_name / "notebook.ipynb"
-            from qlora_helpers import training
+            from qlora_helpers.training import trainer
 
             its = Config.from_params(**params)
             data = cleaning.prepare(its, tokenizer)
             found = runs.choose(where, run_name, cleaning.identity(its, data))
             assert found.name == run_name
             started.append(run_name)
-            training.train(its, data, tokenizer, found)
+            trainer.train(its, data, tokenizer, found)
 
         monkeypatch.setattr(series, "execute", execute)
         small = config.replace(n_answers=2, epochs=1)
@@ -168,7 +171,7 @@ def test_a_stopped_batch_goes_on_and_reuses_runs_under_any_name(batch, config, c
     assert batch(tmp_path, stop_at=1) == (["n4-seed0"], None)
     (tmp_path / "n4-seed0").rename(tmp_path / "exp1")
     needed = planned(config.replace(n_answers=2), cleaned, tokenizer, tmp_path, ranks=[8])
-    absent, minutes = experiments.missing(needed)
+    absent, minutes = matrix.missing(needed)
     assert [item.name for item in absent] == ["n8-seed0", "n8-rank8-seed0"]
     assert minutes.startswith("about 70 s")  # two starts of 35 s: the steps of so small a model take no time
     half = tmp_path / "half"  # cut off in the middle: its config is there, its metrics are not
@@ -186,24 +189,24 @@ def test_a_stopped_batch_goes_on_and_reuses_runs_under_any_name(batch, config, c
         "rank 8": ["n8-rank8-seed0"],
     }
     assert batch(tmp_path, ranks=[8])[0] == []
-    assert experiments.missing(needed)[0] == []
+    assert matrix.missing(needed)[0] == []
     _curve_of(found)
 
 
 def _curve_of(found):
     """What notebook 09 makes of the runs agrees with what their folders say."""
     sizes = {name: found[name] for name in ("4 rows", "8 rows")}
-    line = curve.build("equal epochs", sizes)
+    line = learning_curve.build("equal epochs", sizes)
     losses = [found[name][0].read("metrics.json")["eval_loss"] for name in sizes]
     assert line.doubling.value == pytest.approx(losses[1] - losses[0])
     assert line.base_loss == pytest.approx(found["4 rows"][0].read("metrics.json")["base_eval_loss"])
     assert list(line.arms) == [4, 8]
     assert line.to_dict()["against_base"]["8"]["value"] == pytest.approx(losses[1] - line.base_loss)
-    (turned,) = curve.turned({name: found[name] for name in ("8 rows", "rank 8")})
-    assert (turned.a, turned.b) == (curve.BASE_SETTING, "rank 8")
+    (turned,) = learning_curve.turned({name: found[name] for name in ("8 rows", "rank 8")})
+    assert (turned.a, turned.b) == (learning_curve.BASE_SETTING, "rank 8")
     changed = found["rank 8"][0].read("metrics.json")["eval_loss"]
     assert turned.value == pytest.approx(changed - losses[1])
-    assert curve.turned({}) == []
+    assert learning_curve.turned({}) == []
     assert len(comparison.compare(sizes)["differences"]) == 5
 
 

@@ -11,8 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qlora_helpers import UserError, cleaning, device, model, training
+from qlora_helpers import UserError, device
+from qlora_helpers.data import cleaning
+from qlora_helpers.models import qlora
 from qlora_helpers.runs import RunFolder
+from qlora_helpers.training import trainer
 
 ALLOWED = {torch.float16, torch.float32, torch.uint8, torch.int64, torch.int32, torch.bool}
 ALLOWED |= {torch.float64}  # the scaler inverts its scale in it, and the evaluation adds up in it: single numbers
@@ -53,14 +56,14 @@ def t4():
 
 
 @pytest.fixture
-def trainer(config, tokenizer, tmp_path):
+def ready(config, tokenizer, tmp_path):
     """The trainer as for a T4, on the CPU. TRL has done what it does to a 4-bit model's adapter."""
     with claimed():
         here = dataclasses.replace(device.detect(), kind="cpu")
     settings = config.replace(compute_dtype="float16", target_modules="all-linear")
-    built = model.attach_lora(model.load_base(settings, here), settings)
+    built = qlora.attach_lora(qlora.load_base(settings, here), settings)
     data = cleaning.prepare(settings, tokenizer)
-    return training.build_trainer(built, settings, data, tokenizer, here, RunFolder(tmp_path / "run"))
+    return trainer.build_trainer(built, settings, data, tokenizer, here, RunFolder(tmp_path / "run"))
 
 
 def test_the_device(t4):
@@ -79,14 +82,14 @@ def test_bf16_is_refused_where_it_is_emulated(t4):
 
 
 def test_the_trainers_settings(t4, config, tmp_path, monkeypatch):
-    monkeypatch.setattr(training.SFTConfig, "device", property(lambda self: torch.device("cpu")))
-    args = training._arguments(config, 16, t4, RunFolder(tmp_path / "run"))
+    monkeypatch.setattr(trainer.SFTConfig, "device", property(lambda self: torch.device("cpu")))
+    args = trainer._arguments(config, 16, t4, RunFolder(tmp_path / "run"))
     assert (args.fp16, args.bf16, args.bf16_full_eval, args.tf32) == (True, False, False, None)
     assert device.autocast(t4).fast_dtype == torch.float16
 
 
-def test_what_is_stored(trainer):
-    built = trainer.model
+def test_what_is_stored(ready):
+    built = ready.model
     assert built.config._attn_implementation in ("sdpa", "eager")
     assert built.get_base_model().dtype == torch.float16
     tensors = [*built.named_parameters(), *built.named_buffers()]
@@ -102,16 +105,16 @@ def test_what_is_stored(trainer):
     assert {layer.compute_dtype for layer in layers} == {torch.float16}
 
 
-def test_no_operator_of_a_step_sees_bf16_and_the_first_step_moves(trainer):
-    built = trainer.model
-    batch = next(iter(trainer.get_train_dataloader()))
-    optimizer = trainer.create_optimizer()
-    scaler = torch.amp.GradScaler("cpu", init_scale=training.FP16_SCALE)
+def test_no_operator_of_a_step_sees_bf16_and_the_first_step_moves(ready):
+    built = ready.model
+    batch = next(iter(ready.get_train_dataloader()))
+    optimizer = ready.create_optimizer()
+    scaler = torch.amp.GradScaler("cpu", init_scale=trainer.FP16_SCALE)
     before = {name: p.detach().clone() for name, p in built.named_parameters() if "lora_B" in name}
     built.train()
     with Seen() as seen:
         with torch.autocast("cpu", torch.float16):
-            loss = trainer.compute_loss(built, batch)
+            loss = ready.compute_loss(built, batch)
         scaler.scale(loss).backward()
         gradients = {p.grad.dtype for p in built.parameters() if p.requires_grad}
         scaler.step(optimizer)
@@ -120,13 +123,13 @@ def test_no_operator_of_a_step_sees_bf16_and_the_first_step_moves(trainer):
     assert torch.float16 in seen.dtypes
     assert gradients == {torch.float32}
     assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
-    assert scaler.get_scale() == training.FP16_SCALE  # a scale that is too high is halved, and the step skipped
+    assert scaler.get_scale() == trainer.FP16_SCALE  # a scale that is too high is halved, and the step skipped
     assert all(not torch.equal(before[name], p) for name, p in built.named_parameters() if name in before)
 
 
-def test_evaluation_and_answers_see_no_bf16(trainer):
+def test_evaluation_and_answers_see_no_bf16(ready):
     with Seen() as seen:
-        trainer.evaluate()
+        ready.evaluate()
     assert set(seen.dtypes) <= ALLOWED, seen.dtypes
     assert torch.float16 in seen.dtypes
 
@@ -135,8 +138,8 @@ def test_the_scaler_of_a_gpu_run_starts_low(t4, monkeypatch, config, tokenizer, 
     """Of the library's own construction only the scaler is looked at: the rest needs the GPU."""
     built = []
     monkeypatch.setattr(torch.amp, "GradScaler", lambda kind, init_scale: built.append((kind, init_scale)))
-    monkeypatch.setattr(training, "_arguments", lambda config, rows, there, run: None)
-    monkeypatch.setattr(training, "train_in_float32", lambda model: None)
+    monkeypatch.setattr(trainer, "_arguments", lambda config, rows, there, run: None)
+    monkeypatch.setattr(trainer, "train_in_float32", lambda model: None)
 
     class Shell:
         """Takes what the trainer takes."""
@@ -147,8 +150,8 @@ def test_the_scaler_of_a_gpu_run_starts_low(t4, monkeypatch, config, tokenizer, 
         def remove_callback(self, kind):
             """Has none."""
 
-    monkeypatch.setattr(training, "QloraTrainer", Shell)
+    monkeypatch.setattr(trainer, "QloraTrainer", Shell)
     data = cleaning.prepare(config, tokenizer)
     empty = SimpleNamespace(config=SimpleNamespace(), generation_config=SimpleNamespace())
-    training.build_trainer(empty, config, data, tokenizer, t4, RunFolder(tmp_path / "run"))
+    trainer.build_trainer(empty, config, data, tokenizer, t4, RunFolder(tmp_path / "run"))
     assert built == [("cuda", 1024.0)]

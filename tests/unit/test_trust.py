@@ -12,8 +12,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from qlora_helpers import Config, UserError, cleaning, data_report, hub, model, sources, templates, training
+from qlora_helpers import Config, UserError
+from qlora_helpers.data import cleaning, prompts, report, sources
+from qlora_helpers.models import hub, qlora
 from qlora_helpers.runs import RunFolder
+from qlora_helpers.training import trainer
 
 ROOT = Path(__file__).parents[2]
 SECRET = "hf_" + "PlantedForThisTestOnly" * 2
@@ -68,10 +71,10 @@ def test_code_in_a_model_folder_does_not_run(folder, config, device, tmp_path, k
     monkeypatch.setattr("signal.alarm", lambda seconds: None)
     settings = config.replace(model=str(folder))
     if kind == "llama":
-        assert model.load_base(settings, device) is not None
+        assert qlora.load_base(settings, device) is not None
     else:
         with pytest.raises(UserError, match="Fix"):
-            model.load_base(settings, device)
+            qlora.load_base(settings, device)
     assert not marker.exists()
 
 
@@ -85,7 +88,7 @@ def test_a_pickle_is_not_loaded(folder, config, device, tmp_path):
     (folder / "model.safetensors").unlink()
     torch.save({"weights": Planted()}, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="Fix"):
-        model.load_base(config.replace(model=str(folder)), device)
+        qlora.load_base(config.replace(model=str(folder)), device)
     assert not marker.exists()
 
 
@@ -115,7 +118,7 @@ def test_a_token_reaches_no_file_and_no_output(config, tokenizer, tmp_path, monk
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.setenv(name, SECRET)
     short = config.replace(epochs=1)
-    run = training.train(short, cleaning.prepare(short, tokenizer), tokenizer, RunFolder(tmp_path / "run"))
+    run = trainer.train(short, cleaning.prepare(short, tokenizer), tokenizer, RunFolder(tmp_path / "run"))
     monkeypatch.setattr(hub, "reachable", lambda: True)
     with pytest.raises(UserError) as caught:
         hub.load_tokenizer(config.replace(model="nobody/nothing"))
@@ -131,16 +134,16 @@ HTML = "<script>alert(1)</script><img src=x onerror=alert(1)>"
 
 
 def show(row, config, tokenizer):
-    (example,) = templates.encode([row], config, tokenizer)
-    return templates.show_labels(example, tokenizer)
+    (example,) = prompts.encode([row], config, tokenizer)
+    return prompts.show_labels(example, tokenizer)
 
 
 def test_html_in_a_row_is_shown_as_text(write_rows, config, tokenizer, make_row):
     rows = [{"question": f"{HTML} number {n * 7919}?", "answer": f"{HTML} says {n * 104729}."} for n in range(9)]
     settings = config.replace(dataset=write_rows(rows), near_duplicates=1.0, n_heldout=2, n_samples=2, max_length=256)
-    report = data_report.build(cleaning.clean(settings, tokenizer), settings, tokenizer)
+    built = report.build(cleaning.clean(settings, tokenizer), settings, tokenizer)
     view = show(make_row(HTML, HTML), settings, tokenizer)
-    for shown in (report._repr_html_(), report.markdown(), view._repr_html_()):
+    for shown in (built._repr_html_(), built.markdown(), view._repr_html_()):
         assert "&lt;" in shown
         assert "<script" not in shown
         assert "<img" not in shown

@@ -1,0 +1,90 @@
+"""The layout of training in a form that travels with the model: a chat template, end tokens, an Ollama Modelfile.
+
+A server that asks in another layout, or does not know where an answer ends, makes a good model look broken.
+"""
+
+from typing import Any
+
+from qlora_helpers.config import Config
+from qlora_helpers.data import prompts
+from qlora_helpers.data.schema import Message
+
+# Private use: in no text and in no template.
+ASKED, GIVEN, SAID, AGAIN, THEN = (f"\ue000{number}\ue000" for number in range(5))
+
+
+def chat_template(config: Config, tokenizer: Any) -> str:
+    """A Jinja template with which `apply_chat_template` writes what the model was trained on, start token included."""
+    start = "{{ bos_token }}" if starts_with_bos(tokenizer) else ""
+    if config.template != "auto":
+        return start + _own(config.template)
+    template = tokenizer.get_chat_template()
+    if prompts.render_prompt(_turns(ASKED), config, tokenizer).startswith(tokenizer.bos_token or ASKED):
+        start = ""  # the template writes it
+    if config.system:
+        system = f"[{{'role': 'system', 'content': {config.system!r}}}]"
+        start += f"{{% if messages[0]['role'] != 'system' %}}{{% set messages = {system} + messages %}}{{% endif %}}"
+    return start + template
+
+
+def _own(template: str) -> str:
+    """One of the package's own layouts as Jinja: the marks come from the code that writes the training rows."""
+    whole = prompts.question({"role": "user", "content": ASKED, "input": GIVEN}, template)
+    head, rest = whole.split(ASKED)
+    between, tail = rest.split(GIVEN)
+    refusal = f"the {template} layout has turns of user and assistant only"
+    return (
+        "{% for message in messages %}{% if message['role'] == 'user' %}"
+        f"{{{{ {head!r} + message['content'] }}}}"
+        f"{{% if message['input'] %}}{{{{ {between!r} + message['input'] }}}}{{% endif %}}"
+        f"{{{{ {tail!r} }}}}"
+        "{% elif message['role'] == 'assistant' %}"
+        f"{{{{ {prompts.gap(template)!r} + message['content'] + eos_token }}}}"
+        f"{{% else %}}{{{{ raise_exception({refusal!r}) }}}}{{% endif %}}{{% endfor %}}"
+    )
+
+
+def starts_with_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself puts a start token before a text."""
+    return tokenizer.bos_token is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def stops(config: Config, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the tokenizer's end token, and the one that the chat template closes a turn with."""
+    text, spans = prompts.render(_turns(ASKED, SAID), config, tokenizer)
+    last = tokenizer(text[: spans[0][1]], add_special_tokens=False)["input_ids"][-1]
+    found = [tokenizer.eos_token_id]
+    if last in tokenizer.all_special_ids or last in tokenizer.added_tokens_decoder:
+        found.append(last)
+    return list(dict.fromkeys(found))
+
+
+def modelfile(config: Config, tokenizer: Any, gguf: str) -> str:
+    """An Ollama Modelfile for a GGUF file beside it: the layout as a Go template, and the end tokens.
+
+    The marks between turns are read off the rendered layout. The start token is left out where the file says that it
+    is added. System turns are left out: the model was trained without them, or with one that never changes.
+    """
+    text, _ = prompts.render(_turns(ASKED, SAID, AGAIN, THEN), config, tokenizer)
+    first, rest = text.split(ASKED)
+    answer, rest = rest.split(SAID)
+    between = rest.split(AGAIN)[0]
+    ask = prompts.render_prompt(_turns(ASKED), config, tokenizer).split(ASKED)[1]
+    if starts_with_bos(tokenizer):
+        first = first.removeprefix(tokenizer.bos_token)
+    user = (
+        f"{{{{ if $later }}}}{between}{{{{ else }}}}{first}{{{{ end }}}}{{{{ .Content }}}}{ask}{{{{ $later = true }}}}"
+    )
+    lines = [
+        f"FROM ./{gguf}",
+        'TEMPLATE """{{ $later := false }}{{ range .Messages }}{{ if eq .Role "user" }}'
+        f'{user}{{{{ else if eq .Role "assistant" }}}}{answer.removeprefix(ask)}{{{{ .Content }}}}'
+        '{{ end }}{{ end }}"""',
+    ]
+    lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(token)}"' for token in stops(config, tokenizer)]
+    return "\n".join([*lines, "PARAMETER temperature 0", "PARAMETER repeat_penalty 1.0", ""])  # its own is 1.1
+
+
+def _turns(*texts: str) -> tuple[Message, ...]:
+    roles = ("user", "assistant")
+    return tuple({"role": roles[number % 2], "content": text} for number, text in enumerate(texts))

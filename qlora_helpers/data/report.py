@@ -1,0 +1,200 @@
+"""What a data set is like after cleaning: one content, as HTML in a notebook, as Markdown and JSON on disk."""
+
+import html
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from qlora_helpers import runs
+from qlora_helpers.config import Config
+from qlora_helpers.data import prompts, schema
+from qlora_helpers.data.cleaning import Cleaned, Measured, fingerprint
+
+BINS = 8  # of the length histogram below the limit; one more holds what is above
+SHOWN = 10  # random rows, and pairs in the table of duplicates
+WIDTH = 160  # characters of a quoted text
+
+
+@dataclass(frozen=True)
+class Table:
+    """A heading, a sentence, column names and rows of plain values. `bar` names a column that is also drawn."""
+
+    title: str
+    words: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    bar: int | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class DataReport:
+    """The report of one data set: `facts` for machines, `tables` for readers."""
+
+    facts: dict[str, Any]
+    tables: list[Table]
+    advice: str | None
+
+    def markdown(self) -> str:
+        """The report as Markdown."""
+        parts = ["# Data report", _summary(self.facts)]
+        if self.advice:
+            parts.append(f"> {self.advice}")
+        return "\n\n".join([*parts, *map(_to_markdown, self.tables)]) + "\n"
+
+    def __repr__(self) -> str:
+        steps = self.tables[0].rows
+        return "\n".join([_summary(self.facts), *(f"{count:>10,}  {name}" for name, count in steps)])
+
+    def _repr_html_(self) -> str:
+        advice = f"<p><i>{html.escape(self.advice)}</i></p>" if self.advice else ""
+        return f"<p>{html.escape(_summary(self.facts))}</p>{advice}" + "".join(map(_to_html, self.tables))
+
+
+def build(cleaned: Cleaned, config: Config, tokenizer: Any) -> DataReport:
+    """Counts at each step, lengths, duplicates, quality checks, and ten rows to look at."""
+    used = [*cleaned.train, *cleaned.heldout]
+    tokens = sorted(cleaned.lengths)
+    kept = sum(min(item.tokens, config.max_length) for item in used)
+    facts = {
+        "source": cleaned.loaded.name,
+        "layout": cleaned.loaded.layout,
+        "model": config.model,
+        "template": config.template,
+        "max_tokens": config.max_length,
+        "over_length": config.over_length,
+        "near_duplicates": config.near_duplicates,
+        "data_seed": config.data_seed,
+        "rows_read": cleaned.rows_read,
+        "train": len(cleaned.train),
+        "heldout": len(cleaned.heldout),
+        "dropped": len(cleaned.dropped),
+        "dropped_by_reason": dict(sorted(Counter(d["reason"] for d in cleaned.dropped).items())),
+        "tokens_mean": round(statistics.fmean(tokens), 1) if tokens else 0,
+        "tokens_median": statistics.median(tokens) if tokens else 0,
+        "tokens_longest": tokens[-1] if tokens else 0,
+        "over_limit": sum(n > config.max_length for n in tokens),
+        "trained_share": round(sum(item.trained for item in used) / max(kept, 1), 4),
+        "quality": _quality(cleaned, used, config),
+        "source_fingerprint": cleaned.source_fingerprint,
+        "train_fingerprint": fingerprint(item.row.id for item in cleaned.train),
+        "heldout_fingerprint": fingerprint(item.row.id for item in cleaned.heldout),
+    }
+    tables = [_steps(facts), _lengths(tokens, config), _checks(facts), *_twins(cleaned), _samples(used, config)]
+    return DataReport(facts, tables, prompts.advice(config, tokenizer))
+
+
+def write(report: DataReport, cleaned: Cleaned, out: Path) -> None:
+    """`train.jsonl`, `heldout.jsonl`, `dropped.jsonl`, `report.md` and, last, `report.json`."""
+    for name, items in (("train", cleaned.train), ("heldout", cleaned.heldout)):
+        runs.write_jsonl(out / f"{name}.jsonl", (item.row.to_record() for item in items))
+    runs.write_jsonl(out / "dropped.jsonl", cleaned.dropped)
+    runs.write_text(out / "report.md", report.markdown())
+    runs.write_json(out / "report.json", report.facts | {"advice": report.advice})
+
+
+def _summary(facts: dict[str, Any]) -> str:
+    return (
+        f"{Path(facts['source']).name} (layout {facts['layout']}): {facts['rows_read']:,} rows read = "
+        f"{facts['train']:,} train + {facts['heldout']:,} held-out + {facts['dropped']:,} dropped. "
+        f"{facts['trained_share']:.0%} of the tokens that the model sees are trained. "
+        f"Tokens as {facts['model']} counts them, in the {facts['template']} template."
+    )
+
+
+def _steps(facts: dict[str, Any]) -> Table:
+    dropped = [[f"dropped: {reason}", n] for reason, n in facts["dropped_by_reason"].items()]
+    rows = [["read", facts["rows_read"]], *dropped, ["held-out", facts["heldout"]], ["train", facts["train"]]]
+    return Table("Rows", "Every dropped row is kept with its reason.", ("step", "rows"), rows)
+
+
+def _lengths(tokens: list[int], config: Config) -> Table:
+    limit = config.max_length
+    edges = [round(limit * i / BINS) for i in range(BINS + 1)]
+    counts = [sum(low < n <= high for n in tokens) for low, high in pairwise(edges)]
+    rows = [[f"{low + 1}–{high}", n] for (low, high), n in zip(pairwise(edges), counts, strict=True)]
+    over = sum(n > limit for n in tokens)
+    words = f"Readable rows by length; the limit is {limit} tokens, and longer rows are "
+    words += "dropped." if config.over_length == "drop" else "cut there."
+    return Table("Lengths", words, ("tokens", "rows"), [*rows, [f"over {limit}", over]], bar=1)
+
+
+def _quality(cleaned: Cleaned, used: list[Measured], config: Config) -> dict[str, int]:
+    """Things to know of, that are no reason to drop a row."""
+    answers = Counter(item.row.answer for item in used)
+    rows = cleaned.loaded.rows
+    given = sum("input" in item.row.messages[0] for item in used)
+    return {
+        "answers under 4 tokens": sum(item.trained < 4 for item in used),
+        "answer of another row": sum(n - 1 for n in answers.values()),
+        "turn markers inside a turn": sum(bool(schema.TURN_MARKER.search(item.row.text)) for item in used),
+        "odd number of code fences": sum(item.row.answer.count("```") % 2 for item in used),
+        "with an input where most have none": given if 2 * given < len(used) else 0,
+        "without an input where most have one": len(used) - given if 2 * given >= len(used) > given else 0,
+        "several rounds": sum(len(row.messages) > 2 for row in rows),
+        "prompt of another row": len(rows)
+        - len({(r.messages[0]["content"], r.messages[0].get("input")) for r in rows}),
+        schema.SYSTEM: cleaned.loaded.altered[schema.SYSTEM],
+        schema.UNANSWERED: cleaned.loaded.altered[schema.UNANSWERED],
+    }
+
+
+def _checks(facts: dict[str, Any]) -> Table:
+    words = "Counted among usable rows; the last four among all rows that could be read."
+    return Table("Quality", words, ("check", "rows"), list(facts["quality"].items()))
+
+
+def _twins(cleaned: Cleaned) -> list[Table]:
+    rows = [
+        [f"{t.similarity:.2f}", t.dropped.messages[0]["content"], t.kept.messages[0]["content"], t.reason]
+        for t in cleaned.twins[:SHOWN]
+    ]
+    words = f"The first {len(rows)} of {len(cleaned.twins):,} rows that were dropped because they resemble another."
+    return [Table("Duplicates", words, ("similarity", "dropped", "kept", "because"), rows)] if rows else []
+
+
+def _samples(used: list[Measured], config: Config) -> Table:
+    """Rows drawn by their ids, so that the same data show the same rows."""
+    drawn = sorted(used, key=lambda item: runs.short_hash([config.data_seed, "report", item.row.id]))[:SHOWN]
+    rows = [[item.row.messages[0]["content"], item.row.answer, item.tokens] for item in drawn]
+    return Table("Rows to look at", "Drawn at random: read them.", ("first question", "last answer", "tokens"), rows)
+
+
+def _quote(value: Any) -> str:
+    """A value for one cell: no control characters, one line, not too long."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    return text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
+
+
+def _longest_bar(table: Table) -> int:
+    """The largest value of the column that is drawn; 0 if none is, or nothing stands in it."""
+    return max((row[table.bar] for row in table.rows), default=0) if table.bar is not None else 0
+
+
+def _to_markdown(table: Table) -> str:
+    escape = str.maketrans({"|": "\\|", "<": "&lt;", ">": "&gt;", "`": "\\`", "[": "\\[", "*": "\\*"})
+    most = _longest_bar(table)
+    columns = [*table.columns, ""] if most else table.columns
+    lines = [f"## {table.title}", "", table.words, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in table.rows:
+        cells = [f"{v:,}" if isinstance(v, int) else _quote(v).translate(escape) for v in row]
+        if most and table.bar is not None:
+            cells.append("█" * round(20 * row[table.bar] / most))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _to_html(table: Table) -> str:
+    most = _longest_bar(table)
+    head = "".join(f"<th style='text-align:left'>{html.escape(column)}</th>" for column in table.columns)
+    body = ""
+    for row in table.rows:
+        cells = [f"{v:,}" if isinstance(v, int) else html.escape(_quote(v)) for v in row]
+        if most and table.bar is not None:
+            width = round(12 * row[table.bar] / most, 2)
+            cells.append(f"<div style='background:rgba(40,120,200,.6);height:.8em;width:{width}em'></div>")
+        body += "<tr>" + "".join(f"<td style='text-align:left'>{cell}</td>" for cell in cells) + "</tr>"
+    return f"<h4>{table.title}</h4><p>{html.escape(table.words)}</p><table><tr>{head}</tr>{body}</table>"

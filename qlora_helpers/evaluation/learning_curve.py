@@ -1,0 +1,135 @@
+"""How much data? Held-out loss against rows of training: a line over their logarithm, and what it says in words."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qlora_helpers.evaluation import comparison
+from qlora_helpers.evaluation.comparison import BASE, Arm, Difference
+from qlora_helpers.evaluation.intervals import Interval
+from qlora_helpers.evaluation.losses import mean_loss, read_losses
+from qlora_helpers.runs import RunFolder
+
+BASE_SETTING = "the base setting"
+_PER_DOUBLING = {
+    "better": "lowers the held-out loss",
+    "worse": "raises the held-out loss",
+    "not distinguishable": "makes no distinguishable difference to the held-out loss",
+}
+_BEND = {
+    "better": "Each doubling buys more than the one before, so the line is only their mean",
+    "worse": "Each doubling buys less than the one before, so the line is only their mean",
+    "not distinguishable": "That each doubling buys as much as the one before cannot be ruled out",
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Held-out losses of training sets that lie inside each other, on the same rows as the base model's.
+
+    The line is loss = a - b x log2(rows), least squares. Losses of fine-tuned models fall with the rows as a power law
+    above a floor (Hestness et al., arXiv 1712.00409, section 3; Zhang et al., arXiv 2402.17193, eq. 1), whose three
+    numbers a handful of sizes cannot tell apart; over few doublings its logarithmic form is this line, and `bend` says
+    when it is not.
+    """
+
+    name: str
+    base: Arm
+    arms: dict[int, Arm]
+
+    @property
+    def base_loss(self) -> float:
+        """Loss of the base model, nats per token."""
+        return mean_loss(self.base.seeds[0])
+
+    @property
+    def points(self) -> dict[int, Difference]:
+        """Each size against the base model."""
+        return {rows: comparison.difference(self.base, arm) for rows, arm in self.arms.items()}
+
+    @property
+    def doubling(self) -> Difference:
+        """What the line's loss changes by when the rows double; below zero is better."""
+        return self._judged(_fit(self.arms, 1)[1])
+
+    @property
+    def bend(self) -> Difference | None:
+        """How far the change per doubling moves from one doubling to the next, by a parabola; above zero the gain
+        shrinks. None for two sizes, through which a line always goes.
+        """
+        return self._judged(2 * _fit(self.arms, 2)[2]) if len(self.arms) > 2 else None
+
+    def at(self, rows: float) -> Interval:
+        """The line at `rows`, less the base model's loss."""
+        factors = [1, np.log2(rows)] @ _fit(self.arms, 1)
+        return comparison.contrast([*self.arms.values(), self.base], [*factors, -1])[0]
+
+    def _judged(self, factors: np.ndarray) -> Difference:
+        arms = list(self.arms.values())
+        found, rows = comparison.contrast(arms, list(factors))
+        return Difference("n rows", "2 n rows", found.value, found.low, found.high, rows, comparison.fewest_seeds(arms))
+
+    def __str__(self) -> str:
+        """What doubling buys, and whether a line will do."""
+        found = self.doubling
+        lines = [
+            f"{self.name}: each doubling of the rows {_PER_DOUBLING[found.verdict]}",
+            f"({_bounds(found)}; {found.value / self.base_loss:+.2%} of the base model's loss)",
+        ]
+        if self.bend:
+            lines += [_BEND[self.bend.verdict], f"({_bounds(self.bend)})"]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a file."""
+        return {
+            "name": self.name,
+            "base_loss": self.base_loss,
+            "against_base": {str(rows): found.to_dict() for rows, found in self.points.items()},
+            "doubling": self.doubling.to_dict(),
+            "bend": self.bend.to_dict() if self.bend else None,
+            "text": str(self),
+        }
+
+
+def _fit(arms: Iterable[int], degree: int) -> np.ndarray:
+    """What each size's loss adds to each coefficient of a polynomial in log2(rows): (degree + 1, sizes)."""
+    return np.linalg.pinv(np.vander(np.log2(list(arms)), degree + 1, increasing=True))
+
+
+def _bounds(found: Difference) -> str:
+    return f"{found.value:+.4f} nats per token, 95% interval {found.low:+.4f} to {found.high:+.4f}"
+
+
+def build(name: str, found: Mapping[str, list[RunFolder]]) -> Curve:
+    """The curve through complete runs: each experiment is one size, with its seeds.
+
+    Raises `UserError` if they were not measured on the same held-out rows.
+    """
+    first = next(iter(found.values()))[0]
+    base = RunFolder(first.path.parent / first.read("manifest.json")["baseline"])
+    arms = {runs[0].read("metrics.json")["train_rows"]: _arm(name, runs) for name, runs in found.items()}
+    return Curve(name, Arm(BASE, [read_losses(base)], trained=False), arms)
+
+
+def _arm(name: str, group: list[RunFolder]) -> Arm:
+    return Arm(name, [read_losses(run) for run in group])
+
+
+def turned(found: Mapping[str, list[RunFolder]]) -> list[Difference]:
+    """Each experiment after the first, which is the base setting, against it; nothing of nothing."""
+    arms = [_arm(name, runs) for name, runs in found.items()]
+    bases = [Arm(BASE_SETTING, arm.seeds) for arm in arms[:1]]
+    return [comparison.difference(base, arm) for base in bases for arm in arms[1:]]
+
+
+def what_mattered(differences: list[Difference]) -> str:
+    """The largest difference that can be told from none, in words."""
+    if not differences:
+        return "No knob was turned."
+    seen = [found for found in differences if found.verdict != "not distinguishable"]
+    if not seen:
+        return f"None of the {len(differences)} settings is distinguishable from {BASE_SETTING}."
+    return f"Mattered most: {max(seen, key=lambda found: abs(found.value))}"

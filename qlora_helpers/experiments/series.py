@@ -1,0 +1,161 @@
+"""The notebooks in order, headless, through papermill; and one notebook over many parameters."""
+
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_helpers import device, runs
+from qlora_helpers.config import Config
+from qlora_helpers.data import cleaning
+from qlora_helpers.errors import UserError
+from qlora_helpers.experiments import sweep
+from qlora_helpers.experiments.matrix import Wanted
+from qlora_helpers.models import hub
+from qlora_helpers.runs import RunFolder
+
+EXPERIMENTS = {"05_train_exp1": "tinyllama-guanaco-100", "06_train_exp2": "tinyllama-guanaco-200"}
+SERIES = ("01_install", "02_load_data", "03_quantize", "04_attach_lora", *EXPERIMENTS, "07_compare")
+
+
+def notebooks_folder() -> Path:
+    """The notebooks of the checkout, else those of the installed package."""
+    checkout = runs.ROOT / "notebooks"
+    return checkout if checkout.is_dir() else Path(__file__).parents[1] / "_notebooks"
+
+
+def run_series(out: Path, samples: list[int] | None, **params: Any) -> Path:
+    """Execute notebooks 01–07 into `out`; returns the path of the report.
+
+    `samples` are the rows of experiments 1 and 2; `params` go to every notebook. What is there already is reused.
+    Raises `UserError` before anything is written if parameters or data cannot be.
+    """
+    first, second = samples or (None, None)
+    experiments = zip(("exp1", "exp2"), EXPERIMENTS.values(), (first, second), strict=True)
+    for name, preset, n_samples in experiments:
+        _check(RunFolder(out / name), preset=preset, n_samples=n_samples, **params)
+    folder = runs.workdir(str(out))
+    common = {"workdir": str(folder), **params}
+    own: dict[str, dict[str, Any]] = {
+        "02_load_data": {"n_samples": first},
+        "05_train_exp1": {"n_samples": first, "run_name": "exp1"},
+        "06_train_exp2": {"n_samples": second, "run_name": "exp2"},
+        "07_compare": {"n_samples_1": first, "n_samples_2": second},
+    }
+    seconds = {}
+    for number, name in enumerate(SERIES, 1):
+        params_here = common | own.get(name, {})
+        began = time.monotonic()
+        execute(name, executed(folder, name), params_here, f"[{number}/{len(SERIES)}] {name}")
+        seconds[name] = round(time.monotonic() - began, 1)
+    _note_time(folder, seconds)
+    return folder / "report.md"
+
+
+def executed(folder: Path, name: str) -> Path:
+    """Where a notebook of the series is, as executed: with its run, if it trains one."""
+    run_names = dict(zip(EXPERIMENTS, ("exp1", "exp2"), strict=True))
+    return folder / run_names[name] / "notebook.ipynb" if name in run_names else folder / "notebooks" / f"{name}.ipynb"
+
+
+def _note_time(folder: Path, seconds: dict[str, float]) -> None:
+    """Print how long the notebooks took together; `series.json` keeps it, with the machine it holds for."""
+    here = device.detect()
+    print(
+        f"Notebooks: {len(seconds)} done in {sum(seconds.values()):.0f} s on {here.name}, in {here.dtype}", flush=True
+    )
+    noted = {"device": here.to_dict(), "versions": device.versions(), "seconds": seconds}
+    runs.write_json(folder / "series.json", noted | {"total": round(sum(seconds.values()), 1)})
+
+
+def run_batch(
+    out: Path, samples: list[int], seeds: list[int], lists: Mapping[str, Any] | None = None, **params: Any
+) -> list[RunFolder]:
+    """A run for every sample count and seed, and, at the largest count, for every value of `sweep.KNOBS` in `lists`.
+
+    Raises `UserError` before anything is written if parameters or data cannot be, or a folder holds another run.
+    """
+    config = Config.from_params(preset="tinyllama-guanaco-100", n_samples=max(samples), **params)
+    tokenizer = hub.load_tokenizer(config)
+    cleaned = cleaning.clean(config, tokenizer)
+    settings = [*sweep.sizes(config, samples), *sweep.knobs(config, max(samples), lists or {})]
+    needed = sweep.needed(settings, seeds, cleaned, tokenizer, out.expanduser().resolve())
+    for item in needed:
+        if item.run.identity() is None:
+            runs.check_free(RunFolder(item.folder / item.name), item.config, cleaning.identity(item.config, item.data))
+    runs.workdir(str(out))
+    return [run for group in train(needed).values() for run in group]
+
+
+def train(needed: Sequence[Wanted], bar: bool = True) -> dict[str, list[RunFolder]]:
+    """Notebook 05 for every run that is not complete, whatever its folder's name; one that was cut off goes on.
+
+    Returns the runs of each experiment, its seeds in order. `bar`: papermill's own, which is no good inside a notebook.
+    Raises `UserError` at the end if any of them failed: one does not take the others down.
+    """
+    failed: list[str] = []
+    found: dict[str, list[RunFolder]] = {}
+    for number, item in enumerate(needed, 1):
+        run = item.run
+        label = f"[{number}/{len(needed)}] {run.name}"
+        if run.complete:
+            print(f"{label}: complete, not run again")
+        else:
+            params = item.config.params | {"workdir": str(item.folder), "run_name": run.name}
+            try:
+                execute("05_train_exp1", run / "notebook.ipynb", params, label, bar)
+            except UserError as error:
+                failed.append(run.name)
+                print(f"{label}: failed: {error}", flush=True)
+        found.setdefault(item.experiment, []).append(run)
+    if failed:
+        raise UserError(
+            f"batch: {len(failed)} of {len(needed)} runs failed ({', '.join(failed)}); the others are complete. "
+            "Fix: what is said above of each, and the same command again."
+        )
+    return found
+
+
+def execute(name: str, target: Path, params: dict[str, Any], label: str, bar: bool = True) -> None:
+    """One notebook through papermill into `target`, with a bar of its cells; without a terminal, or without `bar`, with
+    a line at its beginning and one at its end.
+
+    A `UserError` in the notebook comes out as one; any other error too, and both name the notebook and the cell.
+    """
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # The notebooks check names themselves, and know more parameters than their cell lists.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    bar, began = bar and sys.stdout.isatty(), time.monotonic()
+    if not bar:
+        print(f"{label}: begins", flush=True)
+    try:
+        papermill.execute_notebook(
+            notebooks_folder() / f"{name}.ipynb",
+            target,
+            parameters={key: value for key, value in params.items() if value is not None},
+            kernel_name="python3",
+            progress_bar={"desc": label, "file": sys.stdout} if bar else False,
+            shutdown_kernel="immediate",  # all cells are done: a graceful end costs seconds and saves nothing
+            extra_arguments=["--log-level=ERROR"],  # the kernel's remarks on its own transport
+        )
+    except PapermillExecutionError as error:
+        if error.ename == "UserError":
+            raise UserError(f"{error.evalue} (Notebook {name}, cell {error.exec_count}.)") from None
+        why = (error.evalue.strip().splitlines() or [""])[-1]
+        raise UserError(
+            f"notebook {name}, cell {error.exec_count}: {error.ename}: {why}. The executed notebook: {target}."
+        ) from None
+    if not bar:
+        print(f"{label}: done in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def _check(run: RunFolder, **params: Any) -> None:
+    """Resolve the config and prepare its data here, so that bad input is found before anything is written."""
+    config = Config.from_params(**params)
+    runs.check_free(run, config)
+    cleaning.prepare(config, hub.load_tokenizer(config))

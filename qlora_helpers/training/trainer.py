@@ -1,0 +1,302 @@
+"""One run: TRL's SFTTrainer, configured; taken up where it was cut off; its results saved."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from qlora_helpers import arithmetic, drive, runs
+from qlora_helpers.config import Config
+from qlora_helpers.data import cleaning
+from qlora_helpers.data.cleaning import Data
+from qlora_helpers.device import Device, forget_peak, limit_memory, peak_memory_gib
+from qlora_helpers.evaluation import losses, model_card
+from qlora_helpers.evaluation.losses import RowLoss
+from qlora_helpers.models import hub, safetensors_io
+from qlora_helpers.models.qlora import attach_lora, check_targets, load_base, save_biases, train_in_float32
+from qlora_helpers.runs import RunFolder
+from qlora_helpers.training import batches, checks, oom
+from qlora_helpers.training.callbacks import CopyToDrive, LogWriter, SaveBest
+from qlora_helpers.training.checks import Guard
+from qlora_helpers.training.progress import Progress
+
+FP16_SCALE = 1024.0  # the default, 65536, overflows at first: the scaler would skip the first steps
+
+
+def train(
+    config: Config, data: Data, tokenizer: Any, run: RunFolder, callbacks: Sequence[TrainerCallback] = ()
+) -> RunFolder:
+    """Train `config` into `run` and return it, complete. A complete run is left as it is; one that was cut off goes on.
+
+    Raises `UserError` if another process uses the folder, if it holds another run, or if training goes wrong in a
+    way that the result would not show: see `guard`.
+    """
+    me = cleaning.identity(config, data)
+    checks.check_rows(data)
+    mirror = drive.mirror(run)
+    if mirror and not run.complete:
+        runs.check_free(run, config, me)
+        mirror.pull(me)
+        train(config, data, tokenizer, mirror.here, [*callbacks, CopyToDrive(mirror)])
+        return mirror.finish()
+    with runs.lock(run), checks.full_disk_is_one_line(run.path):
+        runs.check_free(run, config, me)
+        if run.complete:
+            print(f"{run.path} is complete: nothing to train.")
+            return run
+        device = arithmetic.as_begun(arithmetic.device_for(config), run.compute_dtype())
+        limit_memory(device, config.memory_limit_gib)
+        config = oom.choose_split(config, device)
+        oom.announce(config, device)
+        while True:
+            try:
+                _attempt(config, data, tokenizer, device, run, callbacks)
+                return run
+            except RuntimeError as error:
+                if not oom.is_it(error):
+                    raise
+            seen = peak_memory_gib(device)
+            oom.free(device)  # only here is the traceback gone that kept the tensors alive
+            config = oom.shrink(config, device, run, seen)
+
+
+def _attempt(
+    config: Config, data: Data, tokenizer: Any, device: Device, run: RunFolder, callbacks: Sequence[TrainerCallback]
+) -> None:
+    """The run from its last checkpoint to its end, with one split of the batch."""
+    me = cleaning.identity(config, data)
+    base = load_base(config, device)
+    check_targets(base, config)
+    runs.write_json(run / "config.json", {"identity": me, "config": config.to_dict()})
+    base_losses = losses.baseline(base, config, data, tokenizer, device, run.path.parent)
+    _write_manifest(run, config, device, data, base)
+    model = attach_lora(base, config)
+    trainer = build_trainer(model, config, data, tokenizer, device, run, callbacks)
+    trainer.add_callback(LogWriter(run / "log.jsonl", losses.mean_loss(base_losses)))
+    _fit(trainer, run, me)
+    _save_results(trainer, config, data, tokenizer, device, run, base_losses)
+
+
+class QloraTrainer(SFTTrainer):
+    """SFTTrainer with five changes, each of a few lines; the training loop is the library's."""
+
+    device_: Device
+    heldout: list[Any]
+    identity: dict[str, str]
+    heldout_rows: list[RowLoss]
+    rows_at_once: int
+    heldout_step = -1
+    peak_gib = 0.0  # of training steps
+    eval_peak_gib = 0.0
+    eval_seconds = 0.0  # of the last held-out losses, and of the answers after them
+    _seconds = 0.0
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The library's loss without TRL's entropy and accuracy, which cost a tenth of a step on a CPU."""
+        return Trainer.compute_loss(self, model, inputs, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Time the arithmetic alone: evaluation and saving are not training."""
+        started = time.perf_counter()
+        loss = super().training_step(*args, **kwargs)
+        if self.device_.kind == "cuda":
+            torch.cuda.synchronize()
+        self._seconds += time.perf_counter() - started
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Each step's line also says how long it took, and the most memory so far; both outlast a restart."""
+        if "loss" in logs:
+            logs["seconds"], self._seconds = self._seconds, 0.0
+            logs["peak_gib"] = round(max(self.peak_gib, peak_memory_gib(self.device_)), 3)
+        Trainer.log(self, logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Held-out loss per trained token, from the one function that measures it everywhere."""
+        self.measure()
+        self.heldout_step = self.state.global_step
+        metrics = {"eval_loss": losses.mean_loss(self.heldout_rows)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def measure(self) -> None:
+        """Losses of the held-out rows with the weights as they are."""
+        self.eval_seconds = 0.0
+        with self.evaluating(), checks.unchanged(self.model):
+            self.heldout_rows = losses.heldout_losses(self.model, self.heldout, self.device_, self.rows_at_once)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Count time and memory of the inside as evaluation's, and the memory before as training's."""
+        self.peak_gib = max(self.peak_gib, peak_memory_gib(self.device_))
+        forget_peak(self.device_)
+        started = time.perf_counter()
+        yield
+        self.eval_seconds += time.perf_counter() - started
+        self.eval_peak_gib = max(self.eval_peak_gib, peak_memory_gib(self.device_))
+        forget_peak(self.device_)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The library's checkpoint without TRL's model card, sealed when it is whole."""
+        Trainer._save_checkpoint(self, model, trial)
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        save_biases(self.model, folder)
+        runs.seal(folder, self.identity)
+
+
+def build_trainer(
+    model: Any,
+    config: Config,
+    data: Data,
+    tokenizer: Any,
+    device: Device,
+    run: RunFolder,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> QloraTrainer:
+    """The trainer for this run. Labels are ours, so TRL's own templating and masking have nothing to do."""
+    rows = [{"input_ids": example.input_ids, "labels": example.labels} for example in data.trained_on]
+    callbacks = [Guard(), Progress(), *callbacks]
+    if config.keep_best:
+        callbacks.append(SaveBest())
+    if config.early_stopping_patience:
+        callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
+    for settings in (model.config, model.generation_config):  # the library would do so too, with a warning
+        settings.pad_token_id = tokenizer.pad_token_id
+    trainer = QloraTrainer(
+        model=model,
+        args=_arguments(config, len(rows), device, run),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:1]),  # never read: `evaluate` measures the held-out rows
+        processing_class=tokenizer,
+        data_collator=batches.collator(model, device),
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)  # what the library has in place of its bar: a line a step
+    train_in_float32(model)
+    if device.kind == "cuda" and device.dtype == "float16":
+        trainer.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=FP16_SCALE)
+    trainer.rows_at_once, _ = losses.at_once(config, device)
+    trainer.device_, trainer.heldout, trainer.identity = device, data.heldout, cleaning.identity(config, data)
+    return trainer
+
+
+def _arguments(config: Config, n_rows: int, device: Device, run: RunFolder) -> SFTConfig:
+    steps = config.steps(n_rows)
+    eval_steps = min(config.eval_steps or steps // config.epochs, steps)
+    save_steps = config.save_steps
+    if config.keep_best:  # the library wants evaluations and checkpoints in step; SaveBest adds what lies between
+        save_steps = math.ceil(save_steps / eval_steps) * eval_steps
+    return SFTConfig(
+        output_dir=str(run / "checkpoints"),
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler,
+        warmup_steps=math.ceil(config.warmup_ratio * steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim=config.optimizer,
+        gradient_checkpointing=config.gradient_checkpointing,
+        eval_strategy="steps",
+        eval_steps=eval_steps,
+        save_strategy="steps",
+        save_steps=save_steps,
+        save_total_limit=3,
+        load_best_model_at_end=config.keep_best,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=1,
+        disable_tqdm=True,  # see Progress
+        logging_nan_inf_filter=False,  # the filter would hide a loss that is no number
+        include_num_input_tokens_seen="non_padding",
+        bf16=device.kind == "cuda" and device.dtype == "bfloat16",
+        fp16=device.kind == "cuda" and device.dtype == "float16",
+        use_cpu=device.kind == "cpu",
+        dataloader_pin_memory=device.kind == "cuda",
+        max_length=None,  # rows are cut already
+        seed=config.seed,
+        report_to="none",
+    )
+
+
+def _write_manifest(run: RunFolder, config: Config, device: Device, data: Data, base: Any) -> None:
+    content = runs.manifest(config, device, data.to_manifest())
+    content["model"] = {
+        "name": config.model,
+        "revision": None if hub.is_local(config) else getattr(base.config, "_commit_hash", None) or config.revision,
+        "fingerprint": safetensors_io.fingerprint(hub.folder(config)) if hub.is_local(config) else None,
+    }
+    content["baseline"] = losses.baseline_folder(config, data, device, run.path.parent).name
+    runs.write_json(run / "manifest.json", content)
+
+
+def _fit(trainer: QloraTrainer, run: RunFolder, me: dict[str, str]) -> None:
+    """Train to the end, from the last whole checkpoint if there is one."""
+    checkpoint = runs.last_checkpoint(run, me)
+    if checkpoint:
+        print(f"Going on from {checkpoint.name}.")
+    forget_peak(trainer.device_)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    checks.check_moved(trainer.model)
+
+
+def _save_results(
+    trainer: QloraTrainer,
+    config: Config,
+    data: Data,
+    tokenizer: Any,
+    device: Device,
+    run: RunFolder,
+    base_losses: list[RowLoss],
+) -> None:
+    """Adapter, tokenizer, model card, answers and losses; `metrics.json` last, since it says that all is there."""
+    model: Any = trainer.model
+    if config.keep_best:  # the best weights are back: measured, but no step of their own in the log
+        trainer.measure()
+    elif trainer.heldout_step != trainer.state.global_step:
+        trainer.evaluate()
+    runs.write_jsonl(run / "heldout_losses.jsonl", losses.to_rows(trainer.heldout_rows))
+    print("Trained. Now it answers the held-out questions.", flush=True)
+    with trainer.evaluating():
+        losses.measure_answers(model, config, data, tokenizer, device, run)
+    metrics = _metrics(trainer, config, data, base_losses)
+    model.save_pretrained(run.adapter)
+    save_biases(model, run.adapter)
+    tokenizer.save_pretrained(run.adapter)
+    runs.write_text(run.adapter / "README.md", model_card.render(run, config, metrics))
+    runs.write_json(run / "metrics.json", metrics)
+
+
+def _metrics(trainer: QloraTrainer, config: Config, data: Data, base_losses: list[RowLoss]) -> dict[str, Any]:
+    """What `metrics.json` holds. Seconds and memory of training are those of its steps alone."""
+    model: Any = trainer.model
+    state, device = trainer.state, trainer.device_
+    steps = [line for line in state.log_history if "loss" in line]
+    seconds = sum(line["seconds"] for line in steps)
+    return {
+        "train_rows": len(data.train),
+        "rehearsal_rows": len(data.rehearsal),
+        "steps": state.global_step,
+        "epochs": config.epochs,
+        "train_loss": sum(line["loss"] for line in steps) / len(steps),
+        "eval_loss": losses.mean_loss(trainer.heldout_rows),
+        "base_eval_loss": losses.mean_loss(base_losses),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(state.num_input_tokens_seen / seconds, 1),
+        "peak_memory_gib": max(line["peak_gib"] for line in steps),
+        "eval_seconds": round(trainer.eval_seconds, 2),
+        "eval_peak_memory_gib": round(trainer.eval_peak_gib, 3),
+        "seed": config.seed,
+        "device": device.name,
+        "compute_dtype": device.dtype,
+    }

@@ -1,0 +1,179 @@
+"""Runs that would learn nothing, or measure nothing, each with its fault planted: they stop, and say why."""
+
+import dataclasses
+import errno
+import random
+
+import numpy as np
+import pytest
+import torch
+from transformers import Trainer
+
+from qlora_helpers import UserError
+from qlora_helpers.data import cleaning
+from qlora_helpers.data.prompts import IGNORE
+from qlora_helpers.evaluation import losses
+from qlora_helpers.runs import RunFolder
+from qlora_helpers.training import checks, trainer
+
+
+@pytest.fixture(scope="module")
+def config(config):
+    return config.replace(epochs=1, eval_steps=1)
+
+
+@pytest.fixture(scope="module")
+def data(config, tokenizer):
+    return cleaning.prepare(config, tokenizer)
+
+
+@pytest.fixture
+def train(config, data, tokenizer, tmp_path):
+    """Train into a fresh folder; what is handed over may be planted."""
+
+    def run_it(rows=data, **changes):
+        return trainer.train(config.replace(**changes), rows, tokenizer, RunFolder(tmp_path / "run"))
+
+    return run_it
+
+
+def plant_loss(monkeypatch, change):
+    """Let the library's loss come out as `change` makes it."""
+    honest = Trainer.compute_loss
+    monkeypatch.setattr(Trainer, "compute_loss", lambda *args, **kwargs: change(honest(*args, **kwargs)))
+
+
+@pytest.mark.parametrize(("factor", "shown"), [(0.0, "0.0"), (float("nan"), "nan"), (float("inf"), "inf")])
+def test_a_loss_that_is_zero_or_no_number_stops_at_its_first_step(train, monkeypatch, factor, shown):
+    plant_loss(monkeypatch, lambda loss: loss * factor)
+    with pytest.raises(UserError, match=f"loss at step 1 is {shown}.*Fix"):
+        train()
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+def test_three_steps_without_a_gradient_stop(train, monkeypatch, clip):
+    """The loss looks as ever: only its way back is cut, as repacked 4-bit weights do it."""
+    plant_loss(monkeypatch, lambda loss: loss * 0 + loss.detach())
+    with pytest.raises(UserError, match=r"gradients of 3 steps up to step 3 are zero.*Fix"):
+        train(max_grad_norm=clip)
+
+
+def test_steps_without_a_gradient_between_others_do_not_stop(train, monkeypatch):
+    calls = iter(range(4))
+    plant_loss(monkeypatch, lambda loss: loss * 0 + loss.detach() if next(calls) != 2 else loss)
+    assert train().complete
+
+
+def test_an_adapter_that_does_not_move_stops(train):
+    with pytest.raises(UserError, match=r"not moved.*Fix"):
+        train(learning_rate=0.0)
+
+
+def test_an_adapter_of_no_numbers_stops():
+    layer = torch.nn.Module()
+    layer.lora_B = torch.nn.Parameter(torch.tensor([1.0, float("nan")]))
+    with pytest.raises(UserError, match=r"nan or infinity.*Fix"):
+        checks.check_moved(layer)
+
+
+def draw(model):
+    torch.rand(1)
+
+
+def draw_plain(model):
+    random.random()
+
+
+def draw_numpy(model):
+    np.random.rand()
+
+
+def leave_in_eval(model):
+    model.eval()
+
+
+def move_the_adapter(model):
+    next(p for p in model.parameters() if p.requires_grad).data += 1e-3
+
+
+def freeze(model):
+    next(p for p in model.parameters() if p.requires_grad).requires_grad_(False)
+
+
+def repack(model):
+    weight = next(p for p in model.parameters() if not p.requires_grad)
+    weight.data = weight.data.clone()
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (draw, "random state"),
+        (draw_plain, "random state"),
+        (draw_numpy, "random state"),
+        (leave_in_eval, "mode"),
+        (move_the_adapter, "adapter's weights"),
+        (freeze, "which weights are trained"),
+        (repack, "base's weights"),
+    ],
+)
+def test_an_evaluation_that_changes_training_stops(train, monkeypatch, fault, says):
+    honest = losses.heldout_losses
+
+    def meddle(model, *args, **kwargs):
+        measured = honest(model, *args, **kwargs)
+        if model.training:  # the base is measured before training, where nothing can be spoiled
+            fault(model)
+        return measured
+
+    monkeypatch.setattr(losses, "heldout_losses", meddle)
+    with pytest.raises(UserError, match=f"evaluation: it changed .*{says}.*Fix"):
+        train()
+
+
+@pytest.mark.parametrize("where", ["train", "heldout"])
+def test_a_row_with_an_empty_label_mask_is_named(train, data, where, tmp_path):
+    rows = getattr(data, where)
+    masked = dataclasses.replace(rows[1], labels=[IGNORE] * len(rows[1].labels))
+    planted = dataclasses.replace(data, **{where: [rows[0], masked, *rows[2:]]})
+    with pytest.raises(UserError, match=f"row {masked.row.id} .*label mask is empty.*Fix"):
+        train(planted)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_heldout_row_that_is_trained_on_stops(train, data, tmp_path):
+    planted = dataclasses.replace(data, train=[*data.train[1:], data.heldout[0]])
+    with pytest.raises(UserError, match=r"1 of its rows are also trained on.*Fix"):
+        train(planted)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(train, monkeypatch, number, tmp_path):
+    """The disk is full while the second checkpoint is written."""
+    honest = Trainer._save_checkpoint
+
+    def full(self, *args):
+        if self.state.global_step == 4:
+            raise OSError(number, "No space left on device")
+        honest(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save_checkpoint", full)
+        with pytest.raises(UserError, match=r"disk: .*run is full.*Fix"):
+            train()
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "complete.json").exists()
+    assert train().complete
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match="something else"), checks.full_disk_is_one_line(tmp_path):
+        raise RuntimeError("something else")
+
+
+def test_a_library_that_does_not_say_disk_full(tmp_path, monkeypatch):
+    """torch's writer only says that it failed: the free space tells."""
+    usage = checks.shutil._ntuple_diskusage(100, 100, 0)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="is full"), checks.full_disk_is_one_line(tmp_path):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0")

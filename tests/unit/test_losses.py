@@ -1,0 +1,131 @@
+"""Losses against a plain loop, with examples in the prompt, in bytes, and on the general questions."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from qlora_helpers.data import cleaning, prompts
+from qlora_helpers.evaluation import losses
+from qlora_helpers.evaluation.losses import RowLoss
+from qlora_helpers.planning import memory
+
+
+def one_by_one(built, examples):
+    """The library's own loss, a row at a time, without padding."""
+    losses = []
+    for example in examples:
+        with torch.no_grad():
+            out = built(input_ids=torch.tensor([example.input_ids]), labels=torch.tensor([example.labels]))
+        losses.append((out.loss.item(), sum(label != -100 for label in example.labels[1:])))
+    return losses
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_losses_equal_a_plain_loop(setup, device, batch_size):
+    built, examples = setup
+    assert len({len(example.input_ids) for example in examples}) > 2  # so there is padding
+    got = losses.heldout_losses(built, examples, device, batch_size)
+    want = one_by_one(built, examples)
+    assert [row.id for row in got] == [example.row.id for example in examples]
+    assert [row.tokens for row in got] == [tokens for _, tokens in want]
+    assert [row.loss_sum / row.tokens for row in got] == pytest.approx([loss for loss, _ in want], abs=1e-4)
+
+
+@pytest.mark.parametrize("template", ["guanaco", "auto"])
+def test_a_beginning_that_all_rows_share_is_read_once(setup, config, device, tokenizer, template):
+    """Examples in the prompt: one pass over them, and the losses of a plain loop over the whole rows."""
+    built, examples = setup
+    shots = (
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "Two, and then some more words."},
+    ) * 4
+    own = config.replace(template=template, max_length=400)
+    plain = list(prompts.encode([example.row for example in examples], own, tokenizer))
+    longer = [losses.after_shots(example, shots, own, tokenizer) for example in plain]
+    seen = []
+    hook = built.get_input_embeddings().register_forward_hook(lambda m, args, out: seen.append(out.shape[:2]))
+    got = losses.heldout_losses(built, longer, device, batch_size=3)
+    hook.remove()
+    want = one_by_one(built, longer)
+    assert [row.tokens for row in got] == [tokens for _, tokens in want]
+    assert [row.loss_sum / row.tokens for row in got] == pytest.approx([loss for loss, _ in want], abs=1e-4)
+    (one, shared), *batches = seen
+    assert one == 1
+    assert shared >= losses.SHARED
+    assert max(width for _, width in batches) == max(len(example.input_ids) for example in longer) - shared
+    assert sum(rows for rows, _ in batches) == len(longer)
+
+
+def test_what_is_trained_is_never_passed_over(setup, device):
+    """Rows that share trained tokens, or nothing else: all of these count."""
+    built, examples = setup
+    row = max(examples, key=lambda example: len(example.input_ids))
+    twice = [row, dataclasses.replace(row, labels=[-100, *row.input_ids[1:]])]
+    long = [
+        dataclasses.replace(e, input_ids=e.input_ids * 5, labels=[-100] * 4 * len(e.labels) + e.labels) for e in twice
+    ]
+    for rows in (twice, long, long[:1]):
+        got = losses.heldout_losses(built, rows, device)
+        want = one_by_one(built, rows)
+        assert [r.tokens for r in got] == [tokens for _, tokens in want]
+        assert [r.loss_sum / r.tokens for r in got] == pytest.approx([loss for loss, _ in want], abs=1e-4)
+
+
+def test_more_tokens_than_go_through_the_head_at_once(setup, device, monkeypatch):
+    built, examples = setup
+    whole = losses.heldout_losses(built, examples, device)
+    monkeypatch.setattr(memory, "EVALUATION_LOGITS", 7)
+    parts = losses.heldout_losses(built, examples, device)
+    assert [row.loss_sum for row in parts] == pytest.approx([row.loss_sum for row in whole], rel=1e-5)
+
+
+def test_measuring_leaves_no_trace(setup, device):
+    built, examples = setup
+    for training in (True, False):
+        built.train(training)
+        state = torch.get_rng_state()
+        first = losses.heldout_losses(built, examples, device)
+        assert built.training is training
+        assert torch.equal(torch.get_rng_state(), state)
+        assert losses.heldout_losses(built, examples, device) == first  # no dropout
+    assert not any(p.grad is not None for p in built.parameters())
+
+
+def test_the_mean_counts_tokens_not_rows():
+    rows = [RowLoss("a", 10.0, 1, 0), RowLoss("b", 30.0, 9, 0)]
+    assert losses.mean_loss(rows) == 4.0
+
+
+def test_after_shots_the_same_tokens_count(setup, config, device, tokenizer):
+    """Three examples before the row: another loss on the same tokens."""
+    built, examples = setup
+    shots = ({"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}) * 3
+    for template in ("guanaco", "instruction", "auto"):
+        own = config.replace(template=template, max_length=90)
+        plain = list(prompts.encode([example.row for example in examples], own, tokenizer))
+        plain = [example for example in plain if example.trained]
+        longer = [losses.after_shots(example, shots, own, tokenizer) for example in plain]
+        assert all(len(b.input_ids) > len(a.input_ids) for a, b in zip(plain, longer, strict=True))
+        assert all(b.input_ids.count(tokenizer.bos_token_id) <= 1 for b in longer)
+        assert len(plain) > 5
+        before, after = (losses.heldout_losses(built, rows, device) for rows in (plain, longer))
+        assert [(r.id, r.tokens) for r in before] == [(r.id, r.tokens) for r in after]
+        assert [r.loss_sum for r in before] != [r.loss_sum for r in after]
+
+
+def test_bytes_are_those_of_whole_answers(make_row, config, tokenizer):
+    row = make_row("Hi", "Là-bas 🎉", "And?", "ok")
+    (whole,) = prompts.encode([row], config, tokenizer)
+    (cut,) = prompts.encode([row], config.replace(max_length=len(whole.input_ids) - 1), tokenizer)
+    assert losses.answer_bytes(whole) == len("Là-bas 🎉".encode()) + 2
+    assert losses.answer_bytes(cut) == 0
+
+
+def test_the_general_questions_are_frozen(config, tokenizer):
+    """A changed row would make old and new measurements of forgetting different things."""
+    examples = losses.general_examples(config, tokenizer)
+    assert len(examples) == 48
+    assert cleaning.fingerprint(example.row.id for example in examples) == "f1baae56cf136ba8"
+    assert not any(example.cut for example in examples)
+    assert examples[0].text.startswith("<|im_start|>user")  # the model's own template

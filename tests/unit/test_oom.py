@@ -1,0 +1,84 @@
+"""A run whose GPU runs out of memory in the middle: torch's own error is raised where a step begins."""
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from qlora_helpers import UserError
+from qlora_helpers.data import cleaning
+from qlora_helpers.evaluation import answers
+from qlora_helpers.runs import RunFolder
+from qlora_helpers.training import oom, trainer
+
+
+class RunOut(TrainerCallback):
+    """Raises once, when step 5 begins; notes the split of each step."""
+
+    def __init__(self, error):
+        self.error, self.splits = error, []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.splits.append((state.global_step, args.per_device_train_batch_size, args.gradient_accumulation_steps))
+        if state.global_step == 5 and self.error:
+            error, self.error = self.error, None
+            raise error
+
+
+@pytest.fixture
+def eight_steps(config, tokenizer):
+    longer = config.replace(epochs=2, dropout=0.0)
+    return longer, cleaning.prepare(longer, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when …")]
+)
+def test_shrinking_goes_on_from_the_checkpoint_and_takes_the_same_steps(eight_steps, tokenizer, tmp_path, error):
+    config, data = eight_steps
+    callback = RunOut(error)
+    run = trainer.train(config.replace(on_oom="shrink"), data, tokenizer, RunFolder(tmp_path / "a" / "run"), [callback])
+    plain = trainer.train(config, data, tokenizer, RunFolder(tmp_path / "b" / "run"))
+    assert callback.splits == [*((step, 4, 1) for step in range(6)), *((step, 2, 2) for step in range(4, 8))]
+    assert run.read("config.json")["config"]["batch_size"] == 2
+    assert run.read("config.json")["identity"] == plain.read("config.json")["identity"]
+    steps = [[line["step"] for line in done.log() if "loss" in line] for done in (run, plain)]
+    assert steps[0] == steps[1] == list(range(1, 9))
+    losses = [done.read("metrics.json")["eval_loss"] for done in (run, plain)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+def test_stopping_is_one_line_that_keeps_no_tensor_alive(eight_steps, tokenizer, tmp_path):
+    config, data = eight_steps
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(UserError) as caught:
+        trainer.train(config, data, tokenizer, run, [RunOut(torch.cuda.OutOfMemoryError("CUDA out of memory"))])
+    assert str(caught.value).startswith("memory: the GPU ran out: ")
+    assert caught.value.__context__ is None
+    assert (run / "checkpoints" / "checkpoint-4" / "complete.json").exists()
+
+
+def test_another_runtime_error_is_not_taken_for_it(eight_steps, tokenizer, tmp_path):
+    config, data = eight_steps
+    with pytest.raises(RuntimeError, match="a fault of its own"):
+        trainer.train(
+            config, data, tokenizer, RunFolder(tmp_path / "run"), [RunOut(RuntimeError("a fault of its own"))]
+        )
+
+
+def test_running_out_in_the_answers_leaves_the_tokenizer_as_it_was(setup, config, device, tokenizer, monkeypatch):
+    model, _ = setup
+    side = tokenizer.padding_side
+
+    def fail(*args):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(answers, "_continue", fail)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        answers.generate(model, tokenizer, config, device, [{"prompt": "x", "reference": None}])
+    assert tokenizer.padding_side == side
+
+
+def test_what_counts_as_running_out():
+    assert oom.is_it(torch.cuda.OutOfMemoryError("any"))
+    assert oom.is_it(RuntimeError("CUDA error: out of memory"))
+    assert not oom.is_it(RuntimeError("shapes do not match"))

@@ -1,0 +1,201 @@
+"""Which tokens are trained: against strings written by hand, so that the labels are not checked with their own code."""
+
+import pytest
+
+from qlora_helpers import Config, UserError
+from qlora_helpers.data import prompts
+
+TWO_ROUNDS = (("Hi there", "Hello!", "And now?", "Bye."), "")
+WITH_INPUT = (("Add these", "5"), "2, 3")
+HEADING = (("How?", "### Steps\n\n1. Go\n### Human matters\nEnd"), "")
+UNICODE = (("Où ça ?", "Là-bas 🎉🇫🇷 — naïve"), "")
+CODE = (("Code?", "def f(x):\n    if x:\n        return  1\n\n\n    y = 2"), "")
+CASES = {
+    "two rounds": (TWO_ROUNDS, "guanaco", " Hello!</s> Bye.</s>"),
+    "input": (WITH_INPUT, "guanaco", " 5</s>"),
+    "heading in the reply": (HEADING, "guanaco", " ### Steps\n\n1. Go\n### Human matters\nEnd</s>"),
+    "unicode": (UNICODE, "guanaco", " Là-bas 🎉🇫🇷 — naïve</s>"),
+    "code": (CODE, "guanaco", " def f(x):\n    if x:\n        return  1\n\n\n    y = 2</s>"),
+    "instruction": (WITH_INPUT, "instruction", "5</s>"),
+    "instruction, two rounds": (TWO_ROUNDS, "instruction", "Hello!</s>Bye.</s>"),
+    "chat": (TWO_ROUNDS, "auto", "Hello!</s>Bye.</s>"),
+    "chat, input": (WITH_INPUT, "auto", "5</s>"),
+    "chat, code": (CODE, "auto", "def f(x):\n    if x:\n        return  1\n\n\n    y = 2</s>"),
+}
+
+
+@pytest.fixture(scope="module", params=["plain", "llama3"])
+def words(request, make_tokenizer):
+    """Both kinds of tokenizer that the presets meet."""
+    return make_tokenizer(request.param)
+
+
+def encode(row, tokenizer, **settings):
+    return next(prompts.encode([row], Config(**settings), tokenizer))
+
+
+def trained_text(example, tokenizer):
+    """What the trained tokens say."""
+    return tokenizer.decode([i for i, label in zip(example.input_ids, example.labels, strict=True) if label != -100])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_answers_and_their_end_are_trained_and_nothing_else(words, make_row, case):
+    (turns, given), template, want = CASES[case]
+    example = encode(make_row(*turns, given=given), words, template=template)
+    assert trained_text(example, words) == want
+    assert all(label in (-100, token) for token, label in zip(example.input_ids, example.labels, strict=True))
+    assert example.trained == sum(label != -100 for label in example.labels)
+    assert example.cut == 0
+
+
+@pytest.mark.parametrize("template", ["guanaco", "instruction", "auto"])
+def test_train_on_all_trains_every_token(words, make_row, template):
+    example = encode(make_row("Hi", "Hello"), words, template=template, train_on="all")
+    assert example.labels == example.input_ids
+    assert example.trained == len(example.input_ids) - 1  # nothing predicts the first
+
+
+def test_a_cut_row_trains_what_is_left_and_no_end(words, make_row):
+    row = make_row("Hi", "^~^~^~^~^~")  # no merges: a token each
+    whole = encode(row, words)
+    prompt = sum(label == -100 for label in whole.labels)
+    cut = encode(row, words, max_length=prompt + 5)
+    assert trained_text(whole, words) == " ^~^~^~^~^~</s>"
+    assert trained_text(cut, words) == " ^~^~"
+    assert words.eos_token_id not in cut.input_ids
+    assert cut.cut == len(whole.input_ids) - prompt - 5
+    assert len(cut.input_ids) == len(cut.labels) == len(cut.offsets) == prompt + 5
+
+
+def test_a_row_cut_before_its_answer_trains_nothing(words, make_row):
+    assert encode(make_row("a question longer than eight tokens, surely so", "b"), words, max_length=8).trained == 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_answer_starts_where_the_generation_prompt_ends(words, make_row, case):
+    """Otherwise the model is asked in another way than it was taught."""
+    (turns, given), template, _ = CASES[case]
+    row = make_row(*turns, given=given)
+    config = Config(template=template)
+    example = encode(row, words, template=template)
+    for asked in range(1, len(turns), 2):
+        prompt = prompts.render_prompt(row.messages[:asked], config, words)
+        (prompt_ids,) = prompts.tokenize([prompt], words)["input_ids"]
+        assert example.input_ids[: len(prompt_ids)] == prompt_ids
+        assert example.labels[len(prompt_ids) - 1] == -100
+        assert example.labels[len(prompt_ids)] != -100
+
+
+def test_layouts_as_published(tokenizer, make_row):
+    row = make_row("Q", "A", given="I")
+    assert prompts.render(row.messages, Config(), tokenizer)[0] == "### Human: Q\n\nI### Assistant: A</s>"
+    text = prompts.render(row.messages, Config(template="instruction"), tokenizer)[0]
+    assert text == "### Instruction:\nQ\n\n### Input:\nI\n\n### Response:\nA</s>"
+    system = Config(template="auto", system="Be kind.")
+    assert prompts.render(row.messages, system, tokenizer)[0].startswith("<|im_start|>system\nBe kind.</s>\n")
+
+
+def test_spaces_are_trained_whatever_the_tokenizer_says_of_them(make_row, make_tokenizer):
+    """Where offsets leave spaces out, a token of spaces only has an empty span."""
+    (turns, _), template, want = CASES["chat, code"]
+    trimming = make_tokenizer("trimmed")
+    example = encode(make_row(*turns), trimming, template=template)
+    assert trained_text(example, trimming) == want
+    assert "".join(text for _, text in prompts.show_labels(example, trimming).pieces) == example.text
+
+
+def test_no_rows_give_no_examples(tokenizer):
+    assert list(prompts.encode([], Config(), tokenizer)) == []
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (None, "no chat template"),
+        ("{{ raise_exception('roles must alternate') }}", "refuses these turns"),
+        ("{% for m in messages %}{{ loop.length }}{{ m['content'] }}{% endfor %}", "rewrites earlier turns"),
+    ],
+)
+def test_chat_templates_that_cannot_be_used(make_row, make_tokenizer, template, says):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match=says):
+        encode(make_row("a", "b", "c", "d"), tokenizer, template="auto")
+
+
+@pytest.mark.parametrize("case", ["two rounds", "unicode", "code", "chat"])
+def test_label_viewer_shows_the_whole_text(words, make_row, case):
+    (turns, given), template, want = CASES[case]
+    example = encode(make_row(*turns, given=given), words, template=template)
+    pieces = prompts.show_labels(example, words).pieces
+    assert "".join(text for _, text in pieces) == example.text
+    assert "".join(text for kind, text in pieces if kind != "masked") == want
+    assert [text for kind, text in pieces if kind == "end"] == ["</s>"] * (len(turns) // 2)
+
+
+def test_label_viewer_as_text_and_html(tokenizer, make_row):
+    view = prompts.show_labels(encode(make_row("Hi", "<script>alert(1)</script>\n& so on"), tokenizer), tokenizer)
+    kinds = [line.split()[0] for line in repr(view).splitlines()]
+    assert kinds == ["kind", "masked", "trained", "end"]
+    assert repr(view).splitlines()[-1].endswith("'</s>'")
+    html = view._repr_html_()
+    assert "<script" not in html
+    assert "&amp;" in html
+    assert all(f'title="{kind}"' in html for kind in ("masked", "trained", "end"))
+
+
+# The turns of each family of the presets, as their published templates write them.
+FAMILIES = {
+    "zephyr": (
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+        "Hello!</s>Bye.</s>",
+    ),
+    "llama 3": (
+        "<s>{% for m in messages %}<|start|>{{ m['role'] }}<|end|>\n\n{{ m['content'] | trim }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}",
+        "Hello!</s>Bye.</s>",
+    ),
+    "mistral": (
+        "<s>{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+        "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}",
+        " Hello!</s> Bye.</s>",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["plain", "llama3", "trimmed"])
+def test_every_family_trains_answers_and_ends_and_starts_once(make_tokenizer, make_row, family, kind):
+    tokenizer = make_tokenizer(kind)
+    tokenizer.chat_template, want = FAMILIES[family]
+    example = encode(make_row(*TWO_ROUNDS[0]), tokenizer, template="auto")
+    assert trained_text(example, tokenizer) == want
+    assert example.input_ids.count(tokenizer.bos_token_id) == 1
+    assert example.input_ids[0] == tokenizer.bos_token_id
+    assert not example.straddling
+
+
+def test_a_model_without_a_chat_template_has_two_layouts_left(make_tokenizer, make_row):
+    """BLOOM is one: `auto` says so, the published layouts work."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    assert prompts.advice(Config(), tokenizer) is None
+    for template in ("guanaco", "instruction"):
+        assert encode(make_row("Hi", "Hello"), tokenizer, template=template).trained
+    with pytest.raises(UserError, match="no chat template"):
+        encode(make_row("Hi", "Hello"), tokenizer, template="auto")
+
+
+def test_another_template_than_the_models_own_is_said_with_its_consequence(tokenizer):
+    assert "must be asked in that layout" in prompts.advice(Config(template="instruction"), tokenizer)
+    assert prompts.advice(Config(template="auto"), tokenizer) is None
+
+
+def test_a_token_that_is_question_and_answer_in_one_is_noticed(make_row):
+    """An answer that begins in the middle of a token has no right label there."""
+    labels, straddling = prompts._answer_labels([1, 2, 3], [(0, 4), (4, 9), (9, 12)], [(5, 12)])
+    assert labels == [-100, -100, 3]
+    assert straddling
+    assert prompts._answer_labels([1, 2, 3], [(0, 4), (4, 9), (9, 12)], [(4, 12)]) == ([-100, 2, 3], False)

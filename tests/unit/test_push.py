@@ -1,0 +1,269 @@
+"""What is pushed to a model hub: only what is named, nothing of this machine, and nothing at all unless asked for. The
+hub is a small server on this machine, spoken to by the real client.
+"""
+
+import base64
+import json
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from qlora_helpers import UserError, runs
+from qlora_helpers.__main__ import main
+from qlora_helpers.evaluation import model_card
+from qlora_helpers.export import pipeline
+from qlora_helpers.models import hub
+from qlora_helpers.runs import RunFolder
+
+SECRET = "hf_" + "PlantedForThisTestOnly" * 2
+NAME = "someone/a-model"
+
+
+class Hub(ThreadingHTTPServer):
+    """As much of the hub as a commit of small files needs; notes every request."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.asked, self.files, self.private, self.refuse = [], {}, None, None
+
+    def answer(self, path, body, token):
+        self.asked.append((path, body, token))
+        if self.refuse and path.startswith(self.refuse):
+            return 403, {"error": "You don't have the rights to create a model under this namespace"}
+        if path == "/api/repos/create":
+            wanted = json.loads(body)
+            private = wanted.get("private") is True or wanted.get("visibility") == "private"
+            self.private = private if self.private is None else self.private
+            return 200, {"url": f"http://127.0.0.1/{NAME}", "name": NAME, "id": "1"}
+        if path == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}
+        if path == f"/api/models/{NAME}" and self.private is not None:
+            return 200, {"_id": "1", "id": NAME, "private": self.private, "sha": "0" * 40, "siblings": [], "tags": []}
+        if path == f"/api/models/{NAME}/preupload/main":
+            files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                     for f in json.loads(body)["files"]]  # fmt: skip
+            return 200, {"files": files}
+        if path == f"/api/models/{NAME}/commit/main":
+            values = [json.loads(line) for line in body.splitlines()]
+            self.files = {
+                v["value"]["path"]: base64.b64decode(v["value"]["content"]) for v in values if v["key"] == "file"
+            }
+            return 200, {"commitUrl": f"http://127.0.0.1/{NAME}/commit/1", "commitOid": "1", "success": True}
+        return 404, {"error": f"no such page: {path}"}
+
+
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        code, content = self.server.answer(self.path.split("?")[0], body, self.headers.get("Authorization"))
+        raw = json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+    do_POST = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A hub that the client takes for the real one, and a token to write there."""
+    made = Hub()
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{made.server_port}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+@pytest.fixture(scope="module")
+def run(make_run):
+    """A run with everything that a run folder holds, rows and checkpoints among it."""
+    made = make_run()
+    for name in ("answers.jsonl", ".lock", "log.jsonl", "checkpoints/checkpoint-4/optimizer.pt", "notebook.ipynb",
+                 "figures/loss.png", "adapter/.cache/x", "adapter/training_args.bin", "adapter/rows.json"):  # fmt: skip
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).write_text("")
+    return made
+
+
+@pytest.fixture(scope="module")
+def shipped(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "shipped"
+    pipeline.ship(run, out, "f16")
+    (out / "rows.jsonl").write_text("")
+    (out / "merged" / "pytorch_model.bin").write_text("")
+    return out
+
+
+def losses(folder, each):
+    runs.write_jsonl(
+        folder / "heldout_losses.jsonl",
+        [{"id": name, "loss_sum": each * 10, "tokens": 10, "bytes": 9} for name in ("a", "b", "c")],
+    )
+
+
+ADAPTER = ["README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "tokenizer.json",
+           "tokenizer_config.json"]  # fmt: skip
+MERGED = ["README.md", "chat_template.jinja", "config.json", "generation_config.json", "gguf/Modelfile",
+          "gguf/model-f16.gguf", "model.safetensors", "parity.json", "tokenizer.json",
+          "tokenizer_config.json"]  # fmt: skip
+
+
+def test_the_dry_run_shows_all_and_sends_nothing(run, shipped, server, capsys):
+    for source, names in ((run.path, ADAPTER), (shipped, MERGED)):
+        assert main(["push", str(source), "--to", NAME]) == 0
+        said = capsys.readouterr().out
+        lines = said.split("\n\n")[0].splitlines()
+        assert sorted(line.split()[1] for line in lines[:-1]) == names
+        assert sum(int(line.split()[0].replace(",", "")) for line in lines[:-1]) == int(
+            lines[-1].split()[0].replace(",", "")
+        )
+        assert f"to {NAME} (private)" in lines[-1]
+        assert "library_name: " in said
+        assert "Nothing was sent" in said
+    assert server.asked == []
+
+
+@pytest.mark.parametrize("kind", ["run", "export"])
+def test_what_arrives_is_what_was_shown_and_the_token_is_in_none_of_it(run, shipped, server, capfd, kind):
+    source, names = (run.path, ADAPTER) if kind == "run" else (shipped, MERGED)
+    assert main(["push", str(source), "--to", NAME, "--really"]) == 0
+    said = capfd.readouterr()
+    assert sorted(server.files) == names
+    assert server.private is True
+    assert {token for path, _, token in server.asked if NAME in path} == {f"Bearer {SECRET}"}
+    for content in [said.out.encode(), said.err.encode(), *(b for _, b, _ in server.asked), *server.files.values()]:
+        assert SECRET.encode() not in content
+    for name, content in server.files.items():
+        if name.endswith((".md", "config.json", "parity.json", "Modelfile")):
+            for place in (Path.home(), source, run.config().model, source.parent):
+                assert str(place).encode() not in content, (name, place)
+    if kind == "run":
+        assert json.loads(server.files["adapter_config.json"])["base_model_name_or_path"].startswith("tiny-llama")
+        assert b"### Human: " in server.files["chat_template.jinja"]  # the layout of training, not the base's
+    assert not [path for path in source.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+
+
+def test_a_repository_that_is_public_unasked_is_left_alone(run, server, capfd):
+    server.private = False
+    assert main(["push", str(run.path), "--to", NAME, "--really"]) == 2
+    assert "is there already, and public. Fix" in capfd.readouterr().err
+    assert server.files == {}
+    assert main(["push", str(run.path), "--to", NAME, "--really", "--public"]) == 0
+    assert sorted(server.files) == ADAPTER
+
+
+def test_what_the_hub_refuses_is_one_line_without_the_token(run, server, monkeypatch, capfd):
+    server.refuse = "/api/repos/create"
+    assert main(["push", str(run.path), "--to", NAME, "--really"]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith(f"error: push: {NAME} could not be written (")
+    assert error.count("\n") == 1
+    assert SECRET not in error
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody is there
+    assert main(["push", str(run.path), "--to", NAME, "--really"]) == 2
+    assert "Fix: check the name, the connection" in capfd.readouterr().err
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(run.path / "none"))
+    assert main(["push", str(run.path), "--to", NAME, "--really"]) == 2
+    assert "there is no token. Fix: put one that may write into HF_TOKEN" in capfd.readouterr().err
+
+
+def test_bad_input(run, shipped, tmp_path, server, capfd):
+    bare = RunFolder(shutil.copytree(run.path, tmp_path / "bare"))
+    (bare.adapter / "adapter_model.safetensors").unlink()
+    unsound = shutil.copytree(shipped, tmp_path / "unsound")
+    found = json.loads((unsound / "parity.json").read_text())
+    found["exports"][0]["problems"] = ["KL divergence"]
+    (unsound / "parity.json").write_text(json.dumps(found))
+    cut = RunFolder(shutil.copytree(run.path, tmp_path / "cut"))
+    (cut / "metrics.json").unlink()
+    telling = shutil.copytree(shipped, tmp_path / "telling")
+    with (telling / "merged" / "README.md").open("a") as card:
+        card.write(f"See {Path.home()}/notes.")
+    leaking = shutil.copytree(shipped, tmp_path / "leaking")
+    (leaking / "merged" / "config.json").write_text(f'{{"token": "{SECRET}"}}')
+    for source, to, message in (
+        (tmp_path, NAME, "is neither a run folder nor an exported one. Fix"),
+        (run.path, "model", "a repository is called NAME/MODEL. Fix"),
+        (run.path, "a/b/c", "a repository is called NAME/MODEL. Fix"),
+        (run.path, "me/-x-", "a repository is called NAME/MODEL. Fix"),
+        (bare.path, NAME, "holds none. Fix"),
+        (cut.path, NAME, "has no metrics.json. Fix"),
+        (unsound, NAME, "is not sound. Fix"),
+        (telling, NAME, f"README.md names {Path.home()}, a folder of this machine. Fix"),
+        (leaking, NAME, "config.json holds the token. Fix"),
+    ):
+        assert main(["push", str(source), "--to", to, "--really"]) == 2
+        said = capfd.readouterr()
+        assert message in said.err
+        assert said.err.count("\n") == 1
+        assert SECRET not in said.err
+    assert server.asked == []
+
+
+def test_the_card_has_intervals_where_the_bases_losses_lie_beside_the_run(make_run):
+    made = make_run()
+    plain = model_card.render(made, made.config(), made.read("metrics.json"))
+    assert "| 1.0000 (-1.0000) |" in plain
+    losses(made, 2.5)
+    losses(made.path.parent / "base-0", 3.0)
+    runs.write_jsonl(
+        made / "answers.jsonl",
+        [{"prompt": "p", "reference": "a b", "answer": "a b", "stopped": True, "invented": False}] * 2,
+    )
+    card = model_card.render(made, made.config(), made.read("metrics.json"))
+    assert "| 1.0000 (-0.5000, 95% interval -0.5000 to -0.5000) |" in card
+    assert "| ROUGE-L | 1.00, 95% interval 1.00 to 1.00 |" in card
+    assert "greedy answers to 2 held-out questions" in card
+    losses(made.path.parent / "base-0", 3.0)
+    other = made.path.parent / "base-0" / "heldout_losses.jsonl"
+    other.write_text(other.read_text().replace('"a"', '"z"'))
+    with pytest.raises(UserError, match=r"on different held-out rows\. Fix"):
+        model_card.render(made, made.config(), made.read("metrics.json"))
+
+
+@pytest.mark.parametrize(
+    ("header", "want"),
+    [
+        (None, {}),
+        ("---\ntags: [x]\n---\n", {}),
+        ("---\nlicense: mit\n---\n# x", {"license": "mit"}),
+        ("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n",
+         {"license": "other", "license_name": "own", "license_link": "LICENSE"}),
+    ],
+)  # fmt: skip
+def test_the_licence_is_the_bases_own(config, tmp_path, header, want):
+    if header is not None:
+        (tmp_path / "README.md").write_text(header)
+    assert hub.licence(config.replace(model=str(tmp_path))) == want
+
+
+def test_the_card_names_base_data_and_licence_and_no_place_of_theirs(make_run, model_folder, tmp_path):
+    base = shutil.copytree(model_folder, tmp_path / "my-base")
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    made = make_run(base)
+    metrics = made.read("metrics.json")
+    config = made.config().replace(dataset=str(tmp_path / "my-rows.jsonl"))
+    card = model_card.render(made, config, metrics)
+    assert "license: mit\n" in card
+    assert "Licence: that of the base model, mit." in card
+    assert "Data: my-rows.jsonl (" in card
+    assert "Base model: my-base.\n" in card
+    assert "base_model:" not in card  # the hub takes ids only
+    assert str(tmp_path) not in card
+    embedded = model_card.render(made, config.replace(model="smollm2-135m-instruct", dataset="a/b"), metrics)
+    for line in ("base_model: HuggingFaceTB/SmolLM2-135M-Instruct\n", "license: apache-2.0\n", "datasets: a/b\n"):
+        assert line in embedded
+    assert "not quite the original's" in embedded
+    assert "could not be read" in model_card.render(made, config.replace(model=str(model_folder)), metrics)
