@@ -9,7 +9,7 @@ FULL := .venv/.ready-full
 FAST_NOTEBOOKS := $(wildcard notebooks/0[1-4]_*.ipynb)
 NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg -p no:cacheprovider
 
-.PHONY: help install run test test-full lint notebooks figures clean set-repo colab-list test-versions
+.PHONY: help install run test test-full lint notebooks figures docs clean set-repo colab-list test-versions
 
 help:
 	@echo "make run        execute notebooks 01-07 on this machine into $(OUT), and compare"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-versions  the unit tests on the oldest, the newest and Colab's versions (gigabytes)"
 	@echo "make notebooks  execute the notebooks and store their outputs (CPU profile)"
 	@echo "make figures    redraw figures/ and the README's tables from results/"
+	@echo "make docs       build the pages of docs/ into site/; a dead link fails"
 	@echo "make set-repo URL=https://github.com/NAME/REPOSITORY   point badges and notebooks to your copy"
 	@echo "make colab-list fetch Colab's list of packages anew"
 
@@ -61,6 +62,9 @@ notebooks: $(READY)
 
 figures: $(READY)
 	$(BIN)/python tooling/publish.py
+
+docs: $(READY)
+	$(BIN)/python -m mkdocs build --strict
 
 set-repo: $(READY)
 	$(BIN)/python tooling/set_repository.py "$(URL)"

@@ -1,39 +1,288 @@
-"""Draw figures/ and docs/, and write the README's result tables from results/: no number there is typed by hand."""
+"""Draw figures/ and write every generated part of README.md and docs/: `make figures`.
 
+A page marks such a part with `<!-- NAME: written by make figures -->` and `<!-- end of NAME -->`. All numbers between
+the two come from results/, data/ and the package itself.
+"""
+
+import contextlib
+import dataclasses
+import io
 import json
 import math
+import re
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import plots, runs
+from qlora_helpers import __main__ as command_line
+from qlora_helpers import plots
+from qlora_helpers.config import Config, load_preset, preset_names
 from qlora_helpers.evaluation import report
-from qlora_helpers.planning import measurements
+from qlora_helpers.planning import gpus, measurements
 from qlora_helpers.runs import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
-START, END = "<!-- results: written by make figures -->", "<!-- end of results -->"
+START, END = "<!-- {}: written by make figures -->", "<!-- end of {} -->"
+WIDTH = 120
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 STUDY = "h100-smollm2-study"
 CLAIMS, EVALUATION = "h100-claims", "h100-evaluation"
 FP16, BF16 = "h100-smollm2-fp16/exp1", f"{STUDY}/100-rows"  # the same rows, seed and steps in both arithmetics
 CPUS = ("cpu-avx2", "cpu-amx")
 TITLES = {
-    "h100-smollm2-fp16": "The first two as on a T4: fp16, 14.56 GiB",
+    "h100-smollm2-fp16": "The first two experiments as on a T4: fp16, 14.56 GiB",
     "h100-tinyllama-shape-t4": "TinyLlama's shape with random weights, as on a T4 (its losses mean nothing)",
 }
+BASE, FEW_SHOT, SMALL, LONGER, LARGE = "base", "base + 3 examples", "100 rows", "100 rows, 250 steps", "200 rows"
+PLAN = "plan --preset llama31-8b --memory 16"
 
 
-def render() -> str:
-    """The README's part between the markers."""
+def pages() -> dict[str, str]:
+    """Every page with generated parts, by its path, as it should be now."""
+    written = {name: fill(name, (ROOT / name).read_text("utf-8")) for name in PARTS}
+    return written | {"docs/study.md": report.markdown(_read(STUDY), [_figure("differences"), _figure("loss_curves")])}
+
+
+def fill(page: str, text: str) -> str:
+    """The page's text with its generated parts made anew. Stops if the page lacks a pair of markers."""
+    for name, render in PARTS[page].items():
+        start, end = START.format(name), END.format(name)
+        if text.count(start) != 1 or text.count(end) != 1:
+            raise SystemExit(f"error: {page} needs the markers of '{name}', once each. Fix: {start} and {end}.")
+        before, after = text.split(start)[0], text.split(end)[1]
+        text = f"{before}{start}\n\n{render()}\n\n{end}{after}"
+    return text
+
+
+# README.md
+
+
+def _badge() -> str:
+    return _head(_notebook_paths()[0])[1]
+
+
+def _answer() -> str:
+    """The first of the study's questions, answered by the base model and by the last experiment."""
+    result = _read(STUDY)
+    entry, line = result["answers"][0], result["table"][-1]
+    run = RunFolder(ROOT / "results" / STUDY / line["run"])
+    used, metrics = run.read("config.json")["config"], run.read("metrics.json")
+    said = {"base model": entry[BASE], "fine-tuned": entry[line["name"]]}
+    cells = [[name, _code(text)] for name, text in said.items()]
+    return _join(
+        _table(["", entry["prompt"]], cells),
+        _wrap(
+            f"Model `{used['model']}`, preset `{used['preset_name']}` on {metrics['train_rows']} rows, "
+            f"{result['device']['name']}, {result['device']['dtype']}, seed {used['seed']}; greedy decoding, at "
+            f"most {used['max_new_tokens']} new tokens. This is the first of the {len(result['answers'])} recorded "
+            "questions, not a selected one."
+        ),
+    )
+
+
+def _notebooks() -> str:
+    """Every notebook with its title and badge, and its time in the CPU series."""
+    series = [json.loads((ROOT / "results" / name / "series.json").read_text("utf-8")) for name in CPUS]
+    rows = []
+    for path in _notebook_paths():
+        title, badge = _head(path)
+        times = [_clock(found["seconds"].get(path.stem)) for found in series]
+        rows.append([f"[{path.stem[:2]}](notebooks/{path.name})", title, *times, badge])
+    rows.append(["", "the series that `make run` executes", *(_clock(found["total"]) for found in series), ""])
+    return _table(["", "notebook", *(found["device"]["name"] for found in series), ""], rows)
+
+
+def _notebook_paths() -> list[Path]:
+    return sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+
+
+def _head(path: Path) -> tuple[str, str]:
+    """A notebook's title without its number, and its badge, which names the repository."""
+    source = "".join(json.loads(path.read_text("utf-8"))["cells"][0]["source"])
+    title = re.search(r"^# \d\d · (.+)$", source, re.MULTILINE)
+    badge = re.search(r"^\[!\[.*colab-badge.*$", source, re.MULTILINE)
+    if title is None or badge is None:
+        raise SystemExit(f"error: {path.name} has no title or no badge. Fix: see CONTRIBUTING.md.")
+    return title[1], badge[0]
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _findings() -> str:
+    """Four sentences and their table."""
+    result = _read(STUDY)
+    rows = []
+    for line in result["table"]:
+        cells = ["–"] * 3
+        if line["seeds"]:
+            against = "{value:+.4f} ({low:+.4f} to {high:+.4f})".format(**_difference(result, BASE, line["name"]))
+            cells = [f"{line['steps']:.0f}", f"{line['train_loss']:.4f}", against]
+        rows.append([line["name"], *cells[:2], f"{line['heldout_loss']:.4f}", cells[2]])
+    heads = ["", "steps", "training loss", "held-out loss", "difference from the base model (95% interval)"]
+    return _join(" ".join(_sentences(result)), _table(heads, rows), _made(result))
+
+
+def _sentences(result: dict[str, Any]) -> list[str]:
+    """What the study found. Each sentence is checked against the verdicts: results that say otherwise stop this."""
+    lines = {line["name"]: line for line in result["table"]}
+    trained = [line for line in result["table"] if line["seeds"]]
+    best = min(trained, key=lambda line: line["heldout_loss"])
+    lowest = min(trained, key=lambda line: line["train_loss"])
+    data = _difference(result, LONGER, LARGE)
+    ends = {name: lines[name]["text"]["ends by itself"]["value"] for name in (BASE, FEW_SHOT, best["name"])}
+    helps = all(_difference(result, rival, SMALL)["verdict"] == "better" for rival in (BASE, FEW_SHOT))
+    _require(helps and lines[FEW_SHOT]["heldout_loss"] > lines[BASE]["heldout_loss"], "only fine-tuning helps")
+    _require(data["verdict"] == "better" and lines[LONGER]["steps"] == lines[LARGE]["steps"], "more data helps")
+    _require(lowest is not best, "the training loss misleads")
+    _require(not any(found["verdict"] == "worse" for found in result["forgetting"]), "nothing is forgotten")
+    _require(ends[BASE] < ends[best["name"]] < ends[FEW_SHOT] < 1, "few answers end")
+    return [
+        f"Fine-tuning `{result['model']['name']}` on {lines[SMALL]['train_rows']:.0f} rows lowered the held-out loss "
+        f"from {lines[BASE]['heldout_loss']:.4f} to {lines[SMALL]['heldout_loss']:.4f}; three examples in the prompt "
+        f"did not lower it ({lines[FEW_SHOT]['heldout_loss']:.4f}).",
+        f"More data helped beyond more steps: after {lines[LARGE]['steps']:.0f} steps each, {LARGE} beat {SMALL} by "
+        f"{-data['value']:.4f} (95% interval {-data['high']:.4f} to {-data['low']:.4f}).",
+        f"The training loss points to the wrong run: it is lowest for {lowest['name'].replace(', ', ' and ')}, which "
+        "does not have the lowest held-out loss.",
+        f"No forgetting shows on {result['forgetting'][0]['rows']} general questions, but only "
+        f"{ends[best['name']]:.0%} of the best run's answers ended within the token limit (base model: "
+        f"{ends[BASE]:.0%}; with three examples: {ends[FEW_SHOT]:.0%}).",
+    ]
+
+
+def _difference(result: dict[str, Any], a: str, b: str) -> dict[str, Any]:
+    return next(found for found in result["differences"] if (found["a"], found["b"]) == (a, b))
+
+
+def _require(holds: bool, claim: str) -> None:
+    if not holds:
+        raise SystemExit(
+            f"error: results/ no longer say that {claim}. Fix: rewrite that sentence in tooling/publish.py."
+        )
+
+
+def _plan_answer() -> str:
+    """What the plan concludes, without its table and times."""
+    return f"```text\n{_plan_printed().split(chr(10) * 2)[1]}\n```"
+
+
+# docs/
+
+
+def _results() -> str:
     sections = [_section(name, title) for name, title in TITLES.items()]
-    return "\n\n".join([START, _study(), *sections, _claims(), _evaluation(), _memory(), _cpu(), END])
+    return "\n\n".join([_recipe(), _study(), *sections, _claims(), _evaluation(), _memory(), _cpu()])
+
+
+def _recipe() -> str:
+    """What was trained, from the preset and the study's own runs."""
+    used = RunFolder(ROOT / "results" / BF16).read("config.json")["config"]
+    rows = [f"{line['train_rows']:.0f}" for line in _read(STUDY)["table"] if line["seeds"]]
+    return _wrap(
+        f"The recipe is that of the preset [`{used['preset_name']}`](presets.md): r = {used['rank']} on "
+        f"{' and '.join(f'`{name}`' for name in used['target_modules'])}, {used['max_length']} tokens, effective batch "
+        f"{used['batch_size'] * used['gradient_accumulation']}, {used['epochs']} epochs. It is trained on "
+        f"{', '.join(list(dict.fromkeys(rows))[:-1])} and all {rows[-1]} rows of real conversations, and on {SMALL} "
+        f"for as many steps as {LARGE}."
+    )
+
+
+def _study() -> str:
+    result = _read(STUDY)
+    parts = [
+        "## SmolLM2-135M-Instruct, bf16: is it the data or the steps?",
+        report.table_markdown(result, speed=False),
+        report.bullets(report.verdicts(result)),
+        report.scope(result),
+        f"![Differences in held-out loss with 95% intervals]({_figure('differences')})",
+        f"![Training and held-out loss of each experiment]({_figure('loss_curves')})",
+        "Greedy answers to the held-out questions, with 95% intervals (first seed):",
+        report.text_table_markdown(result),
+        report.bullets(report.forgetting(result)),
+        _made(result),
+    ]
+    return _join(*parts)
+
+
+def _section(name: str, title: str) -> str:
+    result = _read(name)
+    more = _arithmetic() if FP16.startswith(name) else []
+    return _join(f"## {title}", report.table_markdown(result), _made(result), *more)
+
+
+def _arithmetic() -> list[str]:
+    """The training losses of both arithmetics, step beside step."""
+    losses = [[line["loss"] for line in _log(run) if "loss" in line] for run in (FP16, BF16)]
+    apart = [abs(a - b) for a, b in zip(*losses, strict=True)]
+    skipped = sum("loss" in line and not math.isfinite(line["grad_norm"]) for line in _log(FP16))
+    return [
+        f"Step by step, the {len(apart)} training losses of 100 rows in fp16 differ from those in bf16 by "
+        f"{sum(apart) / len(apart):.4f} on average and by {max(apart):.4f} at most; {skipped} steps were skipped:",
+        f"![Losses of the same run in bf16 and in fp16]({_figure('arithmetic')})",
+    ]
+
+
+def _claims() -> str:
+    """Claims of a published report beside what was measured."""
+    folder = ROOT / "results" / CLAIMS
+    judged = json.loads((folder / "claims.json").read_text("utf-8"))
+    run = RunFolder(folder / "rank-14")
+    recipe, rows = run.config(), run.read("metrics.json")["train_rows"]
+    return _join(
+        "## Claims of the BLOOM report, tested",
+        f"The recipe of the report on BLOOM (alpha {recipe.alpha}, {recipe.epochs} epochs; here on {rows} rows), "
+        "applied to SmolLM2-135M-Instruct because BLOOM's weights were not available. SmolLM2 has no biases, so "
+        "zero biases were added. The smaller model is SmolLM2 without the three blocks whose removal raises the "
+        "loss on training rows least. Command: `python benchmarks/claims.py FILE --out DIR`",
+        _table(["claim", "measured", "the claim is"], [[f["claim"], f["text"], f["claim_is"]] for f in judged]),
+        f"{judged[0]['rows']} held-out rows, {judged[0]['seeds']} seeds. {_where(run.read('manifest.json'))}.",
+    )
+
+
+def _evaluation() -> str:
+    """What the evaluation of a run costs beside its training."""
+    run = RunFolder(ROOT / "results" / EVALUATION)
+    metrics, used = run.read("metrics.json"), run.read("config.json")["config"]
+    return _join(
+        "## What evaluation costs",
+        f"Training SmolLM2-135M-Instruct on {metrics['train_rows']} rows for {metrics['steps']} steps: "
+        f"{metrics['seconds']:.0f} s and {metrics['peak_memory_gib']:.2f} GiB. Evaluation, that is the losses of "
+        f"{used['n_heldout']} held-out rows, {used['n_answers']} answers to their questions, and the general "
+        f"questions: {metrics['eval_seconds']:.0f} s and {metrics['eval_peak_memory_gib']:.2f} GiB. "
+        f"{_where(run.read('manifest.json'))}.",
+    )
+
+
+def _memory() -> str:
+    """How far the memory plan was off, moment by moment, on what it was fitted to and on what it was not."""
+    lines = measurements.read("settings")
+    rows = []
+    for scored, words in ((False, "used for fitting"), (True, "held back for scoring")):
+        chosen = [line for line in lines if line["scored_only"] == scored]
+        scores = [
+            measurements.score(chosen, moments)
+            for moments in (measurements.MOMENTS, *((m,) for m in measurements.MOMENTS))
+        ]
+        rows.append([f"{len(chosen)} {words}", *(f"{f['median']:.1%}, {f['worst']:.1%}" for f in scores)])
+    return _join(
+        "## Planned and measured peak memory",
+        "Error of the plan against the peak memory that torch reserved, median and worst:",
+        _table(["settings", "peak of the run", "training", "held-out losses", "answers"], rows),
+        f"Seven models' shapes with random weights, {lines[0]['device']}; {_packages(lines[0])}.",
+        f"![Planned and measured memory]({_figure('memory')})",
+    )
 
 
 def _cpu() -> str:
     """Two kinds of CPU: minutes of the series, and training beside TRL's."""
-    columns = ("CPU", "dtype", "GFLOP/s float32, bfloat16", "notebooks 01–07", "this package", "TRL", "ratio", "ratio*")
-    table = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     speeds = [json.loads((ROOT / "results" / name / "speed.json").read_text("utf-8")) for name in CPUS]
+    rows = []
     for name, speed in zip(CPUS, speeds, strict=True):
         series = json.loads((ROOT / "results" / name / "series.json").read_text("utf-8"))
         rates, dtype, gflops = speed["tokens_per_second"], speed["device"]["dtype"], speed["gflops"]
@@ -42,79 +291,132 @@ def _cpu() -> str:
             series["device"]["name"],
             dtype,
             ", ".join(f"{value:.0f}" for value in gflops.values()),
-            "{} min {} s".format(*divmod(round(series["total"]), 60)),
+            _clock(series["total"]),
             f"{rates[f'this package, {dtype}']:.0f} tokens/s",
             f"{trl:.0f} tokens/s",
             f"{speed['times_trl']:.2f}",
             f"{speed['times_trl_without_checkpointing']:.2f}",
         ]
-        table.append(f"| {' | '.join(cells)} |")
-    return "\n\n".join(
-        [
-            "### On a CPU",
-            "SmolLM2-135M in NF4, 24 sample rows, 4 at a time, 256 tokens at most, beside TRL's `SFTTrainer`: tokens a "
-            "second without padding, medians of three rounds in which the contenders took turns. TRL runs with "
-            "`use_cpu=True, bf16=False`, its defaults and the faster dtype; \\*: without its gradient checkpointing. "
-            "`python benchmarks/cpu_speed.py`",
-            "\n".join(table),
-            f"{' '.join(map(_same_losses, speeds))} {'; '.join(dict.fromkeys(map(_packages, speeds)))}.",
-        ]
+        rows.append(cells)
+    heads = ["CPU", "dtype", "GFLOP/s float32, bfloat16", "notebooks 01–07", "this package", "TRL", "ratio", "ratio*"]
+    return _join(
+        "## On a CPU",
+        "SmolLM2-135M in NF4 on 24 sample rows, in batches of 4 and with at most 256 tokens, compared with TRL's "
+        "`SFTTrainer`: tokens per second without padding, medians of three interleaved rounds. TRL runs with "
+        "`use_cpu=True, bf16=False`, otherwise with its defaults, and with the faster dtype; \\*: without its "
+        "gradient checkpointing. Command: `python benchmarks/cpu_speed.py --out FILE`",
+        _table(heads, rows),
+        f"{' '.join(map(_same_losses, speeds))} {'; '.join(dict.fromkeys(map(_packages, speeds)))}.",
     )
 
 
 def _same_losses(speed: dict[str, Any]) -> str:
     """How far the losses of a step are from those on padded batches, and how much of it is rounding."""
     dtype = speed["device"]["dtype"]
-    text = f"In {dtype}, no step's loss differs from that on padded batches by more than "
-    text += f"{_percent(speed['largest_relative_difference_of_losses'])} of it"
+    most = f"{100 * speed['largest_relative_difference_of_losses']:.2g}%"
+    text = f"In {dtype}, every step's loss is within {most} of the loss on padded batches."
     if dtype == "float32":
-        return f"{text}."
-    eager, ours, padded = (_percent(value) for value in speed["rounding"].values())
+        return text
+    eager, ours, padded = (f"{100 * value:.2g}%" for value in speed["rounding"].values())
     return (
-        f"{text}; eager attention instead of SDPA changes the padded ones by {eager}, and from float32 ours differ by "
-        f"{ours}, the padded ones by {padded}: this is rounding."
+        f"{text} That is rounding: eager attention instead of SDPA changes the padded losses by up to {eager}; "
+        f"compared with float32, ours differ by up to {ours} and the padded ones by up to {padded}."
     )
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g}%"
+def _presets() -> str:
+    rows = []
+    for name in preset_names():
+        p = load_preset(name)
+        rows.append(
+            [
+                f"[`{name}`](../qlora_helpers/presets/{name}.yaml)",
+                p["model"],
+                f"{p['n_samples'] or 'all'}",
+                f"{p['max_length']}",
+                {"none": "16-bit"}.get(p["quantization"], p["quantization"]),
+                f"{p['rank']}, {p['alpha']}",
+                ", ".join(p["target_modules"]),
+                p["bias"],
+                f"{p['epochs']}",
+                f"{p['batch_size']} × {p['gradient_accumulation']}",
+                f"{p['learning_rate']:g}",
+            ]
+        )
+    heads = ["preset", "model", "rows", "tokens", "base", "r, alpha", "layers", "biases", "epochs", "batch × passes"]
+    return _table([*heads, "learning rate"], rows)
 
 
-def _claims() -> str:
-    """Claims of a published report beside what was measured."""
-    folder = ROOT / "results" / CLAIMS
-    judged = json.loads((folder / "claims.json").read_text("utf-8"))
-    table = ["| claim | measured | so it is |", "| --- | --- | --- |"]
-    run = RunFolder(folder / "rank-14")
-    recipe, rows = run.config(), run.read("metrics.json")["train_rows"]
-    table += [f"| {found['claim']} | {found['text']} | {found['claim_is']} |" for found in judged]
-    return "\n\n".join(
-        [
-            "### Four claims of the second report, tried again",
-            f"Its recipe (alpha {recipe.alpha}, {recipe.epochs} epochs, on {rows} rows here) on SmolLM2-135M-Instruct, "
-            "since BLOOM could not be had. "
-            "SmolLM2 has no biases, so zero ones were added. The smaller model lacks the three blocks that are missed "
-            "least. `python benchmarks/claims.py FILE --out DIR`",
-            "\n".join(table),
-            f"{judged[0]['rows']} held-out rows, {judged[0]['seeds']} seeds. {_where(run.read('manifest.json'))}.",
-        ]
+def _settings() -> str:
+    rows = []
+    for field in dataclasses.fields(Config):
+        if field.name == "preset_name":
+            continue
+        limits, value = field.metadata, field.default
+        low, high = (f"{limits[end]:g}" if limits[end] is not None else "" for end in ("low", "high"))
+        allowed = ", ".join(limits["choices"] or []) or (
+            f"{low} to {high}" if high else f"{low} or more" if low else ""
+        )
+        shown = ", ".join(value) if isinstance(value, tuple) else str(value).replace("True", "true")
+        rows.append([f"`--{field.name.replace('_', '-')}`", shown.replace("False", "false"), allowed, limits["help"]])
+    return _table(["option", "default", "allowed", "meaning"], rows)
+
+
+def _known() -> str:
+    models = sorted(path.stem for path in (ROOT / "qlora_helpers" / "known_models").glob("*.json"))
+    return _join(
+        f"{len(models)} models are known offline: {', '.join(f'`{name}`' for name in models)}.",
+        _table(
+            ["GPU", "memory, GiB", "16-bit TFLOP/s (data sheet)"],
+            [[f"`{name}`", f"{gpu.memory:g}", f"{gpu.tflops:g}"] for name, gpu in gpus.GPUS.items()],
+        ),
     )
 
 
-def _evaluation() -> str:
-    """What the evaluation of a run costs beside its training."""
-    run = RunFolder(ROOT / "results" / EVALUATION)
-    metrics, config = run.read("metrics.json"), run.read("config.json")["config"]
-    return "\n\n".join(
-        [
-            "### What an evaluation costs",
-            f"{metrics['train_rows']} rows, {metrics['steps']} steps of SmolLM2-135M-Instruct: "
-            f"{metrics['seconds']:.0f} s and {metrics['peak_memory_gib']:.2f} GiB. Held-out losses of "
-            f"{config['n_heldout']} rows, {config['n_answers']} answers to their questions and the general questions: "
-            f"{metrics['eval_seconds']:.0f} s and {metrics['eval_peak_memory_gib']:.2f} GiB. "
-            f"{_where(run.read('manifest.json'))}.",
-        ]
-    )
+def _plan_output() -> str:
+    return f"```text\n{_plan_printed()}\n```"
+
+
+def _plan_printed() -> str:
+    """What the command of the README prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        command_line.main(PLAN.split())
+    return "\n".join(line.rstrip() for line in printed.getvalue().strip().splitlines())
+
+
+# Shared
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows])
+
+
+def _code(text: str) -> str:
+    """A model's words in a table cell, as they are: no Markdown or HTML of their own takes effect."""
+    return f"`{' '.join(text.split()).replace('`', chr(39)).replace('|', '/')}`"
+
+
+def _join(*parts: str) -> str:
+    """Blocks of Markdown with their prose wrapped; headings, tables, lists, figures and code stay as they are."""
+    return "\n\n".join(part if part.startswith(("#", "|", "- ", "!", "```")) else _wrap(part) for part in parts)
+
+
+def _wrap(text: str) -> str:
+    """No line breaks inside code: a reader searches for it."""
+    held = re.sub(r"`[^`]+`", lambda code: code[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
+    return textwrap.fill(held, WIDTH, break_long_words=False, break_on_hyphens=False).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def _figure(name: str) -> str:
+    """A figure as pages in docs/ name it."""
+    return f"../figures/{name}.png"
+
+
+def _made(result: dict[str, Any]) -> str:
+    device = result["device"]
+    seeds = ", ".join(map(str, result["table"][-1]["seeds"]))
+    rows = f"{result['heldout_rows']} held-out rows with {result['heldout_tokens']:,} trained tokens."
+    return f"{rows} {device['name']}, {device['dtype']}, seeds {seeds}; {_packages(result)}."
 
 
 def _where(manifest: dict[str, Any]) -> str:
@@ -125,40 +427,6 @@ def _packages(made: dict[str, Any]) -> str:
     return ", ".join(f"{package} {made['versions'][package]}" for package in PACKAGES)
 
 
-def _memory() -> str:
-    """How far the memory plan was off, moment by moment, on what it was fitted to and on what it was not."""
-    lines = measurements.read("settings")
-    table = ["| settings | peak of the run | training | held-out losses | answers |", "| --- | --- | --- | --- | --- |"]
-    for scored, words in ((False, "fitted to"), (True, "kept for the score")):
-        chosen = [line for line in lines if line["scored_only"] == scored]
-        scores = [
-            measurements.score(chosen, moments)
-            for moments in (measurements.MOMENTS, *((m,) for m in measurements.MOMENTS))
-        ]
-        cells = [f"{found['median']:.1%}, {found['worst']:.1%}" for found in scores]
-        table.append(f"| {len(chosen)} {words} | {' | '.join(cells)} |")
-    return "\n\n".join(
-        [
-            "### Planned against measured peak memory",
-            "How far the plan was off what torch reserved, at the median and at the worst:",
-            "\n".join(table),
-            f"Seven models' shapes with random weights, {lines[0]['device']}; {_packages(lines[0])}.",
-        ]
-    )
-
-
-def _arithmetic() -> str:
-    """The training losses of both arithmetics, step beside step."""
-    losses = [[line["loss"] for line in _log(run) if "loss" in line] for run in (FP16, BF16)]
-    apart = [abs(a - b) for a, b in zip(*losses, strict=True)]
-    skipped = sum("loss" in line and not math.isfinite(line["grad_norm"]) for line in _log(FP16))
-    return (
-        f"Step by step, the {len(apart)} training losses of 100 rows in fp16 differ from those in bf16 by "
-        f"{sum(apart) / len(apart):.4f} on average and {max(apart):.4f} at most; {skipped} steps were skipped:\n\n"
-        "![Losses of the same run in bf16 and in fp16](figures/arithmetic.png)"
-    )
-
-
 def _log(run: str) -> list[dict[str, Any]]:
     return RunFolder(ROOT / "results" / run).log()
 
@@ -167,39 +435,25 @@ def _read(name: str) -> dict[str, Any]:
     return RunFolder(ROOT / "results" / name).read("comparison.json")
 
 
-def _study() -> str:
-    result = _read(STUDY)
-    parts = [
-        "### SmolLM2-135M-Instruct, bf16: is it the data or the steps?",
-        report.table_markdown(result, speed=False),
-        report.bullets(report.verdicts(result)),
-        report.scope(result),
-        "Greedy answers to the held-out questions, with 95% intervals (of the first seed):",
-        report.text_table_markdown(result),
-        report.bullets(report.forgetting(result)),
-        _made(result),
-    ]
-    return "\n\n".join(parts)
-
-
-def _section(name: str, title: str) -> str:
-    result = _read(name)
-    more = [_arithmetic()] if FP16.startswith(name) else []
-    return "\n\n".join([f"### {title}", report.table_markdown(result), _made(result), *more])
-
-
-def _made(result: dict[str, Any]) -> str:
-    device = result["device"]
-    seeds = ", ".join(map(str, result["table"][-1]["seeds"]))
-    rows = f"{result['heldout_rows']} held-out rows with {result['heldout_tokens']:,} trained tokens."
-    return f"{rows} {device['name']}, {device['dtype']}, seeds {seeds}; {_packages(result)}."
+PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {
+        "badge": _badge,
+        "answer": _answer,
+        "notebooks": _notebooks,
+        "findings": _findings,
+        "plan": _plan_answer,
+    },
+    "docs/results.md": {"results": _results},
+    "docs/presets.md": {"presets": _presets},
+    "docs/settings.md": {"settings": _settings},
+    "docs/memory.md": {"plan": _plan_output, "known": _known},
+}
 
 
 def main() -> None:
-    """Figures of the study, its whole report in docs/, and the tables of all."""
-    folder = ROOT / "results" / STUDY
+    """All figures, then all pages."""
     result = _read(STUDY)
-    logs = {line["name"]: RunFolder(folder / line["run"]).log() for line in result["table"] if line["seeds"]}
+    logs = {line["name"]: _log(f"{STUDY}/{line['run']}") for line in result["table"] if line["seeds"]}
     figures = {
         "differences": plots.differences(result),
         "loss_curves": plots.loss_curves(logs),
@@ -208,11 +462,8 @@ def main() -> None:
     }
     for name, figure in figures.items():
         plots.save(figure, ROOT / "figures" / f"{name}.png")
-    text = report.markdown(result, ["../figures/differences.png", "../figures/loss_curves.png"])
-    runs.write_text(ROOT / "docs" / "study.md", text)
-    readme = (ROOT / "README.md").read_text("utf-8")
-    before, after = readme.split(START)[0], readme.split(END)[1]
-    runs.write_text(ROOT / "README.md", before + render() + after)
+    for page, text in pages().items():
+        (ROOT / page).write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

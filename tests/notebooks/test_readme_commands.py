@@ -1,4 +1,7 @@
-"""The README's commands, as printed, in one folder and in their order: half an hour, so it is a slow test."""
+"""The commands of README.md and docs/, as printed, in one folder and in their order: half an hour, so a slow test.
+
+Every code block without a language is commands.
+"""
 
 import os
 import re
@@ -11,11 +14,21 @@ from pathlib import Path
 
 import pytest
 
+from qlora_helpers.__main__ import build_parsers
+
 ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "README.md").read_text("utf-8")
-COMMANDS = [
-    line for block in re.findall(r"^```\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL) for line in block.splitlines()
-]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def commands_of(page):
+    """The lines of a page's code blocks that name no language."""
+    blocks = BLOCK.findall(page.read_text("utf-8"))
+    return [line for language, block in blocks if not language for line in block.splitlines()]
+
+
+# A command that stands on several pages is one command.
+COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
 # Not run here: they make an environment of their own. What they call is.
 MAKE = {"make run": "run", "make test": "test"}
 # Says that it does not fit, which is 3.
@@ -28,16 +41,22 @@ def made(target):
     return [line.replace(".venv/bin/", "") for line in done.stdout.splitlines() if line.startswith(".venv/bin/python ")]
 
 
-def test_every_command_in_the_readme_is_one_that_is_tested():
-    assert len(COMMANDS) >= 6
+def test_every_command_in_the_pages_is_one_that_is_tested():
+    assert len(COMMANDS) >= 11
     for command in COMMANDS:
         known = command in MAKE or command.startswith(("python -m qlora_helpers ", "papermill "))
         assert known, f"{command}: say in this test how it is to be tested"
 
 
-def test_every_inline_make_target_of_the_readme_is_there():
-    named = set(re.findall(r"`make ([a-z-]+)", TEXT)) | set(MAKE.values())
-    assert {"run", "test", "test-full", "set-repo"} <= named
+@pytest.mark.parametrize("command", [command for command in COMMANDS if " -m qlora_helpers " in command])
+def test_every_command_is_understood(command):
+    build_parsers()[0].parse_args(shlex.split(command)[3:])
+
+
+def test_every_inline_make_target_of_the_pages_is_there():
+    named = {name for page in PAGES for name in re.findall(r"`make ([a-z-]+)", page.read_text("utf-8"))}
+    named |= set(MAKE.values())
+    assert {"run", "test", "test-full", "set-repo", "figures", "docs"} <= named
     for target in named:
         subprocess.run(["make", "-n", target, "URL=x"], cwd=ROOT, capture_output=True, check=True)
 
@@ -53,7 +72,7 @@ def serves(command, **where):
 
 
 @pytest.mark.slow
-def test_the_readmes_commands_work_in_their_order(tmp_path):
+def test_the_commands_work_in_their_order(tmp_path):
     """`make run` is replaced by what it runs once its environment is there; `rows.jsonl` is the reader's own file."""
     for part in ("qlora_helpers", "data", "notebooks", "pyproject.toml", "README.md"):
         copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
