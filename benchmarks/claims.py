@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_helpers import runs
+from qlora_helpers import files, runs
 from qlora_helpers.config import EMBEDDED_MODEL, PROFILES, Config
 from qlora_helpers.data import cleaning
 from qlora_helpers.device import detect
@@ -142,8 +142,8 @@ def main() -> None:
     )
     config = config.replace(n_samples=args.rows, alpha=20, epochs=3, n_seeds=args.seeds, equal_steps=False)
     config = config.replace(n_answers=2, max_new_tokens=16)  # losses decide here
-    needed = matrix.wanted(arms(config, *models(config, folder)), folder)
-    found = matrix.complete(sorted(needed, key=lambda item: item.config.seed))
+    needed = matrix.plan_runs(arms(config, *models(config, folder)), folder)
+    found = matrix.train_missing(sorted(needed, key=lambda item: item.config.seed))
     lines = ["| arm | trained weights | held-out loss, by seed |", "|---|---|---|"]
     for name, group in found.items():
         metrics = [run.read("metrics.json") for run in group]
@@ -152,8 +152,8 @@ def main() -> None:
     lines += ["", "| claim | measured | verdict |", "|---|---|---|"]
     judged = judge(found, folder)
     lines += [f"| {claim} | {gap} | {word} |" for claim, gap, word in judged]
-    runs.write_text(folder / "claims.md", "\n".join(lines) + "\n")
-    runs.write_json(
+    files.write_text(folder / "claims.md", "\n".join(lines) + "\n")
+    files.write_json(
         folder / "claims.json", [{"claim": c, **gap.to_dict(), "claim_is": word} for c, gap, word in judged]
     )
     print(*lines, sep="\n")

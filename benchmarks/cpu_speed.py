@@ -21,10 +21,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import arithmetic, device, runs
+from qlora_helpers import cpu_speed, device, files
 from qlora_helpers.config import Config
 from qlora_helpers.data import cleaning
 from qlora_helpers.models import hub, qlora
+from qlora_helpers.planning import compute_dtype
 from qlora_helpers.runs import RunFolder
 from qlora_helpers.training import batches
 
@@ -42,7 +43,7 @@ def setting(dtype: str, dropout: float) -> Config:
 
 def trainer_of(contender: str, config: Config, folder: Path) -> Any:
     """The trainer of one contender, ready to train."""
-    here, tokenizer = arithmetic.device_for(config), hub.load_tokenizer(config)
+    here, tokenizer = compute_dtype.device_for(config), hub.load_tokenizer(config)
     data = cleaning.prepare(config, tokenizer)
     if contender in (OURS, PADDED, EAGER):
         from qlora_helpers.training import trainer
@@ -59,7 +60,7 @@ def trainer_of(contender: str, config: Config, folder: Path) -> Any:
 
 
 def _trl(config: Config, data: Any, tokenizer: Any, checkpointing: bool, folder: Path) -> Any:
-    """SFTTrainer as its documentation uses it, on rows that are tokenised already."""
+    """SFTTrainer as its documentation uses it, on rows that are tokenized already."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -136,10 +137,10 @@ def in_its_own_process(contender: str, dtype: str, dropout: float) -> dict[str, 
 
 def compare(rounds: int) -> dict[str, Any]:
     """All contenders in turn, `rounds` times."""
-    here = arithmetic.device_for(Config.from_params(profile="cpu"))
-    speed = arithmetic.cpu_speed(*arithmetic.USUAL_SIZE)
+    here = compute_dtype.device_for(Config.from_params(profile="cpu"))
+    speed = cpu_speed.lookup(*cpu_speed.USUAL_SIZE)
     best = max(speed.float32, speed.bfloat16)
-    dtypes = [name for name in arithmetic.CANDIDATES if getattr(speed, name) > best / arithmetic.HOPELESS]
+    dtypes = [name for name in cpu_speed.CANDIDATES if getattr(speed, name) > best / cpu_speed.HOPELESS]
     contenders = [(OURS, here.dtype), (PADDED, here.dtype)]
     contenders += [(name, dtype) for name in (TRL, TRL_UNCHECKPOINTED) for dtype in dtypes]
     found: dict[str, list[float]] = {f"{name}, {dtype}": [] for name, dtype in contenders}
@@ -156,8 +157,8 @@ def compare(rounds: int) -> dict[str, Any]:
     return {
         "device": here.to_dict(),
         "versions": device.versions(),
-        "gflops": {name: getattr(speed, name) for name in arithmetic.CANDIDATES},
-        "not_run": [name for name in arithmetic.CANDIDATES if name not in dtypes],
+        "gflops": {name: getattr(speed, name) for name in cpu_speed.CANDIDATES},
+        "not_run": [name for name in cpu_speed.CANDIDATES if name not in dtypes],
         "tokens_per_second": {name: statistics.median(rates) for name, rates in found.items()},
         "rounds": found,
         "times_trl": statistics.median(a / b for a, b in zip(ours, fastest[TRL], strict=True)),
@@ -199,7 +200,7 @@ def main() -> None:
           f"losses within {result['largest_relative_difference_of_losses']:.1e};",
           ", ".join(f"{name} {value:.1e}" for name, value in result["rounding"].items()))  # fmt: skip
     if args.out:
-        runs.write_json(args.out, result)
+        files.write_json(args.out, result)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from qlora_helpers.data import python_docs
-from qlora_helpers.runs import write_jsonl
+from qlora_helpers.files import write_jsonl
 
 
 def grow(rows: list[dict[str, str]], size: int) -> list[dict[str, str]]:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from qlora_helpers import runs
+from qlora_helpers import files
 from qlora_helpers.config import Config
 from qlora_helpers.data import cleaning
 from qlora_helpers.device import GIB, detect, versions
@@ -155,8 +155,8 @@ def main() -> None:
 
 def _missing(out: Path, name: str) -> list[dict[str, Any]]:
     path = out / f"{name}_measured.jsonl"
-    done = {line["id"] for line in runs.read_jsonl(path)} if path.exists() else set()
-    return [setting for setting in runs.read_jsonl(out / f"{name}.jsonl") if setting["id"] not in done]
+    done = {line["id"] for line in files.read_jsonl(path)} if path.exists() else set()
+    return [setting for setting in files.read_jsonl(out / f"{name}.jsonl") if setting["id"] not in done]
 
 
 def attempt(setting: dict[str, Any], folder: Path, tokenizer: Any) -> dict[str, Any]:

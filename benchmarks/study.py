@@ -43,8 +43,8 @@ def main() -> None:
     started = time.time()
     found: dict[str, list[runs.RunFolder]] = {}
     for name, config in ladder(args.dataset, args.model, args.profile).items():
-        (item, *more) = matrix.wanted({name: config.replace(n_seeds=args.seeds, equal_steps=False)}, folder)
-        found |= matrix.complete([item, *more])
+        (item, *more) = matrix.plan_runs({name: config.replace(n_seeds=args.seeds, equal_steps=False)}, folder)
+        found |= matrix.train_missing([item, *more])
         print(f"{name}: {time.time() - started:.0f} s since the start", flush=True)
     result = comparison.compare(found)
     report.write(result, found, folder)

@@ -1,122 +1,39 @@
-"""The command line, `python -m qlora_helpers COMMAND`: see COMMANDS at the end. Heavy imports wait."""
+"""The command line: `qlora COMMAND`, or `python -m qlora_helpers COMMAND`. Each command imports what it needs."""
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
-from qlora_helpers import __version__
-from qlora_helpers.config import PROFILES
+from qlora_helpers import __version__, options
 from qlora_helpers.errors import UserError, nearest
+from qlora_helpers.options import Parser
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line that name the nearest option or command."""
-
-    commands: Mapping[str, "Parser"] = {}
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage."""
-        raise UserError(message)
-
-
-def build_parser() -> Parser:
-    """All commands and options."""
-    parser = Parser(prog="qlora_helpers", description="QLoRA notebooks, headless.", allow_abbrev=False)
+def build_parsers() -> tuple[Parser, dict[str, Parser]]:
+    """The parser, and that of each command."""
+    parser = Parser(prog="qlora", description="QLoRA fine-tuning in notebooks, from the command line.")
     parser.add_argument("--version", action="version", version=f"qlora_helpers {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-
-    run = commands.add_parser("run", help="execute notebooks 01-07 and write the comparison", allow_abbrev=False)
-    run.add_argument("--samples", type=int, nargs=2, metavar=("N1", "N2"), help="rows of experiments 1 and 2")
-    run.add_argument("--seed", type=int, help="seed of both experiments")
-    batch = commands.add_parser("batch", help="one run per sample count, setting and seed", allow_abbrev=False)
-    batch.add_argument("--samples", type=int, nargs="+", required=True, metavar="N", help="rows to train on")
-    batch.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="S", help="seeds")
-    for option, kind in (("learning-rates", float), ("ranks", int), ("epochs-list", int), ("effective-batches", int)):
-        batch.add_argument(f"--{option}", type=kind, nargs="+", metavar="X", help="tried singly, at the largest N")
-    for command in (run, batch):
-        command.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for everything written")
-        command.add_argument("--profile", default="auto", help=f"{', '.join(PROFILES)}, or auto: look at this machine")
-        command.add_argument("--epochs", type=int, help="passes over the training rows")
-        command.add_argument("--dataset", help="file or hub id")
-        command.add_argument("--model", help="folder or hub id")
-        command.add_argument("--n-heldout", type=int, metavar="N", help="rows that are never trained on")
-        command.add_argument("--save-steps", type=int, metavar="N", help="steps between checkpoints")
-    _add_data(commands)
-    _add_plan(commands)
-    compare = commands.add_parser("compare", help="report on complete runs, whoever made them", allow_abbrev=False)
-    compare.add_argument(
-        "run_folders", type=Path, nargs="+", metavar="RUN", help="run folders; equal but for the seed: one"
-    )
-    compare.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the report")
-    export = commands.add_parser("export", help="merge a run's adapter, and check what comes out", allow_abbrev=False)
-    export.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a complete run")
-    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the merged model")
-    export.add_argument("--gguf", metavar="KIND", help="also write a GGUF file and a Modelfile: f16, q8_0 or q4_k_m")
-    serve = commands.add_parser("serve", help="an exported model over OpenAI's protocol", allow_abbrev=False)
-    serve.add_argument("path", type=Path, metavar="DIR", help="exported folder, merged folder or .gguf file")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
-    serve.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on (default 8000)")
-    push = commands.add_parser("push", help="show what a push to a model hub would send", allow_abbrev=False)
-    push.add_argument("source", type=Path, metavar="FOLDER", help="a complete run, or what export made")
-    push.add_argument("--to", required=True, metavar="NAME/MODEL", dest="repository", help="repository on the hub")
-    push.add_argument("--public", action="store_true", help="for everyone to see; default: private")
-    push.add_argument("--really", action="store_true", help="send it; without this, nothing is sent")
-    commands.add_parser("fetch", help="fetch the embedded model into the cache", allow_abbrev=False)
-    parser.commands = commands.choices
-    return parser
-
-
-def _add_data(commands: Any) -> None:
-    data = commands.add_parser("data", help="clean and split a data set, and report on it", allow_abbrev=False)
-    data.add_argument("dataset", metavar="SOURCE", help="file, folder, hub id, 'sample' or 'python-stdlib'")
-    data.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for rows and report")
-    data.add_argument("--model", help="folder or hub id whose tokenizer counts; default: the embedded model")
-    data.add_argument("--max-tokens", type=int, default=512, metavar="N", help="tokens a row may have (default 512)")
-    data.add_argument("--over-length", default="drop", choices=("drop", "truncate"), help="what becomes of longer rows")
-    data.add_argument("--template", choices=("guanaco", "instruction", "auto"), help="default: the model's own, if any")
-    data.add_argument(
-        "--near-duplicates", type=float, metavar="T", help="similarity from which rows are the same (0.7)"
-    )
-    data.add_argument("--n-heldout", type=int, metavar="N", help="held-out rows (default: a tenth, at most 1,000)")
-    data.add_argument("--data-seed", type=int, metavar="S", help="another seed, another split")
-
-
-def _add_plan(commands: Any) -> None:
-    plan = commands.add_parser("plan", help="peak memory of a run, before anything is downloaded", allow_abbrev=False)
-    what = plan.add_mutually_exclusive_group()
-    what.add_argument("--preset", default="tinyllama-guanaco-100", help="a published experiment")
-    what.add_argument("--model", help="hub id, folder or config.json; many are known offline")
-    where = plan.add_mutually_exclusive_group()
-    where.add_argument("--memory", type=float, metavar="GIB", help="the GPU's memory")
-    where.add_argument("--device", help="a card by name, such as t4")
-    plan.add_argument("--method", help="qlora, lora or full; default: as the preset says")
-    plan.add_argument("--rank", type=int, help="rank of the adapter")
-    plan.add_argument("--targets", help="layers with an adapter, such as q_proj,v_proj, or all")
-    plan.add_argument("--bias", help="biases that are trained: none, lora_only or all")
-    plan.add_argument("--max-length", type=int, metavar="N", help="tokens of a row")
-    plan.add_argument("--batch", type=int, metavar="N", dest="batch_size", help="rows of a forward pass")
-    plan.add_argument("--accumulation", type=int, metavar="N", dest="gradient_accumulation", help="passes of a step")
-    plan.add_argument("--checkpointing", action="store_true", default=None, dest="gradient_checkpointing")
-    plan.add_argument("--optimizer", help="adamw_torch, adamw_8bit, paged_adamw_8bit or paged_adamw_32bit")
-    plan.add_argument("--rows", type=int, nargs="+", metavar="N", help="print the time for so many training rows")
-    plan.add_argument("--epochs", type=int, help="passes over the training rows")
-    plan.add_argument("--json", action="store_true", help="for programs")
+    parsers = {}
+    for name, command in COMMANDS.items():
+        parsers[name] = commands.add_parser(name, help=command.help, description=command.help)
+        command.options(parsers[name])
+    return parser, parsers
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 with one line on stderr for what the user can mend, 3 if a plan does not fit."""
+    """Run a command; 0 on success, 2 with one line on stderr for what the user can fix, 3 if a plan does not fit."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        parser = build_parser()
-        _check_names(argv, parser)
+        parser, parsers = build_parsers()
+        _check_names(argv, parsers)
         args = vars(parser.parse_args(argv))
         command = args.pop("command")
         if command is None:
             parser.print_help()
             return 0
-        return COMMANDS[command](**args) or 0
+        return COMMANDS[command].run(**args) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -125,23 +42,28 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _check_names(argv: list[str], parser: Parser) -> None:
-    """An unknown command or option comes with its nearest neighbour, before anything else that may be wrong."""
+def _check_names(argv: list[str], parsers: Mapping[str, Parser]) -> None:
+    """Raise `UserError` for an unknown command or option, with the nearest one, before anything else."""
     if not argv or argv[0].startswith("-"):
         return
-    if argv[0] not in parser.commands:
-        raise UserError(f"command: there is no '{argv[0]}'.{nearest(argv[0], parser.commands)}")
-    options = parser.commands[argv[0]]._option_string_actions
+    if argv[0] not in parsers:
+        raise UserError(f"command: there is no '{argv[0]}'.{nearest(argv[0], parsers)}")
+    known = [*parsers[argv[0]].options, "--help"]
     for word in argv[1:]:
         name = word.split("=")[0]
-        if name.startswith("--") and name not in options:
-            raise UserError(f"option: there is no '{name}'.{nearest(name, options)}")
+        if name.startswith("--") and name not in known:
+            raise UserError(f"option: there is no '{name}'.{nearest(name, known)}")
 
 
 def _run(**args: Any) -> None:
     from qlora_helpers.experiments import series
 
-    _print_comparison(series.run_series(**args))
+    _print_comparison(series.run_series(**_given(args)))
+
+
+def _given(args: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given: papermill writes every parameter into the notebook."""
+    return {name: value for name, value in args.items() if value is not None}
 
 
 def _compare(run_folders: list[Path], out: Path) -> None:
@@ -150,7 +72,7 @@ def _compare(run_folders: list[Path], out: Path) -> None:
     from qlora_helpers.runs import RunFolder
 
     folders = [RunFolder(path) for path in run_folders]
-    with runs.damage_is_one_line(folders):
+    with runs.corrupt_files_as_user_error(folders):
         experiments = comparison.group(folders)
         result = comparison.compare(experiments)
         written = report.write(result, experiments, runs.workdir(str(out)))
@@ -167,10 +89,10 @@ def _print_comparison(written: Path) -> None:
 
 
 def _batch(**args: Any) -> None:
-    from qlora_helpers.experiments import series, sweep
+    from qlora_helpers.experiments import matrix, series
 
-    lists = {name: args.pop(name) for name in sweep.KNOBS}
-    batch = series.run_batch(lists=lists, **args)
+    lists = {name: args.pop(name) for name in matrix.SETTINGS}
+    batch = series.run_batch(lists=lists, **_given(args))
     print("\n| run | rows | seed | steps | base loss | held-out loss | seconds |\n|---|---|---|---|---|---|---|")
     for run in batch:
         m = run.read("metrics.json")
@@ -242,12 +164,12 @@ def _serve(**args: Any) -> None:
     serve.start(server)
 
 
-def _push(source: Path, repository: str, public: bool, really: bool) -> None:
+def _push(source: Path, repository: str, public: bool, yes: bool) -> None:
     from qlora_helpers.export import push
 
     planned = push.prepare(source.expanduser(), repository, public)
     print(planned)
-    print(f"Pushed: {push.upload(planned)}" if really else "Nothing was sent. To send it: the same with --really.")
+    print(f"Pushed: {push.upload(planned)}" if yes else "Nothing was sent. To send it: the same with --yes.")
 
 
 def _fetch() -> None:
@@ -256,16 +178,24 @@ def _fetch() -> None:
     print(bundled.fetch())
 
 
-COMMANDS: dict[str, Callable[..., int | None]] = {
-    "run": _run,
-    "batch": _batch,
-    "data": _data,
-    "plan": _plan,
-    "compare": _compare,
-    "export": _export,
-    "serve": _serve,
-    "push": _push,
-    "fetch": _fetch,
+class Command(NamedTuple):
+    """A command: what it does, its options, and the function that gets them."""
+
+    help: str
+    options: Callable[[Parser], None]
+    run: Callable[..., int | None]
+
+
+COMMANDS = {
+    "run": Command("execute notebooks 01-07 and write the comparison", options.run, _run),
+    "batch": Command("one run per sample count, setting and seed", options.batch, _batch),
+    "data": Command("clean and split a data set, and report on it", options.data, _data),
+    "plan": Command("peak memory of a run, before anything is downloaded", options.plan, _plan),
+    "compare": Command("report on finished runs", options.compare, _compare),
+    "export": Command("merge a run's adapter, and check the result", options.export, _export),
+    "serve": Command("serve an exported model over OpenAI's protocol", options.serve, _serve),
+    "push": Command("show what a push to a model hub would send", options.push, _push),
+    "fetch": Command("fetch the bundled model into the cache", lambda parser: None, _fetch),
 }
 
 if __name__ == "__main__":

@@ -24,10 +24,20 @@ MANY_RUNS = ("sample_counts", "seconds_per_run")  # a profile's keys that are ab
 
 
 def _field(
-    default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: tuple | None = None
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    identity: bool = True,
 ) -> Any:
-    """A dataclass field with the range or the choices that `_check` enforces."""
-    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+    """A dataclass field with the range or the choices that `_check` enforces.
+
+    `identity` says whether the setting decides a run's result: see `Config.identity`.
+    """
+    limits = {"low": low, "high": high, "choices": choices}
+    return dataclasses.field(default=default, metadata={"help": help, "identity": identity, **limits})
 
 
 @dataclass(frozen=True)
@@ -38,17 +48,17 @@ class Config:
     that cannot be.
     """
 
-    preset_name: str = _field("", "published experiment this came from")
-    profile: str = _field("cpu", "size of machine", choices=PROFILES)
+    preset_name: str = _field("", "published experiment this came from", identity=False)
+    profile: str = _field("cpu", "size of machine", choices=PROFILES, identity=False)
 
     model: str = _field(EMBEDDED_MODEL, "hub id, folder, or the embedded model's name")
     revision: str = _field("main", "commit or branch of the model on the hub")
     quantization: str = _field("nf4", "how the frozen base is stored", choices=("nf4", "fp4", "none"))
-    double_quant: bool = _field(True, "quantise the quantisation constants too")
+    double_quant: bool = _field(True, "quantize the quantization constants too")
     compute_dtype: str = _field(
         "auto", "dtype of products; auto suits the machine", choices=("auto", "bfloat16", "float16", "float32")
     )
-    memory_limit_gib: float | None = _field(None, "hold the run to this much GPU memory", low=0.5)
+    memory_limit_gib: float | None = _field(None, "hold the run to this much GPU memory", low=0.5, identity=False)
 
     dataset: str | None = _field(SAMPLE_DATA, "hub id, file, folder, 'sample' or 'python-stdlib'")
     dataset_revision: str = _field("main", "commit or branch of the data set on the hub")
@@ -73,8 +83,8 @@ class Config:
     bias: str = _field("none", "which biases are trained", choices=("none", "lora_only", "all"))
 
     epochs: int = _field(1, "passes over the training rows", low=1)
-    batch_size: int = _field(4, "rows per forward pass", low=1)
-    gradient_accumulation: int = _field(1, "passes per optimizer step", low=1)
+    batch_size: int = _field(4, "rows per forward pass", low=1, identity=False)
+    gradient_accumulation: int = _field(1, "passes per optimizer step", low=1, identity=False)
     learning_rate: float = _field(2e-4, "peak learning rate", low=0, high=1)
     lr_scheduler: str = _field("linear", "shape of the learning rate", choices=("linear", "cosine", "constant"))
     warmup_ratio: float = _field(0.0, "share of the steps that warm up", low=0, high=1)
@@ -83,19 +93,21 @@ class Config:
         "adamw_torch", "optimizer", choices=("adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
     )
     max_grad_norm: float = _field(1.0, "gradients are clipped to this norm", low=0)
-    gradient_checkpointing: bool = _field(False, "recompute activations: less memory, more time")
-    auto_batch: bool = _field(False, "split the batch as is fastest on this GPU by the plan")
-    on_oom: str = _field("stop", "out of GPU memory: stop, or split the batch and go on", choices=("stop", "shrink"))
+    gradient_checkpointing: bool = _field(False, "recompute activations: less memory, more time", identity=False)
+    auto_batch: bool = _field(False, "split the batch as is fastest on this GPU by the plan", identity=False)
+    on_oom: str = _field(
+        "stop", "out of GPU memory: stop, or split the batch and go on", choices=("stop", "shrink"), identity=False
+    )
     eval_steps: int | None = _field(None, "steps between held-out losses; None is once an epoch", low=1)
-    save_steps: int = _field(50, "steps between checkpoints", low=1)
+    save_steps: int = _field(50, "steps between checkpoints", low=1, identity=False)
     keep_best: bool = _field(False, "end with the checkpoint of the lowest held-out loss")
     early_stopping_patience: int | None = _field(None, "stop after so many held-out losses without a new low", low=1)
-    n_seeds: int = _field(1, "training seeds of each experiment in a comparison", low=1)
-    equal_steps: bool = _field(False, "compare: also train the smaller one for as many steps")
-    few_shot: bool = _field(True, "also measure the base with examples in its prompt")
-    n_answers: int = _field(100, "held-out questions that are answered and scored", low=1)
-    seconds_per_step: float | None = _field(None, "of the profile's model; None: see step_time", low=0)
-    max_new_tokens: int = _field(128, "length of the sample answers, in tokens", low=1)
+    n_seeds: int = _field(1, "training seeds of each experiment in a comparison", low=1, identity=False)
+    equal_steps: bool = _field(False, "compare: also train the smaller one for as many steps", identity=False)
+    few_shot: bool = _field(True, "also measure the base with examples in its prompt", identity=False)
+    n_answers: int = _field(100, "held-out questions that are answered and scored", low=1, identity=False)
+    seconds_per_step: float | None = _field(None, "of the profile's model; None: see step_time", low=0, identity=False)
+    max_new_tokens: int = _field(128, "length of the sample answers, in tokens", low=1, identity=False)
     seed: int = _field(0, "adapter's first weights, order of rows, dropout", low=0)
 
     @classmethod
@@ -139,28 +151,14 @@ class Config:
     def identity(self) -> str:
         """Fingerprint of everything that decides the result: two runs may share a folder only if it is equal.
 
-        Left out: what only decides where and how fast. How a batch is split over passes is such a thing.
+        Settings that only decide where and how fast a run is computed do not count (`identity=False` in their field).
+        Neither does the split of a batch over passes, only its size.
         """
-        beside = {
-            "preset_name",
-            "profile",
-            "memory_limit_gib",
-            "save_steps",
-            "max_new_tokens",
-            "few_shot",
-            "n_answers",
-            "seconds_per_step",
-            "n_seeds",
+        deciding = {
+            field.name: value
+            for field, value in zip(dataclasses.fields(self), self.to_dict().values(), strict=True)
+            if field.metadata["identity"]
         }
-        beside |= {
-            "equal_steps",
-            "batch_size",
-            "gradient_accumulation",
-            "gradient_checkpointing",
-            "auto_batch",
-            "on_oom",
-        }
-        deciding = {key: value for key, value in self.to_dict().items() if key not in beside}
         deciding["effective_batch"] = self.effective_batch
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -192,6 +190,13 @@ class Config:
             words = "" if len(shown) > 22 else f"  {field.metadata['help']}"
             lines.append(f"{field.name:<24}{shown:<22}{words}".rstrip())
         return "\n".join(lines)
+
+
+def value_type(field: "dataclasses.Field[Any]") -> Any:
+    """Type of a field's values, None aside."""
+    hint = typing.get_type_hints(Config)[field.name]
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next(kind for kind in kinds if kind is not type(None))
 
 
 @cache

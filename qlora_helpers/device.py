@@ -1,4 +1,4 @@
-"""What we run on: GPU, capability, arithmetic, memory; and why it was chosen."""
+"""The machine: GPU or CPU, compute capability, dtype, memory, and why the dtype was chosen."""
 
 import contextlib
 import ctypes
@@ -7,9 +7,9 @@ import platform
 import sys
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
+from qlora_helpers import cpu_speed
 from qlora_helpers.errors import UserError
 
 GIB = 2**30
@@ -50,7 +50,7 @@ class Device:
 def detect(compute_dtype: str = "auto") -> Device:
     """Look at this machine. `compute_dtype` other than auto overrides the choice, and the reason says so.
 
-    On a CPU, `auto` is the dtype that suits the embedded model; `arithmetic.device_for` asks for a config's own model.
+    On a CPU, `auto` is the dtype that suits the bundled model; `compute_dtype.device_for` asks for a config's own.
     Raises `UserError` for bfloat16 on a GPU that only emulates it.
     """
     return _gpu(compute_dtype) if _has_gpu() else _cpu(compute_dtype)
@@ -107,27 +107,20 @@ def _cpu(compute_dtype: str) -> Device:
     import psutil
 
     memory = psutil.virtual_memory()
-    device = Device("cpu", cpu_name(), None, *_gib(memory.total, memory.available), "float32", "")
+    device = Device("cpu", cpu_speed.cpu_name(), None, *_gib(memory.total, memory.available), "float32", "")
     if compute_dtype != "auto":
         return device.computing_in(compute_dtype)
-    from qlora_helpers import arithmetic
+    return on_cpu(device)
 
-    return arithmetic.on_cpu(device)
+
+def on_cpu(device: Device, size: tuple[int, int] = cpu_speed.USUAL_SIZE) -> Device:
+    """The CPU `device`, computing in the faster dtype for layers of this hidden and intermediate size."""
+    speed = cpu_speed.lookup(*size)
+    return device.computing_in(speed.dtype, speed.reason)
 
 
 def _gib(total: int, free: int) -> tuple[float, float]:
     return round(total / GIB, 2), round(free / GIB, 2)
-
-
-def cpu_name() -> str:
-    """The processor, the cores that this process may use, and the vector instructions that torch uses on it."""
-    import torch
-
-    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = next(iter(names), platform.processor() or platform.machine())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def keep_freed_memory(device: Device) -> None:
@@ -183,7 +176,7 @@ def on_colab() -> bool:
 
 
 def autocast(device: Device) -> Any:
-    """The arithmetic the trainer uses on this device, so that losses in and after training agree."""
+    """The mixed precision that the trainer uses on this device, so that losses in and after training agree."""
     import torch
 
     mixed = device.kind == "cuda" and device.dtype != "float32"

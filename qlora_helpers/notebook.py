@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,3 +78,22 @@ def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     if not names:
         raise UserError("parameters: none found. Fix: run the cell that begins with '# Parameters' first.")
     return {name: namespace[name] for name in names}
+
+
+def in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this."""
+    return _kernel() is not None
+
+
+def is_interactive() -> bool:
+    """Whether a person's front end runs this cell. It says with each request that it can be asked for input; papermill,
+    nbval and nbconvert say that they cannot.
+    """
+    kernel = _kernel()
+    return kernel is not None and bool(kernel.get_parent().get("content", {}).get("allow_stdin"))
+
+
+def _kernel() -> Any:
+    """The Jupyter kernel that runs this, which has then imported IPython itself; None outside one."""
+    ipython = sys.modules.get("IPython")
+    return getattr(ipython.get_ipython(), "kernel", None) if ipython else None

@@ -21,16 +21,15 @@ if TYPE_CHECKING:
     import torch
 
     from qlora_helpers.data.cleaning import Data
-    from qlora_helpers.evaluation.learning_curve import Curve
     from qlora_helpers.planning.plan import Plan
 
-# Okabe and Ito's colours, told apart with any kind of colour vision.
-BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PALETTE = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", VERMILLION, "#F0E442")
-GREY = "#666666"
+# Okabe and Ito's colors, told apart with any kind of color vision.
+BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PALETTE = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", VERMILION, "#F0E442")
+GRAY = "#666666"
 WIDTH = 6.4  # inches
 BLOCK = 64  # weights that share one scale in NF4
-BINS = np.linspace(-1, 1, 82).tolist()  # an odd number of bins, so that one is centred on zero
+BINS = np.linspace(-1, 1, 82).tolist()  # an odd number of bins, so that one is centered on zero
 TURN = 0.005  # nats by which the held-out loss must have risen from its minimum to be called overfitting
 STYLE = {
     "font.size": 11,
@@ -58,7 +57,7 @@ class NotebookFigure(Figure):
         return png.getvalue(), {"width": round(width), "height": round(height)}
 
 
-def _styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
+def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
     """Draw in this module's style whatever matplotlib is set to, and leave that setting alone."""
 
     @functools.wraps(draw)
@@ -69,16 +68,16 @@ def _styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
     return styled
 
 
-def _new(title: str, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
+def new_figure(title: str, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
     figure = NotebookFigure(figsize=(WIDTH, height), facecolor="white", layout="constrained")
     figure.suptitle(title)
     return figure, np.ravel(figure.subplots(rows, columns, sharey=True))
 
 
-@_styled
+@styled
 def token_lengths(data: "Data", limit: int) -> Figure:
     """Full length in tokens of the training and held-out rows, and the limit at which they are cut."""
-    figure, (axes,) = _new("How long are the rows?", 4.0)
+    figure, (axes,) = new_figure("How long are the rows?", 4.0)
     sets = {"train": data.train, "held-out": data.heldout}
     lengths = {name: [len(e.input_ids) + e.cut for e in rows] for name, rows in sets.items()}
     bins = np.linspace(0, max([limit, *lengths["train"], *lengths["held-out"]]), 31).tolist()
@@ -92,10 +91,10 @@ def token_lengths(data: "Data", limit: int) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def levels(weights: "dict[str, torch.Tensor]", levels: list[float]) -> Figure:
     """Real weights as shares of the largest in their block, and the levels: close where weights are many."""
-    figure, (axes,) = _new("Where the weights are, and the 4-bit levels", 3.8)
+    figure, (axes,) = new_figure("Where the weights are, and the 4-bit levels", 3.8)
     for (name, weight), color in zip(weights.items(), PALETTE * len(weights), strict=False):
         flat = weight.detach().float().cpu().flatten().numpy()
         blocks = flat[: len(flat) // BLOCK * BLOCK].reshape(-1, BLOCK)
@@ -110,19 +109,19 @@ def levels(weights: "dict[str, torch.Tensor]", levels: list[float]) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def round_trip_errors(errors: dict[str, float]) -> Figure:
     """What the weights lose on the way to 4 bits and back: relative error, in percent, by storage."""
-    figure, (axes,) = _new("What 4 bits lose", 1.3 + 0.5 * len(errors))
+    figure, (axes,) = new_figure("What 4 bits lose", 1.3 + 0.5 * len(errors))
     _bars(axes, errors, [f"{error:.2f} %" for error in errors.values()])
     axes.set(xlabel="relative error of the weights (%)", ylabel="storage")
     return figure
 
 
-@_styled
+@styled
 def trainable_per_layer(counts: dict[str, int]) -> Figure:
     """Trainable parameters by the layer they sit on."""
-    figure, (axes,) = _new(f"What is trained: {sum(counts.values()):,} parameters", 1.3 + 0.5 * len(counts))
+    figure, (axes,) = new_figure(f"What is trained: {sum(counts.values()):,} parameters", 1.3 + 0.5 * len(counts))
     _bars(axes, {name: n / 1000 for name, n in counts.items()}, [f"{n:,}" for n in counts.values()])
     axes.set(xlabel="trainable parameters (thousands)", ylabel="layer")
     return figure
@@ -135,10 +134,10 @@ def _bars(axes: Axes, values: dict[str, float], labels: list[str]) -> None:
     axes.margins(x=0.2)
 
 
-@_styled
+@styled
 def weights_by_module(tables: dict[str, list[dict[str, Any]]]) -> Figure:
     """Memory of the weights by module class, a bar for each storage, from rows of `model.weight_table`."""
-    figure, (axes,) = _new("What the weights weigh", 1.9 + 0.6 * len(tables))
+    figure, (axes,) = new_figure("What the weights weigh", 1.9 + 0.6 * len(tables))
     mib = {name: {row["module"]: row["bytes"] / 2**20 for row in rows} for name, rows in tables.items()}
     totals = {name: sum(sizes.values()) for name, sizes in mib.items()}
     modules = sorted({module for sizes in mib.values() for module in sizes})
@@ -156,7 +155,7 @@ def weights_by_module(tables: dict[str, list[dict[str, Any]]]) -> Figure:
 def _stack(axes: Axes, names: list[str], parts: dict[str, list[float]], totals: list[str]) -> None:
     """A bar a name, made of its parts from left to right, with its total behind it."""
     left = np.zeros(len(names))
-    colors = (*PALETTE, GREY, "#A6761D", "#4B3B8F", "#BBBBBB") * len(parts)
+    colors = (*PALETTE, GRAY, "#A6761D", "#4B3B8F", "#BBBBBB") * len(parts)
     for (part, widths), color in zip(parts.items(), colors, strict=False):
         bars = axes.barh(names, widths, left=left, color=color, height=0.6, label=part)
         left += np.array(widths)
@@ -165,14 +164,14 @@ def _stack(axes: Axes, names: list[str], parts: dict[str, list[float]], totals: 
     axes.margins(x=0.2)
 
 
-@_styled
+@styled
 def loss_curves(logs: dict[str, list[dict[str, Any]]]) -> Figure:
     """Training and held-out loss by step, one panel a run, from the lines of `log.jsonl`, on one scale.
 
     Where the held-out loss has turned up, its minimum is marked and what follows is shaded.
     """
     rows, columns = (1, len(logs)) if len(logs) <= 2 else (len(logs), 1)
-    figure, panels = _new("Loss during training", 1.4 + 2.4 * rows, rows, columns)
+    figure, panels = new_figure("Loss during training", 1.4 + 2.4 * rows, rows, columns)
     for axes, (name, lines) in zip(panels, logs.items(), strict=True):
         axes.set_title(name)
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
@@ -197,7 +196,7 @@ def _draw_losses(axes: Axes, lines: list[dict[str, Any]]) -> None:
     mark = "-" if len(train) > 1 else "."  # of a single step there is no line
     axes.plot(list(train), list(train.values()), mark, color=BLUE, linewidth=1, label="training")
     losses = list(heldout.values())
-    axes.plot(list(heldout), losses, "o-", color=VERMILLION, linewidth=2.8, markersize=5, label="held-out")
+    axes.plot(list(heldout), losses, "o-", color=VERMILION, linewidth=2.8, markersize=5, label="held-out")
     turn = _turning_point(heldout)
     if turn is None:
         return
@@ -213,7 +212,7 @@ def _turning_point(heldout: dict[int, float]) -> int | None:
     return best if best is not None and heldout[max(heldout)] - heldout[best] > TURN else None
 
 
-@_styled
+@styled
 def differences(result: dict[str, Any]) -> Figure:
     """Each difference of `comparison.compare`, its 95% interval and verdict. Left of zero is better."""
     open_ends = {"low": -math.inf, "high": math.inf}
@@ -221,14 +220,14 @@ def differences(result: dict[str, Any]) -> Figure:
         {**d, **{end: d[end] if d[end] is not None else open_ends[end] for end in open_ends}}
         for d in result["differences"]
     ]
-    figure, (axes,) = _new("Did the held-out loss change?", 1.8 + 0.6 * len(entries))
+    figure, (axes,) = new_figure("Did the held-out loss change?", 1.8 + 0.6 * len(entries))
     bounds = [d[key] for d in entries for key in ("low", "value", "high") if math.isfinite(d[key])]
     left, right = min([0.0, *bounds]), max([0.0, *bounds])
     reach = (right - left) or 1.0
     left, right = min(left - 0.05 * reach, -0.35 * reach), max(right + 0.05 * reach, 0.35 * reach)
-    colors = {"better": BLUE, "worse": VERMILLION}
+    colors = {"better": BLUE, "worse": VERMILION}
     for row, d in enumerate(entries):
-        color = colors.get(d["verdict"], GREY)
+        color = colors.get(d["verdict"], GRAY)
         axes.hlines(row, max(d["low"], left), min(d["high"], right), color=color, linewidth=3)
         axes.plot(d["value"], row, marker="o", markersize=9, color=color)
         words = d["verdict"].replace("not ", "not\n")
@@ -244,61 +243,32 @@ def differences(result: dict[str, Any]) -> Figure:
     return figure
 
 
-@_styled
-def learning_curves(curves: "list[Curve]") -> Figure:
-    """Held-out loss against rows of training: points, lines and their bands, and the base model.
-
-    What is paired is the gap to the base model, so bars and bands are 95% intervals of that gap, drawn below its loss.
-    """
-    figure, (axes,) = _new("What do more rows buy?", 4.6)
-    base = curves[0].base_loss
-    axes.axhline(base, color="black", linestyle="--", linewidth=1.5, label="base model")
-    for curve, color, mark in zip(curves, (BLUE, ORANGE), "os", strict=False):
-        points = curve.points
-        gaps = [found.value + base for found in points.values()]
-        reach = [found.high - found.value for found in points.values()]
-        axes.errorbar(list(points), gaps, reach, fmt=mark, color=color, markersize=7, capsize=5, label=curve.name)
-        along = np.geomspace(min(points), max(points), 25)
-        line = [curve.at(rows) for rows in along]
-        axes.plot(along, [base + found.value for found in line], color=color, linewidth=1.5)
-        band = [[base + getattr(found, end) for found in line] for end in ("low", "high")]
-        axes.fill_between(along, *band, color=color, alpha=0.2, linewidth=0)
-    sizes = sorted({rows for curve in curves for rows in curve.arms})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [f"{rows:,}" for rows in sizes])
-    axes.grid(axis="y")
-    axes.set_xlabel("rows to train on (log scale)\nbars and bands: 95% interval of the gap to the base model")
-    axes.set_ylabel("held-out loss (nats per token)")
-    figure.legend(loc="outside lower center", ncols=3)
-    return figure
-
-
-@_styled
-def memory_parts(plans: "dict[str, Plan]", card: float | None) -> Figure:
+@styled
+def memory_parts(plans: "dict[str, Plan]", gpu: float | None) -> Figure:
     """Planned peak memory by part, a bar a method, and the memory of the card."""
-    figure, (axes,) = _new("What takes the memory?", 2.6 + 0.6 * len(plans))
+    figure, (axes,) = new_figure("What takes the memory?", 2.6 + 0.6 * len(plans))
     whole = max(plan.total for plan in plans.values())
     every = [{**plan.training, "CUDA context": plan.context} for plan in plans.values()]
     names = [part for part in every[0] if max(parts.get(part, 0.0) for parts in every) > whole / 50]
     sizes = {part: [parts.get(part, 0.0) for parts in every] for part in names}
     sizes["all else"] = [sum(size for part, size in parts.items() if part not in names) for parts in every]
     _stack(axes, list(plans), sizes, [f"{sum(parts.values()):.1f}" for parts in every])
-    if card is not None:
-        axes.axvline(card, color="black", linestyle="--", linewidth=1.5, label=f"the GPU: {card:.1f} GiB")
+    if gpu is not None:
+        axes.axvline(gpu, color="black", linestyle="--", linewidth=1.5, label=f"the GPU: {gpu:.1f} GiB")
     axes.set(xlabel="peak memory in training (GiB)", ylabel="method")
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
-@_styled
+@styled
 def planned_and_measured(lines: list[dict[str, Any]]) -> Figure:
     """Planned against measured peak memory, a dot a setting; those that only score stand out. Within the band: 10%."""
     planned, seen = zip(*map(measurements.peaks, lines), strict=True)
-    figure, (axes,) = _new("Planned and measured", 4.6)
+    figure, (axes,) = new_figure("Planned and measured", 4.6)
     reach = np.array([min(seen) * 0.8, max(seen) * 1.25])
-    axes.fill_between(reach, reach * 0.9, reach * 1.1, color=GREY, alpha=0.2, linewidth=0, label="within 10%")
+    axes.fill_between(reach, reach * 0.9, reach * 1.1, color=GRAY, alpha=0.2, linewidth=0, label="within 10%")
     axes.plot(reach, reach, color="black", linewidth=1)
-    for scored, color, mark, label in ((False, BLUE, "o", "fitted to"), (True, VERMILLION, "D", "kept for the score")):
+    for scored, color, mark, label in ((False, BLUE, "o", "fitted to"), (True, VERMILION, "D", "kept for the score")):
         chosen = [i for i, line in enumerate(lines) if line["scored_only"] == scored]
         axes.plot([seen[i] for i in chosen], [planned[i] for i in chosen], mark, color=color, label=label, markersize=6)
     axes.set(xscale="log", yscale="log", xlabel="measured (GiB reserved)", ylabel="planned (GiB)")

@@ -1,7 +1,6 @@
 """Where a run goes: its folder, its lock, its manifest, its checkpoints; and finding what an earlier notebook made."""
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -12,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_helpers import files
 from qlora_helpers.config import Config
 from qlora_helpers.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 SEAL = "complete.json"
 MERGED, GGUF = "merged", "gguf"  # folders of an export
 DRIVE = Path("/content/drive/MyDrive")  # Google Drive, where Colab mounts it
@@ -30,7 +29,7 @@ def workdir(given: str | None = None) -> Path:
     elif DRIVE.is_dir():
         path = DRIVE / "qlora_runs"
     else:
-        path = (ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()) / "runs"
+        path = (files.ROOT if (files.ROOT / "pyproject.toml").exists() else Path.cwd()) / "runs"
     path = path.expanduser().resolve()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -40,45 +39,6 @@ def workdir(given: str | None = None) -> Path:
         reason = error.strerror or error
         raise UserError(f"output folder: {path} cannot be written ({reason}). Fix: choose another folder.") from None
     return path
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write whole, then rename: a kill leaves the old file or the new one, never a half."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write whole, then rename, like `write_json`."""
-    _write(path, [text])
-
-
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """One JSON object a line, written whole and renamed. A row may hold what JSON has no word for, such as a date of a
-    Parquet file, or half a character: the first becomes text, the second is escaped.
-    """
-    _write(path, (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
-
-
-def _write(path: Path, parts: Iterable[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(parts)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All rows of a file that this package wrote; a damaged one is an error that names it."""
-    try:
-        return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
-    except FileNotFoundError:
-        raise
-    except (ValueError, OSError) as error:
-        raise UserError(f"file: {path} cannot be read ({error}). Fix: delete its folder and run again.") from None
 
 
 @dataclass(frozen=True)
@@ -96,7 +56,7 @@ class RunFolder:
         return self.path.name
 
     @property
-    def complete(self) -> bool:
+    def finished(self) -> bool:
         """Whether the run came to its end."""
         return (self / "metrics.json").exists()
 
@@ -141,14 +101,14 @@ class RunFolder:
 
     def log(self) -> list[dict[str, Any]]:
         """Training and held-out losses, a line a step."""
-        return read_jsonl(self / "log.jsonl")
+        return files.read_jsonl(self / "log.jsonl")
 
 
 def find(folder: Path, identity: dict[str, str]) -> RunFolder | None:
     """The run in `folder` that has this identity, complete ones first, whatever its name."""
     runs = [RunFolder(path.parent) for path in sorted(folder.glob("*/config.json"))]
     same = [run for run in runs if run.identity() == identity]
-    return next((run for run in same if run.complete), same[0] if same else None)
+    return next((run for run in same if run.finished), same[0] if same else None)
 
 
 def choose(folder: Path, name: str, identity: dict[str, str]) -> RunFolder:
@@ -158,7 +118,7 @@ def choose(folder: Path, name: str, identity: dict[str, str]) -> RunFolder:
     named = RunFolder(folder / name)
     if named.identity() in (None, identity):
         return named
-    return find(folder, identity) or RunFolder(folder / f"{name}-{short_hash(identity)[:8]}")
+    return find(folder, identity) or RunFolder(folder / f"{name}-{files.short_hash(identity)[:8]}")
 
 
 def check_free(run: RunFolder, config: Config, identity: dict[str, str] | None = None) -> None:
@@ -178,7 +138,7 @@ def check_free(run: RunFolder, config: Config, identity: dict[str, str] | None =
 
 
 @contextlib.contextmanager
-def damage_is_one_line(folders: Iterable[RunFolder]) -> Iterator[None]:
+def corrupt_files_as_user_error(folders: Iterable[RunFolder]) -> Iterator[None]:
     """Whatever a file of a run folder that lacks a key, or holds another kind of value, leads to is a `UserError`."""
     try:
         yield
@@ -218,17 +178,12 @@ def manifest(config: Config, device: Any, data: dict[str, Any]) -> dict[str, Any
     }
 
 
-def short_hash(content: Any) -> str:
-    """First 12 hex digits of the sha256 of a JSON value: a name for what it stands for."""
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
-
-
 def git_commit() -> str | None:
     """Commit of the checkout, with `-dirty` where files differ from it; None outside a checkout."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-            cwd=ROOT, capture_output=True, text=True, timeout=10,
+            cwd=files.ROOT, capture_output=True, text=True, timeout=10,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -242,7 +197,7 @@ def seal(checkpoint: Path, identity: dict[str, str]) -> None:
         for file in sorted(checkpoint.rglob("*"))
         if file.is_file()
     }
-    write_json(checkpoint / SEAL, {"identity": identity, "files": sizes})
+    files.write_json(checkpoint / SEAL, {"identity": identity, "files": sizes})
 
 
 def last_checkpoint(run: RunFolder, identity: dict[str, str]) -> Path | None:

@@ -11,9 +11,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 from hypothesis import settings
 
+from qlora_helpers import files
 from qlora_helpers.config import Config
 from qlora_helpers.data.schema import Row
-from qlora_helpers.runs import ROOT
+from qlora_helpers.files import ROOT
 
 settings.register_profile("tests", derandomize=True, deadline=None, database=None)
 settings.load_profile("tests")
@@ -112,7 +113,7 @@ def config(model_folder):
         eval_steps=2,
         save_steps=2,
         few_shot=True,
-        compute_dtype="float32",  # the same on every machine; test_arithmetic.py is about the choice
+        compute_dtype="float32",  # the same on every machine; test_cpu_speed.py is about the choice
     )
 
 
@@ -123,7 +124,6 @@ def make_run(config, tokenizer, tmp_path_factory):
     """
     import torch
 
-    from qlora_helpers import runs
     from qlora_helpers.device import detect
     from qlora_helpers.models import hub, qlora, safetensors_io
     from qlora_helpers.runs import RunFolder
@@ -138,15 +138,15 @@ def make_run(config, tokenizer, tmp_path_factory):
                 p.data.normal_(std=0.1)
         built.save_pretrained(run.adapter)
         words.save_pretrained(run.adapter)
-        runs.write_json(run / "config.json", {"identity": {}, "config": own.to_dict()})
+        files.write_json(run / "config.json", {"identity": {}, "config": own.to_dict()})
         data = {"heldout_ids": ["a", "b"], "source_fingerprint": "x"}
         base_ = {"revision": None, "fingerprint": safetensors_io.fingerprint(hub.folder(own))}
         noted = {"versions": {"torch": "2"}, "data": data, "model": base_, "baseline": "base-0"}
         noted |= {"device": {"dtype": "float32"}}
-        runs.write_json(run / "manifest.json", noted)
+        files.write_json(run / "manifest.json", noted)
         metrics = {"train_rows": 1, "epochs": 1, "steps": 1, "device": "x", "compute_dtype": "float32", "seed": 0}
         metrics |= {"trainable_parameters": 1, "eval_loss": 1.0, "base_eval_loss": 2.0}
-        runs.write_json(run / "metrics.json", metrics)
+        files.write_json(run / "metrics.json", metrics)
         return run
 
     return make

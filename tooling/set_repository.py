@@ -7,9 +7,8 @@ import re
 import sys
 from pathlib import Path
 
-from qlora_helpers import runs
+from qlora_helpers import files
 
-ROOT = Path(__file__).resolve().parents[1]
 ADDRESS = re.compile(r"https://github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?/?")
 PLACES = (
     re.compile(r"(?<=colab\.research\.google\.com/github/)[\w.-]+/[\w.-]+(?=/blob/)"),
@@ -22,17 +21,17 @@ def set_repository(url: str, folder: Path) -> int:
     found = ADDRESS.fullmatch(url)
     if found is None:
         raise SystemExit(f"error: '{url}' is no repository on GitHub. Fix: URL=https://github.com/NAME/REPOSITORY.")
-    files = [folder / "README.md", *sorted((folder / "notebooks").glob("*.ipynb"))]
-    for path in files:
+    places = [folder / "README.md", *sorted((folder / "notebooks").glob("*.ipynb"))]
+    for path in places:
         text = path.read_text("utf-8")
         for place in PLACES:
             text = place.sub(found[1], text)
-        runs.write_text(path, text)
-    return len(files)
+        files.write_text(path, text)
+    return len(places)
 
 
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         raise SystemExit(__doc__)
-    where = Path(sys.argv[2]) if len(sys.argv) == 3 else ROOT
+    where = Path(sys.argv[2]) if len(sys.argv) == 3 else files.ROOT
     print(f"{set_repository(sys.argv[1], where)} files name {sys.argv[1]}")

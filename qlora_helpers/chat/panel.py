@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from qlora_helpers.chat.side_by_side import Entry, Loaded, Table, bundle, someone_is_there
+from qlora_helpers.chat.side_by_side import Entry, Loaded, Table, bundle
 from qlora_helpers.data import chat_template, prompts, schema
 from qlora_helpers.data.schema import Message
 from qlora_helpers.device import autocast
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation.answers import cache_argument
+from qlora_helpers.notebook import is_interactive
 
 STEP = 4  # tokens of each answer between two looks at the buttons
 TICK = 40  # milliseconds that the browser waits before it asks for more
@@ -225,7 +226,7 @@ def show(loaded: Loaded, questions: Sequence[str], new_tokens: int = NEW_TOKENS)
     conversation with their greedy answers, as a table, and no widget that a stored notebook would keep.
     """
     conversation = Conversation(loaded, new_tokens)
-    if someone_is_there():
+    if is_interactive():
         return Panel(conversation, questions[0])
     for question in questions:
         for _ in conversation.ask(question):

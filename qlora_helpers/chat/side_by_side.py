@@ -1,19 +1,19 @@
 """Answers of several models to the same questions: a picker where a person can use one, a table everywhere else."""
 
 import html
-import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from qlora_helpers import arithmetic
+from qlora_helpers import notebook
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device, limit_memory, on_colab
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import answers
 from qlora_helpers.evaluation.comparison import BASE
 from qlora_helpers.models import hub
+from qlora_helpers.planning import compute_dtype
 from qlora_helpers.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def load(experiments: dict[str, list[RunFolder]]) -> Loaded:
             )
     from qlora_helpers.models import qlora  # heavy, and not needed to look at answers that are there
 
-    device = arithmetic.as_begun(arithmetic.device_for(shared), next(iter(first.values())).compute_dtype())
+    device = compute_dtype.as_begun(compute_dtype.device_for(shared), next(iter(first.values())).compute_dtype())
     limit_memory(device, shared.memory_limit_gib)
     tokenizer = hub.load_tokenizer(shared)
     adapters = qlora.load_adapters(qlora.load_base(shared, device), {name: run.adapter for name, run in first.items()})
@@ -137,16 +137,7 @@ def bundle(box: Any, text: str, page: str) -> dict[str, Any]:
 
 def show(entries: list[Entry]) -> Table | Picker:
     """A picker, if someone is there to pick; else the table, and no widget that a stored notebook would keep."""
-    return Picker(entries) if someone_is_there() else Table(entries)
-
-
-def someone_is_there() -> bool:
-    """Whether a person's front end runs this cell. It says with each request that it can be asked for input; papermill,
-    nbval and nbconvert say that they cannot.
-    """
-    ipython = sys.modules.get("IPython")
-    kernel = getattr(ipython.get_ipython(), "kernel", None) if ipython else None
-    return kernel is not None and bool(kernel.get_parent().get("content", {}).get("allow_stdin"))
+    return Picker(entries) if notebook.is_interactive() else Table(entries)
 
 
 def _html(entries: list[Entry]) -> str:

@@ -10,7 +10,7 @@ from qlora_helpers.data import prompts
 from qlora_helpers.data.schema import Message
 
 # Private use: in no text and in no template.
-ASKED, GIVEN, SAID, AGAIN, THEN = (f"\ue000{number}\ue000" for number in range(5))
+USER_1, INPUT, ASSISTANT_1, USER_2, ASSISTANT_2 = (f"\ue000{number}\ue000" for number in range(5))
 
 
 def chat_template(config: Config, tokenizer: Any) -> str:
@@ -19,7 +19,7 @@ def chat_template(config: Config, tokenizer: Any) -> str:
     if config.template != "auto":
         return start + _own(config.template)
     template = tokenizer.get_chat_template()
-    if prompts.render_prompt(_turns(ASKED), config, tokenizer).startswith(tokenizer.bos_token or ASKED):
+    if prompts.render_prompt(_turns(USER_1), config, tokenizer).startswith(tokenizer.bos_token or USER_1):
         start = ""  # the template writes it
     if config.system:
         system = f"[{{'role': 'system', 'content': {config.system!r}}}]"
@@ -29,9 +29,9 @@ def chat_template(config: Config, tokenizer: Any) -> str:
 
 def _own(template: str) -> str:
     """One of the package's own layouts as Jinja: the marks come from the code that writes the training rows."""
-    whole = prompts.question({"role": "user", "content": ASKED, "input": GIVEN}, template)
-    head, rest = whole.split(ASKED)
-    between, tail = rest.split(GIVEN)
+    whole = prompts.question({"role": "user", "content": USER_1, "input": INPUT}, template)
+    head, rest = whole.split(USER_1)
+    between, tail = rest.split(INPUT)
     refusal = f"the {template} layout has turns of user and assistant only"
     return (
         "{% for message in messages %}{% if message['role'] == 'user' %}"
@@ -51,7 +51,7 @@ def starts_with_bos(tokenizer: Any) -> bool:
 
 def stops(config: Config, tokenizer: Any) -> list[int]:
     """Tokens that end an answer: the tokenizer's end token, and the one that the chat template closes a turn with."""
-    text, spans = prompts.render(_turns(ASKED, SAID), config, tokenizer)
+    text, spans = prompts.render(_turns(USER_1, ASSISTANT_1), config, tokenizer)
     last = tokenizer(text[: spans[0][1]], add_special_tokens=False)["input_ids"][-1]
     found = [tokenizer.eos_token_id]
     if last in tokenizer.all_special_ids or last in tokenizer.added_tokens_decoder:
@@ -65,11 +65,11 @@ def modelfile(config: Config, tokenizer: Any, gguf: str) -> str:
     The marks between turns are read off the rendered layout. The start token is left out where the file says that it
     is added. System turns are left out: the model was trained without them, or with one that never changes.
     """
-    text, _ = prompts.render(_turns(ASKED, SAID, AGAIN, THEN), config, tokenizer)
-    first, rest = text.split(ASKED)
-    answer, rest = rest.split(SAID)
-    between = rest.split(AGAIN)[0]
-    ask = prompts.render_prompt(_turns(ASKED), config, tokenizer).split(ASKED)[1]
+    text, _ = prompts.render(_turns(USER_1, ASSISTANT_1, USER_2, ASSISTANT_2), config, tokenizer)
+    first, rest = text.split(USER_1)
+    answer, rest = rest.split(ASSISTANT_1)
+    between = rest.split(USER_2)[0]
+    ask = prompts.render_prompt(_turns(USER_1), config, tokenizer).split(USER_1)[1]
     if starts_with_bos(tokenizer):
         first = first.removeprefix(tokenizer.bos_token)
     user = (

@@ -19,7 +19,7 @@ NEAR_ROW, NEAR_PROMPT = "nearly the same as another row", "prompt nearly the sam
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class TokenizedRow:
     """A usable row with its length in tokens before any cut, and how many of them are trained after it."""
 
     row: Row
@@ -28,7 +28,7 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True)
-class Twin:
+class NearDuplicate:
     """A row that was dropped, the one it resembles, their similarity, and what of them is similar."""
 
     dropped: Row
@@ -42,11 +42,11 @@ class Cleaned:
     """A source after cleaning and splitting: read = train + held-out + dropped, always."""
 
     loaded: Loaded
-    train: list[Measured] = field(default_factory=list)
-    heldout: list[Measured] = field(default_factory=list)
+    train: list[TokenizedRow] = field(default_factory=list)
+    heldout: list[TokenizedRow] = field(default_factory=list)
     dropped: list[dict[str, Any]] = field(default_factory=list)
-    twins: list[Twin] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)  # tokens of every row that was tokenised, dropped later or not
+    twins: list[NearDuplicate] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)  # tokens of every row that was tokenized, dropped later or not
 
     @property
     def rows_read(self) -> int:
@@ -216,7 +216,7 @@ def _same(a: str, b: str) -> bool:
     return a.casefold().split() == b.casefold().split()
 
 
-def _fitting(cleaned: Cleaned, rows: Iterable[Row], config: Config, tokenizer: Any) -> Iterator[Measured]:
+def _fitting(cleaned: Cleaned, rows: Iterable[Row], config: Config, tokenizer: Any) -> Iterator[TokenizedRow]:
     """Rows that have something to teach within the token limit."""
     for example in prompts.encode(rows, config, tokenizer):
         tokens = len(example.input_ids) + example.cut
@@ -228,7 +228,7 @@ def _fitting(cleaned: Cleaned, rows: Iterable[Row], config: Config, tokenizer: A
         elif not example.trained:
             cleaned.drop(example.row, f"no trained token within {config.max_length} tokens")
         else:
-            yield Measured(example.row, tokens, example.trained)
+            yield TokenizedRow(example.row, tokens, example.trained)
 
 
 def _distinct(cleaned: Cleaned, rows: Iterable[Row], config: Config) -> Iterator[Row]:
@@ -242,10 +242,10 @@ def _distinct(cleaned: Cleaned, rows: Iterable[Row], config: Config) -> Iterator
             yield row
         else:
             cleaned.drop(row, NEAR_ROW)
-            cleaned.twins.append(Twin(row, kept[twin[0]], twin[1], NEAR_ROW))
+            cleaned.twins.append(NearDuplicate(row, kept[twin[0]], twin[1], NEAR_ROW))
 
 
-def _split(cleaned: Cleaned, usable: list[Measured], config: Config, n_heldout: int) -> None:
+def _split(cleaned: Cleaned, usable: list[TokenizedRow], config: Config, n_heldout: int) -> None:
     """Held-out rows first; then every row whose prompt is not nearly that of a held-out one is for training.
 
     A held-out prompt is also unlike every other, so that held-out rows are independent of each other.
@@ -256,13 +256,13 @@ def _split(cleaned: Cleaned, usable: list[Measured], config: Config, n_heldout: 
         twin = index.first_like(item.row.prompt, add=not full)
         if twin is not None:
             cleaned.drop(item.row, NEAR_PROMPT)
-            cleaned.twins.append(Twin(item.row, cleaned.heldout[twin[0]].row, twin[1], NEAR_PROMPT))
+            cleaned.twins.append(NearDuplicate(item.row, cleaned.heldout[twin[0]].row, twin[1], NEAR_PROMPT))
         else:
             (cleaned.train if full else cleaned.heldout).append(item)
 
 
 def _rehearsal(
-    config: Config, tokenizer: Any, heldout: list[Measured], wanted: int
+    config: Config, tokenizer: Any, heldout: list[TokenizedRow], wanted: int
 ) -> tuple[list[Example], str | None]:
     """The first `wanted` rows of the second source, in the order of the data seed, unlike every held-out prompt."""
     if not wanted:
@@ -281,7 +281,7 @@ def _rehearsal(
     return _encode(rows[:wanted], second, tokenizer), cleaned.loaded.name
 
 
-def _encode(items: list[Measured], config: Config, tokenizer: Any) -> list[Example]:
+def _encode(items: list[TokenizedRow], config: Config, tokenizer: Any) -> list[Example]:
     return list(prompts.encode([item.row for item in items], config, tokenizer))
 
 

@@ -22,13 +22,13 @@ PUNCTUATION = re.compile(r"[^\w\s]+|_")
 NUMBER = re.compile(r"\d+")
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """The words alone: no case, no punctuation, single spaces."""
     return " ".join(PUNCTUATION.sub("", text[:LONGEST].casefold()).split())
 
 
 def shingles(words: str) -> set[int]:
-    """32-bit hashes of the character 4-grams of a normalised text."""
+    """32-bit hashes of the character 4-grams of a normalized text."""
     points = np.frombuffer(words.ljust(SHINGLE).encode("utf-32-le"), dtype=np.uint32)
     count = len(points) - SHINGLE + 1
     hashes = np.zeros(count, dtype=np.uint32)
@@ -70,9 +70,9 @@ class Index:
     def first_like(self, text: str, add: bool = True) -> tuple[int, float] | None:
         """Number of the first text that is at or above the threshold, and the similarity; else None.
 
-        A text with no such neighbour is kept, if `add` is set; texts are numbered from 0 in the order of keeping.
+        A text with no such neighbor is kept, if `add` is set; texts are numbered from 0 in the order of keeping.
         """
-        words = normalise(text)
+        words = normalize(text)
         if words in self._same:  # no need to look any closer
             return self._same[words], 1.0
         mine = shingles(words)

@@ -13,7 +13,7 @@ from qlora_helpers.data.schema import Message, Row
 from qlora_helpers.errors import UserError
 
 IGNORE = -100  # the label that cross-entropy skips
-BATCH = 1000  # rows that are tokenised at once: enough for speed, little enough for memory
+BATCH = 1000  # rows that are tokenized at once: enough for speed, little enough for memory
 Span = tuple[int, int]
 # The marks of our own layouts, and what marks of a chat template look like: <|user|>, [INST], USER:
 MARKS = {
@@ -224,16 +224,16 @@ class LabelView:
         return "\n".join(["kind    tokens  text", *lines])
 
     def _repr_html_(self) -> str:
-        # Translucent backgrounds under inherited text colour read well on light and on dark pages.
-        colours = {"trained": "rgba(40,160,80,.35)", "masked": "rgba(128,128,128,.18)", "end": "rgba(220,120,0,.55)"}
+        # Translucent backgrounds under inherited text color read well on light and on dark pages.
+        colors = {"trained": "rgba(40,160,80,.35)", "masked": "rgba(128,128,128,.18)", "end": "rgba(220,120,0,.55)"}
         spans = "".join(
-            f'<span title="{kind}" style="background:{colours[kind]};border-radius:3px;margin-right:1px">'
+            f'<span title="{kind}" style="background:{colors[kind]};border-radius:3px;margin-right:1px">'
             f"{html.escape(text).replace(chr(10), '↵<br>')}</span>"
             for kind, text in self.pieces
         )
         legend = " ".join(
-            f'<span style="background:{colour};padding:0 .5em;border-radius:3px">{kind}</span>'
-            for kind, colour in colours.items()
+            f'<span style="background:{color};padding:0 .5em;border-radius:3px">{kind}</span>'
+            for kind, color in colors.items()
         )
         return f'<div style="line-height:1.9;font-family:monospace">{legend}<br>{spans}</div>'
 

@@ -9,10 +9,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import runs
+from qlora_helpers import files
 from qlora_helpers.config import Config
 from qlora_helpers.data import prompts, schema
-from qlora_helpers.data.cleaning import Cleaned, Measured, fingerprint
+from qlora_helpers.data.cleaning import Cleaned, TokenizedRow, fingerprint
 
 BINS = 8  # of the length histogram below the limit; one more holds what is above
 SHOWN = 10  # random rows, and pairs in the table of duplicates
@@ -90,10 +90,10 @@ def build(cleaned: Cleaned, config: Config, tokenizer: Any) -> DataReport:
 def write(report: DataReport, cleaned: Cleaned, out: Path) -> None:
     """`train.jsonl`, `heldout.jsonl`, `dropped.jsonl`, `report.md` and, last, `report.json`."""
     for name, items in (("train", cleaned.train), ("heldout", cleaned.heldout)):
-        runs.write_jsonl(out / f"{name}.jsonl", (item.row.to_record() for item in items))
-    runs.write_jsonl(out / "dropped.jsonl", cleaned.dropped)
-    runs.write_text(out / "report.md", report.markdown())
-    runs.write_json(out / "report.json", report.facts | {"advice": report.advice})
+        files.write_jsonl(out / f"{name}.jsonl", (item.row.to_record() for item in items))
+    files.write_jsonl(out / "dropped.jsonl", cleaned.dropped)
+    files.write_text(out / "report.md", report.markdown())
+    files.write_json(out / "report.json", report.facts | {"advice": report.advice})
 
 
 def _summary(facts: dict[str, Any]) -> str:
@@ -122,7 +122,7 @@ def _lengths(tokens: list[int], config: Config) -> Table:
     return Table("Lengths", words, ("tokens", "rows"), [*rows, [f"over {limit}", over]], bar=1)
 
 
-def _quality(cleaned: Cleaned, used: list[Measured], config: Config) -> dict[str, int]:
+def _quality(cleaned: Cleaned, used: list[TokenizedRow], config: Config) -> dict[str, int]:
     """Things to know of, that are no reason to drop a row."""
     answers = Counter(item.row.answer for item in used)
     rows = cleaned.loaded.rows
@@ -156,9 +156,9 @@ def _twins(cleaned: Cleaned) -> list[Table]:
     return [Table("Duplicates", words, ("similarity", "dropped", "kept", "because"), rows)] if rows else []
 
 
-def _samples(used: list[Measured], config: Config) -> Table:
+def _samples(used: list[TokenizedRow], config: Config) -> Table:
     """Rows drawn by their ids, so that the same data show the same rows."""
-    drawn = sorted(used, key=lambda item: runs.short_hash([config.data_seed, "report", item.row.id]))[:SHOWN]
+    drawn = sorted(used, key=lambda item: files.short_hash([config.data_seed, "report", item.row.id]))[:SHOWN]
     rows = [[item.row.messages[0]["content"], item.row.answer, item.tokens] for item in drawn]
     return Table("Rows to look at", "Drawn at random: read them.", ("first question", "last answer", "tokens"), rows)
 

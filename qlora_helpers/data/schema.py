@@ -18,7 +18,7 @@ TURN_MARKER = re.compile(
 )
 # Half of a surrogate pair, the mark of a failed decoding, NUL: no such text was meant.
 BROKEN = re.compile("[\ud800-\udfff\ufffd\0]")
-# Bell, backspace, escape and its one-byte form: they colour, move and erase what a terminal or a notebook shows.
+# Bell, backspace, escape and its one-byte form: they color, move and erase what a terminal or a notebook shows.
 STEERING = re.compile("[\a\b\x1b\x9b]")
 LAYOUTS = {
     "guanaco": {"text"},
@@ -83,7 +83,7 @@ class Row:
         return {question: first["content"], **given, answer: last["content"]}
 
 
-def recognise(records: list[Any], source: str) -> str:
+def recognize(records: list[Any], source: str) -> str:
     """The layout that most of the first records have. Raises `UserError` if none has any, naming their columns."""
     found = Counter(layout for layout in map(_layout_of, records) if layout)
     if found:

@@ -13,8 +13,8 @@ from qlora_helpers.config import PYTHON_DOCS, SAMPLE_DATA, Config
 from qlora_helpers.data import python_docs, schema
 from qlora_helpers.data.schema import Row
 from qlora_helpers.errors import UserError
+from qlora_helpers.files import ROOT
 from qlora_helpers.models import hub
-from qlora_helpers.runs import ROOT
 
 Records = Iterator[tuple[str, Any]]
 LOOKED_AT = 100  # records that decide the layout
@@ -22,7 +22,7 @@ LOOKED_AT = 100  # records that decide the layout
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a source gave: rows in order, the rejected ones with their reason, and what was recognised."""
+    """What a source gave: rows in order, the rejected ones with their reason, and what was recognized."""
 
     rows: list[Row]
     rejected: list[dict[str, Any]]
@@ -193,7 +193,7 @@ def _parse(parts: Iterable[tuple[str, Records]], source: str) -> Loaded:
         first = list(itertools.islice(records, LOOKED_AT))
         if not first:
             continue
-        layout = schema.recognise([record for _, record in first], name)
+        layout = schema.recognize([record for _, record in first], name)
         seen[layout] = None
         for origin, record in itertools.chain(first, records):
             try:

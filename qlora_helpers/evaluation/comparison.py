@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_helpers import runs
+from qlora_helpers import files
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import answers, intervals
 from qlora_helpers.evaluation.intervals import Interval
@@ -211,7 +211,7 @@ def _general(name: str, group_: list[RunFolder]) -> Arm:
 def _line(name: str, group_: list[RunFolder]) -> dict[str, Any]:
     """One line of the table: means over seeds, the most memory, and the text metrics of the first seed's answers."""
     losses = [mean_loss(read_losses(run)) for run in group_]
-    metrics = [run.read("metrics.json") for run in group_ if run.complete]
+    metrics = [run.read("metrics.json") for run in group_ if run.finished]
     keys = ("train_rows", "steps", "epochs", "train_loss", "seconds", "tokens_per_second")
     text = answers.text_metrics(_said(group_[0]))
     return {
@@ -228,7 +228,7 @@ def _line(name: str, group_: list[RunFolder]) -> dict[str, Any]:
 
 def _said(run: RunFolder) -> list[dict[str, Any]]:
     """Answers, if there are any: on a CPU the base model gives none after examples."""
-    return runs.read_jsonl(run / "answers.jsonl") if (run / "answers.jsonl").exists() else []
+    return files.read_jsonl(run / "answers.jsonl") if (run / "answers.jsonl").exists() else []
 
 
 def _finite(interval: Interval) -> dict[str, float | None]:
@@ -245,3 +245,20 @@ def _side_by_side(folders: dict[str, list[RunFolder]]) -> list[dict[str, str]]:
         for i, entry in enumerate(first)
         if all(len(rows) > i and rows[i]["prompt"] == entry["prompt"] for rows in said.values())
     ]
+
+
+def recommend(difference: Difference, rows: list[dict[str, Any]]) -> str:
+    """Which of two runs to take, the second against the first: the better one, else the one that needs less memory or,
+    where that is much the same, the faster one.
+    """
+    first, second = rows
+    if difference.verdict != "not distinguishable":
+        better = second if difference.verdict == "better" else first
+        return f"Take {better['run']}: its held-out loss is lower."
+    for column, words in (("peak GiB", "needs less memory"), ("seconds a step", "is faster")):
+        if column not in first:  # on a CPU, a process's peak says nothing of one of its runs
+            continue
+        less, more = sorted(rows, key=lambda row: row[column])
+        if less[column] < 0.95 * more[column]:
+            return f"Take {less['run']}: no difference shows in the loss, and it {words}."
+    return "Take either: no difference shows, in loss, memory or time."

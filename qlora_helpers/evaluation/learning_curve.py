@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
+from qlora_helpers import plots
 from qlora_helpers.evaluation import comparison
 from qlora_helpers.evaluation.comparison import BASE, Arm, Difference
 from qlora_helpers.evaluation.intervals import Interval
@@ -118,14 +120,14 @@ def _arm(name: str, group: list[RunFolder]) -> Arm:
     return Arm(name, [read_losses(run) for run in group])
 
 
-def turned(found: Mapping[str, list[RunFolder]]) -> list[Difference]:
+def compare_settings(found: Mapping[str, list[RunFolder]]) -> list[Difference]:
     """Each experiment after the first, which is the base setting, against it; nothing of nothing."""
     arms = [_arm(name, runs) for name, runs in found.items()]
     bases = [Arm(BASE_SETTING, arm.seeds) for arm in arms[:1]]
     return [comparison.difference(base, arm) for base in bases for arm in arms[1:]]
 
 
-def what_mattered(differences: list[Difference]) -> str:
+def largest_effect(differences: list[Difference]) -> str:
     """The largest difference that can be told from none, in words."""
     if not differences:
         return "No knob was turned."
@@ -133,3 +135,32 @@ def what_mattered(differences: list[Difference]) -> str:
     if not seen:
         return f"None of the {len(differences)} settings is distinguishable from {BASE_SETTING}."
     return f"Mattered most: {max(seen, key=lambda found: abs(found.value))}"
+
+
+@plots.styled
+def figure(curves: list[Curve]) -> Figure:
+    """Held-out loss against rows of training: points, lines and their bands, and the base model.
+
+    What is paired is the gap to the base model, so bars and bands are 95% intervals of that gap, drawn below its loss.
+    """
+    figure, (axes,) = plots.new_figure("What do more rows buy?", 4.6)
+    base = curves[0].base_loss
+    axes.axhline(base, color="black", linestyle="--", linewidth=1.5, label="base model")
+    for curve, color, mark in zip(curves, (plots.BLUE, plots.ORANGE), "os", strict=False):
+        points = curve.points
+        gaps = [found.value + base for found in points.values()]
+        reach = [found.high - found.value for found in points.values()]
+        axes.errorbar(list(points), gaps, reach, fmt=mark, color=color, markersize=7, capsize=5, label=curve.name)
+        along = np.geomspace(min(points), max(points), 25)
+        line = [curve.at(rows) for rows in along]
+        axes.plot(along, [base + found.value for found in line], color=color, linewidth=1.5)
+        band = [[base + getattr(found, end) for found in line] for end in ("low", "high")]
+        axes.fill_between(along, *band, color=color, alpha=0.2, linewidth=0)
+    sizes = sorted({rows for curve in curves for rows in curve.arms})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [f"{rows:,}" for rows in sizes])
+    axes.grid(axis="y")
+    axes.set_xlabel("rows to train on (log scale)\nbars and bands: 95% interval of the gap to the base model")
+    axes.set_ylabel("held-out loss (nats per token)")
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure

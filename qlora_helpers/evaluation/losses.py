@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from qlora_helpers import runs
+from qlora_helpers import files
 from qlora_helpers.config import Config
 from qlora_helpers.data import prompts, sources
 from qlora_helpers.data.cleaning import Data
@@ -65,12 +65,12 @@ def heldout_losses(
     return [losses[index] for index in range(len(examples))]
 
 
-def at_once(config: Config, device: Device) -> tuple[int, int]:
+def eval_batch_sizes(config: Config, device: Device) -> tuple[int, int]:
     """Rows, and questions, that go through the model together: on a GPU so many that training needs more memory."""
     if device.kind != "cuda":
         return memory.MOST_ROWS, memory.MOST_ANSWERS
     try:
-        load = memory.load_of(config)
+        load = memory.workload_of(config)
     except UserError:  # a kind of model whose memory is not planned
         return 1, 8
     return memory.rows_at_once(load), memory.answers_at_once(load)
@@ -165,15 +165,15 @@ def baseline_folder(config: Config, data: Data, device: Device, folder: Path) ->
     keys = ("model", "revision", "quantization", "double_quant", "template", "system", "train_on", "max_length")
     depends = [getattr(config, key) for key in (*keys, "max_new_tokens", "n_answers")]
     depends += [device.dtype, data.heldout_fingerprint]
-    return RunFolder(folder / f"base-{runs.short_hash(depends)}")
+    return RunFolder(folder / f"base-{files.short_hash(depends)}")
 
 
 def base_losses(base: Any, config: Config, data: Data, device: Device, folder: Path) -> list[RowLoss]:
     """Held-out losses of the base model, measured once for all notebooks and runs that share model and rows."""
     where = baseline_folder(config, data, device, folder)
     if not (where / "heldout_losses.jsonl").exists():
-        losses = heldout_losses(base, data.heldout, device, at_once(config, device)[0])
-        runs.write_jsonl(where / "heldout_losses.jsonl", to_rows(losses))
+        losses = heldout_losses(base, data.heldout, device, eval_batch_sizes(config, device)[0])
+        files.write_jsonl(where / "heldout_losses.jsonl", to_rows(losses))
     return read_losses(where)
 
 
@@ -201,22 +201,22 @@ def _measure_few_shot(base: Any, config: Config, data: Data, tokenizer: Any, dev
     except UserError as error:
         print(f"{error} The base model with examples in its prompt is left out.")
         return
-    rows, questions = at_once(config, device)
+    rows, questions = eval_batch_sizes(config, device)
     if device.kind == "cuda":  # on a CPU these answers would cost more than they show
         asked = answers.heldout_prompts(data.heldout, config.n_answers)
         said = answers.generate(base, tokenizer, config, device, asked, shots, questions)
-        runs.write_jsonl(where / "answers.jsonl", said)
-    runs.write_jsonl(where / "heldout_losses.jsonl", to_rows(heldout_losses(base, shown, device, rows)))
+        files.write_jsonl(where / "answers.jsonl", said)
+    files.write_jsonl(where / "heldout_losses.jsonl", to_rows(heldout_losses(base, shown, device, rows)))
 
 
 def measure_answers(model: Any, config: Config, data: Data, tokenizer: Any, device: Device, where: RunFolder) -> None:
     """Answers to the published and to held-out questions, and losses on general ones."""
     asked = answers.heldout_prompts(data.heldout, config.n_answers)
-    rows, questions = at_once(config, device)
+    rows, questions = eval_batch_sizes(config, device)
     said = answers.generate(model, tokenizer, config, device, asked, batch_size=questions)
-    runs.write_jsonl(where / "answers.jsonl", said)
+    files.write_jsonl(where / "answers.jsonl", said)
     general = heldout_losses(model, general_examples(config, tokenizer), device, rows)
-    runs.write_jsonl(where / "general_losses.jsonl", to_rows(general))
+    files.write_jsonl(where / "general_losses.jsonl", to_rows(general))
 
 
 def to_rows(losses: list[RowLoss]) -> list[dict[str, Any]]:
@@ -229,4 +229,4 @@ def read_losses(run: RunFolder, name: str = "heldout_losses.jsonl") -> list[RowL
     path = run / name
     if not path.exists():
         raise UserError(f"run folder: {run.path} has no {name}. Fix: run its notebook to the end.")
-    return [RowLoss(**row) for row in runs.read_jsonl(path)]
+    return [RowLoss(**row) for row in files.read_jsonl(path)]

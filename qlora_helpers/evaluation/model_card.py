@@ -4,7 +4,7 @@ import math
 from textwrap import fill
 from typing import Any
 
-from qlora_helpers import runs
+from qlora_helpers import files
 from qlora_helpers.config import EMBEDDED_MODEL, Config
 from qlora_helpers.data import sources
 from qlora_helpers.evaluation import answers, comparison, losses
@@ -30,10 +30,10 @@ def render(run: RunFolder, config: Config, metrics: dict[str, Any], merged: bool
     manifest = run.read("manifest.json")
     data, model = manifest["data"], manifest.get("model", {})
     name, dataset = hub.public_name(config), sources.public_name(config)
-    licence = hub.licence(config, model.get("revision"))
+    license = hub.license(config, model.get("revision"))
     revision = f" at revision `{model['revision']}`" if model.get("revision") else ""
     return f"""---
-{_header(config, licence, merged)}
+{_header(config, license, merged)}
 ---
 
 # {f"{name}, fine-tuned" if merged else f"LoRA adapter for {name}"}
@@ -62,13 +62,13 @@ what another training run would. A lower held-out loss says that the answers' wo
 better; it does not say that they are true. Nothing here measures safety or bias, which are the base
 model's and the data's.
 
-Licence: {_licence(licence, name)}
+License: {_license(license, name)}
 
 {fill("Versions: " + ", ".join(f"{package} {version}" for package, version in manifest["versions"].items()), 99)}.
 """
 
 
-def _header(config: Config, licence: dict[str, Any], merged: bool) -> str:
+def _header(config: Config, license: dict[str, Any], merged: bool) -> str:
     from huggingface_hub import ModelCardData
 
     dataset = sources.public_name(config)
@@ -78,7 +78,7 @@ def _header(config: Config, licence: dict[str, Any], merged: bool) -> str:
         datasets=dataset if dataset and dataset.count("/") == 1 else None,
         tags=["lora", "qlora"],
         pipeline_tag="text-generation" if merged else None,
-        **licence,
+        **license,
     ).to_yaml()
 
 
@@ -94,7 +94,7 @@ def _change(run: RunFolder, metrics: dict[str, Any], manifest: dict[str, Any]) -
 
 def _answers(run: RunFolder) -> str:
     """A table of the greedy answers' metrics, if some of them have a reference."""
-    said = runs.read_jsonl(run / "answers.jsonl") if (run / "answers.jsonl").exists() else []
+    said = files.read_jsonl(run / "answers.jsonl") if (run / "answers.jsonl").exists() else []
     found = answers.text_metrics(said)
     if not found:
         return ""
@@ -109,7 +109,7 @@ def _bounds(interval: Interval | Difference, digits: str) -> str:
     return f", 95% interval {interval.low:{digits}} to {interval.high:{digits}}"
 
 
-def _licence(licence: dict[str, str], name: str) -> str:
-    if not licence:
+def _license(license: dict[str, str], name: str) -> str:
+    if not license:
         return f"that of {name}, which could not be read where this card was written. Look it up before you share this."
-    return f"that of the base model, {licence.get('license_name') or licence['license']}."
+    return f"that of the base model, {license.get('license_name') or license['license']}."

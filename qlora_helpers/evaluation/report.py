@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_helpers import plots, runs
+from qlora_helpers import files, plots
 from qlora_helpers.evaluation.intervals import RESAMPLES
 from qlora_helpers.runs import RunFolder
 
@@ -204,9 +204,9 @@ def write(result: dict[str, Any], experiments: dict[str, list[RunFolder]], folde
     plots.save(plots.differences(result), folder / names[0])
     plots.save(plots.loss_curves(logs_of(experiments)), folder / names[1])
     text = markdown(result, names)
-    runs.write_json(folder / "comparison.json", result)
-    runs.write_text(folder / "report.html", html(text, folder))
-    runs.write_text(folder / "report.md", text)
+    files.write_json(folder / "comparison.json", result)
+    files.write_text(folder / "report.html", html(text, folder))
+    files.write_text(folder / "report.md", text)
     return folder / "report.md"
 
 

@@ -1,0 +1,14 @@
+"""Many runs: a comparison, a batch, the series of notebooks."""
+
+from qlora_helpers._lazy import lazy
+
+__all__ = [
+    "plan_runs",  # the runs that a comparison needs
+    "run_batch",  # one notebook for each sample count, setting and seed
+    "run_series",  # notebooks 01-07, headless
+    "train_missing",  # train those that are not finished
+]
+
+__getattr__ = lazy(
+    __name__, {"plan_runs": "matrix", "train_missing": "matrix", "run_series": "series", "run_batch": "series"}
+)

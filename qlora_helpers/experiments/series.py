@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import device, runs
+from qlora_helpers import device, files, runs
 from qlora_helpers.config import Config
 from qlora_helpers.data import cleaning
 from qlora_helpers.errors import UserError
-from qlora_helpers.experiments import sweep
-from qlora_helpers.experiments.matrix import Wanted
+from qlora_helpers.experiments import matrix
+from qlora_helpers.experiments.matrix import PlannedRun
 from qlora_helpers.models import hub
 from qlora_helpers.runs import RunFolder
 
@@ -22,11 +22,11 @@ SERIES = ("01_install", "02_load_data", "03_quantize", "04_attach_lora", *EXPERI
 
 def notebooks_folder() -> Path:
     """The notebooks of the checkout, else those of the installed package."""
-    checkout = runs.ROOT / "notebooks"
+    checkout = files.ROOT / "notebooks"
     return checkout if checkout.is_dir() else Path(__file__).parents[1] / "_notebooks"
 
 
-def run_series(out: Path, samples: list[int] | None, **params: Any) -> Path:
+def run_series(out: Path, samples: list[int] | None = None, **params: Any) -> Path:
     """Execute notebooks 01–07 into `out`; returns the path of the report.
 
     `samples` are the rows of experiments 1 and 2; `params` go to every notebook. What is there already is reused.
@@ -67,7 +67,7 @@ def _note_time(folder: Path, seconds: dict[str, float]) -> None:
         f"Notebooks: {len(seconds)} done in {sum(seconds.values()):.0f} s on {here.name}, in {here.dtype}", flush=True
     )
     noted = {"device": here.to_dict(), "versions": device.versions(), "seconds": seconds}
-    runs.write_json(folder / "series.json", noted | {"total": round(sum(seconds.values()), 1)})
+    files.write_json(folder / "series.json", noted | {"total": round(sum(seconds.values()), 1)})
 
 
 def run_batch(
@@ -80,8 +80,8 @@ def run_batch(
     config = Config.from_params(preset="tinyllama-guanaco-100", n_samples=max(samples), **params)
     tokenizer = hub.load_tokenizer(config)
     cleaned = cleaning.clean(config, tokenizer)
-    settings = [*sweep.sizes(config, samples), *sweep.knobs(config, max(samples), lists or {})]
-    needed = sweep.needed(settings, seeds, cleaned, tokenizer, out.expanduser().resolve())
+    settings = [*matrix.size_settings(config, samples), *matrix.one_at_a_time(config, max(samples), lists or {})]
+    needed = matrix.batch_runs(settings, seeds, cleaned, tokenizer, out.expanduser().resolve())
     for item in needed:
         if item.run.identity() is None:
             runs.check_free(RunFolder(item.folder / item.name), item.config, cleaning.identity(item.config, item.data))
@@ -89,7 +89,7 @@ def run_batch(
     return [run for group in train(needed).values() for run in group]
 
 
-def train(needed: Sequence[Wanted], bar: bool = True) -> dict[str, list[RunFolder]]:
+def train(needed: Sequence[PlannedRun], bar: bool = True) -> dict[str, list[RunFolder]]:
     """Notebook 05 for every run that is not complete, whatever its folder's name; one that was cut off goes on.
 
     Returns the runs of each experiment, its seeds in order. `bar`: papermill's own, which is no good inside a notebook.
@@ -100,7 +100,7 @@ def train(needed: Sequence[Wanted], bar: bool = True) -> dict[str, list[RunFolde
     for number, item in enumerate(needed, 1):
         run = item.run
         label = f"[{number}/{len(needed)}] {run.name}"
-        if run.complete:
+        if run.finished:
             print(f"{label}: complete, not run again")
         else:
             params = item.config.params | {"workdir": str(item.folder), "run_name": run.name}

@@ -19,9 +19,9 @@ from gguf import quants
 from qlora_helpers.data import chat_template
 from qlora_helpers.errors import UserError, nearest
 from qlora_helpers.models import hub, safetensors_io
-from qlora_helpers.models.safetensors_io import Stored
+from qlora_helpers.models.safetensors_io import StoredTensor
 
-# Kinds that the `gguf` package can write: it reads q4_k_m, and leaves writing that to llama.cpp's own quantiser.
+# Kinds that the `gguf` package can write: it reads q4_k_m, and leaves writing that to llama.cpp's own quantizer.
 OWN = {"f16": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16), "q8_0": (Kind.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0)}
 Q4 = "q4_k_m"
 KINDS = (*OWN, Q4)
@@ -106,7 +106,7 @@ def _write_q4(folder: Path, target: Path) -> None:
         raise UserError(f"gguf: llama.cpp could not make {Q4} of {folder}. Fix: choose q8_0.")
 
 
-def _how(tensor: Stored, kind: str) -> Kind:
+def _how(tensor: StoredTensor, kind: str) -> Kind:
     """Norms stay in 32 bits, as in llama.cpp; a row that blocks of 32 do not fill stays in 16."""
     if len(tensor.shape) == 1:
         return Kind.F32
@@ -114,7 +114,7 @@ def _how(tensor: Stored, kind: str) -> Kind:
 
 
 def _permuted(name: str, weight: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
-    """Queries and keys with the halves of each head interleaved: llama.cpp rotates neighbours, transformers halves."""
+    """Queries and keys with the halves of each head interleaved: llama.cpp rotates neighbors, transformers halves."""
     heads = config["num_attention_heads"]
     if name.endswith("k_proj.weight"):
         heads = config.get("num_key_value_heads") or heads

@@ -14,13 +14,13 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from qlora_helpers import runs
+from qlora_helpers import files
 from qlora_helpers.config import Config
 from qlora_helpers.data import chat_template
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import model_card
 from qlora_helpers.models import hub, qlora, safetensors_io
-from qlora_helpers.models.safetensors_io import Stored
+from qlora_helpers.models.safetensors_io import StoredTensor
 from qlora_helpers.runs import RunFolder
 
 PREFIX = "base_model.model."  # PEFT's, before every name of the base's
@@ -83,7 +83,7 @@ def merge(what: Source, out: Path) -> None:
     tokenizer.save_pretrained(out)
     _write_configs(what, out, tokenizer, stops)
     card = model_card.render(what.run, what.config, what.run.read("metrics.json"), merged=True)
-    runs.write_text(out / "README.md", card)
+    files.write_text(out / "README.md", card)
     for pattern in ("LICENSE*", "NOTICE*"):
         for path in what.base.glob(pattern):
             shutil.copyfile(path, out / path.name)
@@ -112,7 +112,7 @@ def _merge_weights(what: Source, out: Path) -> None:
         place.overwrite(value, out / place.file.name)
 
 
-def _place(name: str, stored: dict[str, Stored], what: Source) -> Stored:
+def _place(name: str, stored: dict[str, StoredTensor], what: Source) -> StoredTensor:
     """Where a weight lies in the base. Some files leave the first part of a name out, as BLOOM's `transformer.`"""
     found = stored.get(name) or stored.get(name.partition(".")[2])
     if found is None:
@@ -123,7 +123,7 @@ def _place(name: str, stored: dict[str, Stored], what: Source) -> Stored:
     return found
 
 
-def _check_shape(place: Stored, value: torch.Tensor, what: Source) -> None:
+def _check_shape(place: StoredTensor, value: torch.Tensor, what: Source) -> None:
     if tuple(value.shape) != place.shape:
         raise UserError(
             f"adapter: {what.run.adapter} was trained on another base: {place.name} is {_size(place.shape)} in "
@@ -141,5 +141,5 @@ def _write_configs(what: Source, out: Path, tokenizer: Any, stops: list[int]) ->
     ends = {"eos_token_id": stops if len(stops) > 1 else stops[0]}
     ends |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config.pop("_name_or_path", None)
-    runs.write_json(out / "config.json", config | ends)
-    runs.write_json(out / "generation_config.json", {"do_sample": False, **ends})
+    files.write_json(out / "config.json", config | ends)
+    files.write_json(out / "generation_config.json", {"do_sample": False, **ends})

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import runs
+from qlora_helpers import files
 from qlora_helpers.data import chat_template
 from qlora_helpers.errors import UserError
 from qlora_helpers.export import gguf, merge, parity
@@ -34,9 +34,9 @@ def ship(run: RunFolder, out: Path, kind: str | None = None) -> list[Parity]:
     what = merge.source(run)
     if kind:
         gguf.check(what.base)
-    me = _identity(what, kind)
+    identity = _identity(what, kind)
     if out.exists() and any(out.iterdir()):
-        return _again(out, me)
+        return _again(out, identity)
     _check_disk(what, out, kind)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
@@ -45,7 +45,9 @@ def ship(run: RunFolder, out: Path, kind: str | None = None) -> list[Parity]:
         compared = verify(what, exports)
         for found in compared:
             parity.check(found)
-        runs.write_json(made / "parity.json", {"identity": me, "exports": [found.to_dict() for found in compared]})
+        files.write_json(
+            made / "parity.json", {"identity": identity, "exports": [found.to_dict() for found in compared]}
+        )
         if out.exists():
             out.rmdir()
         made.rename(out)
@@ -70,7 +72,7 @@ def _write(what: Source, made: Path, kind: str | None) -> dict[str, Path]:
         gguf.write(made / MERGED, exports[kind], kind)
         tokenizer = hub.saved_tokenizer(what.run.adapter)
         text = chat_template.modelfile(what.config, tokenizer, exports[kind].name)
-        runs.write_text(made / GGUF / "Modelfile", text)
+        files.write_text(made / GGUF / "Modelfile", text)
     return exports
 
 
@@ -80,10 +82,10 @@ def _identity(what: Source, kind: str | None) -> dict[str, Any]:
     return {"run": what.run.name, "adapter_sha256": digest, "model": hub.public_name(what.config), "gguf": kind}
 
 
-def _again(out: Path, me: dict[str, Any]) -> list[Parity]:
+def _again(out: Path, identity: dict[str, Any]) -> list[Parity]:
     """The comparison of an equal export that is there already; another one is not overwritten."""
     there = RunFolder(out).read("parity.json") if (out / "parity.json").exists() else {}
-    if there.get("identity") != me:
+    if there.get("identity") != identity:
         raise UserError(f"export: {out} holds something else. Fix: choose another folder, or delete that one.")
     print(f"{out} is there already: nothing to export.")
     extra = ("limits", "problems")

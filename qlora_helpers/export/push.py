@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import runs
+from qlora_helpers import files
 from qlora_helpers.data import chat_template
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import model_card
@@ -131,12 +131,12 @@ def _named(folder: Path, patterns: tuple[str, ...]) -> dict[str, Content]:
     return dict(sorted(found.items()))
 
 
-def _check_clean(files: Mapping[str, Content], source: Path) -> None:
+def _check_clean(contents: Mapping[str, Content], source: Path) -> None:
     """Raise `UserError` for a file that tells of this machine, or holds the token."""
     from huggingface_hub import get_token
 
-    folders = {path for path in (Path.home(), source.resolve(), source.resolve().parent, runs.ROOT) if path.parts[1:]}
-    for name, content in files.items():
+    folders = {path for path in (Path.home(), source.resolve(), source.resolve().parent, files.ROOT) if path.parts[1:]}
+    for name, content in contents.items():
         if name.endswith(UNREAD):
             continue
         text = _read(content)

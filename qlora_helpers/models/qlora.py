@@ -212,7 +212,7 @@ def trainable_per_layer(model: Any) -> dict[str, int]:
 
 
 def weight_table(model: Any) -> list[dict[str, Any]]:
-    """Parameters and bytes as stored, by module class; 4-bit weights count with their quantisation constants.
+    """Parameters and bytes as stored, by module class; 4-bit weights count with their quantization constants.
 
     Frozen weights that are not packed count in the dtype they were loaded in, not in that of the products: see
     `load_base`.

@@ -16,7 +16,7 @@ PLACES, BLOCK = 64, 2**16  # what a fingerprint reads of a file: 4 MiB
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """One tensor of a file: its name, and the bytes of the file it fills."""
 
     file: Path
@@ -56,7 +56,7 @@ def files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def tensors(folder: Path) -> Iterator[Stored]:
+def tensors(folder: Path) -> Iterator[StoredTensor]:
     """Every tensor of a model folder, in the order in which it is stored.
 
     The format: 8 bytes of length, a JSON header of that length, the data (github.com/huggingface/safetensors). Raises
@@ -74,7 +74,7 @@ def tensors(folder: Path) -> Iterator[Stored]:
                     "on the model's 16-bit release; a merge into packed weights changes the answers."
                 )
             begin, end = (8 + length + offset for offset in entry["data_offsets"])
-            yield Stored(path, name, PLAIN[entry["dtype"]], tuple(entry["shape"]), begin, end)
+            yield StoredTensor(path, name, PLAIN[entry["dtype"]], tuple(entry["shape"]), begin, end)
 
 
 def fingerprint(folder: Path) -> str:

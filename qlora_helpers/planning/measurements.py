@@ -3,7 +3,7 @@
 from statistics import median
 from typing import Any
 
-from qlora_helpers import runs
+from qlora_helpers import files
 from qlora_helpers.config import Config
 from qlora_helpers.data import sources
 from qlora_helpers.planning import architectures, memory
@@ -15,7 +15,7 @@ HELDOUT_ROWS, ANSWERS, NEW_TOKENS = 8, 16, 32  # of each setting's evaluation, w
 
 def read(name: str) -> list[dict[str, Any]]:
     """The measured settings of one table: `settings`, `reproduction` or `speed`."""
-    return runs.read_jsonl(sources.own_data(f"memory_{name}_measured.jsonl"))
+    return files.read_jsonl(sources.own_data(f"memory_{name}_measured.jsonl"))
 
 
 def config_of(setting: dict[str, Any]) -> Config:
@@ -33,11 +33,11 @@ def config_of(setting: dict[str, Any]) -> Config:
 
 def predicted(setting: dict[str, Any]) -> dict[str, float]:
     """Peak reserved memory in GiB of training, of held-out losses and of answers, by the plan."""
-    load = memory.load_of(config_of(setting))
+    workload = memory.workload_of(config_of(setting))
     parts = {
-        "train": memory.training_parts(load),
-        "heldout": memory.heldout_parts(load, HELDOUT_ROWS),
-        "answers": memory.answer_parts(load, ANSWERS),
+        "train": memory.training_parts(workload),
+        "heldout": memory.heldout_parts(workload, HELDOUT_ROWS),
+        "answers": memory.answer_parts(workload, ANSWERS),
     }
     return {moment: sum(sizes.values()) / memory.GIB for moment, sizes in parts.items()}
 

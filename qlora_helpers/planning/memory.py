@@ -17,7 +17,7 @@ METHODS = ("qlora", "lora", "full")
 GIB = 2**30
 HALF, FULL = 2, 4  # bytes of bf16 or fp16, and of float32
 BLOCK = 64  # weights that share a 4-bit scale
-NESTED = 256  # scales that share a second scale, with double quantisation
+NESTED = 256  # scales that share a second scale, with double quantization
 BLOCK_8BIT = 256  # optimizer values that share a scale in 8-bit AdamW
 LOSS_COPIES = 3  # float32 matrices of tokens x words at the loss: log-softmax, its gradient, the logits' gradient
 WORKSPACE = 64 * 2**20  # cuBLAS, forward and backward
@@ -33,7 +33,7 @@ SPARE_PACKED = 0.03  # of 4-bit weights, which lie where 16-bit ones passed thro
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """One run as far as memory is concerned. `tokens` of a forward pass: every row counts as long as rows may be."""
 
     shape: Shape
@@ -66,7 +66,7 @@ def method_of(config: Config) -> str:
     return "lora" if config.quantization == "none" else "qlora"
 
 
-def load_of(config: Config, method: str | None = None) -> Load:
+def workload_of(config: Config, method: str | None = None) -> Workload:
     """What a run of `config` holds, or of the same settings with another method.
 
     Raises `UserError` for a model whose config is not to be had, and for settings that the model cannot have.
@@ -78,218 +78,221 @@ def load_of(config: Config, method: str | None = None) -> Load:
         config = config.replace(quantization="none")
     elif config.quantization == "none":
         config = config.replace(quantization="nf4")
-    load = Load(shape, config, method == "full")
-    widths = [min(linear.n_in, linear.n_out) for linear in load.adapted]
+    workload = Workload(shape, config, method == "full")
+    widths = [min(linear.n_in, linear.n_out) for linear in workload.adapted]
     if config.rank > min(widths, default=config.rank):
         raise UserError(f"rank: {config.rank} is above the width of an adapted layer. Fix: {min(widths)} or less.")
     if shape.positions and config.max_length > shape.positions:
         raise UserError(
             f"max_length: {config.max_length} is above the {shape.positions} positions of {shape.name}. Fix: less."
         )
-    return load
+    return workload
 
 
-def training_parts(load: Load) -> dict[str, float]:
+def training_parts(workload: Workload) -> dict[str, float]:
     """Bytes by part at the worst moment of a step: the loss, a block's backward pass, or the optimizer's own step."""
-    moments = (_at_loss(load), _in_backward(load), _at_step(load))
+    moments = (_at_loss(workload), _in_backward(workload), _at_step(workload))
     worst = max(moments, key=lambda parts: sum(parts.values()))
-    of_loss, of_rest = SPARE_CHECKPOINTING if load.config.gradient_checkpointing else SPARE
-    matrix = FULL * load.tokens * load.shape.vocabulary
+    of_loss, of_rest = SPARE_CHECKPOINTING if workload.config.gradient_checkpointing else SPARE
+    matrix = FULL * workload.tokens * workload.shape.vocabulary
     return {**worst, "fragmentation": of_loss * matrix + of_rest * worst.get("activations", 0.0)}
 
 
-def static_parts(load: Load) -> dict[str, float]:
+def static_parts(workload: Workload) -> dict[str, float]:
     """Bytes that stay through the run: the model as stored, and what is trained."""
-    shape, trained_biases = load.shape, _trained_biases(load)
+    shape, trained_biases = workload.shape, _trained_biases(workload)
     linear = shape.linear_weights
-    if load.full:
+    if workload.full:
         return {"frozen weights": 0.0, "trained weights": float(HALF * shape.parameters)}
     scales = linear / BLOCK
-    constants = scales * (1 + FULL / NESTED) if load.config.double_quant else scales * FULL
+    constants = scales * (1 + FULL / NESTED) if workload.config.double_quant else scales * FULL
     return {
-        "frozen weights": linear / 2 if load.packed else float(HALF * linear),
+        "frozen weights": linear / 2 if workload.packed else float(HALF * linear),
         "trained weights": 0.0,
-        "quantisation constants": constants if load.packed else 0.0,
+        "quantisation constants": constants if workload.packed else 0.0,
         "embeddings, head, norms": float(HALF * (shape.embeddings + shape.norms + shape.biases - trained_biases)),
-        "adapters": float(FULL * _adapter(load)),
+        "adapters": float(FULL * _adapter(workload)),
         "trained biases": float(FULL * trained_biases),
     }
 
 
-def trained_parameters(load: Load) -> int:
+def trained_parameters(workload: Workload) -> int:
     """Parameters that the optimizer moves."""
-    return load.shape.parameters if load.full else _adapter(load) + _trained_biases(load)
+    return workload.shape.parameters if workload.full else _adapter(workload) + _trained_biases(workload)
 
 
-def _adapter(load: Load) -> int:
-    rank = load.config.rank
-    return load.shape.layers * sum(rank * (linear.n_in + linear.n_out) for linear in load.adapted)
+def _adapter(workload: Workload) -> int:
+    rank = workload.config.rank
+    return workload.shape.layers * sum(rank * (linear.n_in + linear.n_out) for linear in workload.adapted)
 
 
-def _trained_biases(load: Load) -> int:
-    if load.full or load.config.bias == "none":
+def _trained_biases(workload: Workload) -> int:
+    if workload.full or workload.config.bias == "none":
         return 0
-    if load.config.bias == "all":
-        return load.shape.biases
-    return load.shape.layers * sum(linear.n_out for linear in load.adapted if linear.bias)
+    if workload.config.bias == "all":
+        return workload.shape.biases
+    return workload.shape.layers * sum(linear.n_out for linear in workload.adapted if linear.bias)
 
 
-def _optimizer(load: Load) -> float:
+def _optimizer(workload: Workload) -> float:
     """AdamW's two moments. Paged ones move to the CPU's memory when the GPU's is short: they do not count."""
-    if load.config.optimizer.startswith("paged"):
+    if workload.config.optimizer.startswith("paged"):
         return 0.0
-    each = (1 + FULL / BLOCK_8BIT) if load.config.optimizer == "adamw_8bit" else (HALF if load.full else FULL)
-    return 2 * each * trained_parameters(load)
+    each = (1 + FULL / BLOCK_8BIT) if workload.config.optimizer == "adamw_8bit" else (HALF if workload.full else FULL)
+    return 2 * each * trained_parameters(workload)
 
 
-def _gradients(load: Load) -> float:
-    return float((HALF if load.full else FULL) * trained_parameters(load))
+def _gradients(workload: Workload) -> float:
+    return float((HALF if workload.full else FULL) * trained_parameters(workload))
 
 
-def _base(load: Load) -> dict[str, float]:
-    return {**static_parts(load), "optimizer states": _optimizer(load)}
+def _base(workload: Workload) -> dict[str, float]:
+    return {**static_parts(workload), "optimizer states": _optimizer(workload)}
 
 
-def _at_loss(load: Load) -> dict[str, float]:
+def _at_loss(workload: Workload) -> dict[str, float]:
     """Forward pass done: everything saved for the backward pass is there, and the loss goes back to the logits."""
-    between = _gradients(load) if load.config.gradient_accumulation > 1 else 0.0
+    between = _gradients(workload) if workload.config.gradient_accumulation > 1 else 0.0
     return {
-        **_base(load),
+        **_base(workload),
         "gradients": between,
-        "activations": _saved(load),
-        "logits and loss": float(LOSS_COPIES * FULL * load.tokens * load.shape.vocabulary),
+        "activations": _saved(workload),
+        "logits and loss": float(LOSS_COPIES * FULL * workload.tokens * workload.shape.vocabulary),
         "workspace": float(WORKSPACE),
     }
 
 
-def _in_backward(load: Load) -> dict[str, float]:
+def _in_backward(workload: Workload) -> dict[str, float]:
     """The last block's turn: its own tensors once more if they are recomputed, and one layer's weights in 16 bits."""
-    again = _block(load) if load.config.gradient_checkpointing else 0.0
-    widest = max(linear.weights for linear in load.shape.linears)
-    dequantised = HALF * widest if load.packed else 0.0
-    width = FULL if load.shape.family == "bloom" else HALF
-    flowing = load.tokens * width * (3 * load.shape.intermediate + 4 * load.shape.hidden)
+    again = _block(workload) if workload.config.gradient_checkpointing else 0.0
+    widest = max(linear.weights for linear in workload.shape.linears)
+    dequantized = HALF * widest if workload.packed else 0.0
+    width = FULL if workload.shape.family == "bloom" else HALF
+    flowing = workload.tokens * width * (3 * workload.shape.intermediate + 4 * workload.shape.hidden)
     return {
-        **_base(load),
-        "gradients": _gradients(load),
-        "activations": _saved(load) + again + flowing,
+        **_base(workload),
+        "gradients": _gradients(workload),
+        "activations": _saved(workload) + again + flowing,
         "logits and loss": 0.0,
-        "workspace": float(WORKSPACE + dequantised),
+        "workspace": float(WORKSPACE + dequantized),
     }
 
 
-def _at_step(load: Load) -> dict[str, float]:
+def _at_step(workload: Workload) -> dict[str, float]:
     """Gradients are complete, and AdamW holds one more copy of what it moves while it divides."""
-    copy = _gradients(load) if load.config.optimizer == "adamw_torch" else 0.0
-    return {**_base(load), "gradients": _gradients(load), "workspace": WORKSPACE + copy}
+    copy = _gradients(workload) if workload.config.optimizer == "adamw_torch" else 0.0
+    return {**_base(workload), "gradients": _gradients(workload), "workspace": WORKSPACE + copy}
 
 
-def _saved(load: Load) -> float:
+def _saved(workload: Workload) -> float:
     """Bytes kept for the backward pass, over all blocks."""
-    shape = load.shape
-    last_norm = FULL * shape.hidden * load.tokens
-    if load.config.gradient_checkpointing:
+    shape = workload.shape
+    last_norm = FULL * shape.hidden * workload.tokens
+    if workload.config.gradient_checkpointing:
         width = FULL if shape.family == "bloom" else HALF  # BLOOM's residual stream is in float32
-        return last_norm + shape.layers * width * shape.hidden * load.tokens
-    return last_norm + shape.layers * _block(load)
+        return last_norm + shape.layers * width * shape.hidden * workload.tokens
+    return last_norm + shape.layers * _block(workload)
 
 
-def _block(load: Load) -> float:
-    per_token = _bloom_block(load) if load.shape.family == "bloom" else _llama_block(load)
-    return load.tokens * (per_token + _adapter_inputs(load)) + _attention_mask(load)
+def _block(workload: Workload) -> float:
+    per_token = _bloom_block(workload) if workload.shape.family == "bloom" else _llama_block(workload)
+    return workload.tokens * (per_token + _adapter_inputs(workload)) + _attention_mask(workload)
 
 
-def _llama_block(load: Load) -> float:
+def _llama_block(workload: Workload) -> float:
     """Per token: two norms in float32; queries, keys, values and what they give; gate, activated gate, gated."""
-    shape = load.shape
+    shape = workload.shape
     queries = shape.heads * shape.head_dim
-    keys = queries if load.rows > 1 else shape.kv_heads * shape.head_dim  # with padding, keys are repeated per head
+    keys = queries if workload.rows > 1 else shape.kv_heads * shape.head_dim  # with padding, keys are repeated per head
     return 2 * FULL * (shape.hidden + 1) + HALF * (2 * queries + 2 * keys + 3 * shape.intermediate) + FULL * shape.heads
 
 
-def _bloom_block(load: Load) -> float:
+def _bloom_block(workload: Workload) -> float:
     """Per token: attention weights over the row in float32 and in 16 bits, queries, keys and values, the residual
     stream twice in float32, and what goes into the activation: in float32 behind a 4-bit layer.
     """
-    shape = load.shape
-    attention = (FULL + HALF) * shape.heads * load.config.max_length
-    before_activation = (FULL if load.packed else HALF) * shape.intermediate
+    shape = workload.shape
+    attention = (FULL + HALF) * shape.heads * workload.config.max_length
+    before_activation = (FULL if workload.packed else HALF) * shape.intermediate
     return attention + 3 * HALF * shape.hidden + 2 * FULL * shape.hidden + before_activation
 
 
-def _adapter_inputs(load: Load) -> float:
+def _adapter_inputs(workload: Workload) -> float:
     """Per token: what each adapter reads after its dropout, the dropout's mask, and the r values between A and B."""
-    if load.full:
-        read = {linear.reads: linear.n_in for linear in load.shape.linears}
+    if workload.full:
+        read = {linear.reads: linear.n_in for linear in workload.shape.linears}
         return float(HALF * sum(n_in for reads, n_in in read.items() if reads != "attended"))
-    inner = HALF * load.config.rank * len(load.adapted)
-    if load.config.dropout > 0:
-        return inner + (HALF + 1) * sum(linear.n_in for linear in load.adapted)
-    read = {linear.reads: linear.n_in for linear in load.adapted if linear.reads != "attended"}
+    inner = HALF * workload.config.rank * len(workload.adapted)
+    if workload.config.dropout > 0:
+        return inner + (HALF + 1) * sum(linear.n_in for linear in workload.adapted)
+    read = {linear.reads: linear.n_in for linear in workload.adapted if linear.reads != "attended"}
     return float(inner + HALF * sum(read.values()))
 
 
-def _attention_mask(load: Load) -> float:
+def _attention_mask(workload: Workload) -> float:
     """One 16-bit mask a block, where rows are padded to one length."""
-    if load.shape.family == "bloom" or load.rows == 1:
+    if workload.shape.family == "bloom" or workload.rows == 1:
         return 0.0
-    return float(HALF * load.rows * load.config.max_length**2)
+    return float(HALF * workload.rows * workload.config.max_length**2)
 
 
-def evaluation_parts(load: Load) -> dict[str, float]:
+def evaluation_parts(workload: Workload) -> dict[str, float]:
     """Bytes by part at the worst moment of an evaluation: held-out losses, or answers."""
-    losses, said = heldout_parts(load, rows_at_once(load)), answer_parts(load, answers_at_once(load))
+    losses, said = heldout_parts(workload, rows_at_once(workload)), answer_parts(workload, answers_at_once(workload))
     return max(losses, said, key=lambda parts: sum(parts.values()))
 
 
-def rows_at_once(load: Load) -> int:
+def rows_at_once(workload: Workload) -> int:
     """Held-out rows that go through the model together: so many that training needs more memory."""
-    return _most(load, heldout_parts, MOST_ROWS)
+    return _most(workload, heldout_parts, MOST_ROWS)
 
 
-def answers_at_once(load: Load) -> int:
+def answers_at_once(workload: Workload) -> int:
     """Questions that are answered together: so many that training needs more memory."""
-    return _most(load, answer_parts, MOST_ANSWERS)
+    return _most(workload, answer_parts, MOST_ANSWERS)
 
 
-def _most(load: Load, parts: Callable[[Load, int], dict[str, float]], most: int) -> int:
-    budget = sum(training_parts(load).values())
-    while most > 1 and sum(parts(load, most).values()) > budget:
+def _most(workload: Workload, parts: Callable[[Workload, int], dict[str, float]], most: int) -> int:
+    budget = sum(training_parts(workload).values())
+    while most > 1 and sum(parts(workload, most).values()) > budget:
         most //= 2
     return most
 
 
-def heldout_parts(load: Load, rows: int) -> dict[str, float]:
+def heldout_parts(workload: Workload, rows: int) -> dict[str, float]:
     """Bytes by part while the losses of `rows` held-out rows are taken."""
-    tokens = rows * load.config.max_length
-    logits = min(EVALUATION_LOGITS, tokens) * load.shape.vocabulary * 2 * FULL
-    kept = HALF * 2 * load.shape.hidden * tokens
-    return _passing_through(load, tokens, rows, float(logits + kept))
+    tokens = rows * workload.config.max_length
+    logits = min(EVALUATION_LOGITS, tokens) * workload.shape.vocabulary * 2 * FULL
+    kept = HALF * 2 * workload.shape.hidden * tokens
+    return _passing_through(workload, tokens, rows, float(logits + kept))
 
 
-def answer_parts(load: Load, number: int) -> dict[str, float]:
+def answer_parts(workload: Workload, number: int) -> dict[str, float]:
     """Bytes by part while `number` questions are answered: the questions, half as long as rows may be, go through at
     once; the keys and values of all that was read and said stay.
     """
-    shape = load.shape
-    asked, said = number * load.config.max_length // 2, number * load.config.max_new_tokens
-    width = FULL if shape.family == "bloom" and load.packed else HALF
+    shape = workload.shape
+    asked, said = number * workload.config.max_length // 2, number * workload.config.max_new_tokens
+    width = FULL if shape.family == "bloom" and workload.packed else HALF
     cache = 2.0 * width * shape.layers * shape.kv_heads * shape.head_dim * (asked + said)
-    parts = _passing_through(load, asked, number, 0.0)
+    parts = _passing_through(workload, asked, number, 0.0)
     return {**parts, "keys and values": cache, "fragmentation": parts["fragmentation"] + SPARE_EVALUATION[1] * cache}
 
 
-def _passing_through(load: Load, tokens: int, rows: int, logits: float) -> dict[str, float]:
+def _passing_through(workload: Workload, tokens: int, rows: int, logits: float) -> dict[str, float]:
     """One block's forward pass without anything saved; behind it, the logits."""
-    shape = load.shape
+    shape = workload.shape
     if shape.family == "bloom":  # float32; the activation is computed in steps, each a tensor
         widest = (2 * FULL + HALF) * shape.heads * tokens / rows + 8 * FULL * shape.hidden
         block = tokens * max(widest, 4 * FULL * shape.intermediate + 2 * FULL * shape.hidden)
     else:
-        wide = {linear.name for linear in load.adapted} & {"gate_proj", "up_proj"}  # one more for the adapter's output
+        wide = {linear.name for linear in workload.adapted} & {
+            "gate_proj",
+            "up_proj",
+        }  # one more for the adapter's output
         block = tokens * (HALF * (4 if wide else 3) * shape.intermediate + 2 * FULL * shape.hidden)
-    static = static_parts(load)
-    spare = SPARE_EVALUATION[0] * max(block, logits) + (SPARE_PACKED * sum(static.values()) if load.packed else 0)
+    static = static_parts(workload)
+    spare = SPARE_EVALUATION[0] * max(block, logits) + (SPARE_PACKED * sum(static.values()) if workload.packed else 0)
     return {
         **static,
         "activations": block if block >= logits else 0.0,

@@ -8,7 +8,7 @@ from qlora_helpers.config import Config
 from qlora_helpers.device import Device
 from qlora_helpers.errors import UserError, nearest
 from qlora_helpers.planning import architectures, gpus, memory, step_time
-from qlora_helpers.planning.gpus import CARDS, CONTEXT_GIB, Card
+from qlora_helpers.planning.gpus import CONTEXT_GIB, GPUS, Gpu
 from qlora_helpers.planning.memory import GIB, METHODS
 
 TIGHT = 0.9  # of the card: nearer to its end than this, the arithmetic's own error decides
@@ -99,22 +99,22 @@ def plan_memory(config: Config, device: Device | str | float | None = None, meth
     moments in 16 bits, 8 bytes a parameter. Every row counts as long as rows may be. Raises `UserError` for a model
     without config and for settings that the model cannot have.
     """
-    load = memory.load_of(config, method)
-    card = None if device is None else card_of(device, config)
+    workload = memory.workload_of(config, method)
+    gpu = None if device is None else gpu_of(device, config)
     plan = Plan(
         model=config.model,
-        parameters=load.shape.parameters,
-        trained=memory.trained_parameters(load),
+        parameters=workload.shape.parameters,
+        trained=memory.trained_parameters(workload),
         method=method or memory.method_of(config),
-        training=_gib(memory.training_parts(load)),
-        evaluation=_gib(memory.evaluation_parts(load)),
-        context=card.context if card else CONTEXT_GIB,
-        memory=card.memory if card else None,
+        training=_gib(memory.training_parts(workload)),
+        evaluation=_gib(memory.evaluation_parts(workload)),
+        context=gpu.context if gpu else CONTEXT_GIB,
+        memory=gpu.memory if gpu else None,
         advice=[],
     )
-    if card is None or load.full or plan.verdict == "fits":
+    if gpu is None or workload.full or plan.verdict == "fits":
         return plan
-    return replace(plan, advice=_advice(load.config, plan, card))
+    return replace(plan, advice=_advice(workload.config, plan, gpu))
 
 
 def by_method(config: Config, device: Device | str | float | None = None) -> dict[str, Plan]:
@@ -126,10 +126,10 @@ def fastest_split(config: Config, device: Device | str | float) -> Config:
     """The same effective batch, split and checkpointed as it is fastest among the splits that fit; those that are tight
     come after the others. If none fits, the one that takes least: the run will say so.
     """
-    card = card_of(device, config)
+    gpu = gpu_of(device, config)
     order = {"fits": 0, "tight": 1}
     planned = [(plan_memory(split, device), split) for split in _splits(config)]
-    fitting = [(order[plan.verdict], step_time.seconds(split, card), split) for plan, split in planned if plan.fits]
+    fitting = [(order[plan.verdict], step_time.seconds(split, gpu), split) for plan, split in planned if plan.fits]
     if fitting:
         return min(fitting, key=lambda item: item[:2])[2]
     return min(planned, key=lambda item: item[0].total)[1]
@@ -163,33 +163,33 @@ def _splits(config: Config) -> Iterator[Config]:
             )
 
 
-def card_of(device: Device | str | float, config: Config) -> Card:
+def gpu_of(device: Device | str | float, config: Config) -> Gpu:
     """The card that is meant. A run that is held to less memory has less."""
     if isinstance(device, str):
-        if device not in CARDS:
-            raise UserError(f"device: there is no '{device}'.{nearest(device, CARDS)}")
-        return CARDS[device]
+        if device not in GPUS:
+            raise UserError(f"device: there is no '{device}'.{nearest(device, GPUS)}")
+        return GPUS[device]
     total = device.memory_gib if isinstance(device, Device) else device
     if not total > 0:
         raise UserError(f"memory: {total:g} GiB is no budget. Fix: the card's memory, such as 16.")
-    card = gpus.of_size(total)
+    gpu = gpus.of_memory(total)
     if isinstance(device, Device) and config.memory_limit_gib is not None:
-        return replace(card, memory=min(total, config.memory_limit_gib + card.context))
-    return card
+        return replace(gpu, memory=min(total, config.memory_limit_gib + gpu.context))
+    return gpu
 
 
 def _gib(parts: dict[str, float]) -> dict[str, float]:
     return {name: size / GIB for name, size in parts.items()}
 
 
-def _advice(config: Config, plan: Plan, card: Card) -> list[Advice]:
+def _advice(config: Config, plan: Plan, gpu: Gpu) -> list[Advice]:
     """Changes that save something, those first that save most for the time they cost."""
-    found, now = [], step_time.seconds(config, card)
+    found, now = [], step_time.seconds(config, gpu)
     for change, settings in _changes(config):
         changed = config.replace(**settings)
         saved = plan.peak - plan_memory(changed).peak
         if saved > 0.01 * plan.total:
-            found.append(Advice(change, saved, step_time.seconds(changed, card) / now, settings))
+            found.append(Advice(change, saved, step_time.seconds(changed, gpu) / now, settings))
     return sorted(found, key=lambda item: -item.saves_gib / (max(item.time, 1) - 0.9))
 
 

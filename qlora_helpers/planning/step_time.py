@@ -6,11 +6,11 @@ products with the frozen weights. LAUNCH, UNPACKED and REACHED were fitted to ei
 count, and their speed is measured on the spot.
 """
 
-from qlora_helpers import arithmetic
+from qlora_helpers import cpu_speed
 from qlora_helpers.config import EMBEDDED_MODEL, Config
 from qlora_helpers.errors import UserError
-from qlora_helpers.planning import architectures, memory
-from qlora_helpers.planning.gpus import Card
+from qlora_helpers.planning import architectures, compute_dtype, memory
+from qlora_helpers.planning.gpus import Gpu
 
 LAUNCH = 6.4e-3  # seconds a block and pass, forward and backward, whatever the number of tokens
 UNPACKED = 1.3  # 4-bit weights are unpacked at every use: more kernels
@@ -22,15 +22,15 @@ REACHED = 0.8  # of the published speed of products
 REACHED_ON_CPU = 1.0
 
 
-def seconds(config: Config, card: Card, method: str | None = None) -> float:
+def seconds(config: Config, gpu: Gpu, method: str | None = None) -> float:
     """Seconds of one optimizer step, every row as long as rows may be. `method`: lora or qlora; if None, the config's.
 
     Raises `UserError` for a model whose config is not to be had.
     """
-    load = memory.load_of(config, method)
-    launches = load.shape.layers * LAUNCH * (UNPACKED if load.packed else 1)
-    weights = load.shape.linear_weights + load.shape.vocabulary * load.shape.hidden
-    products = PRODUCTS * weights * load.tokens / (REACHED * card.tflops * 1e12)
+    workload = memory.workload_of(config, method)
+    launches = workload.shape.layers * LAUNCH * (UNPACKED if workload.packed else 1)
+    weights = workload.shape.linear_weights + workload.shape.vocabulary * workload.shape.hidden
+    products = PRODUCTS * weights * workload.tokens / (REACHED * gpu.tflops * 1e12)
     again = RECOMPUTED if config.gradient_checkpointing else 1
     return config.gradient_accumulation * (launches + products) * again
 
@@ -43,8 +43,8 @@ def here(config: Config) -> tuple[float, str]:
     """
     if config.seconds_per_step is not None:
         return config.seconds_per_step, "as measured with the profile's own model"
-    hidden, intermediate = arithmetic.product_size(config)
-    speed = arithmetic.cpu_speed(hidden, intermediate)
+    hidden, intermediate = compute_dtype.product_size(config)
+    speed = cpu_speed.lookup(hidden, intermediate)
     try:
         shape = architectures.load(config.model, config.revision)
     except UserError:

@@ -1,15 +1,12 @@
 """Plans to look at: tables of parts, of settings and of cards, and an answer in words."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_helpers.config import Config
 from qlora_helpers.planning import measurements, plan, step_time
-from qlora_helpers.planning.gpus import CARDS
+from qlora_helpers.planning.gpus import GPUS
 from qlora_helpers.planning.plan import Plan
-
-if TYPE_CHECKING:
-    from qlora_helpers.evaluation.comparison import Difference  # which needs more than arithmetic
 
 TIME_SOURCE = (
     "By arithmetic fitted to steps measured on an H100, rows as long as rows may be; other cards are scaled by their\n"
@@ -39,7 +36,7 @@ def answer(found: Plan) -> str:
     """What the plan says, in words, with what to change first."""
     head = f"{found.model}, {found.method}: {found.parameters:,} parameters, {found.trained:,} of them trained."
     if found.memory is None:
-        return f"{head}\nFits on: {', '.join(cards(found)) or 'none of ' + ', '.join(CARDS)}."
+        return f"{head}\nFits on: {', '.join(other_gpus(found)) or 'none of ' + ', '.join(GPUS)}."
     return "\n".join([head, found.words, *(f"- {advice}" for advice in found.advice)])
 
 
@@ -49,13 +46,13 @@ def training_time(
     """Steps and hours of training, a line for each number of rows, on `device` or else on the smallest known card that
     fits; nothing if none does.
     """
-    card = None if device is None else plan.card_of(device, config)
-    name = device if isinstance(device, str) else f"a GPU of {card.memory:g} GiB" if card else None
-    if card is None and (fitting := cards(found)):
-        name, card = fitting[0], CARDS[fitting[0]]
-    if card is None:
+    gpu = None if device is None else plan.gpu_of(device, config)
+    name = device if isinstance(device, str) else f"a GPU of {gpu.memory:g} GiB" if gpu else None
+    if gpu is None and (fitting := other_gpus(found)):
+        name, gpu = fitting[0], GPUS[fitting[0]]
+    if gpu is None:
         return []
-    step = step_time.seconds(config, card, found.method) if found.method != "full" else None
+    step = step_time.seconds(config, gpu, found.method) if found.method != "full" else None
     lines = []
     for rows in n_rows:
         steps = config.steps(rows)
@@ -76,9 +73,9 @@ def time_table(lines: list[dict[str, Any]]) -> str:
     return "\n".join([head, *body, TIME_SOURCE])
 
 
-def cards(found: Plan) -> list[str]:
+def other_gpus(found: Plan) -> list[str]:
     """The known cards that have enough memory, the smallest first."""
-    return [name for name, card in CARDS.items() if found.peak + card.context <= card.memory]
+    return [name for name, gpu in GPUS.items() if found.peak + gpu.context <= gpu.memory]
 
 
 def grid(
@@ -95,7 +92,7 @@ def grid(
 
 def fitting(configs: dict[str, Config]) -> list[dict[str, Any]]:
     """A line a preset: what torch takes in GiB, and whether each known card has it."""
-    devices: dict[str, str | float] = {card: card for card in CARDS}
+    devices: dict[str, str | float] = {gpu: gpu for gpu in GPUS}
     return [{"preset": name} | _verdicts(config, devices) for name, config in configs.items()]
 
 
@@ -110,7 +107,7 @@ def methods(configs: dict[str, Config]) -> list[dict[str, Any]]:
     for name, config in configs.items():
         line: dict[str, Any] = {"model": name}
         for method, found in plan.by_method(config).items():
-            line |= {f"{method} GiB": found.total, f"{method} on": next(iter(cards(found)), "more than one card")}
+            line |= {f"{method} GiB": found.total, f"{method} on": next(iter(other_gpus(found)), "more than one card")}
         lines.append(line)
     return lines
 
@@ -142,7 +139,7 @@ def timings(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "tokens": line["max_length"],
             "checkpointing": line["checkpointing"],
             "measured s": line["seconds_per_step"],
-            "arithmetic s": step_time.seconds(measurements.config_of(line), CARDS["h100"]),
+            "arithmetic s": step_time.seconds(measurements.config_of(line), GPUS["h100"]),
         }
         for line in lines
     ]
@@ -155,28 +152,11 @@ def hours(configs: dict[str, Config], rows: Iterable[int]) -> list[dict[str, Any
     lines = []
     for name, config in configs.items():
         for method in ("lora", "qlora"):
-            fitting = cards(plan.plan_memory(config, method=method))
+            fitting = other_gpus(plan.plan_memory(config, method=method))
             line: dict[str, Any] = {"model": name, "method": method, "card": next(iter(fitting), "more than one card")}
             for number in rows:
                 steps = config.epochs * number / config.effective_batch
-                taken = steps * step_time.seconds(config, CARDS[fitting[0]], method) / 3600 if fitting else None
+                taken = steps * step_time.seconds(config, GPUS[fitting[0]], method) / 3600 if fitting else None
                 line[f"{number:,} rows"] = f"{taken:.1f} h" if taken is not None else "–"
             lines.append(line)
     return lines
-
-
-def take(difference: "Difference", rows: list[dict[str, Any]]) -> str:
-    """Which of two runs to take, the second against the first: the better one, else the one that needs less memory or,
-    where that is much the same, the faster one.
-    """
-    first, second = rows
-    if difference.verdict != "not distinguishable":
-        better = second if difference.verdict == "better" else first
-        return f"Take {better['run']}: its held-out loss is lower."
-    for column, words in (("peak GiB", "needs less memory"), ("seconds a step", "is faster")):
-        if column not in first:  # on a CPU, a process's peak says nothing of one of its runs
-            continue
-        less, more = sorted(rows, key=lambda row: row[column])
-        if less[column] < 0.95 * more[column]:
-            return f"Take {less['run']}: no difference shows in the loss, and it {words}."
-    return "Take either: no difference shows, in loss, memory or time."

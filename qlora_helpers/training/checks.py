@@ -109,7 +109,7 @@ def _equal(a: list[Any], b: list[Any]) -> bool:
 
 
 @contextlib.contextmanager
-def full_disk_is_one_line(folder: Path) -> Iterator[None]:
+def full_disk_as_user_error(folder: Path) -> Iterator[None]:
     """A disk that is full while `folder` is written becomes a `UserError`; a checkpoint that is whole stays whole.
 
     The libraries raise OSError, RuntimeError or an error of their own for it, so free space decides.

@@ -35,7 +35,7 @@ def announce(config: Config, device: Device) -> None:
     print(*["Memory: " + found.words, *(f"- {advice}" for advice in found.advice)], sep="\n")
 
 
-def is_it(error: RuntimeError) -> bool:
+def is_oom_error(error: RuntimeError) -> bool:
     """Whether the GPU ran out of memory: torch says so with an error of its own, CUDA and cuBLAS in words."""
     import torch
 
@@ -61,7 +61,7 @@ def shrink(config: Config, device: Device, run: RunFolder, seen_gib: float) -> C
             print(f"Out of GPU memory: {seen}. Going on with {_split(found)}: the same steps.")
             return found
     raise UserError(
-        f"memory: the GPU ran out: {_planned(config, device)}, {seen}. Fix: {_mend(config, device)}. What "
+        f"memory: the GPU ran out: {_planned(config, device)}, {seen}. Fix: {_fix(config, device)}. What "
         f"was saved stays in {run.path}."
     )
 
@@ -85,7 +85,7 @@ def _planned(config: Config, device: Device) -> str:
     return f"{found.total:.1f} of {found.memory:.1f} GiB were planned"
 
 
-def _mend(config: Config, device: Device) -> str:
+def _fix(config: Config, device: Device) -> str:
     """The nearest setting that fits and takes less than what ran out, as parameters."""
     last = ["on_oom=shrink"] if config.on_oom == "stop" else []
     try:

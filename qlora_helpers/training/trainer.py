@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from qlora_helpers import arithmetic, drive, runs
+from qlora_helpers import drive, files, runs
 from qlora_helpers.config import Config
 from qlora_helpers.data import cleaning
 from qlora_helpers.data.cleaning import Data
@@ -21,11 +21,11 @@ from qlora_helpers.evaluation import losses, model_card
 from qlora_helpers.evaluation.losses import RowLoss
 from qlora_helpers.models import hub, safetensors_io
 from qlora_helpers.models.qlora import attach_lora, check_targets, load_base, save_biases, train_in_float32
+from qlora_helpers.planning import compute_dtype
 from qlora_helpers.runs import RunFolder
 from qlora_helpers.training import batches, checks, oom
-from qlora_helpers.training.callbacks import CopyToDrive, LogWriter, SaveBest
+from qlora_helpers.training.callbacks import CopyToDrive, LogWriter, Progress, SaveBest
 from qlora_helpers.training.checks import Guard
-from qlora_helpers.training.progress import Progress
 
 FP16_SCALE = 1024.0  # the default, 65536, overflows at first: the scaler would skip the first steps
 
@@ -38,20 +38,20 @@ def train(
     Raises `UserError` if another process uses the folder, if it holds another run, or if training goes wrong in a
     way that the result would not show: see `guard`.
     """
-    me = cleaning.identity(config, data)
+    run_identity = cleaning.identity(config, data)
     checks.check_rows(data)
     mirror = drive.mirror(run)
-    if mirror and not run.complete:
-        runs.check_free(run, config, me)
-        mirror.pull(me)
+    if mirror and not run.finished:
+        runs.check_free(run, config, run_identity)
+        mirror.pull(run_identity)
         train(config, data, tokenizer, mirror.here, [*callbacks, CopyToDrive(mirror)])
         return mirror.finish()
-    with runs.lock(run), checks.full_disk_is_one_line(run.path):
-        runs.check_free(run, config, me)
-        if run.complete:
+    with runs.lock(run), checks.full_disk_as_user_error(run.path):
+        runs.check_free(run, config, run_identity)
+        if run.finished:
             print(f"{run.path} is complete: nothing to train.")
             return run
-        device = arithmetic.as_begun(arithmetic.device_for(config), run.compute_dtype())
+        device = compute_dtype.as_begun(compute_dtype.device_for(config), run.compute_dtype())
         limit_memory(device, config.memory_limit_gib)
         config = oom.choose_split(config, device)
         oom.announce(config, device)
@@ -60,7 +60,7 @@ def train(
                 _attempt(config, data, tokenizer, device, run, callbacks)
                 return run
             except RuntimeError as error:
-                if not oom.is_it(error):
+                if not oom.is_oom_error(error):
                     raise
             seen = peak_memory_gib(device)
             oom.free(device)  # only here is the traceback gone that kept the tensors alive
@@ -71,16 +71,16 @@ def _attempt(
     config: Config, data: Data, tokenizer: Any, device: Device, run: RunFolder, callbacks: Sequence[TrainerCallback]
 ) -> None:
     """The run from its last checkpoint to its end, with one split of the batch."""
-    me = cleaning.identity(config, data)
+    run_identity = cleaning.identity(config, data)
     base = load_base(config, device)
     check_targets(base, config)
-    runs.write_json(run / "config.json", {"identity": me, "config": config.to_dict()})
+    files.write_json(run / "config.json", {"identity": run_identity, "config": config.to_dict()})
     base_losses = losses.baseline(base, config, data, tokenizer, device, run.path.parent)
     _write_manifest(run, config, device, data, base)
     model = attach_lora(base, config)
     trainer = build_trainer(model, config, data, tokenizer, device, run, callbacks)
     trainer.add_callback(LogWriter(run / "log.jsonl", losses.mean_loss(base_losses)))
-    _fit(trainer, run, me)
+    _fit(trainer, run, run_identity)
     _save_results(trainer, config, data, tokenizer, device, run, base_losses)
 
 
@@ -183,7 +183,7 @@ def build_trainer(
     train_in_float32(model)
     if device.kind == "cuda" and device.dtype == "float16":
         trainer.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=FP16_SCALE)
-    trainer.rows_at_once, _ = losses.at_once(config, device)
+    trainer.rows_at_once, _ = losses.eval_batch_sizes(config, device)
     trainer.device_, trainer.heldout, trainer.identity = device, data.heldout, cleaning.identity(config, data)
     return trainer
 
@@ -236,12 +236,12 @@ def _write_manifest(run: RunFolder, config: Config, device: Device, data: Data, 
         "fingerprint": safetensors_io.fingerprint(hub.folder(config)) if hub.is_local(config) else None,
     }
     content["baseline"] = losses.baseline_folder(config, data, device, run.path.parent).name
-    runs.write_json(run / "manifest.json", content)
+    files.write_json(run / "manifest.json", content)
 
 
-def _fit(trainer: QloraTrainer, run: RunFolder, me: dict[str, str]) -> None:
+def _fit(trainer: QloraTrainer, run: RunFolder, run_identity: dict[str, str]) -> None:
     """Train to the end, from the last whole checkpoint if there is one."""
-    checkpoint = runs.last_checkpoint(run, me)
+    checkpoint = runs.last_checkpoint(run, run_identity)
     if checkpoint:
         print(f"Going on from {checkpoint.name}.")
     forget_peak(trainer.device_)
@@ -264,7 +264,7 @@ def _save_results(
         trainer.measure()
     elif trainer.heldout_step != trainer.state.global_step:
         trainer.evaluate()
-    runs.write_jsonl(run / "heldout_losses.jsonl", losses.to_rows(trainer.heldout_rows))
+    files.write_jsonl(run / "heldout_losses.jsonl", losses.to_rows(trainer.heldout_rows))
     print("Trained. Now it answers the held-out questions.", flush=True)
     with trainer.evaluating():
         losses.measure_answers(model, config, data, tokenizer, device, run)
@@ -272,8 +272,8 @@ def _save_results(
     model.save_pretrained(run.adapter)
     save_biases(model, run.adapter)
     tokenizer.save_pretrained(run.adapter)
-    runs.write_text(run.adapter / "README.md", model_card.render(run, config, metrics))
-    runs.write_json(run / "metrics.json", metrics)
+    files.write_text(run.adapter / "README.md", model_card.render(run, config, metrics))
+    files.write_json(run / "metrics.json", metrics)
 
 
 def _metrics(trainer: QloraTrainer, config: Config, data: Data, base_losses: list[RowLoss]) -> dict[str, Any]:

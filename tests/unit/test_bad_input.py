@@ -26,7 +26,7 @@ def trained(config, tokenizer, tmp_path_factory):
     """Two complete runs and their base, small and read again and again."""
     folder = tmp_path_factory.mktemp("trained")
     configs = {f"exp{n}": config.replace(n_samples=4 * n, n_heldout=4, n_answers=2) for n in (1, 2)}
-    matrix.complete(matrix.wanted(configs, folder))
+    matrix.train_missing(matrix.plan_runs(configs, folder))
     for checkpoints in folder.glob("*/checkpoints"):
         shutil.rmtree(checkpoints)
     return folder

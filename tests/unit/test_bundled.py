@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from qlora_helpers import UserError
+from qlora_helpers import UserError, files
 from qlora_helpers.models import bundled, hub
 
 GGUF = b"a model, so to say"
@@ -36,7 +36,7 @@ def steps(tmp_path, monkeypatch):
 
 def leftovers():
     """Everything in the cache but the lock."""
-    return [path.name for path in bundled.cache_folder().iterdir() if path.suffix != ".lock"]
+    return [path.name for path in files.cache_folder().iterdir() if path.suffix != ".lock"]
 
 
 def test_made_once_and_kept(steps):

@@ -61,7 +61,7 @@ def test_three_steps_without_a_gradient_stop(train, monkeypatch, clip):
 def test_steps_without_a_gradient_between_others_do_not_stop(train, monkeypatch):
     calls = iter(range(4))
     plant_loss(monkeypatch, lambda loss: loss * 0 + loss.detach() if next(calls) != 2 else loss)
-    assert train().complete
+    assert train().finished
 
 
 def test_an_adapter_that_does_not_move_stops(train):
@@ -163,11 +163,11 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(train, monkeypat
         with pytest.raises(UserError, match=r"disk: .*run is full.*Fix"):
             train()
     assert (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "complete.json").exists()
-    assert train().complete
+    assert train().finished
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
-    with pytest.raises(RuntimeError, match="something else"), checks.full_disk_is_one_line(tmp_path):
+    with pytest.raises(RuntimeError, match="something else"), checks.full_disk_as_user_error(tmp_path):
         raise RuntimeError("something else")
 
 
@@ -175,5 +175,5 @@ def test_a_library_that_does_not_say_disk_full(tmp_path, monkeypatch):
     """torch's writer only says that it failed: the free space tells."""
     usage = checks.shutil._ntuple_diskusage(100, 100, 0)
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match="is full"), checks.full_disk_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="is full"), checks.full_disk_as_user_error(tmp_path):
         raise RuntimeError("PytorchStreamWriter failed writing file data/0")

@@ -7,12 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_helpers import runs
+from qlora_helpers import files
 from qlora_helpers.data import cleaning
 from qlora_helpers.device import detect
 from qlora_helpers.evaluation import comparison, losses
+from qlora_helpers.files import ROOT
 from qlora_helpers.models import qlora
-from qlora_helpers.runs import ROOT, RunFolder
+from qlora_helpers.runs import RunFolder
 
 spec = importlib.util.spec_from_file_location("claims", ROOT / "benchmarks" / "claims.py")
 claims = importlib.util.module_from_spec(spec)
@@ -84,8 +85,8 @@ def test_a_claim_is_judged_by_its_interval(tmp_path):
         rows = [
             {"id": str(i), "loss_sum": 10 * (2 + shift + n), "tokens": 10, "bytes": 40} for i, n in enumerate(noise)
         ]
-        runs.write_jsonl(run / "heldout_losses.jsonl", rows)
-        runs.write_json(run / "manifest.json", {"baseline": "base"})
+        files.write_jsonl(run / "heldout_losses.jsonl", rows)
+        files.write_json(run / "manifest.json", {"baseline": "base"})
         if name != comparison.BASE:
             found[name] = [run]
     judged = claims.judge(found, tmp_path)

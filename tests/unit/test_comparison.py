@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from qlora_helpers import UserError, __main__, runs
+from qlora_helpers import UserError, __main__, files
 from qlora_helpers.evaluation import comparison, losses, report
 from qlora_helpers.evaluation.comparison import Arm, Difference
 from qlora_helpers.evaluation.losses import RowLoss
@@ -140,14 +140,14 @@ def trained(config, tokenizer, tmp_path_factory):
     """Two seeds of one config and one seed of another, trained on the tiny model."""
     folder = tmp_path_factory.mktemp("runs")
     small = config.replace(n_seeds=2, n_answers=2)
-    needed = matrix.wanted({"exp1": small.replace(n_samples=8), "exp2": small}, folder)
+    needed = matrix.plan_runs({"exp1": small.replace(n_samples=8), "exp2": small}, folder)
     assert [(w.experiment, w.name, w.config.seed) for w in needed] == [
         ("exp1", "exp1", 0),
         ("exp1", "exp1-seed1", 1),
         ("exp2", "exp2", 0),
         ("exp2", "exp2-seed1", 1),
     ]
-    return folder, matrix.complete(needed), needed
+    return folder, matrix.train_missing(needed), needed
 
 
 def test_runs_are_compared_from_their_folders(trained):
@@ -176,33 +176,33 @@ def test_runs_are_compared_from_their_folders(trained):
 
 def test_equal_steps_and_reuse(trained):
     folder, _, needed = trained
-    again = matrix.wanted(
+    again = matrix.plan_runs(
         {n: w.config.replace(equal_steps=True) for n, w in (("exp1", needed[0]), ("exp2", needed[2]))}, folder
     )
     control = [item for item in again if item.experiment == "exp1, equal steps"]
     assert [item.name for item in control] == ["exp1-equal-steps", "exp1-equal-steps-seed1"]
     assert {item.config.steps(8) for item in control} == {needed[2].config.steps(16)}
-    assert all(item.run.complete for item in again if item not in control)
-    assert not any(item.run.complete for item in control)
+    assert all(item.run.finished for item in again if item not in control)
+    assert not any(item.run.finished for item in control)
 
 
 def test_the_minutes_are_said_before_anything_is_trained(trained, config, tmp_path, capsys, monkeypatch):
     """Of what is missing alone, all runs together."""
     _, found, needed = trained
-    assert matrix.complete(needed) == found
+    assert matrix.train_missing(needed) == found
     assert capsys.readouterr().out == "All 4 runs are there: nothing to train.\n"
     slow = {"seconds_per_step": 60.0, "n_seeds": 2, "n_answers": 2}
-    more = matrix.wanted({name: config.replace(n_samples=n, **slow) for name, n in (("a", 8), ("b", 16))}, tmp_path)
+    more = matrix.plan_runs({name: config.replace(n_samples=n, **slow) for name, n in (("a", 8), ("b", 16))}, tmp_path)
 
     def stop(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(trainer, "train", stop)
     with pytest.raises(KeyboardInterrupt):
-        matrix.complete(more)
+        matrix.train_missing(more)
     first, _ = capsys.readouterr().out.splitlines()
     assert first.startswith("4 of 4 runs missing: about 14 min")  # 2 + 2 + 4 + 4 steps, and four starts
-    assert matrix.outlook([*needed, *more[:1]]).startswith("1 of 5 runs missing: about 3 min")
+    assert matrix.describe_missing([*needed, *more[:1]]).startswith("1 of 5 runs missing: about 3 min")
 
 
 def test_rehearsal_is_judged_on_the_general_questions(trained, tmp_path):
@@ -214,15 +214,15 @@ def test_rehearsal_is_judged_on_the_general_questions(trained, tmp_path):
     assert own.value == pytest.approx(gaps[1] - gaps[0])
     assert (own.rows, own.seeds) == (48, 1)
     copy = RunFolder(shutil.copytree(without.path, tmp_path / "lower"))
-    rows = runs.read_jsonl(copy / "general_losses.jsonl")
-    runs.write_jsonl(copy / "general_losses.jsonl", [row | {"loss_sum": 0.9 * row["loss_sum"]} for row in rows])
+    rows = files.read_jsonl(copy / "general_losses.jsonl")
+    files.write_jsonl(copy / "general_losses.jsonl", [row | {"loss_sum": 0.9 * row["loss_sum"]} for row in rows])
     assert comparison.rehearsed([without], [copy]).verdict == "better"
     assert comparison.rehearsed([copy], [without]).verdict == "worse"
 
 
 def test_other_heldout_sets_are_refused_with_their_fingerprints(trained, config, tmp_path):
     _, found, _ = trained
-    other = matrix.complete(matrix.wanted({"other": config.replace(n_heldout=5, n_answers=2)}, tmp_path))
+    other = matrix.train_missing(matrix.plan_runs({"other": config.replace(n_heldout=5, n_answers=2)}, tmp_path))
     names = [found["exp1"][0], other["other"][0]]
     prints = [run.read("manifest.json")["data"]["heldout_fingerprint"] for run in names]
     with pytest.raises(UserError, match=f"exp1: {prints[0]}, other: {prints[1]}"):
@@ -239,7 +239,7 @@ def test_only_another_seed_of_the_same_recipe_and_data_is_a_seed(trained, tmp_pa
     assert groups == {"exp1": [first, second], "elsewhere/exp1": [other], f"{tmp_path.name}/base": [copy]}
     data = other.read("manifest.json")
     data["data"]["source_fingerprint"] = "other rows"
-    runs.write_json(other / "manifest.json", data)
+    files.write_json(other / "manifest.json", data)
     assert len(comparison.group([found["exp2"][0], other])) == 2
     (other / "config.json").write_text('{"config": {"no_such_setting": 1}}')
     with pytest.raises(UserError, match="written by another version"):
@@ -252,7 +252,7 @@ def test_what_only_says_where_and_how_long_makes_no_other_recipe(trained, tmp_pa
     moved = RunFolder(shutil.copytree(second.path, tmp_path / "second"))
     stored = moved.read("config.json")
     stored["config"] |= {"profile": "gpu", "n_seeds": 7, "save_steps": 99}
-    runs.write_json(moved / "config.json", stored)
+    files.write_json(moved / "config.json", stored)
     assert comparison.group([first, moved]) == {"exp1": [first, moved]}
 
 
@@ -274,7 +274,7 @@ def test_the_compare_command(trained, tmp_path, capsys):
 def test_the_same_seed_gives_the_same_metrics(trained, config, tokenizer, tmp_path):
     """A/A: on a CPU a run repeated is the same run."""
     _, found, needed = trained
-    (again,) = matrix.complete(matrix.wanted({"exp1": needed[0].config.replace(n_seeds=1)}, tmp_path))["exp1"]
+    (again,) = matrix.train_missing(matrix.plan_runs({"exp1": needed[0].config.replace(n_seeds=1)}, tmp_path))["exp1"]
     first = found["exp1"][0]
     for name in ("heldout_losses.jsonl", "general_losses.jsonl", "answers.jsonl"):
         assert (again / name).read_text() == (first / name).read_text()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qlora_helpers import Config, UserError
 from qlora_helpers.config import preset_names
-from qlora_helpers.runs import ROOT
+from qlora_helpers.files import ROOT
 
 GUANACO = {
     "model": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",

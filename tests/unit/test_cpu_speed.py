@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qlora_helpers import arithmetic, device, runs
-from qlora_helpers.arithmetic import CpuSpeed
+from qlora_helpers import cpu_speed, device, runs
+from qlora_helpers.cpu_speed import CpuSpeed
 from qlora_helpers.data.cleaning import prepare
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import comparison
 from qlora_helpers.experiments import matrix
 from qlora_helpers.models import hub, qlora
-from qlora_helpers.planning import architectures
+from qlora_helpers.planning import architectures, compute_dtype
 from qlora_helpers.training import trainer
 
 FAST, SLOW = CpuSpeed(float32=100, bfloat16=300), CpuSpeed(float32=100, bfloat16=3)
@@ -31,9 +31,9 @@ def config(config):
 def cache(tmp_path, monkeypatch):
     """An empty store of measured speeds."""
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
-    arithmetic.cpu_speed.cache_clear()
-    yield tmp_path / "qlora_helpers" / arithmetic.STORE
-    arithmetic.cpu_speed.cache_clear()
+    cpu_speed.lookup.cache_clear()
+    yield tmp_path / "qlora_helpers" / cpu_speed.STORE
+    cpu_speed.lookup.cache_clear()
 
 
 @pytest.fixture
@@ -41,9 +41,9 @@ def measured(cache, monkeypatch):
     """Choose what the probe finds."""
 
     def choose(speed):
-        arithmetic.cpu_speed.cache_clear()
+        cpu_speed.lookup.cache_clear()
         cache.unlink(missing_ok=True)
-        monkeypatch.setattr(arithmetic, "measure", lambda *size: speed)
+        monkeypatch.setattr(cpu_speed, "measure", lambda *size: speed)
 
     return choose
 
@@ -62,7 +62,7 @@ def test_the_probe_times_both_dtypes_forward_and_backward(monkeypatch):
     grad, linear, seen = torch.autograd.grad, torch.nn.functional.linear, []
     monkeypatch.setattr(torch.autograd, "grad", lambda *a: seen.append(("backward", a[0].dtype)) or grad(*a))
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *a: seen.append(("forward", a[0].dtype)) or linear(*a))
-    speed = arithmetic.measure(32, 48)
+    speed = cpu_speed.measure(32, 48)
     assert {*seen} == {(way, dtype) for way in ("forward", "backward") for dtype in (torch.float32, torch.bfloat16)}
     assert speed.float32 > 0
     assert speed.bfloat16 > 0
@@ -76,19 +76,19 @@ def test_a_hopeless_candidate_is_looked_at_once(monkeypatch):
         asked.append((dtype, tokens))
         return tokens * (1.0 if dtype == "bfloat16" else 0.1)
 
-    monkeypatch.setattr(arithmetic, "_seconds", seconds)
-    speed = arithmetic.measure(10, 10)
-    assert [tokens for dtype, tokens in asked if dtype == "bfloat16"] == [arithmetic.FEW_TOKENS]
+    monkeypatch.setattr(cpu_speed, "_seconds", seconds)
+    speed = cpu_speed.measure(10, 10)
+    assert [tokens for dtype, tokens in asked if dtype == "bfloat16"] == [cpu_speed.FEW_TOKENS]
     assert speed.float32 == pytest.approx(10 * speed.bfloat16, rel=0.5)
 
 
 def test_the_choice_is_stored_for_this_machine(cache, monkeypatch):
-    monkeypatch.setattr(arithmetic, "measure", lambda *size: FAST)
+    monkeypatch.setattr(cpu_speed, "measure", lambda *size: FAST)
     assert device.detect().dtype == "bfloat16"
-    arithmetic.cpu_speed.cache_clear()  # another process
-    monkeypatch.setattr(arithmetic, "measure", lambda *size: SLOW)
+    cpu_speed.lookup.cache_clear()  # another process
+    monkeypatch.setattr(cpu_speed, "measure", lambda *size: SLOW)
     assert device.detect().dtype == "bfloat16"
-    arithmetic.cpu_speed.cache_clear()
+    cpu_speed.lookup.cache_clear()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)  # another machine
     assert device.detect().dtype == "float32"
     assert len(json.loads(cache.read_text("utf-8"))) == 2
@@ -110,27 +110,27 @@ def test_a_damaged_entry_is_replaced(cache, measured, entry):
     device.detect()
     (key,) = json.loads(cache.read_text("utf-8"))
     cache.write_text(json.dumps({key: entry}), "utf-8")
-    arithmetic.cpu_speed.cache_clear()
+    cpu_speed.lookup.cache_clear()
     assert device.detect().dtype == "bfloat16"
     assert json.loads(cache.read_text("utf-8")) == {key: dataclasses.asdict(FAST)}
 
 
 def test_the_profile_is_known_without_a_measurement(monkeypatch):
-    monkeypatch.setattr(arithmetic, "cpu_speed", lambda *size: pytest.fail("measured"))
+    monkeypatch.setattr(cpu_speed, "lookup", lambda *size: pytest.fail("measured"))
     assert device.profile() == "cpu"
     assert device.detect("float32").dtype == "float32"
 
 
 def test_trained_biases_need_float32_on_a_cpu(config, measured):
     measured(FAST)
-    assert arithmetic.device_for(config).dtype == "bfloat16"
-    assert arithmetic.device_for(config.replace(bias="all")).dtype == "float32"
+    assert compute_dtype.device_for(config).dtype == "bfloat16"
+    assert compute_dtype.device_for(config.replace(bias="all")).dtype == "float32"
 
 
 def test_the_models_own_size_is_measured(config, cache, monkeypatch):
     asked = []
-    monkeypatch.setattr(arithmetic, "measure", lambda *size: asked.append(size) or FAST)
-    arithmetic.device_for(config)
+    monkeypatch.setattr(cpu_speed, "measure", lambda *size: asked.append(size) or FAST)
+    compute_dtype.device_for(config)
     assert asked == [(64, 128)]
 
 
@@ -138,7 +138,7 @@ def test_the_models_own_size_is_measured(config, cache, monkeypatch):
 @pytest.mark.parametrize("speed", [FAST, SLOW])
 def test_the_same_base_in_either_arithmetic(config, measured, speed):
     measured(speed)
-    here = arithmetic.device_for(config)
+    here = compute_dtype.device_for(config)
     base = qlora.load_base(config, here)
     weights = {name: p for name, p in base.named_parameters() if p.dtype == torch.uint8}
     assert {m.weight.quant_state.dtype for m in base.modules() if hasattr(m, "compute_dtype")} == {
@@ -147,7 +147,7 @@ def test_the_same_base_in_either_arithmetic(config, measured, speed):
     other = qlora.load_base(config, here.computing_in("float32" if here.dtype == "bfloat16" else "bfloat16"))
     assert all(torch.equal(weights[name], p) for name, p in other.named_parameters() if name in weights)
     assert qlora.weight_table(base) == qlora.weight_table(other)
-    proofs = [device.prove_four_bit(here.computing_in(dtype)) for dtype in arithmetic.CANDIDATES]
+    proofs = [device.prove_four_bit(here.computing_in(dtype)) for dtype in cpu_speed.CANDIDATES]
     assert {p["16-bit"]["KiB of weights"] for p in proofs} == {512}
 
 
@@ -181,9 +181,9 @@ def test_three_steps_at_the_embedded_models_widths(config, tokenizer, wide_model
     monkeypatch.setattr(trainer.QloraTrainer, "evaluate", lambda self, *args, **kwargs: {"eval_loss": 0.0})
     small = config.replace(model=str(wide_model), n_samples=3, batch_size=1, dropout=0.0)
     losses = []
-    for dtype in arithmetic.CANDIDATES:
+    for dtype in cpu_speed.CANDIDATES:
         own = small.replace(compute_dtype=dtype)
-        here, data = arithmetic.device_for(own), prepare(own, tokenizer)
+        here, data = compute_dtype.device_for(own), prepare(own, tokenizer)
         built = qlora.attach_lora(qlora.load_base(own, here), own)
         ready = trainer.build_trainer(built, own, data, tokenizer, here, runs.RunFolder(tmp_path / dtype))
         ready.train()
@@ -233,7 +233,7 @@ def test_missing_runs_say_how_long_they_take_here(config, measured, tmp_path):
     words = []
     for speed in (FAST, CpuSpeed(float32=0.01, bfloat16=0.01)):
         measured(speed)
-        (needed,) = matrix.wanted({"exp1": config}, tmp_path)
+        (needed,) = matrix.plan_runs({"exp1": config}, tmp_path)
         words.append(needed.minutes)
     assert "300 GFLOP/s in bfloat16" in words[0]
     assert "0 GFLOP/s in float32" in words[1]
@@ -277,12 +277,12 @@ def test_apple_silicon_uses_its_cpu(config, measured, monkeypatch):
     """Metal is there, CUDA is not, /proc is not: nothing asks for either."""
     measured(SLOW)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(device.Path, "exists", lambda self: False)
+    monkeypatch.setattr(cpu_speed.Path, "exists", lambda self: False)
     found = device.detect()
     assert (found.kind, found.dtype) == ("cpu", "float32")
     assert dataclasses.asdict(found)["name"]
 
 
 def test_an_unknown_model_is_measured_at_the_usual_size(config):
-    assert arithmetic.product_size(config.replace(model="no/such-model")) == arithmetic.USUAL_SIZE
+    assert compute_dtype.product_size(config.replace(model="no/such-model")) == cpu_speed.USUAL_SIZE
     assert hub.is_local(config)

@@ -7,7 +7,7 @@ import pytest
 
 from qlora_helpers import __main__
 from qlora_helpers.data import sources
-from qlora_helpers.runs import read_jsonl
+from qlora_helpers.files import read_jsonl
 
 FILES = ("train.jsonl", "heldout.jsonl", "dropped.jsonl", "report.md", "report.json")
 ROWS = [{"instruction": f"Question number {i}?", "input": "", "output": f"Answer {i}."} for i in range(30)]

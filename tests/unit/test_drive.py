@@ -88,7 +88,7 @@ def parts():
 def test_a_run_on_drive_is_the_run_it_would_be_elsewhere(train, machine):
     run = train()
     assert run.path == runs.DRIVE / "qlora_runs" / "exp1"
-    assert run.complete
+    assert run.finished
     plain = train(folder=machine / "elsewhere" / "exp1")
     assert adapter(run) == adapter(plain)
     names = [{str(f.relative_to(r.path)) for f in r.path.rglob("*") if f.name != ".lock"} for r in (run, plain)]
@@ -134,8 +134,8 @@ def test_a_drive_that_fails_in_the_middle_costs_nothing(train, fail, capsys, num
     assert lines
     assert all("Fix" in line and str(run.path) in line for line in lines)
     assert run.path == drive.HERE / "qlora_runs" / "exp1"
-    assert run.complete
-    assert not there.complete
+    assert run.finished
+    assert not there.finished
     assert whole_checkpoints(there)
     assert len(whole_checkpoints(there)) == len([*(there / "checkpoints").glob("checkpoint-*")])
     for checkpoint in whole_checkpoints(there):
@@ -149,14 +149,14 @@ def test_when_drive_is_back_the_same_cell_only_copies(train):
         assert train().path == drive.HERE / "qlora_runs" / "exp1"
     run = train([NeverTrain()])
     assert run.path == runs.DRIVE / "qlora_runs" / "exp1"
-    assert run.complete
+    assert run.finished
     assert whole_checkpoints(run) == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
 
 
 def test_what_another_run_left_on_this_machine_is_not_in_the_way(train):
     train(seed=1)
     shutil.rmtree(runs.DRIVE / "qlora_runs" / "exp1")
-    assert train().complete
+    assert train().finished
 
 
 def test_another_configs_run_on_drive_is_refused(train):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_helpers import UserError, runs
+from qlora_helpers import UserError, files
 from qlora_helpers.__main__ import main
 from qlora_helpers.data import chat_template, prompts
 from qlora_helpers.export import gguf as export_gguf
@@ -76,7 +76,7 @@ def sentencepiece_like():
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import LlamaTokenizer
 
-    lines = (runs.ROOT / "data" / "general.jsonl").read_text("utf-8").splitlines()
+    lines = (files.ROOT / "data" / "general.jsonl").read_text("utf-8").splitlines()
     learned = Tokenizer(models.BPE())
     learned.pre_tokenizer = pre_tokenizers.Metaspace()
     learned.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=400, show_progress=False))

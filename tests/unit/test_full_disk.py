@@ -59,7 +59,7 @@ def test_a_full_drive_does_not_stop_training(disk, train, tmp_path, monkeypatch,
     monkeypatch.setattr(drive, "HERE", tmp_path / "content")
     run = train(runs.DRIVE / "run")
     assert run.path == tmp_path / "content" / "run"
-    assert run.complete
+    assert run.finished
     assert "No space left on device" in capsys.readouterr().out
     disk(20_000)
     assert train(runs.DRIVE / "run").path == runs.DRIVE / "run"

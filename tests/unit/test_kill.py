@@ -92,7 +92,7 @@ def kill(start, run, wait, how=signal.SIGKILL):
     if alive:
         os.killpg(process.pid, how)
     process.join()
-    return alive and not run.complete
+    return alive and not run.finished
 
 
 @pytest.mark.slow

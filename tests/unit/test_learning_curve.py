@@ -117,8 +117,8 @@ def difference(name, value, reach):
 
 def test_the_largest_difference_that_is_one_mattered_most():
     small, large, unsure = difference("rank 8", -0.1, 0.05), difference("rank 2", 0.2, 0.1), difference("x", -0.9, 1)
-    assert learning_curve.what_mattered([small, unsure, large]).startswith(
+    assert learning_curve.largest_effect([small, unsure, large]).startswith(
         "Mattered most: rank 2 is worse than the base set"
     )
-    assert learning_curve.what_mattered([unsure]) == "None of the 1 settings is distinguishable from the base setting."
-    assert learning_curve.what_mattered([]) == "No knob was turned."
+    assert learning_curve.largest_effect([unsure]) == "None of the 1 settings is distinguishable from the base setting."
+    assert learning_curve.largest_effect([]) == "No knob was turned."

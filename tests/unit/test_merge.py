@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
-from qlora_helpers import UserError, runs
+from qlora_helpers import UserError, files
 from qlora_helpers.data import chat_template, prompts
 from qlora_helpers.export import merge
 from qlora_helpers.models import qlora
@@ -165,13 +165,13 @@ def test_a_hub_id_takes_the_commit_of_training(make_run, monkeypatch, tmp_path, 
     """The branch may have moved since: what is fetched is the commit in the manifest."""
     run = make_run()
     own = {"config": run.config().to_dict() | {"model": "someone/model", "revision": "main"}, "identity": {}}
-    runs.write_json(run / "config.json", own)
-    runs.write_json(run / "manifest.json", {"model": {"revision": "c0ffee", "fingerprint": None}})
+    files.write_json(run / "config.json", own)
+    files.write_json(run / "manifest.json", {"model": {"revision": "c0ffee", "fingerprint": None}})
     asked = []
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **o: asked.append((a, o["revision"])) or "x")
     with pytest.raises(UserError, match=r"belongs to .*, not to someone/model"):
         merge.source(run)
     content = json.loads((run.adapter / "adapter_config.json").read_text("utf-8"))
-    runs.write_json(run.adapter / "adapter_config.json", content | {"base_model_name_or_path": "someone/model"})
+    files.write_json(run.adapter / "adapter_config.json", content | {"base_model_name_or_path": "someone/model"})
     merge.source(run)
     assert asked == [(("someone/model",), "c0ffee")]

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from qlora_helpers.data.near_duplicates import Index, jaccard, normalise, shingles
+from qlora_helpers.data.near_duplicates import Index, jaccard, normalize, shingles
 from qlora_helpers.data.schema import parse_guanaco
 from qlora_helpers.data.sources import sample_data
 
@@ -64,7 +64,7 @@ def test_planted_edits_are_found_and_nothing_else(edit, part):
 def test_other_numbers_make_another_text():
     """All of these pairs are alike in their letters: only the numbers can tell them apart."""
     short = "Calculate the area of a circle whose radius is exactly {} meters, and explain each step of the way."
-    story = next(text for text in rows() if len(shingles(normalise(text))) > 400).replace("{", "").replace("}", "")
+    story = next(text for text in rows() if len(shingles(normalize(text))) > 400).replace("{", "").replace("}", "")
     long = story + " Count to {}: {}, {}, {}, {}, {}."
     pairs = {
         "short, one number": ([short.format(4), short.format(5)], set()),
@@ -73,7 +73,7 @@ def test_other_numbers_make_another_text():
         "long, many numbers": ([long.format(4, *range(5)), long.format(9, *range(11, 16))], set()),
     }
     for name, (texts, want) in pairs.items():
-        assert jaccard(*(shingles(normalise(text)) for text in texts)) > 0.7, name
+        assert jaccard(*(shingles(normalize(text)) for text in texts)) > 0.7, name
         assert found(texts) == want, name
 
 
@@ -86,7 +86,7 @@ def test_similarity_is_jaccards():
 
 @pytest.mark.parametrize("text", ["", "a", "?!", "日本語のテキスト", "\U0001f389"])
 def test_short_and_foreign_texts_have_shingles(text):
-    assert shingles(normalise(text))
+    assert shingles(normalize(text))
     assert found([text, text]) == {1}
 
 

@@ -79,6 +79,6 @@ def test_running_out_in_the_answers_leaves_the_tokenizer_as_it_was(setup, config
 
 
 def test_what_counts_as_running_out():
-    assert oom.is_it(torch.cuda.OutOfMemoryError("any"))
-    assert oom.is_it(RuntimeError("CUDA error: out of memory"))
-    assert not oom.is_it(RuntimeError("shapes do not match"))
+    assert oom.is_oom_error(torch.cuda.OutOfMemoryError("any"))
+    assert oom.is_oom_error(RuntimeError("CUDA error: out of memory"))
+    assert not oom.is_oom_error(RuntimeError("shapes do not match"))

@@ -6,7 +6,7 @@ from threading import Thread
 import pytest
 import torch
 
-from qlora_helpers import UserError, runs
+from qlora_helpers import UserError, files
 from qlora_helpers.chat import panel, side_by_side
 from qlora_helpers.chat.side_by_side import Table
 from qlora_helpers.data import chat_template, prompts, sources
@@ -33,7 +33,7 @@ def make_runs(config, tmp_path_factory):
                 if "lora_B" in key:
                     p.data.normal_(std=0.3)
             built.save_pretrained(run.adapter)
-            runs.write_json(run / "config.json", {"identity": {}, "config": own.to_dict()})
+            files.write_json(run / "config.json", {"identity": {}, "config": own.to_dict()})
             experiments[name] = [run]
         return experiments
 

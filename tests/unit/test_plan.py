@@ -12,10 +12,10 @@ from qlora_helpers.__main__ import main
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device
 from qlora_helpers.errors import UserError
-from qlora_helpers.evaluation import losses
+from qlora_helpers.evaluation import comparison, losses
 from qlora_helpers.evaluation.comparison import Difference
 from qlora_helpers.planning import measurements, memory, plan, step_time, tables
-from qlora_helpers.planning.gpus import CARDS
+from qlora_helpers.planning.gpus import GPUS
 from qlora_helpers.runs import RunFolder
 from qlora_helpers.training import oom
 
@@ -60,7 +60,7 @@ def test_tinyllama_trains_what_the_report_should_have_said():
 
 def test_weights_in_four_bits_are_what_torch_counted():
     for line in measurements.read("settings"):
-        load = memory.load_of(measurements.config_of(line))
+        load = memory.workload_of(measurements.config_of(line))
         assert sum(memory.static_parts(load).values()) / memory.GIB == pytest.approx(line["start"], rel=0.01)
 
 
@@ -84,7 +84,7 @@ def test_more_of_anything_never_takes_less(settings):
     total = plan.plan_memory(config).total
     for name in ("batch_size", "max_length", "rank"):
         assert plan.plan_memory(config.replace(**{name: 2 * getattr(config, name)})).total >= total
-    packed, plain = (sum(memory.static_parts(memory.load_of(config, m)).values()) for m in ("qlora", "lora"))
+    packed, plain = (sum(memory.static_parts(memory.workload_of(config, m)).values()) for m in ("qlora", "lora"))
     assert packed < plain
 
 
@@ -106,7 +106,7 @@ def test_a_large_card_gets_the_whole_batch_and_a_small_one_checkpointing():
     assert split.gradient_checkpointing
     single = config.replace(batch_size=1, gradient_accumulation=16, gradient_checkpointing=False)
     assert plan.plan_memory(single, "t4").fits
-    times = [step_time.seconds(one, CARDS["t4"]) for one in (whole, split, single)]
+    times = [step_time.seconds(one, GPUS["t4"]) for one in (whole, split, single)]
     assert times == sorted(times)
 
 
@@ -122,7 +122,7 @@ def test_hours_grow_with_the_rows_and_with_the_model_and_need_a_card():
     cells = {(line["model"], line["method"]): line for line in table}
     small, large = cells["llama2-7b", "qlora"], cells["llama2-70b", "qlora"]
     assert small["card"] == "t4"
-    seconds = llama.epochs * 1000 / llama.effective_batch * step_time.seconds(llama, CARDS["t4"])
+    seconds = llama.epochs * 1000 / llama.effective_batch * step_time.seconds(llama, GPUS["t4"])
     assert small["1,000 rows"] == f"{seconds / 3600:.1f} h"
     assert float(small["2,000 rows"][:-2]) == pytest.approx(2 * float(small["1,000 rows"][:-2]), abs=0.15)
     assert large["card"] == "a100-80"
@@ -149,9 +149,9 @@ def test_the_nearest_fit_fits():
 @pytest.mark.parametrize(("preset", "most"), [("tinyllama-guanaco-100", (8, 128)), ("llama31-8b", (8, 32))])
 def test_evaluation_takes_so_many_at_once_that_training_needs_more(preset, most):
     config = Config.preset(preset)
-    load = memory.load_of(config)
+    load = memory.workload_of(config)
     training = sum(memory.training_parts(load).values())
-    rows, questions = losses.at_once(config, T4)
+    rows, questions = losses.eval_batch_sizes(config, T4)
     assert (rows, questions) == most
     assert sum(memory.heldout_parts(load, rows).values()) <= training
     assert sum(memory.answer_parts(load, questions).values()) <= training
@@ -160,7 +160,7 @@ def test_evaluation_takes_so_many_at_once_that_training_needs_more(preset, most)
 
 def test_a_kind_of_model_that_is_not_planned_is_evaluated_in_small_parts(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    assert losses.at_once(Config.preset("llama31-8b", model=str(tmp_path)), T4) == (1, 8)
+    assert losses.eval_batch_sizes(Config.preset("llama31-8b", model=str(tmp_path)), T4) == (1, 8)
 
 
 def test_a_recipe_on_another_model_gets_that_models_layers_and_no_pinned_revision():
@@ -239,7 +239,7 @@ def test_hours_grow_with_rows_and_epochs(capsys):
     assert hours == pytest.approx([first, 10 * first, 3 * first, 30 * first], rel=1e-6)
     config = Config.preset("tinyllama-guanaco-100", model="llama2-7b", batch_size=4, max_length=512)
     config = config.replace(gradient_accumulation=1)
-    assert first == pytest.approx(12_500 * step_time.seconds(config, CARDS["l4"]) / 3600)
+    assert first == pytest.approx(12_500 * step_time.seconds(config, GPUS["l4"]) / 3600)
 
 
 @pytest.mark.parametrize(
@@ -290,9 +290,9 @@ def test_shrinking_halves_to_the_end_and_then_stops(tmp_path):
 
 def test_cards_are_those_whose_memory_is_enough():
     found = plan.plan_memory(Config.preset("llama31-8b"))
-    for card, known in CARDS.items():
-        assert (card in tables.cards(found)) == (found.peak + known.context <= known.memory)
-        assert plan.plan_memory(Config.preset("llama31-8b"), card).fits == (card in tables.cards(found))
+    for card, known in GPUS.items():
+        assert (card in tables.other_gpus(found)) == (found.peak + known.context <= known.memory)
+        assert plan.plan_memory(Config.preset("llama31-8b"), card).fits == (card in tables.other_gpus(found))
 
 
 def test_the_grid_has_a_line_a_setting_and_a_word_a_device():
@@ -323,7 +323,7 @@ def test_which_to_take_follows_from_the_interval_then_memory_then_time(gap, memo
         {"run": name, "peak GiB": size, "seconds a step": time}
         for name, size, time in zip("AB", memory_, seconds, strict=True)
     ]
-    assert tables.take(found, rows).startswith(said)
+    assert comparison.recommend(found, rows).startswith(said)
 
 
 def test_a_gpu_is_told_before_the_weights_are_loaded(capsys, tmp_path):

@@ -19,11 +19,13 @@ from qlora_helpers import plots
 from qlora_helpers.data.cleaning import Cleaned, Data
 from qlora_helpers.data.prompts import Example
 from qlora_helpers.data.schema import Row
+from qlora_helpers.evaluation import learning_curve
 from qlora_helpers.evaluation.comparison import Arm
 from qlora_helpers.evaluation.learning_curve import Curve
 from qlora_helpers.evaluation.losses import RowLoss
-from qlora_helpers.runs import ROOT, RunFolder
-from qlora_helpers.training import live
+from qlora_helpers.files import ROOT
+from qlora_helpers.runs import RunFolder
+from qlora_helpers.training import callbacks
 
 
 def example(tokens: int, cut: int = 0) -> Example:
@@ -86,7 +88,7 @@ FIGURES = {
     "loss_curves": lambda: plots.loss_curves({"exp1": log([2.0, 1.9]), "exp2": log([2.0, 1.8, 1.7])}),
     "loss_curves of three": lambda: plots.loss_curves({name: log([2.0, 1.9]) for name in "abc"}),
     "differences": lambda: plots.differences(RESULT),
-    "learning_curves": lambda: plots.learning_curves(CURVES),
+    "learning_curves": lambda: learning_curve.figure(CURVES),
 }
 
 
@@ -230,7 +232,7 @@ def test_differences_takes_an_interval_without_end() -> None:
 
 
 def test_learning_curves_show_losses_below_the_base_model_s() -> None:
-    figure = plots.learning_curves(CURVES)
+    figure = learning_curve.figure(CURVES)
     axes = figure.axes[0]
     assert words(figure) == ["base model", "equal epochs", "equal steps"]
     assert list(axes.lines[0].get_ydata()) == [3.0, 3.0]
@@ -289,7 +291,7 @@ def notebook(monkeypatch) -> FakeNotebook:
     fake = FakeNotebook()
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=object())))
     monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=fake.display))
-    monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: fake.now))
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: fake.now))
     return fake
 
 
@@ -306,11 +308,11 @@ def drawn(figure: Figure) -> tuple[list[float], list[float]]:
 def test_live_loss_is_a_trainer_callback(tmp_path) -> None:
     from transformers import TrainerCallback
 
-    assert isinstance(live.LiveLoss(RunFolder(tmp_path)), TrainerCallback)
+    assert isinstance(callbacks.LiveLoss(RunFolder(tmp_path)), TrainerCallback)
 
 
 def test_live_loss_keeps_to_one_display_and_to_two_seconds(tmp_path, notebook) -> None:
-    callback, lines = live.LiveLoss(RunFolder(tmp_path)), log([2.0, 1.9, 1.8, 1.7])[1:]
+    callback, lines = callbacks.LiveLoss(RunFolder(tmp_path)), log([2.0, 1.9, 1.8, 1.7])[1:]
     callback.on_log(None, state(lines[:1]), None)
     notebook.now += 1.9
     callback.on_log(None, state(lines[:2]), None)
@@ -323,7 +325,7 @@ def test_live_loss_keeps_to_one_display_and_to_two_seconds(tmp_path, notebook) -
 
 
 def test_live_loss_shows_an_evaluation_after_the_end(tmp_path, notebook) -> None:
-    callback, lines = live.LiveLoss(RunFolder(tmp_path)), log([2.0, 1.9, 1.8, 1.7])[1:]
+    callback, lines = callbacks.LiveLoss(RunFolder(tmp_path)), log([2.0, 1.9, 1.8, 1.7])[1:]
     callback.on_train_end(None, state(lines[:-1]), None)
     callback.on_evaluate(None, state(lines), None)
     assert drawn(notebook.calls[-1][1])[1] == [10, 20, 30]
@@ -332,14 +334,14 @@ def test_live_loss_shows_an_evaluation_after_the_end(tmp_path, notebook) -> None
 def test_live_loss_starts_from_the_loss_before_training(tmp_path, notebook) -> None:
     lines = log([2.0, 1.9])
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[:4]))
-    live.LiveLoss(RunFolder(tmp_path)).on_log(None, state(lines[1:5]), None)
+    callbacks.LiveLoss(RunFolder(tmp_path)).on_log(None, state(lines[1:5]), None)
     assert drawn(notebook.calls[0][1]) == ([1, 2, 3, 4], [0])
 
 
 @pytest.mark.parametrize("shell", [None, SimpleNamespace()])
 def test_live_loss_is_silent_without_a_kernel(tmp_path, notebook, monkeypatch, shell) -> None:
     monkeypatch.setattr(sys.modules["IPython"], "get_ipython", lambda: shell)
-    callback = live.LiveLoss(RunFolder(tmp_path))
+    callback = callbacks.LiveLoss(RunFolder(tmp_path))
     for event in (callback.on_log, callback.on_evaluate, callback.on_train_end):
         event(None, state(log([2.0, 1.9])), None)
     assert notebook.calls == []
@@ -353,6 +355,6 @@ def test_live_loss_does_not_import_ipython(tmp_path, monkeypatch) -> None:
         assert not name.startswith("IPython")
         return real(name, *args, **kwargs)
 
-    callback = live.LiveLoss(RunFolder(tmp_path))
+    callback = callbacks.LiveLoss(RunFolder(tmp_path))
     monkeypatch.setattr(builtins, "__import__", refuse)
     callback.on_train_end(None, state(log([2.0, 1.9])), None)

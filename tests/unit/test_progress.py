@@ -9,7 +9,7 @@ import pytest
 from qlora_helpers.data import cleaning
 from qlora_helpers.planning import step_time
 from qlora_helpers.runs import RunFolder
-from qlora_helpers.training import progress, trainer
+from qlora_helpers.training import callbacks, trainer
 
 STEPS = range(21, 101)
 
@@ -29,7 +29,7 @@ class Screen(io.StringIO):
 def clock(monkeypatch):
     """The time, which a test sets."""
     now = SimpleNamespace(seconds=100.0)
-    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now.seconds))
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: now.seconds))
     return now
 
 
@@ -40,7 +40,7 @@ def show(clock, monkeypatch):
     def run_it(terminal, steps=STEPS):
         screen = Screen(terminal)
         monkeypatch.setattr(sys, "stdout", screen)
-        callback, state = progress.Progress(), SimpleNamespace(global_step=20, max_steps=100)
+        callback, state = callbacks.Progress(), SimpleNamespace(global_step=20, max_steps=100)
         callback.on_train_begin(None, state, None)
         for step in steps:
             clock.seconds += 2

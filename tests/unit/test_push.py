@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_helpers import UserError, runs
+from qlora_helpers import UserError, files
 from qlora_helpers.__main__ import main
 from qlora_helpers.evaluation import model_card
 from qlora_helpers.export import pipeline
@@ -106,7 +106,7 @@ def shipped(run, tmp_path_factory):
 
 
 def losses(folder, each):
-    runs.write_jsonl(
+    files.write_jsonl(
         folder / "heldout_losses.jsonl",
         [{"id": name, "loss_sum": each * 10, "tokens": 10, "bytes": 9} for name in ("a", "b", "c")],
     )
@@ -218,7 +218,7 @@ def test_the_card_has_intervals_where_the_bases_losses_lie_beside_the_run(make_r
     assert "| 1.0000 (-1.0000) |" in plain
     losses(made, 2.5)
     losses(made.path.parent / "base-0", 3.0)
-    runs.write_jsonl(
+    files.write_jsonl(
         made / "answers.jsonl",
         [{"prompt": "p", "reference": "a b", "answer": "a b", "stopped": True, "invented": False}] * 2,
     )
@@ -246,7 +246,7 @@ def test_the_card_has_intervals_where_the_bases_losses_lie_beside_the_run(make_r
 def test_the_licence_is_the_bases_own(config, tmp_path, header, want):
     if header is not None:
         (tmp_path / "README.md").write_text(header)
-    assert hub.licence(config.replace(model=str(tmp_path))) == want
+    assert hub.license(config.replace(model=str(tmp_path))) == want
 
 
 def test_the_card_names_base_data_and_licence_and_no_place_of_theirs(make_run, model_folder, tmp_path):
@@ -257,7 +257,7 @@ def test_the_card_names_base_data_and_licence_and_no_place_of_theirs(make_run, m
     config = made.config().replace(dataset=str(tmp_path / "my-rows.jsonl"))
     card = model_card.render(made, config, metrics)
     assert "license: mit\n" in card
-    assert "Licence: that of the base model, mit." in card
+    assert "License: that of the base model, mit." in card
     assert "Data: my-rows.jsonl (" in card
     assert "Base model: my-base.\n" in card
     assert "base_model:" not in card  # the hub takes ids only

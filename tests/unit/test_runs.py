@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from qlora_helpers import Config, UserError, runs
+from qlora_helpers import Config, UserError, files, runs
 from qlora_helpers.runs import RunFolder
 
 ME = {"config": "aaaaaaaaaaaa", "data": "1"}
@@ -17,9 +17,9 @@ OTHER = {"config": "bbbbbbbbbbbb", "data": "1"}
 
 def make_run(folder, name, identity, complete=False):
     run = RunFolder(folder / name)
-    runs.write_json(run / "config.json", {"identity": identity})
+    files.write_json(run / "config.json", {"identity": identity})
     if complete:
-        runs.write_json(run / "metrics.json", {})
+        files.write_json(run / "metrics.json", {})
     return run
 
 
@@ -33,11 +33,11 @@ def make_checkpoint(run, step, identity=ME):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.json"
-    runs.write_json(path, {"old": 1})
+    files.write_json(path, {"old": 1})
     with pytest.raises(TypeError):
-        runs.write_json(path, {"new": object()})
+        files.write_json(path, {"new": object()})
     with pytest.raises(ZeroDivisionError):
-        runs.write_jsonl(path, ({"half": 1 / number} for number in (1, 0)))
+        files.write_jsonl(path, ({"half": 1 / number} for number in (1, 0)))
     assert json.loads(path.read_text("utf-8")) == {"old": 1}
     assert list(tmp_path.iterdir()) == [path]
 
@@ -47,8 +47,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_any_text_comes_back_from_jsonl(tmp_path_factory, texts):
     path = tmp_path_factory.getbasetemp() / "any-text.jsonl"
     rows = [{"answer": text} for text in texts]
-    runs.write_jsonl(path, rows)
-    assert runs.read_jsonl(path) == rows
+    files.write_jsonl(path, rows)
+    assert files.read_jsonl(path) == rows
 
 
 def test_workdir_is_made(tmp_path, monkeypatch):
@@ -96,7 +96,7 @@ def test_a_folder_asked_for_that_holds_another_configs_run_is_refused(tmp_path):
     config = Config()
     run = RunFolder(tmp_path / "mine")
     runs.check_free(run, config)
-    runs.write_json(run / "config.json", {"identity": {"config": config.identity}, "config": config.to_dict()})
+    files.write_json(run / "config.json", {"identity": {"config": config.identity}, "config": config.to_dict()})
     runs.check_free(run, config.replace(save_steps=7))
     with pytest.raises(UserError, match="rank 16 there, 8 here"):
         runs.check_free(run, config.replace(rank=8))
@@ -119,8 +119,8 @@ def test_a_second_process_is_turned_away(tmp_path):
     )
     command = [sys.executable, "-c", code, str(run.path)]
     with runs.lock(run):
-        held = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
-    free = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
+        held = subprocess.run(command, cwd=files.ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
+    free = subprocess.run(command, cwd=files.ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
     assert "in use by another process" in held
     assert free.strip() == "in"
 
@@ -183,4 +183,4 @@ def test_a_missing_file_says_which(tmp_path):
     with pytest.raises(UserError, match=r"no metrics\.json"):
         RunFolder(tmp_path).read("metrics.json")
     assert RunFolder(tmp_path).identity() is None
-    assert not RunFolder(tmp_path).complete
+    assert not RunFolder(tmp_path).finished

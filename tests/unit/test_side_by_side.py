@@ -26,7 +26,7 @@ def found(config, tmp_path_factory):
     small = config.replace(n_samples=8, n_heldout=4, n_answers=1)
     wide = small.replace(rank=8, alpha=64, target_modules=["all-linear"], template="auto")
     folder = tmp_path_factory.mktemp("runs")
-    return matrix.complete(matrix.wanted({"exp1": small, "exp2, wide": wide}, folder))
+    return matrix.train_missing(matrix.plan_runs({"exp1": small, "exp2, wide": wide}, folder))
 
 
 @pytest.fixture(scope="module", params=["nf4", "none"])
@@ -90,8 +90,8 @@ def test_a_question_is_answered_by_all(found, tokenizer, monkeypatch):
 
 
 def test_other_bases_are_refused(found, config, tmp_path):
-    other = matrix.complete(
-        matrix.wanted({"plain": config.replace(quantization="none", n_samples=4, n_heldout=4)}, tmp_path)
+    other = matrix.train_missing(
+        matrix.plan_runs({"plain": config.replace(quantization="none", n_samples=4, n_heldout=4)}, tmp_path)
     )
     with pytest.raises(UserError, match="plain has another base than exp1"):
         side_by_side.ask(["Why?"], {"exp1": found["exp1"], **other})

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from qlora_helpers import Config, UserError, __main__, runs
+from qlora_helpers import Config, UserError, __main__, files, runs
 from qlora_helpers.data import cleaning
 from qlora_helpers.evaluation import comparison, learning_curve
-from qlora_helpers.experiments import matrix, series, sweep
+from qlora_helpers.experiments import matrix, series
 from qlora_helpers.runs import RunFolder
 
 SEEDS = [0]
@@ -19,27 +19,30 @@ def cleaned(config, tokenizer):
 
 
 def planned(config, cleaned, tokenizer, folder, counts=(4, 8), seeds=SEEDS, **lists):
-    settings = [*sweep.sizes(config, counts), *sweep.knobs(config, max(counts), lists)]
-    return sweep.needed(settings, seeds, cleaned, tokenizer, folder)
+    settings = [*matrix.size_settings(config, counts), *matrix.one_at_a_time(config, max(counts), lists)]
+    return matrix.batch_runs(settings, seeds, cleaned, tokenizer, folder)
 
 
 def test_the_profile_s_sizes(config, cleaned):
-    assert sweep.counts(config, cleaned) == ([12, 24, 48], [])
+    assert matrix.training_sizes(config, cleaned) == ([12, 24, 48], [])
     for profile in ("t4", "gpu"):
-        sizes, _ = sweep.counts(Config.from_params(profile=profile, n_heldout=6), cleaned)
+        sizes, _ = matrix.training_sizes(Config.from_params(profile=profile, n_heldout=6), cleaned)
         assert sizes[:4] == [25, 50, 100, 200]
 
 
 def test_sizes_above_the_data_give_way_to_all_there_is(config, cleaned):
     left = len(cleaned.train)
-    sizes, remarks = sweep.counts(config, cleaned, [8, 100_000, left + 1])
+    sizes, remarks = matrix.training_sizes(config, cleaned, [8, 100_000, left + 1])
     assert sizes == [8, left]
     assert remarks == [f"sample_counts: the data has {left} rows to train on: {left} instead of {left + 1}, 100000"]
-    assert sweep.counts(config, cleaned, [left, 8]) == ([8, left], [])
+    assert matrix.training_sizes(config, cleaned, [left, 8]) == ([8, left], [])
 
 
 def test_a_size_named_twice_is_run_once(config, cleaned):
-    assert sweep.counts(config, cleaned, [8, 4, 8]) == ([4, 8], ["sample_counts: 8 named more than once, run once"])
+    assert matrix.training_sizes(config, cleaned, [8, 4, 8]) == (
+        [4, 8],
+        ["sample_counts: 8 named more than once, run once"],
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,29 +62,29 @@ def test_a_size_named_twice_is_run_once(config, cleaned):
 )
 def test_what_is_no_list_of_sizes_is_refused(config, cleaned, asked, message):
     with pytest.raises(UserError, match=message):
-        sweep.counts(config, cleaned, asked)
+        matrix.training_sizes(config, cleaned, asked)
 
 
 def test_too_few_rows_are_counted(config, tokenizer):
     cleaned = cleaning.clean(config.replace(n_heldout=10_000), tokenizer)
     with pytest.raises(UserError, match="0 usable rows are left"):
-        sweep.counts(config.replace(n_heldout=10_000), cleaned)
+        matrix.training_sizes(config.replace(n_heldout=10_000), cleaned)
 
 
 def test_equal_steps_repeat_the_smaller_sizes(config):
     """16 rows in batches of 4 for 3 epochs are 12 steps; so are 4 rows for 12 epochs, and 9 rows for 4."""
-    found = sweep.equal_steps(config.replace(epochs=3), [4, 9, 16])
+    found = matrix.equal_step_settings(config.replace(epochs=3), [4, 9, 16])
     assert [(s.name, s.folder, s.config.n_samples, s.config.epochs) for s in found] == [
         ("4 rows, 12 steps", "n4-epochs12", 4, 12),
         ("9 rows, 12 steps", "n9-epochs4", 9, 4),
         ("16 rows", "n16", 16, 3),
     ]
-    assert found[-1] == sweep.sizes(config.replace(epochs=3), [16])[0]
+    assert found[-1] == matrix.size_settings(config.replace(epochs=3), [16])[0]
 
 
 def test_knobs_change_one_value_each(config):
     lists = {"learning_rates": [1e-3, 0.01], "ranks": [8], "epochs_list": None, "effective_batches": [8, 6, 5]}
-    base, *changed = sweep.knobs(config, 8, lists)
+    base, *changed = matrix.one_at_a_time(config, 8, lists)
     assert (base.name, base.config) == ("8 rows", config.replace(n_samples=8))
     plain = base.config.to_dict()
     differ = {s.name: {k: v for k, v in s.config.to_dict().items() if v != plain[k]} for s in changed}
@@ -96,8 +99,8 @@ def test_knobs_change_one_value_each(config):
 
 
 def test_nothing_to_turn_needs_no_base(config):
-    assert sweep.knobs(config, 8, dict.fromkeys(sweep.KNOBS)) == []
-    assert sweep.knobs(config, 8, {"ranks": [config.rank]}) == []
+    assert matrix.one_at_a_time(config, 8, dict.fromkeys(matrix.SETTINGS)) == []
+    assert matrix.one_at_a_time(config, 8, {"ranks": [config.rank]}) == []
 
 
 @pytest.mark.parametrize(
@@ -113,7 +116,7 @@ def test_nothing_to_turn_needs_no_base(config):
 )
 def test_bad_values_are_refused(config, lists, message):
     with pytest.raises(UserError, match=message):
-        sweep.knobs(config, 8, lists)
+        matrix.one_at_a_time(config, 8, lists)
 
 
 def test_every_run_is_planned_once(config, cleaned, tokenizer, tmp_path):
@@ -171,12 +174,12 @@ def test_a_stopped_batch_goes_on_and_reuses_runs_under_any_name(batch, config, c
     assert batch(tmp_path, stop_at=1) == (["n4-seed0"], None)
     (tmp_path / "n4-seed0").rename(tmp_path / "exp1")
     needed = planned(config.replace(n_answers=2), cleaned, tokenizer, tmp_path, ranks=[8])
-    absent, minutes = matrix.missing(needed)
+    absent, minutes = matrix.missing_runs(needed)
     assert [item.name for item in absent] == ["n8-seed0", "n8-rank8-seed0"]
     assert minutes.startswith("about 70 s")  # two starts of 35 s: the steps of so small a model take no time
     half = tmp_path / "half"  # cut off in the middle: its config is there, its metrics are not
     half.mkdir()
-    runs.write_json(
+    files.write_json(
         half / "config.json",
         {"identity": cleaning.identity(absent[0].config, absent[0].data), "config": absent[0].config.to_dict()},
     )
@@ -189,7 +192,7 @@ def test_a_stopped_batch_goes_on_and_reuses_runs_under_any_name(batch, config, c
         "rank 8": ["n8-rank8-seed0"],
     }
     assert batch(tmp_path, ranks=[8])[0] == []
-    assert matrix.missing(needed)[0] == []
+    assert matrix.missing_runs(needed)[0] == []
     _curve_of(found)
 
 
@@ -202,11 +205,11 @@ def _curve_of(found):
     assert line.base_loss == pytest.approx(found["4 rows"][0].read("metrics.json")["base_eval_loss"])
     assert list(line.arms) == [4, 8]
     assert line.to_dict()["against_base"]["8"]["value"] == pytest.approx(losses[1] - line.base_loss)
-    (turned,) = learning_curve.turned({name: found[name] for name in ("8 rows", "rank 8")})
+    (turned,) = learning_curve.compare_settings({name: found[name] for name in ("8 rows", "rank 8")})
     assert (turned.a, turned.b) == (learning_curve.BASE_SETTING, "rank 8")
     changed = found["rank 8"][0].read("metrics.json")["eval_loss"]
     assert turned.value == pytest.approx(changed - losses[1])
-    assert learning_curve.turned({}) == []
+    assert learning_curve.compare_settings({}) == []
     assert len(comparison.compare(sizes)["differences"]) == 5
 
 
@@ -218,8 +221,8 @@ def test_the_batch_command_refuses_a_folder_of_another_run(config, tmp_path, cap
         assert __main__.main([*words, *wrong]) == 2
         assert not out.exists()
     settings = Config.from_params(profile="cpu", model=config.model, n_samples=8, rank=2)
-    runs.write_json(out / "n8-seed0" / "config.json", {"identity": {"config": "x"}, "config": settings.to_dict()})
+    files.write_json(out / "n8-seed0" / "config.json", {"identity": {"config": "x"}, "config": settings.to_dict()})
     assert __main__.main(words) == 2
     assert "rank 2 there, 16 here" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["n8-seed0"]
-    assert not RunFolder(out / "n8-seed0").complete
+    assert not RunFolder(out / "n8-seed0").finished

@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from qlora_helpers import UserError, arithmetic, runs
+from qlora_helpers import UserError, runs
 from qlora_helpers.data import cleaning
 from qlora_helpers.device import detect
 from qlora_helpers.evaluation import losses
 from qlora_helpers.models import qlora
+from qlora_helpers.planning import compute_dtype
 from qlora_helpers.runs import RunFolder
 from qlora_helpers.training import trainer
 
@@ -235,7 +236,7 @@ def test_a_cut_off_run_ends_like_any_other(trained, train, tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         train(run, [Interrupt(5)])
     assert [line["step"] for line in steps(run)] == [1, 2, 3, 4, 5]  # one past the checkpoint
-    assert not run.complete
+    assert not run.finished
     count = Count()
     train(run, [count])
     assert count.steps == 4
@@ -376,7 +377,7 @@ def test_an_adapter_that_does_not_move_is_no_result(train, tmp_path):
     run = RunFolder(tmp_path / "run")
     with pytest.raises(UserError, match="not moved"):
         train(run, learning_rate=0.0, epochs=1)
-    assert not run.complete
+    assert not run.finished
 
 
 def test_a_folder_in_use_is_refused(train, tmp_path):
@@ -394,7 +395,7 @@ def test_the_log_is_valid_json(trained):
 def test_a_base_that_computes_otherwise_is_measured_for_itself(config, data, tmp_path):
     """Without a GPU, a run that trains biases has its base in float32: losses in bf16 are not its own."""
     own = config.replace(compute_dtype="bfloat16")
-    here = [arithmetic.device_for(own.replace(bias=bias)) for bias in ("none", "all")]
+    here = [compute_dtype.device_for(own.replace(bias=bias)) for bias in ("none", "all")]
     assert [device.dtype for device in here] == ["bfloat16", "float32"]
     plain, biased = (losses.baseline_folder(config, data, device, tmp_path) for device in here)
     assert plain.name != biased.name

@@ -123,7 +123,7 @@ def test_a_token_reaches_no_file_and_no_output(config, tokenizer, tmp_path, monk
     with pytest.raises(UserError) as caught:
         hub.load_tokenizer(config.replace(model="nobody/nothing"))
     said = capfd.readouterr()
-    assert run.complete
+    assert run.finished
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 10
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []

@@ -1,0 +1,130 @@
+"""How fast this CPU computes in float32 and in bfloat16: timed once per machine, and stored."""
+
+import json
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from qlora_helpers import files
+
+CANDIDATES = ("float32", "bfloat16")
+WORTHWHILE = 1.2  # bfloat16 rounds more coarsely: it has to be this much faster
+TOKENS, FEW_TOKENS = 256, 8  # rows of the timed product, and of a first look
+WIDEST = 2048  # wider layers are as fast as this one, and take longer to time
+ROUNDS = 4
+HOPELESS = 3.0  # times slower at the first look
+USUAL_SIZE = (576, 1536)  # hidden and intermediate size of the embedded model, for models whose config is not known
+STORE = "cpu_speed.json"
+
+
+@dataclass(frozen=True)
+class CpuSpeed:
+    """Measured speed of matrix products on this CPU, forward and backward, in 10^9 operations a second."""
+
+    float32: float
+    bfloat16: float
+
+    @property
+    def dtype(self) -> str:
+        """The dtype to compute in: bfloat16 if it is at least `WORTHWHILE` times as fast, else float32."""
+        return "bfloat16" if self.bfloat16 >= WORTHWHILE * self.float32 else "float32"
+
+    @property
+    def reason(self) -> str:
+        """Why, with both figures."""
+        return (
+            f"measured on this CPU: {self.bfloat16:.0f} GFLOP/s in bfloat16, {self.float32:.0f} in float32; "
+            f"bfloat16 is used from {WORTHWHILE:g} times the speed"
+        )
+
+
+@cache
+def lookup(hidden: int, intermediate: int) -> CpuSpeed:
+    """Speed of this CPU on products of this size: as stored for this machine, else measured and stored (0.2 s).
+
+    Stored, so that runs that are compared use one dtype. The processor, torch's version and the number of threads
+    make up the key.
+    """
+    import filelock
+
+    size = min(hidden, WIDEST), min(intermediate, WIDEST)
+    key, path = json.dumps([*cache_key(), *size]), files.cache_folder() / STORE
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(f"{path}.lock"):
+            stored = _stored(path)
+            if (speed := _speed(stored.get(key))) is None:
+                speed = measure(*size)
+                files.write_json(path, stored | {key: asdict(speed)})
+            return speed
+    except OSError:  # a cache that cannot be written: this process measures for itself
+        return measure(*size)
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _speed(entry: Any) -> CpuSpeed | None:
+    """An entry of the store; None if it is missing or damaged."""
+    try:
+        return CpuSpeed(**{name: float(entry[name]) for name in CANDIDATES})
+    except (TypeError, KeyError, ValueError):
+        return None
+
+
+def cache_key() -> tuple[Any, ...]:
+    """All that the speed of a product depends on, besides its size."""
+    import torch
+
+    limits = [os.environ.get(name, "") for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")]
+    return (cpu_name(), torch.__version__, torch.get_num_threads(), *limits)
+
+
+def measure(n_in: int, n_out: int) -> CpuSpeed:
+    """Time a linear layer with frozen weights, forward and backward, in both dtypes; the fastest of a few rounds.
+
+    A candidate that is hopeless on a few rows is not timed on more: without instructions for bfloat16 a single product
+    of a large model takes seconds.
+    """
+    few = {name: _seconds(name, FEW_TOKENS, n_in, n_out) for name in CANDIDATES}
+    hopeful = [name for name in CANDIDATES if few[name] < HOPELESS * min(few.values())]
+    many = [{name: _seconds(name, TOKENS, n_in, n_out) for name in hopeful} for _ in range(ROUNDS)]
+    operations = 2 * 2 * n_in * n_out  # of a row: a product and a sum, forward and backward
+    speed = {name: FEW_TOKENS * operations / few[name] for name in CANDIDATES}
+    speed |= {name: TOKENS * operations / min(taken[name] for taken in many) for name in hopeful}
+    return CpuSpeed(**{name: round(value / 1e9, 1) for name, value in speed.items()})
+
+
+def _seconds(dtype: str, tokens: int, n_in: int, n_out: int) -> float:
+    """The second of two runs of the layer: the first warms up."""
+    import torch
+
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    x = torch.ones(tokens, n_in, requires_grad=True, **options)
+    weight, gradient = torch.ones(n_out, n_in, **options), torch.ones(tokens, n_out, **options)
+    taken = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        torch.autograd.grad(torch.nn.functional.linear(x, weight), x, gradient)
+        taken = time.perf_counter() - began
+    return taken
+
+
+def cpu_name() -> str:
+    """The processor, the cores that this process may use, and the vector instructions that torch uses on it."""
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = next(iter(names), platform.processor() or platform.machine())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"

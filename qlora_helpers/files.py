@@ -1,0 +1,63 @@
+"""Files: JSON written whole and renamed into place, the cache folder, and short hashes."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from qlora_helpers.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write whole, then rename: a kill leaves the old file or the new one, never a half."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write whole, then rename, like `write_json`."""
+    _write(path, [text])
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """One JSON object a line, written whole and renamed. A row may hold what JSON has no word for, such as a date of a
+    Parquet file, or half a character: the first becomes text, the second is escaped.
+    """
+    _write(path, (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
+
+
+def _write(path: Path, parts: Iterable[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(parts)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All rows of a file that this package wrote; a damaged one is an error that names it."""
+    try:
+        return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError) as error:
+        raise UserError(f"file: {path} cannot be read ({error}). Fix: delete its folder and run again.") from None
+
+
+def short_hash(content: Any) -> str:
+    """First 12 hex digits of the sha256 of a JSON value: a name for what it stands for."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+
+
+def cache_folder() -> Path:
+    """`QLORA_CACHE`, else the user's cache folder."""
+    home = os.environ.get("QLORA_CACHE") or os.environ.get("XDG_CACHE_HOME")
+    return Path(home).expanduser() / "qlora_helpers" if home else Path.home() / ".cache" / "qlora_helpers"
