@@ -18,7 +18,9 @@ from typing import Any
 from qlora_helpers import __main__ as command_line
 from qlora_helpers import plots
 from qlora_helpers.config import Config, load_preset, preset_names
-from qlora_helpers.evaluation import report
+from qlora_helpers.evaluation import comparison, differences, report
+from qlora_helpers.evaluation.comparison import BASE, FEW_SHOT, Comparison
+from qlora_helpers.evaluation.differences import Difference
 from qlora_helpers.planning import gpus, measurements
 from qlora_helpers.runs import RunFolder
 
@@ -34,7 +36,7 @@ TITLES = {
     "h100-smollm2-fp16": "The first two experiments as on a T4: fp16, 14.56 GiB",
     "h100-tinyllama-shape-t4": "TinyLlama's shape with random weights, as on a T4 (its losses mean nothing)",
 }
-BASE, FEW_SHOT, SMALL, LONGER, LARGE = "base", "base + 3 examples", "100 rows", "100 rows, 250 steps", "200 rows"
+SMALL, LONGER, LARGE = "100 rows", "100 rows, 250 steps", "200 rows"
 PLAN = "plan --preset llama31-8b --memory 16"
 
 
@@ -65,17 +67,17 @@ def _badge() -> str:
 def _answer() -> str:
     """The first of the study's questions, answered by the base model and by the last experiment."""
     result = _read(STUDY)
-    entry, line = result["answers"][0], result["table"][-1]
-    run = RunFolder(ROOT / "results" / STUDY / line["run"])
+    entry, line = result.answers[0], result.table[-1]
+    run = RunFolder(ROOT / "results" / STUDY / line.run)
     used, metrics = run.read("config.json")["config"], run.read("metrics.json")
-    said = {"base model": entry[BASE], "fine-tuned": entry[line["name"]]}
+    said = {"base model": entry[BASE], "fine-tuned": entry[line.name]}
     cells = [[name, _code(text)] for name, text in said.items()]
     return _join(
         _table(["", entry["prompt"]], cells),
         _wrap(
             f"Model `{used['model']}`, preset `{used['preset_name']}` on {metrics['train_rows']} rows, "
-            f"{result['device']['name']}, {result['device']['dtype']}, seed {used['seed']}; greedy decoding, at "
-            f"most {used['max_new_tokens']} new tokens. This is the first of the {len(result['answers'])} recorded "
+            f"{result.device['name']}, {result.device['dtype']}, seed {used['seed']}; greedy decoding, at "
+            f"most {used['max_new_tokens']} new tokens. This is the first of the {len(result.answers)} recorded "
             "questions, not a selected one."
         ),
     )
@@ -118,46 +120,46 @@ def _findings() -> str:
     """Four sentences and their table."""
     result = _read(STUDY)
     rows = []
-    for line in result["table"]:
+    for line in result.table:
         cells = ["–"] * 3
-        if line["seeds"]:
-            against = "{value:+.4f} ({low:+.4f} to {high:+.4f})".format(**_difference(result, BASE, line["name"]))
-            cells = [f"{line['steps']:.0f}", f"{line['train_loss']:.4f}", against]
-        rows.append([line["name"], *cells[:2], f"{line['heldout_loss']:.4f}", cells[2]])
+        if line.seeds:
+            against = "{0.value:+.4f} ({0.low:+.4f} to {0.high:+.4f})".format(_difference(result, BASE, line.name))
+            cells = [f"{line.steps:.0f}", f"{line.train_loss:.4f}", against]
+        rows.append([line.name, *cells[:2], f"{line.heldout_loss:.4f}", cells[2]])
     heads = ["", "steps", "training loss", "held-out loss", "difference from the base model (95% interval)"]
     return _join(" ".join(_sentences(result)), _table(heads, rows), _made(result))
 
 
-def _sentences(result: dict[str, Any]) -> list[str]:
+def _sentences(result: Comparison) -> list[str]:
     """What the study found. Each sentence is checked against the verdicts: results that say otherwise stop this."""
-    lines = {line["name"]: line for line in result["table"]}
-    trained = [line for line in result["table"] if line["seeds"]]
-    best = min(trained, key=lambda line: line["heldout_loss"])
-    lowest = min(trained, key=lambda line: line["train_loss"])
+    lines = {line.name: line for line in result.table}
+    trained = [line for line in result.table if line.seeds]
+    best = min(trained, key=lambda line: line.heldout_loss)
+    lowest = min(trained, key=lambda line: line.train_loss)
     data = _difference(result, LONGER, LARGE)
-    ends = {name: lines[name]["text"]["ends by itself"]["value"] for name in (BASE, FEW_SHOT, best["name"])}
-    helps = all(_difference(result, rival, SMALL)["verdict"] == "better" for rival in (BASE, FEW_SHOT))
-    _require(helps and lines[FEW_SHOT]["heldout_loss"] > lines[BASE]["heldout_loss"], "only fine-tuning helps")
-    _require(data["verdict"] == "better" and lines[LONGER]["steps"] == lines[LARGE]["steps"], "more data helps")
+    ends = {name: lines[name].text["ends by itself"].value for name in (BASE, FEW_SHOT, best.name)}
+    helps = all(_difference(result, rival, SMALL).verdict == "better" for rival in (BASE, FEW_SHOT))
+    _require(helps and lines[FEW_SHOT].heldout_loss > lines[BASE].heldout_loss, "only fine-tuning helps")
+    _require(data.verdict == "better" and lines[LONGER].steps == lines[LARGE].steps, "more data helps")
     _require(lowest is not best, "the training loss misleads")
-    _require(not any(found["verdict"] == "worse" for found in result["forgetting"]), "nothing is forgotten")
-    _require(ends[BASE] < ends[best["name"]] < ends[FEW_SHOT] < 1, "few answers end")
+    _require(not any(found.verdict == "worse" for found in result.forgetting), "nothing is forgotten")
+    _require(ends[BASE] < ends[best.name] < ends[FEW_SHOT] < 1, "few answers end")
     return [
-        f"Fine-tuning `{result['model']['name']}` on {lines[SMALL]['train_rows']:.0f} rows lowered the held-out loss "
-        f"from {lines[BASE]['heldout_loss']:.4f} to {lines[SMALL]['heldout_loss']:.4f}; three examples in the prompt "
-        f"did not lower it ({lines[FEW_SHOT]['heldout_loss']:.4f}).",
-        f"More data helped beyond more steps: after {lines[LARGE]['steps']:.0f} steps each, {LARGE} beat {SMALL} by "
-        f"{-data['value']:.4f} (95% interval {-data['high']:.4f} to {-data['low']:.4f}).",
-        f"The training loss points to the wrong run: it is lowest for {lowest['name'].replace(', ', ' and ')}, which "
+        f"Fine-tuning `{result.model['name']}` on {lines[SMALL].train_rows:.0f} rows lowered the held-out loss "
+        f"from {lines[BASE].heldout_loss:.4f} to {lines[SMALL].heldout_loss:.4f}; three examples in the prompt "
+        f"did not lower it ({lines[FEW_SHOT].heldout_loss:.4f}).",
+        f"More data helped beyond more steps: after {lines[LARGE].steps:.0f} steps each, {LARGE} beat {SMALL} by "
+        f"{-data.value:.4f} (95% interval {-data.high:.4f} to {-data.low:.4f}).",
+        f"The training loss points to the wrong run: it is lowest for {lowest.name.replace(', ', ' and ')}, which "
         "does not have the lowest held-out loss.",
-        f"No forgetting shows on {result['forgetting'][0]['rows']} general questions, but only "
-        f"{ends[best['name']]:.0%} of the best run's answers ended within the token limit (base model: "
+        f"No forgetting shows on {result.forgetting[0].rows} general questions, but only "
+        f"{ends[best.name]:.0%} of the best run's answers ended within the token limit (base model: "
         f"{ends[BASE]:.0%}; with three examples: {ends[FEW_SHOT]:.0%}).",
     ]
 
 
-def _difference(result: dict[str, Any], a: str, b: str) -> dict[str, Any]:
-    return next(found for found in result["differences"] if (found["a"], found["b"]) == (a, b))
+def _difference(result: Comparison, a: str, b: str) -> Difference:
+    return next(found for found in result.differences if (found.a, found.b) == (a, b))
 
 
 def _require(holds: bool, claim: str) -> None:
@@ -183,7 +185,7 @@ def _results() -> str:
 def _recipe() -> str:
     """What was trained, from the preset and the study's own runs."""
     used = RunFolder(ROOT / "results" / BF16).read("config.json")["config"]
-    rows = [f"{line['train_rows']:.0f}" for line in _read(STUDY)["table"] if line["seeds"]]
+    rows = [f"{line.train_rows:.0f}" for line in _read(STUDY).table if line.seeds]
     return _wrap(
         f"The recipe is that of the preset [`{used['preset_name']}`](presets.md): r = {used['rank']} on "
         f"{' and '.join(f'`{name}`' for name in used['target_modules'])}, {used['max_length']} tokens, effective batch "
@@ -412,11 +414,11 @@ def _figure(name: str) -> str:
     return f"../figures/{name}.png"
 
 
-def _made(result: dict[str, Any]) -> str:
-    device = result["device"]
-    seeds = ", ".join(map(str, result["table"][-1]["seeds"]))
-    rows = f"{result['heldout_rows']} held-out rows with {result['heldout_tokens']:,} trained tokens."
-    return f"{rows} {device['name']}, {device['dtype']}, seeds {seeds}; {_packages(result)}."
+def _made(result: Comparison) -> str:
+    device = result.device
+    seeds = ", ".join(map(str, result.table[-1].seeds))
+    rows = f"{result.heldout_rows} held-out rows with {result.heldout_tokens:,} trained tokens."
+    return f"{rows} {device['name']}, {device['dtype']}, seeds {seeds}; {_packages(vars(result))}."
 
 
 def _where(manifest: dict[str, Any]) -> str:
@@ -431,8 +433,8 @@ def _log(run: str) -> list[dict[str, Any]]:
     return RunFolder(ROOT / "results" / run).log()
 
 
-def _read(name: str) -> dict[str, Any]:
-    return RunFolder(ROOT / "results" / name).read("comparison.json")
+def _read(name: str) -> Comparison:
+    return comparison.read(ROOT / "results" / name)
 
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
@@ -453,9 +455,9 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
 def main() -> None:
     """All figures, then all pages."""
     result = _read(STUDY)
-    logs = {line["name"]: _log(f"{STUDY}/{line['run']}") for line in result["table"] if line["seeds"]}
+    logs = {line.name: _log(f"{STUDY}/{line.run}") for line in result.table if line.seeds}
     figures = {
-        "differences": plots.differences(result),
+        "differences": differences.figure(result.differences),
         "loss_curves": plots.loss_curves(logs),
         "memory": plots.planned_and_measured(measurements.read("settings")),
         "arithmetic": plots.loss_curves({"bf16": _log(BF16), "fp16, as on a T4": _log(FP16)}),

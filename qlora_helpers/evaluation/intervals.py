@@ -1,6 +1,7 @@
-"""95% intervals: over held-out rows by a studentised bootstrap, over training seeds by Student's t, and both."""
+"""95% intervals: over held-out rows by a studentized bootstrap, over training seeds by Student's t, and both."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -20,6 +21,18 @@ class Interval:
     error: float = 0.0
     freedom: int = 0
 
+    def to_dict(self) -> dict[str, float | None]:
+        """Value and ends; a number that is not finite is null."""
+        numbers = {"value": self.value, "low": self.low, "high": self.high}
+        return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, float | None]) -> "Interval":
+        """The interval that `to_dict` wrote; the standard error is not in it."""
+        absent = {"value": math.nan, "low": -math.inf, "high": math.inf}
+        value, low, high = (absent[name] if (number := plain[name]) is None else number for name in absent)
+        return cls(value, low, high)
+
     def within(self, low: float, high: float) -> "Interval":
         """The same for a quantity that cannot leave `low` to `high`: a symmetric interval of few rows may."""
         return replace(self, low=max(low, self.low), high=min(high, self.high))
@@ -28,7 +41,7 @@ class Interval:
 def ratio(numerators: Sequence[float] | np.ndarray, denominators: Sequence[float] | np.ndarray) -> Interval:
     """The ratio of two sums over rows, rows drawn with replacement: a mean per token, where the second are tokens.
 
-    Studentised bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, eq. 12.22), symmetric, since
+    Studentized bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, eq. 12.22), symmetric, since
     its coverage then errs by 1/n² rather than 1/n (Hall, "The Bootstrap and Edgeworth Expansion", 1992, section 3.6);
     the standard error of a ratio from Cochran, "Sampling Techniques", 1977, eq. 6.13. A percentile interval of 64 rows
     covers less than it says; `benchmarks/calibration.py` measures this one. 10,000 resamples, fixed seed.
@@ -42,8 +55,8 @@ def ratio(numerators: Sequence[float] | np.ndarray, denominators: Sequence[float
         return Interval(float(value), float(value), float(value), 0.0, n - 1)
     values, errors = _ratio_and_error(_resamples(n), above, below)
     with np.errstate(divide="ignore", invalid="ignore"):  # few rows: a resample may hold a single one
-        studentised = np.nan_to_num((values - value) / errors, posinf=np.inf, neginf=-np.inf)
-    reach = np.quantile(np.abs(studentised), CONFIDENCE, method="inverted_cdf") * error
+        studentized = np.nan_to_num((values - value) / errors, posinf=np.inf, neginf=-np.inf)
+    reach = np.quantile(np.abs(studentized), CONFIDENCE, method="inverted_cdf") * error
     return Interval(float(value), float(value - reach), float(value + reach), float(error), n - 1)
 
 

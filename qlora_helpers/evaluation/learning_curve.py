@@ -8,8 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from qlora_helpers import plots
-from qlora_helpers.evaluation import comparison
-from qlora_helpers.evaluation.comparison import BASE, Arm, Difference
+from qlora_helpers.evaluation import differences
+from qlora_helpers.evaluation.comparison import BASE
+from qlora_helpers.evaluation.differences import Arm, Difference
 from qlora_helpers.evaluation.intervals import Interval
 from qlora_helpers.evaluation.losses import mean_loss, read_losses
 from qlora_helpers.runs import RunFolder
@@ -49,7 +50,7 @@ class Curve:
     @property
     def points(self) -> dict[int, Difference]:
         """Each size against the base model."""
-        return {rows: comparison.difference(self.base, arm) for rows, arm in self.arms.items()}
+        return {rows: differences.difference(self.base, arm) for rows, arm in self.arms.items()}
 
     @property
     def doubling(self) -> Difference:
@@ -66,12 +67,14 @@ class Curve:
     def at(self, rows: float) -> Interval:
         """The line at `rows`, less the base model's loss."""
         factors = [1, np.log2(rows)] @ _fit(self.arms, 1)
-        return comparison.contrast([*self.arms.values(), self.base], [*factors, -1])[0]
+        return differences.contrast([*self.arms.values(), self.base], [*factors, -1])[0]
 
     def _judged(self, factors: np.ndarray) -> Difference:
         arms = list(self.arms.values())
-        found, rows = comparison.contrast(arms, list(factors))
-        return Difference("n rows", "2 n rows", found.value, found.low, found.high, rows, comparison.fewest_seeds(arms))
+        found, rows = differences.contrast(arms, list(factors))
+        return Difference(
+            "n rows", "2 n rows", found.value, found.low, found.high, rows, differences.fewest_seeds(arms)
+        )
 
     def __str__(self) -> str:
         """What doubling buys, and whether a line will do."""
@@ -124,7 +127,7 @@ def compare_settings(found: Mapping[str, list[RunFolder]]) -> list[Difference]:
     """Each experiment after the first, which is the base setting, against it; nothing of nothing."""
     arms = [_arm(name, runs) for name, runs in found.items()]
     bases = [Arm(BASE_SETTING, arm.seeds) for arm in arms[:1]]
-    return [comparison.difference(base, arm) for base in bases for arm in arms[1:]]
+    return [differences.difference(base, arm) for base in bases for arm in arms[1:]]
 
 
 def largest_effect(differences: list[Difference]) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 from qlora_helpers import files
 from qlora_helpers.config import EMBEDDED_MODEL, Config
 from qlora_helpers.data import sources
-from qlora_helpers.evaluation import answers, comparison, losses
-from qlora_helpers.evaluation.comparison import Arm, Difference
+from qlora_helpers.evaluation import answers, differences, losses
+from qlora_helpers.evaluation.differences import Arm, Difference
 from qlora_helpers.evaluation.intervals import Interval
 from qlora_helpers.models import hub
 from qlora_helpers.runs import RunFolder
@@ -88,7 +88,7 @@ def _change(run: RunFolder, metrics: dict[str, Any], manifest: dict[str, Any]) -
     if not ((run / "heldout_losses.jsonl").exists() and (base / "heldout_losses.jsonl").exists()):
         return f"{metrics['eval_loss'] - metrics['base_eval_loss']:+.4f}"
     before, after = (Arm(side.name, [losses.read_losses(side)]) for side in (base, run))
-    found = comparison.difference(before, after)
+    found = differences.difference(before, after)
     return f"{found.value:+.4f}{_bounds(found, '+.4f')}"
 
 

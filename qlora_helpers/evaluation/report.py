@@ -1,16 +1,17 @@
-"""The comparison on paper: Markdown, and one HTML file with its figures inside."""
+"""The report of a comparison: Markdown, and one HTML file that contains its figures."""
 
 import base64
+import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_helpers import files, plots
-from qlora_helpers.evaluation.intervals import RESAMPLES
+from qlora_helpers.evaluation import differences
+from qlora_helpers.evaluation.comparison import Comparison
+from qlora_helpers.evaluation.differences import Difference
+from qlora_helpers.evaluation.intervals import RESAMPLES, Interval
 from qlora_helpers.runs import RunFolder
-
-if TYPE_CHECKING:
-    from qlora_helpers.evaluation.comparison import Difference  # its module imports torch
 
 SHOWN = 4  # prompts whose answers are quoted
 _COLUMNS = {
@@ -30,22 +31,22 @@ img{max-width:100%;background:#fff}code{overflow-wrap:anywhere}
 @media(prefers-color-scheme:dark){body{background:#111;color:#ddd}a{color:#8bf}}"""
 
 
-def table_markdown(result: dict[str, Any], speed: bool = True) -> str:
-    """Losses, speed and memory, a line a model; without `speed` where the runs shared a device."""
-    seeds = any(len(line["seeds"]) > 1 for line in result["table"])
+def table_markdown(result: Comparison, speed: bool = True) -> str:
+    """Losses, speed and memory of each model. `speed=False` is for runs that shared a device."""
+    seeds = any(len(model.seeds) > 1 for model in result.table)
     columns = {key: how for key, how in _COLUMNS.items() if speed or key not in _SPEED}
     heads = ["", *(["seeds"] if seeds else []), *(head for head, _ in columns.values())]
     lines = []
-    for line in result["table"]:
-        count = [str(len(line["seeds"]) or "–")] if seeds else []
-        lines.append([line["name"], *count, *(_cell(line[key], form) for key, (_, form) in columns.items())])
+    for model in result.table:
+        count = [str(len(model.seeds) or "–")] if seeds else []
+        lines.append([model.name, *count, *(_cell(getattr(model, key), form) for key, (_, form) in columns.items())])
     return _table(heads, lines)
 
 
-def text_table_markdown(result: dict[str, Any]) -> str:
-    """Text metrics with their intervals, a line a model."""
-    names = list(result["table"][0]["text"])
-    lines = [[line["name"], *(_interval(line["text"].get(name)) for name in names)] for line in result["table"]]
+def text_table_markdown(result: Comparison) -> str:
+    """Text metrics of each model, with their intervals."""
+    names = list(result.table[0].text)
+    lines = [[model.name, *(_interval(model.text.get(name)) for name in names)] for model in result.table]
     return _table(["", *names], lines) if names else "No held-out question was answered."
 
 
@@ -58,28 +59,28 @@ def _cell(value: Any, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def _interval(found: dict[str, float | None] | None) -> str:
-    if found is None:
+def _interval(interval: Interval | None) -> str:
+    if interval is None:
         return "–"
-    numbers = [found["value"], found["low"], found["high"]]
-    value, low, high = ("–" if n is None else f"{n:.1f}" if abs(n) >= 10 else f"{n:.2f}" for n in numbers)
-    return f"{value} (no interval)" if found["low"] is found["high"] is None else f"{value} ({low} to {high})"
+    numbers = interval.to_dict()
+    value, low, high = ("–" if n is None else f"{n:.1f}" if abs(n) >= 10 else f"{n:.2f}" for n in numbers.values())
+    return f"{value} (no interval)" if numbers["low"] is numbers["high"] is None else f"{value} ({low} to {high})"
 
 
-def verdicts(result: dict[str, Any]) -> list[str]:
+def verdicts(result: Comparison) -> list[str]:
     """A sentence for every difference."""
-    return [found["text"] for found in result["differences"]]
+    return [str(difference) for difference in result.differences]
 
 
-def scope(result: dict[str, Any]) -> str:
-    """How far the verdicts reach: with one seed, not beyond these adapters."""
-    fewest = min((found["seeds"] for found in result["differences"]), default=1)
+def scope(result: Comparison) -> str:
+    """What the verdicts are about: these adapters or, with several seeds, their recipes."""
+    fewest = min((difference.seeds for difference in result.differences), default=1)
     if fewest < 2:
         return "With one training seed, these verdicts speak of these adapters only, not of their recipes."
-    return f"The intervals hold the spread of {fewest} training seeds: these verdicts speak of the recipes."
+    return f"The intervals include the spread of {fewest} training seeds: these verdicts speak of the recipes."
 
 
-def forgetting(result: dict[str, Any]) -> list[str]:
+def forgetting(result: Comparison) -> list[str]:
     """A sentence for every experiment: did the loss on general questions rise?"""
     words = {
         "better": "fell: nothing was forgotten",
@@ -87,33 +88,28 @@ def forgetting(result: dict[str, Any]) -> list[str]:
         "not distinguishable": "did not change distinguishably: no forgetting shows",
     }
     return [
-        f"{found['b']}: the loss on {found['rows']} general questions {words[found['verdict']]} "
-        f"({found['value']:+.4f}, 95% interval {_signed(found['low'])} to {_signed(found['high'])})"
-        for found in result["forgetting"]
+        f"{d.b}: the loss on {d.rows} general questions {words[d.verdict]} ({_bounds(d)})" for d in result.forgetting
     ]
 
 
-def rehearsal(found: "Difference") -> str:
-    """A sentence: did rehearsal rows keep something of what would be forgotten without them?"""
+def rehearsal(difference: Difference) -> str:
+    """A sentence: did rehearsal rows reduce what is forgotten without them?"""
     words = {
         "better": "is lower with rehearsal than without: it kept something",
         "worse": "is higher with rehearsal than without: it did not help here",
         "not distinguishable": "is not distinguishable with rehearsal and without: no effect of it shows",
     }
-    plain = found.to_dict()
-    return (
-        f"the loss on {found.rows} general questions {words[found.verdict]} "
-        f"({found.value:+.4f}, 95% interval {_signed(plain['low'])} to {_signed(plain['high'])})"
-    )
+    return f"the loss on {difference.rows} general questions {words[difference.verdict]} ({_bounds(difference)})"
 
 
-def _signed(value: float | None) -> str:
-    return "no end" if value is None else f"{value:+.4f}"
+def _bounds(difference: Difference) -> str:
+    low, high = ("no end" if math.isinf(end) else f"{end:+.4f}" for end in (difference.low, difference.high))
+    return f"{difference.value:+.4f}, 95% interval {low} to {high}"
 
 
-def markdown(result: dict[str, Any], figures: list[str]) -> str:
-    """`report.md`: the question, the set-up, the tables, the verdicts, the figures, the answers, the limits."""
-    several = any(len(line["seeds"]) > 1 for line in result["table"])
+def markdown(result: Comparison, figures: list[str]) -> str:
+    """The text of `report.md`: setup, tables, verdicts, figures, answers and limits."""
+    several = any(len(model.seeds) > 1 for model in result.table)
     parts = {
         "# Did fine-tuning help, and how sure are we?": f"{_setup(result)}\n\n{table_markdown(result)}",
         "## Verdicts": f"{bullets(verdicts(result))}\n\n{scope(result)} {_METHOD}",
@@ -121,7 +117,7 @@ def markdown(result: dict[str, Any], figures: list[str]) -> str:
         f"{' (of the first seed)' if several else ''}.\n\n{text_table_markdown(result)}",
         "## What was forgotten": bullets(forgetting(result)) or _NO_BASE,
         "## Figures": "\n".join(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures),
-        "## Answers": _answers(result["answers"][:SHOWN]),
+        "## Answers": _answers(result.answers[:SHOWN]),
         "## Limits": _LIMITS,
         "## Made with": _made_with(result),
     }
@@ -129,42 +125,42 @@ def markdown(result: dict[str, Any], figures: list[str]) -> str:
 
 
 _METHOD = (
-    f"Intervals: studentised bootstrap over held-out rows, {RESAMPLES:,} resamples, each row with both its losses.\n"
-    "The training losses come from different numbers of steps: they are no evidence."
+    f"Intervals: studentized bootstrap over held-out rows, {RESAMPLES:,} resamples, each row with the losses of both "
+    "models.\nThe training losses come from different numbers of steps, so they do not count as evidence."
 )
-_NO_BASE = "Not measured: the runs are of different models, or their base model's folder is not beside them."
+_NO_BASE = "Not measured: the runs are of different models, or their base model's folder is missing."
 _LIMITS = (
     "A lower held-out loss means that the wording fits these rows better, not that answers are true.\n"
-    "The held-out rows are of the same source as the training rows."
+    "The held-out rows come from the same source as the training rows."
 )
 
 
-def _setup(result: dict[str, Any]) -> str:
-    unit = "nats per trained token" if result["unit"] == "token" else "bits per byte of the answers"
+def _setup(result: Comparison) -> str:
+    unit = "nats per trained token" if result.unit == "token" else "bits per byte of the answers"
     return (
-        f"Model {_quote(_name(result['model']['name']))}{_revision(result['model'])}, rows of "
-        f"{_quote(Path(result['data']).name)}:\n{result['heldout_rows']} held-out rows with "
-        f"{result['heldout_tokens']:,} trained tokens (fingerprint `{result['heldout_fingerprint']}`), none of them\n"
-        f"trained on. Differences in {unit}; lower is better."
+        f"Model {_quote(_name(result.model['name']))}{_revision(result.model)}, rows of "
+        f"{_quote(Path(result.data).name)}:\n{result.heldout_rows} held-out rows with "
+        f"{result.heldout_tokens:,} trained tokens (fingerprint `{result.heldout_fingerprint}`), never used for\n"
+        f"training. Differences in {unit}; lower is better."
     )
 
 
 def _answers(entries: list[dict[str, str]]) -> str:
     return "\n\n".join(
-        f"**Asked:** {_quote(entry['prompt'])}\n\n"
+        f"**Question:** {_quote(entry['prompt'])}\n\n"
         + "\n".join(f"- *{name}*: {_quote(text)}" for name, text in entry.items() if name != "prompt")
         for entry in entries
     )
 
 
-def _made_with(result: dict[str, Any]) -> str:
-    device = result["device"]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+def _made_with(result: Comparison) -> str:
+    device = result.device
+    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
     return f"{device['name']}, {device['dtype']} ({device['reason']}). {versions}."
 
 
 def _name(model: str) -> str:
-    """A hub id as it is, a folder by its last part: a report is passed on."""
+    """A hub id as it is; of a folder its last part only, since reports are passed on."""
     return Path(model).name if Path(model).is_absolute() else model
 
 
@@ -178,13 +174,13 @@ def bullets(lines: list[str]) -> str:
 
 
 def _quote(text: str) -> str:
-    """A text on one line, as data: no Markdown or HTML of its own takes effect."""
+    """A text on one line, quoted: its Markdown and HTML have no effect."""
     flat = " ".join(text.split()).replace("`", "'")
     return f"`{flat}`" if flat else "(empty)"
 
 
 def html(text: str, folder: Path) -> str:
-    """The Markdown report as one page; figures of `folder` go into it. HTML in the text is shown, not rendered."""
+    """The Markdown report as one page with the figures of `folder`. HTML in the text is shown, not rendered."""
     import mistune
 
     body = str(mistune.create_markdown(escape=True, plugins=["table"])(text))
@@ -198,13 +194,13 @@ def html(text: str, folder: Path) -> str:
     return f"<!doctype html>{head}<style>{_STYLE}</style>{body}\n"
 
 
-def write(result: dict[str, Any], experiments: dict[str, list[RunFolder]], folder: Path) -> Path:
-    """`comparison.json`, figures, `report.md` and `report.html` in `folder`; returns the path of `report.md`."""
+def write(result: Comparison, experiments: dict[str, list[RunFolder]], folder: Path) -> Path:
+    """Write `comparison.json`, figures, `report.md` and `report.html` to `folder`; returns the path of `report.md`."""
     names = ["figures/differences.png", "figures/loss_curves.png"]
-    plots.save(plots.differences(result), folder / names[0])
+    plots.save(differences.figure(result.differences), folder / names[0])
     plots.save(plots.loss_curves(logs_of(experiments)), folder / names[1])
     text = markdown(result, names)
-    files.write_json(folder / "comparison.json", result)
+    files.write_json(folder / "comparison.json", result.to_dict())
     files.write_text(folder / "report.html", html(text, folder))
     files.write_text(folder / "report.md", text)
     return folder / "report.md"

@@ -9,8 +9,8 @@ import warnings
 import pytest
 
 from qlora_helpers import UserError, __main__, files
-from qlora_helpers.evaluation import comparison, losses, report
-from qlora_helpers.evaluation.comparison import Arm, Difference
+from qlora_helpers.evaluation import comparison, differences, losses, report
+from qlora_helpers.evaluation.differences import Arm, Difference
 from qlora_helpers.evaluation.losses import RowLoss
 from qlora_helpers.experiments import matrix
 from qlora_helpers.runs import RunFolder
@@ -23,7 +23,7 @@ def row_losses(per_token, tokens=(20, 30, 50, 10, 40, 25)):
 
 def difference(a, losses_a, b, losses_b, **options):
     """With one seed each."""
-    return comparison.difference(Arm(a, [losses_a]), Arm(b, [losses_b]), **options)
+    return differences.difference(Arm(a, [losses_a]), Arm(b, [losses_b]), **options)
 
 
 BASE = row_losses([2.0, 2.5, 1.8, 2.2, 2.4, 2.1])
@@ -110,7 +110,7 @@ def test_the_spread_of_seeds_widens_the_interval():
     agree = [row_losses([row.loss_sum / row.tokens - 0.3 + s for row in BASE]) for s in (-0.01, 0, 0.01)]
     differ = [row_losses([row.loss_sum / row.tokens - 0.3 + s for row in BASE]) for s in (-0.2, 0, 0.2)]
     base = Arm("base", [BASE], trained=False)
-    close, wide = (comparison.difference(base, Arm("exp", seeds)) for seeds in (agree, differ))
+    close, wide = (differences.difference(base, Arm("exp", seeds)) for seeds in (agree, differ))
     assert close.value == pytest.approx(wide.value) == pytest.approx(-0.3)
     assert (close.verdict, wide.verdict) == ("better", "not distinguishable")
     assert close.seeds == wide.seeds == 3
@@ -153,10 +153,10 @@ def trained(config, tokenizer, tmp_path_factory):
 def test_runs_are_compared_from_their_folders(trained):
     folder, found, _ = trained
     result = comparison.compare(found)
-    json.dumps(result, allow_nan=False)
-    assert [line["name"] for line in result["table"]] == ["base", "base + 3 examples", "exp1", "exp2"]
-    assert [line["seeds"] for line in result["table"]] == [[], [], [0, 1], [0, 1]]
-    pairs = [(d["a"], d["b"]) for d in result["differences"]]
+    json.dumps(result.to_dict(), allow_nan=False)
+    assert [model.name for model in result.table] == ["base", "base + 3 examples", "exp1", "exp2"]
+    assert [model.seeds for model in result.table] == [[], [], [0, 1], [0, 1]]
+    pairs = [(d.a, d.b) for d in result.differences]
     assert pairs == [
         ("base", "exp1"),
         ("base", "exp2"),
@@ -164,8 +164,8 @@ def test_runs_are_compared_from_their_folders(trained):
         ("base + 3 examples", "exp2"),
         ("exp1", "exp2"),
     ]
-    assert [d["b"] for d in result["forgetting"]] == ["exp1", "exp2"]
-    assert {d["rows"] for d in result["forgetting"]} == {48}
+    assert [d.b for d in result.forgetting] == ["exp1", "exp2"]
+    assert {d.rows for d in result.forgetting} == {48}
     assert comparison.group(run for runs_ in found.values() for run in runs_) == found
     written = report.write(result, found, folder / "out")
     page = (folder / "out" / "report.html").read_text("utf-8")

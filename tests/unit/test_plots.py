@@ -19,8 +19,8 @@ from qlora_helpers import plots
 from qlora_helpers.data.cleaning import Cleaned, Data
 from qlora_helpers.data.prompts import Example
 from qlora_helpers.data.schema import Row
-from qlora_helpers.evaluation import learning_curve
-from qlora_helpers.evaluation.comparison import Arm
+from qlora_helpers.evaluation import differences, learning_curve
+from qlora_helpers.evaluation.differences import Arm, Difference
 from qlora_helpers.evaluation.learning_curve import Curve
 from qlora_helpers.evaluation.losses import RowLoss
 from qlora_helpers.files import ROOT
@@ -44,17 +44,15 @@ def log(heldout: list[float]) -> list[dict[str, float]]:
     return lines
 
 
-def entry(a: str, b: str, value: float, low: float, high: float, verdict: str) -> dict[str, object]:
-    return {"a": a, "b": b, "value": value, "low": low, "high": high, "verdict": verdict}
+def gap(a: str, b: str, value: float, low: float, high: float) -> Difference:
+    return Difference(a, b, value, low, high, rows=6, seeds=1)
 
 
-RESULT = {
-    "differences": [
-        entry("base", "exp1", -0.4, -0.45, -0.35, "better"),
-        entry("base", "exp2", 0.3, 0.2, 0.4, "worse"),
-        entry("exp1", "exp2", -0.01, -0.03, 0.02, "not distinguishable"),
-    ]
-}
+GAPS = [
+    gap("base", "exp1", -0.4, -0.45, -0.35),
+    gap("base", "exp2", 0.3, 0.2, 0.4),
+    gap("exp1", "exp2", -0.01, -0.03, 0.02),
+]
 TABLES = {
     "16-bit": [
         {"module": "Linear", "parameters": 100 * 2**20, "bytes": 200 * 2**20},
@@ -87,7 +85,7 @@ FIGURES = {
     "trainable_per_layer": lambda: plots.trainable_per_layer({"q_proj": 500_000, "v_proj": 300_000}),
     "loss_curves": lambda: plots.loss_curves({"exp1": log([2.0, 1.9]), "exp2": log([2.0, 1.8, 1.7])}),
     "loss_curves of three": lambda: plots.loss_curves({name: log([2.0, 1.9]) for name in "abc"}),
-    "differences": lambda: plots.differences(RESULT),
+    "differences": lambda: differences.figure(GAPS),
     "learning_curves": lambda: learning_curve.figure(CURVES),
 }
 
@@ -215,7 +213,7 @@ def test_two_runs_stand_side_by_side_and_three_in_a_column() -> None:
 
 
 def test_differences_names_the_sides_and_the_verdicts() -> None:
-    figure = plots.differences(RESULT)
+    figure = differences.figure(GAPS)
     assert words(figure) == ["better", "worse", "not\ndistinguishable", "← better", "worse →"]
     left, right = figure.axes[0].get_xlim()
     assert left < -0.45
@@ -223,11 +221,8 @@ def test_differences_names_the_sides_and_the_verdicts() -> None:
 
 
 def test_differences_takes_an_interval_without_end() -> None:
-    entries = [
-        entry("base", "exp1", -0.4, -np.inf, np.inf, "not distinguishable"),
-        entry("a", "b", 0, 0, 0, ""),
-    ]
-    left, right = plots.differences({"differences": entries}).axes[0].get_xlim()
+    gaps = [gap("base", "exp1", -0.4, -np.inf, np.inf), gap("a", "b", 0, 0, 0)]
+    left, right = differences.figure(gaps).axes[0].get_xlim()
     assert left < -0.4 < 0 < right < np.inf
 
 

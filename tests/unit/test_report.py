@@ -4,35 +4,44 @@ import math
 
 import pytest
 
-from qlora_helpers.evaluation import report
-from qlora_helpers.evaluation.comparison import Difference
+from qlora_helpers import files
+from qlora_helpers.evaluation import comparison, report
+from qlora_helpers.evaluation.comparison import Comparison, Summary
+from qlora_helpers.evaluation.differences import Difference
+from qlora_helpers.evaluation.intervals import Interval
 
 NASTY = "```python\nprint('<script>alert(1)</script>')\n```\n# Heading\n| a | b | [x](javascript:alert(1))"
 
 
-def result(answer="fine", prompt="Why?", seeds=(0,)):
-    """What `compare` gives, made by hand."""
-    figures = {"train_rows": 32, "steps": 8, "train_loss": 1.5, "seconds": 30.0}
+def result(answer="fine", prompt="Why?", seeds=(0,), gap=(0.1, 0.05, 0.2), rouge=(0.123, 0.1, 0.2)):
+    """What `compare` returns, made by hand."""
+    figures = {"train_rows": 32, "steps": 8, "epochs": 1, "train_loss": 1.5, "seconds": 30.0}
     figures |= {"tokens_per_second": 1234.5, "peak_memory_gib": 1.25}
-    text = {"ROUGE-L": {"value": 0.123, "low": 0.1, "high": 0.2}, "BLEU": {"value": 12.34, "low": None, "high": 15}}
-    gap = {"a": "base", "b": "exp1", "value": 0.1, "low": 0.05, "high": 0.2, "verdict": "worse", "rows": 48}
-    return {
-        "heldout_rows": 6,
-        "heldout_tokens": 175,
-        "heldout_fingerprint": "abc",
-        "unit": "token",
-        "device": {"name": "a CPU", "dtype": "bfloat16", "reason": "no GPU"},
-        "versions": {"torch": "2"},
-        "model": {"name": "tiny", "revision": "main"},
-        "data": "/somewhere/rows.jsonl",
-        "table": [
-            {"name": "base", "seeds": [], "heldout_loss": 2.0, "text": text, **dict.fromkeys(figures)},
-            {"name": "exp1", "seeds": list(seeds), "heldout_loss": 2.0, "text": text, **figures},
+    text = {"ROUGE-L": Interval(*rouge), "BLEU": Interval(12.34, -math.inf, 15)}
+    loss = {"heldout_loss": 2.0, "heldout_loss_by_seed": [2.0], "text": text}
+    return Comparison(
+        heldout_rows=6,
+        heldout_tokens=175,
+        heldout_fingerprint="abc",
+        unit="token",
+        device={"name": "a CPU", "dtype": "bfloat16", "reason": "no GPU"},
+        versions={"torch": "2"},
+        model={"name": "tiny", "revision": "main"},
+        data="/somewhere/rows.jsonl",
+        table=[
+            Summary("base", "base", [], **loss, **dict.fromkeys(figures)),
+            Summary("exp1", "exp1", list(seeds), **loss, **figures),
         ],
-        "differences": [{"text": "exp1 is better than base", "seeds": len(seeds)}],
-        "forgetting": [gap],
-        "answers": [{"prompt": prompt, "base": "", "exp1": answer}],
-    }
+        differences=[Difference("base", "exp1", -0.2, -0.3, -0.1, rows=6, seeds=len(seeds))],
+        forgetting=[Difference("base", "exp1", *gap, rows=48, seeds=1)],
+        answers=[{"prompt": prompt, "base": "", "exp1": answer}],
+    )
+
+
+def test_a_comparison_is_read_back_as_it_was_written(tmp_path):
+    written = result(gap=(0.1, -math.inf, math.inf))
+    files.write_json(tmp_path / "comparison.json", written.to_dict())
+    assert comparison.read(tmp_path) == written
 
 
 def test_the_table_has_a_line_a_run():
@@ -46,15 +55,14 @@ def test_the_table_has_a_line_a_run():
 
 def test_text_metrics_have_intervals():
     assert "| exp1 | 0.12 (0.10 to 0.20) | 12.3 (– to 15.0) |" in report.text_table_markdown(result())
-    unbounded = result()
-    unbounded["table"][1]["text"]["ROUGE-L"] |= {"low": None, "high": None}
+    unbounded = result(rouge=(0.123, -math.inf, math.inf))
     assert "| exp1 | 0.12 (no interval) | 12.3" in report.text_table_markdown(unbounded)
 
 
 def test_report_holds_table_verdicts_figures_and_answers():
     text = report.markdown(result(), ["figures/loss_curves.png"])
     assert report.table_markdown(result()) in text
-    assert "- exp1 is better than base." in text
+    assert "- exp1 is better than base (-0.2000, 95% interval -0.3000 to -0.1000)." in text
     assert "![loss curves](figures/loss_curves.png)" in text
     assert "- *exp1*: `fine`" in text
     assert "- *base*: (empty)" in text
@@ -67,13 +75,15 @@ def test_how_far_a_verdict_reaches(seeds, says):
 
 
 @pytest.mark.parametrize(
-    ("verdict", "says"),
-    [("worse", "rose: something"), ("better", "fell: nothing"), ("not distinguishable", "no forgetting shows")],
+    ("gap", "says"),
+    [
+        ((0.1, 0.05, 0.2), "rose: something"),
+        ((-0.1, -0.2, -0.05), "fell: nothing"),
+        ((0.1, -0.1, 0.3), "no forgetting shows"),
+    ],
 )
-def test_forgetting_in_words(verdict, says):
-    found = result()
-    found["forgetting"][0]["verdict"] = verdict
-    assert says in report.forgetting(found)[0]
+def test_forgetting_in_words(gap, says):
+    assert says in report.forgetting(result(gap=gap))[0]
 
 
 @pytest.mark.parametrize(
