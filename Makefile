@@ -1,6 +1,6 @@
-# Two commands do everything: `make run` executes the series, `make test` runs the fast tests.
+# The two main commands: `make run` executes the notebook series, `make test` runs the fast tests.
 PYTHON ?= python3
-# One torch that is known to work. To choose your own build, for example PyTorch's CPU index: make TORCH="torch --index-url …"
+# A version of torch that is known to work. For another build, such as one from PyTorch's CPU index: make TORCH="torch --index-url …"
 TORCH ?= torch==2.13.0
 OUT ?= runs/demo
 BIN := .venv/bin
@@ -12,15 +12,16 @@ NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-sanitize-wi
 .PHONY: help install run test test-full lint notebooks figures docs clean set-repo colab-list test-versions
 
 help:
-	@echo "make run        execute notebooks 01-07 on this machine into $(OUT), and compare"
-	@echo "make test       the fast tests (minutes)"
-	@echo "make test-full  the long ones too; compiles llama.cpp once (a C++ compiler)"
-	@echo "make test-versions  the unit tests on the oldest, the newest and Colab's versions (gigabytes)"
-	@echo "make notebooks  execute the notebooks and store their outputs (CPU profile)"
-	@echo "make figures    redraw figures/ and the README's tables from results/"
-	@echo "make docs       build the pages of docs/ into site/; a dead link fails"
+	@echo "make run            execute notebooks 01-07 into $(OUT), and compare the runs"
+	@echo "make lint           ruff, mypy, import layers, spelling, and the list of phrases"
+	@echo "make test           make lint, the fast notebooks and the fast tests (minutes)"
+	@echo "make test-full      also the slow ones; compiles llama.cpp once (needs a C++ compiler)"
+	@echo "make test-versions  the unit tests on the oldest, newest and Colab's versions (gigabytes)"
+	@echo "make notebooks      execute the notebooks with the CPU profile and store their outputs"
+	@echo "make figures        draw figures/ and write the generated parts of README.md and docs/"
+	@echo "make docs           build docs/ as a site in site/; a broken link is an error"
 	@echo "make set-repo URL=https://github.com/NAME/REPOSITORY   point badges and notebooks to your copy"
-	@echo "make colab-list fetch Colab's list of packages anew"
+	@echo "make colab-list     download Colab's current list of packages"
 
 install: $(READY)
 
@@ -31,7 +32,7 @@ $(READY): requirements.txt requirements-dev.txt pyproject.toml
 	@touch $@
 
 $(FULL): $(READY) requirements-full.txt
-	@echo "Compiling llama.cpp, once: some minutes"
+	@echo "Compiling llama.cpp once; this takes some minutes"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-full.txt
 	@touch $@
 
@@ -43,11 +44,14 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/codespell
+	$(BIN)/python tooling/phrases.py
 
 test: lint
 	$(BIN)/python -m qlora_helpers fetch
 	QLORA_WORKDIR=$$(mktemp -d) $(NBVAL) $(FAST_NOTEBOOKS)
-	# Two processes of one thread each; without reordering, the longest file, the series, begins first.
+	# Two processes with one thread each. Without reordering, the longest file, the series, starts first.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-full: $(FULL) test

@@ -1,37 +1,37 @@
-"""How often are the verdicts right? Simulated runs with a known difference, judged as real ones are.
+"""Calibration of the verdicts: simulated runs with a known difference in loss, judged like real ones.
 
 usage: python benchmarks/calibration.py [--trials 2000]
 
-Rows have lengths like those of conversations, and gaps in loss with tails heavier than a normal's and a skew; training
-Rows have lengths like those of conversations, and gaps in loss with heavier tails than a normal and a skew; training
-training seed and with three: how often the 95% interval covers the truth, how often "better" or "worse" is said where
-there is no difference, and how often the right word comes where the difference is three standard errors.
+Row lengths are similar to those of conversations. The rows' differences in loss are skewed and have heavier tails than
+a normal distribution; training seeds shift all rows alike and each row by itself. For one and for three training seeds,
+the table shows how often the 95% interval covers the true difference, how often the verdict is "better" or "worse"
+although there is no difference, and how often it is right for a difference of three standard errors.
 """
 
 import argparse
 
 import numpy as np
 
-from qlora_helpers.evaluation.comparison import Arm, Difference, difference
+from qlora_helpers.evaluation.differences import Arm, Difference, difference
 from qlora_helpers.evaluation.losses import RowLoss
 
-ROW_NOISE = 0.1  # nats per token: standard deviation of a row's own gap
-SEED_NOISE = 0.004  # of a training seed, on all rows alike
-BOTH_NOISE = 0.02  # of a training seed on one row
+ROW_NOISE = 0.1  # standard deviation of the difference of a row, in nats per token
+SEED_NOISE = 0.004  # of a training seed, the same for all rows
+BOTH_NOISE = 0.02  # of a training seed, for each row
 
 
 def draw(rng: np.random.Generator, rows: int, seeds: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Tokens of each row, and for each training seed the gap of each row where there is no true difference."""
+    """Draw the tokens of each row and, for each seed, the difference of each row when the true difference is 0."""
     tokens = np.clip(np.exp(rng.normal(5, 0.7, rows)), 5, 256).round()
     heavy = rng.standard_t(5, rows) / np.sqrt(5 / 3)
     own = ROW_NOISE * (0.9 * heavy + 0.44 * (rng.exponential(1, rows) - 1))
-    # What one seed shifts is unknown to a single adapter: with one seed the truth is that adapter's own.
+    # A single adapter cannot reveal its seed's shift: with one seed, the true difference is that of the adapter.
     shifts = rng.normal(0, SEED_NOISE, seeds) if seeds > 1 else np.zeros(1)
     return tokens, [own + shift + rng.normal(0, BOTH_NOISE, rows) for shift in shifts]
 
 
 def simulate(rng: np.random.Generator, rows: int, seeds: int, truth: float) -> Difference:
-    """A base and an experiment whose true difference per token is `truth`, judged."""
+    """Simulate a base model and an experiment whose true difference is `truth` nats per token, and judge them."""
     tokens, gaps = draw(rng, rows, seeds)
     base = rng.normal(2.2, 0.5, rows)
     trained = Arm("run", [_losses(base + truth + gap, tokens) for gap in gaps])
@@ -39,7 +39,7 @@ def simulate(rng: np.random.Generator, rows: int, seeds: int, truth: float) -> D
 
 
 def standard_error(rng: np.random.Generator, rows: int, seeds: int) -> float:
-    """Of the estimated difference, from simulation."""
+    """Estimate the standard error of the difference by simulation."""
     drawn = (draw(rng, rows, seeds) for _ in range(2000))
     return float(np.std([np.average(np.mean(gaps, axis=0), weights=tokens) for tokens, gaps in drawn]))
 
@@ -49,11 +49,11 @@ def _losses(per_token: np.ndarray, tokens: np.ndarray) -> list[RowLoss]:
 
 
 def main() -> None:
-    """Print a line for each number of rows and seeds."""
+    """Print one line for each number of rows and seeds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=2000)
     trials = parser.parse_args().trials
-    print("| rows | seeds | covers the truth | false verdicts | right verdicts at 3 standard errors |")
+    print("| rows | seeds | coverage | false verdicts | correct verdicts at 3 standard errors |")
     print("|---|---|---|---|---|")
     for seeds in (1, 3):
         for rows in (64, 100, 400):

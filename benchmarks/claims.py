@@ -1,14 +1,15 @@
-"""Four claims of a published report, tried again: worse than the base, small against badly set large, biases, rank.
+"""Repeat four claims of a published report, about fine-tuning at all, model size, biases and rank.
 
 usage: python benchmarks/claims.py DATASET --out DIR [--model FOLDER] [--rows 100] [--seeds 2] [--profile gpu]
 
-The report used BLOOM-560M and BLOOM-7B1 with alpha 20 for 3 epochs. Here it is one small Llama-like model, and two made
-of it on the spot:
+The report used BLOOM-560M and BLOOM-7B1 with alpha 20 for 3 epochs. This benchmark uses one small Llama-like model and
+derives two others from it:
 
-- *with biases*: zero biases added to its linear layers. It answers exactly like the original, which has none to train.
-- *smaller*: without the three blocks that are missed least on training rows. Such a cut does harm; training mends some.
+- *with biases*: zero biases are added to its linear layers. It answers exactly like the original, which has no biases.
+- *smaller*: the three blocks that matter least on training rows are removed. This raises the loss; training recovers
+  some of it.
 
-What is complete is not trained again: it may be stopped and started, and all arms have a first seed before a second.
+Finished runs are reused, so the benchmark can be stopped and restarted. All arms get a first seed before a second one.
 """
 
 import argparse
@@ -22,16 +23,17 @@ from qlora_helpers import files, runs
 from qlora_helpers.config import EMBEDDED_MODEL, PROFILES, Config
 from qlora_helpers.data import cleaning
 from qlora_helpers.device import detect
-from qlora_helpers.evaluation import comparison, losses
-from qlora_helpers.evaluation.comparison import BASE, Arm, Difference
+from qlora_helpers.evaluation import differences, losses
+from qlora_helpers.evaluation.comparison import BASE
+from qlora_helpers.evaluation.differences import Arm, Difference
 from qlora_helpers.experiments import matrix
 from qlora_helpers.models import hub
 
-LEFT_OUT = 3  # blocks that the smaller model lacks
-LOOKED_AT = 8  # training rows on which each block is missed
+LEFT_OUT = 3  # blocks removed from the smaller model
+LOOKED_AT = 8  # training rows on which blocks are removed in turn
 RANK_14, RANK_20, LORA_ONLY, ALL = "rank 14", "rank 20", "bias lora_only", "bias all"
 BAD, SMALL = "50 times the learning rate", "smaller, all layers trained"
-# claim, the two that are compared, and what the second would be if the claim held
+# claim, the two arms to compare, and the verdict on the second arm if the claim holds
 CLAIMS = (
     ("a fine-tune is worse than its base model", BASE, RANK_14, "worse"),
     ("a badly configured fine-tune is worse than its base model", BASE, BAD, "worse"),
@@ -44,20 +46,20 @@ CLAIMS = (
 
 
 def with_biases(original: Any, tokenizer: Any, folder: Path) -> Path:
-    """The model with zero biases in every linear layer, in `folder`."""
+    """Save the model with zero biases in every linear layer to `folder`."""
     shape = original.config.__class__(**original.config.to_dict() | {"attention_bias": True, "mlp_bias": True})
     return _save(shape, original.state_dict(), tokenizer, folder)
 
 
 def smaller(original: Any, examples: list[Any], tokenizer: Any, folder: Path) -> Path:
-    """The model without the blocks whose absence, one at a time, costs the examples least."""
+    """Save the model to `folder` without the blocks whose removal, one at a time, raises the loss least."""
     blocks, device, costs = original.model.layers, detect("bfloat16"), []
     for left_out in range(len(blocks)):
         original.model.layers = torch.nn.ModuleList([b for n, b in enumerate(blocks) if n != left_out])
         costs.append(losses.mean_loss(losses.heldout_losses(original, examples, device)))
     original.model.layers = blocks
     kept = sorted(sorted(range(len(blocks)), key=costs.__getitem__)[LEFT_OUT:])
-    print(f"smaller: {len(kept)} of {len(blocks)} blocks, without {sorted({*range(len(blocks))} - {*kept})}")
+    print(f"smaller: {len(kept)} of {len(blocks)} blocks; removed: {sorted({*range(len(blocks))} - {*kept})}")
     weights = {}
     for name, weight in original.state_dict().items():
         parts = name.split(".")
@@ -83,14 +85,14 @@ def _save(shape: Any, weights: dict[str, Any], tokenizer: Any, folder: Path) -> 
 
 
 def models(config: Config, folder: Path) -> tuple[Path, Path]:
-    """The two models of the original, made where they are missing."""
+    """Return the folders of the two derived models. They are created if they do not exist."""
     full, small = folder / "models" / "with-biases", folder / "models" / "smaller"
     if not (small / "tokenizer_config.json").exists():  # written last
         tokenizer = hub.load_tokenizer(config)
         original = hub.from_pretrained(AutoModelForCausalLM, config, dtype=torch.bfloat16).eval()
         biases = sum(p.numel() for name, p in original.named_parameters() if name.endswith("bias"))
         same = "other" if biases else "the same"
-        print(f"{config.model} has {biases} biases: as it is, bias none, lora_only and all train {same} weights.")
+        print(f"{config.model} has {biases} biases: unmodified, bias=none, lora_only and all train {same} weights.")
         with_biases(original, tokenizer, full)
         examples = cleaning.prepare(config.replace(n_samples=LOOKED_AT), tokenizer).train
         smaller(original.to(detect().kind), examples, tokenizer, small)
@@ -98,7 +100,7 @@ def models(config: Config, folder: Path) -> tuple[Path, Path]:
 
 
 def arms(config: Config, full: Path, small: Path) -> dict[str, Config]:
-    """The report's recipe and what differs from it in each arm."""
+    """Return the config of each arm: the report's recipe and one change."""
     recipe = config.replace(model=str(full), revision="main", rank=14)
     return {
         RANK_14: recipe,
@@ -110,24 +112,25 @@ def arms(config: Config, full: Path, small: Path) -> dict[str, Config]:
     }
 
 
-def judge(found: dict[str, list[runs.RunFolder]], folder: Path) -> list[tuple[str, Difference, str]]:
-    """Each claim with its difference, and what the interval says of it. The models share a tokenizer, so that their
-    losses compare per token, and cut rows count too.
+def judge(trained: dict[str, list[runs.RunFolder]], folder: Path) -> list[tuple[str, Difference, str]]:
+    """Return each claim with its difference in loss and the verdict of the interval.
+
+    The models share a tokenizer, so losses per token are comparable, and truncated rows count too.
     """
-    base = runs.RunFolder(folder / found[RANK_14][0].read("manifest.json")["baseline"])
-    sides = {name: Arm(name, [losses.read_losses(run) for run in group]) for name, group in found.items()}
+    base = runs.RunFolder(folder / trained[RANK_14][0].read("manifest.json")["baseline"])
+    sides = {name: Arm(name, [losses.read_losses(run) for run in group]) for name, group in trained.items()}
     sides[BASE] = Arm(BASE, [losses.read_losses(base)], trained=False)
     words = {"better": "confirmed", "worse": "contradicted", "not distinguishable": "not distinguishable"}
     judged = []
-    for claim, a, b, wanted in CLAIMS:
-        gap = comparison.difference(sides[a], sides[b])
-        turned = {"better": "worse", "worse": "better"} if wanted == "worse" else {}
+    for claim, a, b, expected in CLAIMS:
+        gap = differences.difference(sides[a], sides[b])
+        turned = {"better": "worse", "worse": "better"} if expected == "worse" else {}
         judged.append((claim, gap, words[turned.get(gap.verdict, gap.verdict)]))
     return judged
 
 
 def main() -> None:
-    """Train what is missing, then print and write the table."""
+    """Train missing runs, then print and save the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset")
     parser.add_argument("--out", type=Path, required=True)
@@ -141,16 +144,16 @@ def main() -> None:
         preset="tinyllama-guanaco-100", profile=args.profile, model=args.model, dataset=args.dataset
     )
     config = config.replace(n_samples=args.rows, alpha=20, epochs=3, n_seeds=args.seeds, equal_steps=False)
-    config = config.replace(n_answers=2, max_new_tokens=16)  # losses decide here
+    config = config.replace(n_answers=2, max_new_tokens=16)  # only losses are compared
     needed = matrix.plan_runs(arms(config, *models(config, folder)), folder)
-    found = matrix.train_missing(sorted(needed, key=lambda item: item.config.seed))
+    trained = matrix.train_missing(sorted(needed, key=lambda item: item.config.seed))
     lines = ["| arm | trained weights | held-out loss, by seed |", "|---|---|---|"]
-    for name, group in found.items():
+    for name, group in trained.items():
         metrics = [run.read("metrics.json") for run in group]
         losses = ", ".join(f"{m['eval_loss']:.4f}" for m in metrics)
         lines.append(f"| {name} | {metrics[0]['trainable_parameters']:,} | {losses} |")
     lines += ["", "| claim | measured | verdict |", "|---|---|---|"]
-    judged = judge(found, folder)
+    judged = judge(trained, folder)
     lines += [f"| {claim} | {gap} | {word} |" for claim, gap, word in judged]
     files.write_text(folder / "claims.md", "\n".join(lines) + "\n")
     files.write_json(

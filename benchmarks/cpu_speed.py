@@ -1,13 +1,15 @@
-"""Training on a CPU: this package beside TRL's SFTTrainer, on the same 4-bit base and the same rows, in one run.
+"""Training speed on a CPU: this package and TRL's SFTTrainer on the same 4-bit base model and the same rows.
 
 usage: python benchmarks/cpu_speed.py [--out FILE] [--rounds 3]
 
-Each contender trains 24 of the project's own rows, 4 at a time, cut at 256 tokens, in a process of its own; the
-contenders take turns. Tokens a second count real tokens, without padding, and leave the first step out. TRL runs with
-`use_cpu=True, bf16=False` and its defaults, which include gradient checkpointing; a second line turns that off.
-A dtype whose products are hopeless on this CPU is named, not run. Without dropout, the losses of this package's batches
-and of TRL's own, through this package's trainer, are compared step by step. Two controls say how much of it is
-rounding: TRL's batches with eager attention instead of SDPA, and in float32.
+Each contender trains on 24 of the project's own rows, 4 at a time, truncated to 256 tokens, in a separate process; the
+contenders take turns. Tokens per second count real tokens, not padding, and exclude the first step. TRL runs with
+`use_cpu=True, bf16=False` and its defaults, which include gradient checkpointing; a second line turns that off. A dtype
+whose matrix products are far too slow on this CPU is listed but not run.
+
+Without dropout, the losses of this package's batches and of TRL's batches are compared step by step, both in this
+package's trainer. Two controls show how much of the difference is rounding: TRL's batches with eager attention instead
+of SDPA, and in float32.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from typing import Any
 from qlora_helpers import cpu_speed, device, files
 from qlora_helpers.config import Config
 from qlora_helpers.data import cleaning
+from qlora_helpers.evaluation.context import RunContext
 from qlora_helpers.models import hub, qlora
 from qlora_helpers.planning import compute_dtype
 from qlora_helpers.runs import RunFolder
@@ -35,14 +38,14 @@ ROWS = 24
 
 
 def setting(dtype: str, dropout: float) -> Config:
-    """SmolLM2-135M in NF4, LoRA r=16 on queries and values, 24 sample rows, 4 at a time."""
+    """Config of the benchmark: SmolLM2-135M in NF4, LoRA r=16 on queries and values, 24 sample rows, 4 at a time."""
     return Config.from_params(
         profile="cpu", compute_dtype=dtype, dropout=dropout, n_samples=ROWS, eval_steps=10**6, save_steps=10**6
     )
 
 
 def trainer_of(contender: str, config: Config, folder: Path) -> Any:
-    """The trainer of one contender, ready to train."""
+    """Build the trainer of one contender."""
     here, tokenizer = compute_dtype.device_for(config), hub.load_tokenizer(config)
     data = cleaning.prepare(config, tokenizer)
     if contender in (OURS, PADDED, EAGER):
@@ -51,7 +54,7 @@ def trainer_of(contender: str, config: Config, folder: Path) -> Any:
         if contender != OURS:
             batches.collator = lambda *args: None  # type: ignore[assignment]
         built = qlora.attach_lora(qlora.load_base(config, here), config)
-        ready = trainer.build_trainer(built, config, data, tokenizer, here, RunFolder(folder))
+        ready = trainer.build_trainer(built, RunContext(config, data, tokenizer, here, RunFolder(folder)))
         if contender == EAGER:
             built.set_attn_implementation("eager")
         ready.evaluate = lambda *args, **kwargs: {"eval_loss": 0.0}  # type: ignore[method-assign]
@@ -60,7 +63,7 @@ def trainer_of(contender: str, config: Config, folder: Path) -> Any:
 
 
 def _trl(config: Config, data: Any, tokenizer: Any, checkpointing: bool, folder: Path) -> Any:
-    """SFTTrainer as its documentation uses it, on rows that are tokenized already."""
+    """Build an SFTTrainer as in its documentation, on rows that are already tokenized."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -103,7 +106,7 @@ def _trl(config: Config, data: Any, tokenizer: Any, checkpointing: bool, folder:
 
 
 def measure(contender: str, dtype: str, dropout: float) -> dict[str, Any]:
-    """Train one contender: its losses, and tokens a second over all steps but the first."""
+    """Train one contender and return its losses, and its tokens per second over all steps but the first."""
     from transformers import TrainerCallback
 
     seconds: list[float] = []
@@ -126,8 +129,8 @@ def measure(contender: str, dtype: str, dropout: float) -> dict[str, Any]:
     return {"tokens_per_second": rate, "losses": [line["loss"] for line in lines], "seconds": seconds}
 
 
-def in_its_own_process(contender: str, dtype: str, dropout: float) -> dict[str, Any]:
-    """What `measure` finds in a fresh process, so that no contender inherits another's memory."""
+def measure_in_subprocess(contender: str, dtype: str, dropout: float) -> dict[str, Any]:
+    """Run `measure` in a fresh process, so that no contender inherits another's memory."""
     command = [sys.executable, __file__, "--contender", contender, "--dtype", dtype, "--dropout", str(dropout)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -136,31 +139,31 @@ def in_its_own_process(contender: str, dtype: str, dropout: float) -> dict[str, 
 
 
 def compare(rounds: int) -> dict[str, Any]:
-    """All contenders in turn, `rounds` times."""
+    """Measure all contenders in turn, `rounds` times."""
     here = compute_dtype.device_for(Config.from_params(profile="cpu"))
     speed = cpu_speed.lookup(*cpu_speed.USUAL_SIZE)
     best = max(speed.float32, speed.bfloat16)
     dtypes = [name for name in cpu_speed.CANDIDATES if getattr(speed, name) > best / cpu_speed.HOPELESS]
     contenders = [(OURS, here.dtype), (PADDED, here.dtype)]
     contenders += [(name, dtype) for name in (TRL, TRL_UNCHECKPOINTED) for dtype in dtypes]
-    found: dict[str, list[float]] = {f"{name}, {dtype}": [] for name, dtype in contenders}
+    rates: dict[str, list[float]] = {f"{name}, {dtype}": [] for name, dtype in contenders}
     for number in range(rounds):
         for name, dtype in contenders:
-            rate = in_its_own_process(name, dtype, 0.05)["tokens_per_second"]
-            found[f"{name}, {dtype}"].append(rate)
+            rate = measure_in_subprocess(name, dtype, 0.05)["tokens_per_second"]
+            rates[f"{name}, {dtype}"].append(rate)
             print(f"round {number + 1} of {rounds}: {name}, {dtype}: {rate:.0f} tokens/s", flush=True)
-    losses = {name: in_its_own_process(name, here.dtype, 0.0)["losses"] for name in (OURS, PADDED, EAGER)}
-    losses[EXACT] = in_its_own_process(PADDED, "float32", 0.0)["losses"]
-    ours = found[f"{OURS}, {here.dtype}"]
-    fastest = {name: max((found[f"{name}, {dtype}"] for dtype in dtypes), key=statistics.median)
+    losses = {name: measure_in_subprocess(name, here.dtype, 0.0)["losses"] for name in (OURS, PADDED, EAGER)}
+    losses[EXACT] = measure_in_subprocess(PADDED, "float32", 0.0)["losses"]
+    ours = rates[f"{OURS}, {here.dtype}"]
+    fastest = {name: max((rates[f"{name}, {dtype}"] for dtype in dtypes), key=statistics.median)
                for name in (TRL, TRL_UNCHECKPOINTED)}  # fmt: skip
     return {
         "device": here.to_dict(),
         "versions": device.versions(),
         "gflops": {name: getattr(speed, name) for name in cpu_speed.CANDIDATES},
         "not_run": [name for name in cpu_speed.CANDIDATES if name not in dtypes],
-        "tokens_per_second": {name: statistics.median(rates) for name, rates in found.items()},
-        "rounds": found,
+        "tokens_per_second": {name: statistics.median(values) for name, values in rates.items()},
+        "rounds": rates,
         "times_trl": statistics.median(a / b for a, b in zip(ours, fastest[TRL], strict=True)),
         "times_trl_without_checkpointing": statistics.median(
             a / b for a, b in zip(ours, fastest[TRL_UNCHECKPOINTED], strict=True)
@@ -175,12 +178,12 @@ def compare(rounds: int) -> dict[str, Any]:
 
 
 def _largest_difference(losses: list[float], plain: list[float]) -> float:
-    """The largest relative difference of any step's loss."""
+    """Largest relative difference between the losses of a step."""
     return max(abs(a / b - 1) for a, b in zip(losses, plain, strict=True))
 
 
 def main() -> None:
-    """Compare, or measure one contender for the process that compares."""
+    """Compare all contenders; with `--contender`, measure one of them for the comparing process."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
@@ -190,8 +193,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.contender:
         with contextlib.redirect_stdout(sys.stderr):
-            found = measure(args.contender, args.dtype, args.dropout)
-        print(json.dumps(found))
+            measured = measure(args.contender, args.dtype, args.dropout)
+        print(json.dumps(measured))
         return
     result = compare(args.rounds)
     for name, rate in result["tokens_per_second"].items():

@@ -1,10 +1,10 @@
-"""What a row costs to clean: is it the same for 10,000 rows and for 1,000,000?
+"""Time and memory of cleaning rows, from 10,000 to 1,000,000: is the cost per row constant?
 
 usage: python benchmarks/data_cost.py [FILE] [--sizes 10000 100000 1000000]
 
-Rows of FILE (JSON lines; default: Python documentation) are grown by light edits, so that most are near duplicates
-of another, then cleaned by `python -m qlora_helpers data`, each size in a process of its own. The start of a process is
-measured with ten rows and taken off.
+The rows of FILE (JSON lines; default: Python documentation) are multiplied by light edits, so that most are near
+duplicates, and then cleaned by `python -m qlora_helpers data`, each size in a separate process. The start-up time is
+measured with 30 rows and subtracted.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from qlora_helpers.files import write_jsonl
 
 
 def grow(rows: list[dict[str, str]], size: int) -> list[dict[str, str]]:
-    """The rows, then copies with one word of the instruction changed, in capitals, or without punctuation."""
+    """Return `size` rows: the given ones, then copies with one changed word, capitals or other punctuation."""
     rng = random.Random(0)
     grown = rows[:size]
     while len(grown) < size:
@@ -35,7 +35,7 @@ def grow(rows: list[dict[str, str]], size: int) -> list[dict[str, str]]:
 
 
 def measure(rows: list[dict[str, str]], folder: Path) -> tuple[float, float]:
-    """Seconds and peak resident GiB of one run of the command."""
+    """Run the command once and return its seconds and its peak resident memory in GiB."""
     write_jsonl(folder / "rows.jsonl", rows)
     words = ["data", str(folder / "rows.jsonl"), "--out", str(folder / "out"), "--max-tokens", "4000"]
     started = time.perf_counter()
@@ -47,7 +47,7 @@ def measure(rows: list[dict[str, str]], folder: Path) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Print a table: seconds, microseconds a row, the ratio to the first size, memory."""
+    """Print a table: seconds, microseconds per row, that cost relative to the first size, and memory."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", nargs="?", type=Path)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
@@ -56,7 +56,7 @@ def main() -> None:
         rows = [json.loads(line) for line in args.file.read_text("utf-8").splitlines()]
     else:
         rows = [record for _, record in python_docs.records()]
-    print("| rows | seconds | µs a row | ratio to the first | peak GiB |\n|---|---|---|---|---|")
+    print("| rows | seconds | µs per row | relative to the first | peak GiB |\n|---|---|---|---|---|")
     first = None
     with tempfile.TemporaryDirectory() as folder:
         start, _ = measure(grow(rows, 30), Path(folder))

@@ -1,10 +1,10 @@
-"""Peak memory of real training and evaluation, in the models' shapes with random weights, on the GPU at hand.
+"""Measure peak GPU memory of training and evaluation, for the models' shapes with random weights.
 
 usage: python benchmarks/memory.py TOKENIZER_FOLDER [--out data] [--names memory_settings …] [--parallel N]
 
-Runs every line of OUT/NAME.jsonl through the package's own loader and trainer, and appends what it saw to
-OUT/NAME_measured.jsonl; what is there is not measured again. Memory does not depend on what the weights are. Several
-processes may share one large GPU: torch counts their memory apart (but their seconds are no measure of speed).
+Every setting of OUT/NAME.jsonl runs through the package's own loader and trainer, and the result is appended to
+OUT/NAME_measured.jsonl; measured settings are skipped. Memory does not depend on the values of the weights. Several
+processes can share one large GPU, because torch counts memory per process; their step times do not measure speed.
 """
 
 import argparse
@@ -28,16 +28,17 @@ from qlora_helpers.config import Config
 from qlora_helpers.data import cleaning
 from qlora_helpers.device import GIB, detect, versions
 from qlora_helpers.evaluation import answers, losses
+from qlora_helpers.evaluation.context import RunContext
 from qlora_helpers.models.qlora import attach_lora, load_base
 from qlora_helpers.planning import architectures, measurements
 from qlora_helpers.runs import RunFolder
 from qlora_helpers.training import trainer
 
-STEPS = 5  # optimizer states are there after the first, and the allocator has settled
+STEPS = 5  # optimizer states exist after the first step, and then the allocator settles
 
 
 def write_shape(name: str, folder: Path, tokenizer: Any) -> None:
-    """A checkpoint with random weights, as a hub would serve it, so that the package's own loading is measured too."""
+    """Save a checkpoint with random weights, as on a hub, so that the package's own loading is measured too."""
     with torch.device("cuda"):
         shape = AutoConfig.for_model(**(architectures.known(name) or {}))
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
@@ -48,7 +49,7 @@ def write_shape(name: str, folder: Path, tokenizer: Any) -> None:
 
 
 def rows(number: int, config: Config, vocabulary: int) -> list[Any]:
-    """Random rows, all trained on; the first of every batch is as long as rows may be, others half as long or more."""
+    """Return random rows, all tokens trained. The first of a batch has `max_length` tokens, others at least half."""
     draw = random.Random(0)
     made = []
     for index in range(number):
@@ -61,25 +62,25 @@ def rows(number: int, config: Config, vocabulary: int) -> list[Any]:
 
 
 class Timer(TrainerCallback):
-    """Seconds of each step; the first ones choose kernels and do not count."""
+    """Records the end of each step. The first steps choose kernels and do not count."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Note the time when the GPU is done."""
+        """Record the time when the GPU has finished."""
         torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
 
 def measure(setting: dict[str, Any], folder: Path, tokenizer: Any) -> dict[str, Any]:
-    """What one setting takes: GiB that torch reserved and allocated, and seconds a step."""
+    """Measure one setting: GiB that torch reserved and allocated, and seconds per step."""
     config = measurements.config_of(setting).replace(model=str(folder), save_steps=1000)
     device = detect(config.compute_dtype)
     _fresh()
     base = load_base(config, device)
-    found: dict[str, Any] = _peak("load")
-    found["weights"] = torch.cuda.memory_allocated() / GIB
+    measured: dict[str, Any] = _peak("load")
+    measured["weights"] = torch.cuda.memory_allocated() / GIB
     model = attach_lora(base, config)
     trained = rows(config.batch_size * STEPS, config, 30000)
     data: Any = SimpleNamespace(trained_on=trained, heldout=rows(16, config, 30000), source_fingerprint="")
@@ -87,24 +88,24 @@ def measure(setting: dict[str, Any], folder: Path, tokenizer: Any) -> dict[str, 
     with tempfile.TemporaryDirectory() as run_folder:
         run = RunFolder(Path(run_folder))
         cleaning.identity = lambda *_: {}
-        ready = trainer.build_trainer(model, config, data, tokenizer, device, run, [timer])
+        ready = trainer.build_trainer(model, RunContext(config, data, tokenizer, device, run), [timer])
         ready.evaluate = lambda *_, **__: {"eval_loss": 1.0}
         ready._save_checkpoint = lambda *_: None
         _fresh()
-        found |= {"start": torch.cuda.memory_allocated() / GIB, "start_reserved": torch.cuda.memory_reserved() / GIB}
-        found["start_blocks"] = _blocks()
+        measured |= {"start": torch.cuda.memory_allocated() / GIB, "start_reserved": torch.cuda.memory_reserved() / GIB}
+        measured["start_blocks"] = _blocks()
         ready.train()
-        found |= _peak("train")
-        found["seconds_per_step"] = min(b - a for a, b in zip(timer.ends, timer.ends[1:], strict=False))
+        measured |= _peak("train")
+        measured["seconds_per_step"] = min(b - a for a, b in zip(timer.ends, timer.ends[1:], strict=False))
     del ready
     _fresh()
     losses.heldout_losses(model, data.heldout, device, measurements.HELDOUT_ROWS)
-    found |= _peak("heldout")
+    measured |= _peak("heldout")
     _fresh()
     long = " ".join(["word"] * (config.max_length // 2))
     answers.generate(model, tokenizer, config, device, [{"prompt": long, "reference": None}] * measurements.ANSWERS)
-    found |= _peak("answers")
-    return found
+    measured |= _peak("answers")
+    return measured
 
 
 def _fresh() -> None:
@@ -114,7 +115,7 @@ def _fresh() -> None:
 
 
 def _blocks() -> dict[str, float]:
-    """GiB by state: what is reserved and not allocated is either free, or waits for another stream."""
+    """Return GiB by state: memory that is reserved but not allocated is either free or waits for another stream."""
     sizes: Counter[str] = Counter()
     for segment in torch.cuda.memory_snapshot():
         for block in segment["blocks"]:
@@ -128,7 +129,7 @@ def _peak(name: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure what is missing, each setting in a process of its own, as a run is."""
+    """Measure the missing settings, each in a separate process, like a run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("--out", type=Path, default=Path("data"))
@@ -147,10 +148,10 @@ def main() -> None:
         list(pool.map(write_shape, models, [Path(folder, model) for model in models], [tokenizer] * len(models)))
         started = [pool.submit(attempt, setting, Path(folder, setting["model"]), tokenizer) for _, setting in missing]
         for (name, setting), future in zip(missing, started, strict=True):
-            found = future.result()
-            print(name, setting["id"], found, flush=True)
+            measured = future.result()
+            print(name, setting["id"], measured, flush=True)
             with (args.out / f"{name}_measured.jsonl").open("a") as file:
-                file.write(json.dumps({**setting, **found, "parallel": args.parallel}) + "\n")
+                file.write(json.dumps({**setting, **measured, "parallel": args.parallel}) + "\n")
 
 
 def _missing(out: Path, name: str) -> list[dict[str, Any]]:
@@ -160,14 +161,14 @@ def _missing(out: Path, name: str) -> list[dict[str, Any]]:
 
 
 def attempt(setting: dict[str, Any], folder: Path, tokenizer: Any) -> dict[str, Any]:
-    """What was measured, with the device; `fits` says whether it held to the setting's `limit_gib`, if it has one."""
+    """Measure a setting within its `limit_gib`, if it has one. `fits` in the result is false if memory ran out."""
     total = torch.cuda.get_device_properties(0).total_memory / GIB
     torch.cuda.set_per_process_memory_fraction(setting.get("limit_gib", total) / total)
     try:
-        found = {"fits": True, **measure(setting, folder, tokenizer)}
+        measured = {"fits": True, **measure(setting, folder, tokenizer)}
     except torch.cuda.OutOfMemoryError as error:
-        found = {"fits": False, "error": str(error).split(". ")[0]}
-    return {**found, "device": torch.cuda.get_device_name(), "versions": versions()}
+        measured = {"fits": False, "error": str(error).split(". ")[0]}
+    return {**measured, "device": torch.cuda.get_device_name(), "versions": versions()}
 
 
 if __name__ == "__main__":

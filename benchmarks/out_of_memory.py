@@ -1,9 +1,10 @@
-"""Runs out of GPU memory on purpose, in the middle of a run, and looks at what becomes of it.
+"""Let a run exceed GPU memory on purpose, and report how it ends.
 
 usage: python benchmarks/out_of_memory.py --out DIR [--model FOLDER]
 
-After the third of six steps the GPU's memory is cut to what half the batch needs. With on_oom=stop the run ends with
-one line; with on_oom=shrink it goes on from its last checkpoint with half the batch, and takes the same steps.
+After the third of six steps, GPU memory is limited to what half the batch needs. With on_oom=stop the run ends with a
+one-line error. With on_oom=shrink it continues from its last checkpoint with half the batch size and takes the same
+steps.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from qlora_helpers import runs
 from qlora_helpers.data import cleaning
 from qlora_helpers.models import hub
 from qlora_helpers.planning import plan
-from qlora_helpers.training import trainer  # first: it tells torch how reserved memory grows
+from qlora_helpers.training import trainer  # imported first: it configures torch's allocator
 
 # isort: on
 import torch
@@ -30,20 +31,20 @@ CUT_AFTER = 3
 
 
 class Cut(TrainerCallback):
-    """Takes memory away after a few steps."""
+    """Limits GPU memory after a few steps."""
 
     def __init__(self, gib: float) -> None:
         self.gib = gib
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """From here on, no more than `gib` may be reserved."""
+        """Allow no more than `gib` of reserved memory from this step on."""
         if state.global_step == CUT_AFTER:
             torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(self.gib / detect().memory_gib)
 
 
 def main() -> None:
-    """One run that stops and one that shrinks."""
+    """Train one run that stops and one that shrinks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default=EMBEDDED_MODEL)
@@ -71,9 +72,8 @@ def main() -> None:
             trainer.train(config.replace(on_oom=on_oom), data, tokenizer, run, [Cut(limit)])
         except UserError as error:
             print(f"on_oom={on_oom}: {error}")
-            print(
-                "whole checkpoints:", sorted(path.parent.name for path in run.path.glob("checkpoints/*/complete.json"))
-            )
+            complete = sorted(path.parent.name for path in run.path.glob("checkpoints/*/complete.json"))
+            print("complete checkpoints:", complete)
             continue
         stored = run.read("config.json")["config"]
         split = {name: stored[name] for name in ("batch_size", "gradient_accumulation")}

@@ -1,9 +1,9 @@
-"""Did fine-tuning help, and was it the data? 100, 200 and all usable rows, and 100 rows for the steps of 200.
+"""Does fine-tuning help, and is it the data? Train on 100, 200 and all usable rows, and on 100 rows for more steps.
 
 usage: python benchmarks/study.py DATASET --out DIR [--model FOLDER] [--seeds 3] [--profile gpu]
 
-The recipe of the presets tinyllama-guanaco-100 and -200 on any model and rows. What is complete is not trained again:
-the study may be stopped and started; the report is written from what is there.
+The recipe is that of the presets tinyllama-guanaco-100 and -200, on any model and rows. The run on 100 rows is repeated
+with as many steps as the one on 200 rows. Finished runs are reused, so the study can be stopped and restarted.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from qlora_helpers.models import hub
 
 
 def ladder(dataset: str, model: str, profile: str) -> dict[str, Config]:
-    """The four experiments; "all" is what is left when 100 rows are held out."""
+    """Return the four experiments. "All" rows are those left after 100 are held out."""
     config = Config.from_params(preset="tinyllama-guanaco-100", profile=profile, model=model, dataset=dataset)
     usable = len(cleaning.prepare(config, hub.load_tokenizer(config)).cleaned.train)
     return {
@@ -31,7 +31,7 @@ def ladder(dataset: str, model: str, profile: str) -> dict[str, Config]:
 
 
 def main() -> None:
-    """Train what is missing, then compare and report."""
+    """Train missing runs, compare them and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset")
     parser.add_argument("--out", type=Path, required=True)
@@ -41,13 +41,13 @@ def main() -> None:
     args = parser.parse_args()
     folder = runs.workdir(str(args.out))
     started = time.time()
-    found: dict[str, list[runs.RunFolder]] = {}
+    trained: dict[str, list[runs.RunFolder]] = {}
     for name, config in ladder(args.dataset, args.model, args.profile).items():
         (item, *more) = matrix.plan_runs({name: config.replace(n_seeds=args.seeds, equal_steps=False)}, folder)
-        found |= matrix.train_missing([item, *more])
+        trained |= matrix.train_missing([item, *more])
         print(f"{name}: {time.time() - started:.0f} s since the start", flush=True)
-    result = comparison.compare(found)
-    report.write(result, found, folder)
+    result = comparison.compare(trained)
+    report.write(result, trained, folder)
     print(report.table_markdown(result), *report.verdicts(result), *report.forgetting(result), sep="\n")
 
 

@@ -11,8 +11,8 @@ from qlora_helpers.options import Parser
 
 
 def build_parsers() -> tuple[Parser, dict[str, Parser]]:
-    """The parser, and that of each command."""
-    parser = Parser(prog="qlora", description="QLoRA fine-tuning in notebooks, from the command line.")
+    """Return the main parser, and the parser of each command by name."""
+    parser = Parser(prog="qlora", description="QLoRA fine-tuning from the command line.")
     parser.add_argument("--version", action="version", version=f"qlora_helpers {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     parsers = {}
@@ -23,7 +23,11 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 with one line on stderr for what the user can fix, 3 if a plan does not fit."""
+    """Run a command and return its exit code.
+
+    0 on success, 2 after a `UserError`, which is printed as one line on stderr, 3 if a plan does not fit, and 130 if
+    interrupted.
+    """
     argv = sys.argv[1:] if argv is None else argv
     try:
         parser, parsers = build_parsers()
@@ -38,21 +42,21 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
 
 
 def _check_names(argv: list[str], parsers: Mapping[str, Parser]) -> None:
-    """Raise `UserError` for an unknown command or option, with the nearest one, before anything else."""
+    """Raise `UserError` for an unknown command or option, naming the closest known one, before parsing."""
     if not argv or argv[0].startswith("-"):
         return
     if argv[0] not in parsers:
-        raise UserError(f"command: there is no '{argv[0]}'.{nearest(argv[0], parsers)}")
+        raise UserError(f"unknown command '{argv[0]}'.{nearest(argv[0], parsers)}")
     known = [*parsers[argv[0]].options, "--help"]
     for word in argv[1:]:
         name = word.split("=")[0]
         if name.startswith("--") and name not in known:
-            raise UserError(f"option: there is no '{name}'.{nearest(name, known)}")
+            raise UserError(f"unknown option '{name}'.{nearest(name, known)}")
 
 
 def _run(**args: Any) -> None:
@@ -62,7 +66,7 @@ def _run(**args: Any) -> None:
 
 
 def _given(args: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given: papermill writes every parameter into the notebook."""
+    """Return the options that were given, because papermill writes every parameter it gets into the notebook."""
     return {name: value for name, value in args.items() if value is not None}
 
 
@@ -80,10 +84,9 @@ def _compare(run_folders: list[Path], out: Path) -> None:
 
 
 def _print_comparison(written: Path) -> None:
-    from qlora_helpers.evaluation import report
-    from qlora_helpers.runs import RunFolder
+    from qlora_helpers.evaluation import comparison, report
 
-    result = RunFolder(written.parent).read("comparison.json")
+    result = comparison.read(written.parent)
     lines = [report.table_markdown(result), "", *report.verdicts(result), *report.forgetting(result)]
     print("", *lines, report.scope(result), "", f"Report: {written}", sep="\n")
 
@@ -114,12 +117,12 @@ def _data(out: Path, max_tokens: int, n_heldout: int | None, template: str | Non
     config = config.replace(template=template or ("auto" if tokenizer.chat_template else "instruction"))
     cleaned = cleaning.clean(config, tokenizer, None if n_heldout else lambda usable: min(1000, max(2, usable // 10)))
     cleaning.check_enough(cleaned, n_heldout or 2, 1)
-    found = report.build(cleaned, config, tokenizer)
-    report.write(found, cleaned, runs.workdir(str(out)))
+    built = report.build(cleaned, config, tokenizer)
+    report.write(built, cleaned, runs.workdir(str(out)))
     print(f"layout: {cleaned.loaded.layout}")
-    for name, count in found.tables[0].rows:
+    for name, count in built.tables[0].rows:
         print(f"{count:>10,}  {name}")
-    print(*filter(None, [found.advice]), f"Report: {out / 'report.md'}", sep="\n")
+    print(*filter(None, [built.advice]), f"Report: {out / 'report.md'}", sep="\n")
 
 
 def _plan(
@@ -137,7 +140,7 @@ def _plan(
     plans = plan.by_method(config, where)
     asked = plan.plan_memory(config, where, method)
     if any(number < 1 for number in rows or []):
-        raise UserError(f"rows: {min(rows or [])} is too small. Fix: 1 or more.")
+        raise UserError(f"rows: {min(rows or [])} is too small. Fix: use 1 or more.")
     times = tables.training_time(config, asked, where, rows or [config.n_samples or 1000])
     if json:
         totals = {name: round(other.total, 3) for name, other in plans.items()}
@@ -169,7 +172,7 @@ def _push(source: Path, repository: str, public: bool, yes: bool) -> None:
 
     planned = push.prepare(source.expanduser(), repository, public)
     print(planned)
-    print(f"Pushed: {push.upload(planned)}" if yes else "Nothing was sent. To send it: the same with --yes.")
+    print(f"Pushed: {push.upload(planned)}" if yes else "Nothing was sent. To send it, add --yes.")
 
 
 def _fetch() -> None:
@@ -179,7 +182,7 @@ def _fetch() -> None:
 
 
 class Command(NamedTuple):
-    """A command: what it does, its options, and the function that gets them."""
+    """A command: its help, the function that adds its options, and the function that runs it."""
 
     help: str
     options: Callable[[Parser], None]
@@ -188,14 +191,14 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "run": Command("execute notebooks 01-07 and write the comparison", options.run, _run),
-    "batch": Command("one run per sample count, setting and seed", options.batch, _batch),
+    "batch": Command("train one run per sample count, setting and seed", options.batch, _batch),
     "data": Command("clean and split a data set, and report on it", options.data, _data),
-    "plan": Command("peak memory of a run, before anything is downloaded", options.plan, _plan),
-    "compare": Command("report on finished runs", options.compare, _compare),
-    "export": Command("merge a run's adapter, and check the result", options.export, _export),
+    "plan": Command("plan peak memory and time of a run before downloading anything", options.plan, _plan),
+    "compare": Command("compare finished runs and write a report", options.compare, _compare),
+    "export": Command("merge a run's adapter into its base model and verify the result", options.export, _export),
     "serve": Command("serve an exported model over OpenAI's protocol", options.serve, _serve),
-    "push": Command("show what a push to a model hub would send", options.push, _push),
-    "fetch": Command("fetch the bundled model into the cache", lambda parser: None, _fetch),
+    "push": Command("show what a push to a model hub would send, or send it", options.push, _push),
+    "fetch": Command("download the bundled model into the cache", lambda parser: None, _fetch),
 }
 
 if __name__ == "__main__":

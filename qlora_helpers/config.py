@@ -1,6 +1,6 @@
-"""What to run: one frozen dataclass, filled from defaults, a preset, the machine's profile and parameters.
+"""Settings of a run: one frozen dataclass, filled from defaults, a preset, a profile and parameters.
 
-Later layers win. One checker looks at names, types and ranges, because papermill looks at none of them.
+Later layers override earlier ones. Names, types and ranges are checked here, because papermill checks none of them.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ PROFILES = ("cpu", "t4", "gpu")
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 SAMPLE_DATA = "sample"
 PYTHON_DOCS = "python-stdlib"
-MANY_RUNS = ("sample_counts", "seconds_per_run")  # a profile's keys that are about batches, no settings of one run
+MANY_RUNS = ("sample_counts", "seconds_per_run")  # keys of a profile that concern many runs and are not in `Config`
 
 
 def _field(
@@ -32,9 +32,9 @@ def _field(
     choices: tuple[str, ...] | None = None,
     identity: bool = True,
 ) -> Any:
-    """A dataclass field with the range or the choices that `_check` enforces.
+    """Return a dataclass field with the range or the choices that `_check` enforces.
 
-    `identity` says whether the setting decides a run's result: see `Config.identity`.
+    `identity` says whether the setting affects the result of a run: see `Config.identity`.
     """
     limits = {"low": low, "high": high, "choices": choices}
     return dataclasses.field(default=default, metadata={"help": help, "identity": identity, **limits})
@@ -42,84 +42,88 @@ def _field(
 
 @dataclass(frozen=True)
 class Config:
-    """One training run, fully resolved. Equal configs with equal data give the same run.
+    """Settings of one training run, fully resolved. Equal configs with equal data give the same run.
 
-    Build it with `Config.preset` or `Config.from_params`; both raise `UserError` for a name, a type or a value
-    that cannot be.
+    Create one with `Config.preset` or `Config.from_params`. Both raise `UserError` for an unknown name, a wrong type
+    or a value out of range.
     """
 
-    preset_name: str = _field("", "published experiment this came from", identity=False)
-    profile: str = _field("cpu", "size of machine", choices=PROFILES, identity=False)
+    preset_name: str = _field("", "preset that the settings come from", identity=False)
+    profile: str = _field("cpu", "size of the machine", choices=PROFILES, identity=False)
 
-    model: str = _field(EMBEDDED_MODEL, "hub id, folder, or the embedded model's name")
+    model: str = _field(EMBEDDED_MODEL, "hub id, folder, or name of the bundled model")
     revision: str = _field("main", "commit or branch of the model on the hub")
-    quantization: str = _field("nf4", "how the frozen base is stored", choices=("nf4", "fp4", "none"))
+    quantization: str = _field("nf4", "how the frozen base model is stored", choices=("nf4", "fp4", "none"))
     double_quant: bool = _field(True, "quantize the quantization constants too")
     compute_dtype: str = _field(
-        "auto", "dtype of products; auto suits the machine", choices=("auto", "bfloat16", "float16", "float32")
+        "auto", "compute dtype; auto: chosen for this machine", choices=("auto", "bfloat16", "float16", "float32")
     )
-    memory_limit_gib: float | None = _field(None, "hold the run to this much GPU memory", low=0.5, identity=False)
+    memory_limit_gib: float | None = _field(None, "limit GPU memory to this many GiB", low=0.5, identity=False)
 
     dataset: str | None = _field(SAMPLE_DATA, "hub id, file, folder, 'sample' or 'python-stdlib'")
     dataset_revision: str = _field("main", "commit or branch of the data set on the hub")
-    template: str = _field("guanaco", "how turns become text", choices=("guanaco", "instruction", "auto"))
-    system: str | None = _field(None, "system prompt, for the model's own chat template only")
-    train_on: str = _field("assistant", "which tokens are trained", choices=("assistant", "all"))
-    max_length: int = _field(256, "tokens a row may have", low=8)
-    over_length: str = _field("truncate", "what happens to longer rows", choices=("truncate", "drop"))
-    min_chars: int = _field(10, "question and answer together, or the row is dropped", low=1)
-    max_chars: int = _field(1_000_000, "a row with more characters is dropped, not read", low=100)
-    near_duplicates: float = _field(0.7, "rows this similar (Jaccard) count as one; 1 is equal", low=0.5, high=1)
-    rehearsal: float = _field(0.0, "against forgetting: rows of a second source per row", low=0, high=1)
-    rehearsal_dataset: str = _field(SAMPLE_DATA, "the second source: hub id, file, or 'sample'")
-    n_samples: int | None = _field(None, "rows to train on; None takes all usable ones", low=1)
-    n_heldout: int = _field(100, "rows that are never trained on", low=2)
-    data_seed: int = _field(0, "decides which rows are held out and which trained on", low=0)
+    template: str = _field(
+        "guanaco", "prompt format; auto: the model's own chat template", choices=("guanaco", "instruction", "auto")
+    )
+    system: str | None = _field(None, "system prompt, only with the model's chat template")
+    train_on: str = _field("assistant", "tokens that the loss is computed on", choices=("assistant", "all"))
+    max_length: int = _field(256, "maximum number of tokens per row", low=8)
+    over_length: str = _field("truncate", "what to do with longer rows", choices=("truncate", "drop"))
+    min_chars: int = _field(10, "drop rows shorter than this (question plus answer)", low=1)
+    max_chars: int = _field(1_000_000, "drop rows longer than this, in characters", low=100)
+    near_duplicates: float = _field(0.7, "Jaccard similarity of duplicates; 1: identical only", low=0.5, high=1)
+    rehearsal: float = _field(0.0, "general rows per training row, against forgetting", low=0, high=1)
+    rehearsal_dataset: str = _field(SAMPLE_DATA, "source of rehearsal rows: hub id, file, or 'sample'")
+    n_samples: int | None = _field(None, "number of training rows; None: all usable rows", low=1)
+    n_heldout: int = _field(100, "number of held-out rows, which are never trained on", low=2)
+    data_seed: int = _field(0, "seed of the split into held-out and training rows", low=0)
 
-    rank: int = _field(16, "rank r of the adapter", low=1)
+    rank: int = _field(16, "rank r of the LoRA adapter", low=1)
     alpha: int = _field(32, "the adapter's output is scaled by alpha / r", low=1)
-    dropout: float = _field(0.05, "dropout before the adapter", low=0, high=0.9)
-    target_modules: tuple[str, ...] = _field(("q_proj", "v_proj"), "layers that get an adapter, or all-linear")
+    dropout: float = _field(0.05, "dropout on the adapter's input", low=0, high=0.9)
+    target_modules: tuple[str, ...] = _field(("q_proj", "v_proj"), "layers with an adapter, or all-linear")
     bias: str = _field("none", "which biases are trained", choices=("none", "lora_only", "all"))
 
-    epochs: int = _field(1, "passes over the training rows", low=1)
+    epochs: int = _field(1, "number of passes over the training rows", low=1)
     batch_size: int = _field(4, "rows per forward pass", low=1, identity=False)
-    gradient_accumulation: int = _field(1, "passes per optimizer step", low=1, identity=False)
+    gradient_accumulation: int = _field(1, "forward passes per optimizer step", low=1, identity=False)
     learning_rate: float = _field(2e-4, "peak learning rate", low=0, high=1)
-    lr_scheduler: str = _field("linear", "shape of the learning rate", choices=("linear", "cosine", "constant"))
-    warmup_ratio: float = _field(0.0, "share of the steps that warm up", low=0, high=1)
-    weight_decay: float = _field(0.0, "AdamW's weight decay", low=0)
+    lr_scheduler: str = _field("linear", "learning rate schedule", choices=("linear", "cosine", "constant"))
+    warmup_ratio: float = _field(0.0, "fraction of the steps used for warmup", low=0, high=1)
+    weight_decay: float = _field(0.0, "weight decay of AdamW", low=0)
     optimizer: str = _field(
         "adamw_torch", "optimizer", choices=("adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
     )
-    max_grad_norm: float = _field(1.0, "gradients are clipped to this norm", low=0)
+    max_grad_norm: float = _field(1.0, "clip gradients to this norm", low=0)
     gradient_checkpointing: bool = _field(False, "recompute activations: less memory, more time", identity=False)
-    auto_batch: bool = _field(False, "split the batch as is fastest on this GPU by the plan", identity=False)
+    auto_batch: bool = _field(False, "use the fastest batch split that fits, by the plan", identity=False)
     on_oom: str = _field(
-        "stop", "out of GPU memory: stop, or split the batch and go on", choices=("stop", "shrink"), identity=False
+        "stop", "out of GPU memory: stop, or split the batch and resume", choices=("stop", "shrink"), identity=False
     )
-    eval_steps: int | None = _field(None, "steps between held-out losses; None is once an epoch", low=1)
+    eval_steps: int | None = _field(None, "steps between held-out losses; None: once per epoch", low=1)
     save_steps: int = _field(50, "steps between checkpoints", low=1, identity=False)
     keep_best: bool = _field(False, "end with the checkpoint of the lowest held-out loss")
-    early_stopping_patience: int | None = _field(None, "stop after so many held-out losses without a new low", low=1)
-    n_seeds: int = _field(1, "training seeds of each experiment in a comparison", low=1, identity=False)
-    equal_steps: bool = _field(False, "compare: also train the smaller one for as many steps", identity=False)
-    few_shot: bool = _field(True, "also measure the base with examples in its prompt", identity=False)
-    n_answers: int = _field(100, "held-out questions that are answered and scored", low=1, identity=False)
-    seconds_per_step: float | None = _field(None, "of the profile's model; None: see step_time", low=0, identity=False)
-    max_new_tokens: int = _field(128, "length of the sample answers, in tokens", low=1, identity=False)
-    seed: int = _field(0, "adapter's first weights, order of rows, dropout", low=0)
+    early_stopping_patience: int | None = _field(None, "stop after this many evaluations without a new low", low=1)
+    n_seeds: int = _field(1, "training seeds per experiment in a comparison", low=1, identity=False)
+    equal_steps: bool = _field(False, "also train the smaller experiment for as many steps", identity=False)
+    few_shot: bool = _field(True, "also measure the base model with few-shot examples", identity=False)
+    n_answers: int = _field(100, "number of held-out questions to answer and score", low=1, identity=False)
+    seconds_per_step: float | None = _field(
+        None, "measured with the profile's model; None: estimated", low=0, identity=False
+    )
+    max_new_tokens: int = _field(128, "maximum number of tokens per answer", low=1, identity=False)
+    seed: int = _field(0, "seed of adapter weights, row order and dropout", low=0)
 
     @classmethod
     def preset(cls, name: str, /, **changes: Any) -> "Config":
-        """The published experiment `name`, as published, on a machine with a GPU; `changes` win over it."""
+        """Return the published experiment `name` with the gpu profile. `changes` override its values."""
         return cls.from_params(preset=name, profile="gpu", **changes)
 
     @classmethod
     def from_params(cls, /, **params: Any) -> "Config":
-        """Resolve notebook or command-line parameters. A parameter that is None leaves the layer below as it is.
+        """Resolve notebook or command-line parameters. A parameter that is None keeps the value of the layer below.
 
-        `preset` names a published experiment; `profile` is cpu, t4, gpu, or auto, which looks at this machine.
+        `preset` names a published experiment; `profile` is cpu, t4, gpu, or auto, which detects this machine.
         """
         given = {key: value for key, value in params.items() if value is not None}
         preset = given.pop("preset", "tinyllama-guanaco-100")
@@ -133,10 +137,10 @@ class Config:
             layers["n_samples"] = min(scaled, most or scaled)
         else:
             layers["n_samples"] = most
-        if layers.get("dataset") == PYTHON_DOCS:  # a profile replaces what has to be downloaded, and this has not
+        if layers.get("dataset") == PYTHON_DOCS:  # profiles replace downloads, and this data set needs none
             settings.pop("dataset", None)
         layers |= settings
-        for name in ("model", "dataset"):  # a pinned revision belongs to what the preset names, and to nothing else
+        for name in ("model", "dataset"):  # a pinned revision is valid only for what the preset names
             if given.get(name, layers.get(name)) != layers.get(name):
                 layers["revision" if name == "model" else "dataset_revision"] = "main"
         layers |= given
@@ -149,10 +153,10 @@ class Config:
 
     @property
     def identity(self) -> str:
-        """Fingerprint of everything that decides the result: two runs may share a folder only if it is equal.
+        """Fingerprint of every setting that affects the result. Two runs may share a folder only if it is equal.
 
-        Settings that only decide where and how fast a run is computed do not count (`identity=False` in their field).
-        Neither does the split of a batch over passes, only its size.
+        Settings that affect only where and how fast a run is computed do not count (`identity=False` in their field).
+        Of the batch, the effective size counts, but not how it is split over forward passes.
         """
         deciding = {
             field.name: value
@@ -163,26 +167,29 @@ class Config:
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as written to `config.json`."""
+        """Return plain values, as written to `config.json`."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @property
     def params(self) -> dict[str, Any]:
-        """What `from_params` makes this config of again: its preset, its profile, and what differs from the two."""
+        """Arguments from which `from_params` recreates this config: preset, profile, and all values that differ."""
         own = {"preset": self.preset_name, "profile": self.profile}
         plain = Config.from_params(**own).to_dict()
         return own | {key: value for key, value in self.to_dict().items() if value != plain[key]}
 
     def replace(self, **changes: Any) -> "Config":
-        """A copy with other values, checked like any parameters."""
+        """Return a copy with other values, checked like any parameters."""
         return Config(**_check({**dataclasses.asdict(self), **changes}))
 
     def steps(self, n_rows: int) -> int:
-        """Optimizer steps for `n_rows` training rows: a last short batch counts as one."""
+        """Return the number of optimizer steps for `n_rows` training rows. An incomplete last batch is a step."""
         return self.epochs * -(-n_rows // self.effective_batch)
 
     def __str__(self) -> str:
-        """A line a setting, no wider than a notebook's cell: words have 54 columns, and none where a value is long."""
+        """Return one line per setting: name, value, help. The help is omitted after a long value.
+
+        A notebook cell is 102 columns wide, which leaves 54 for the help.
+        """
         lines = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -193,7 +200,7 @@ class Config:
 
 
 def value_type(field: "dataclasses.Field[Any]") -> Any:
-    """Type of a field's values, None aside."""
+    """Return the type of a field's values, ignoring None."""
     hint = typing.get_type_hints(Config)[field.name]
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next(kind for kind in kinds if kind is not type(None))
@@ -207,20 +214,23 @@ def _load_yaml(folder: str, name: str) -> dict[str, Any]:
 
 
 def of_profile(profile: str, key: str) -> Any:
-    """One of a profile's values about many runs: see `MANY_RUNS`."""
+    """Return a value of a profile that concerns many runs: see `MANY_RUNS`."""
     return _load_yaml("profiles", profile)[key]
 
 
 def preset_names() -> list[str]:
-    """Names of all published experiments."""
+    """Return the names of all presets, sorted."""
     folder = resources.files("qlora_helpers") / "presets"
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """The keys that a preset sets. `extends: other` starts from another preset."""
+    """Return the keys that a preset sets. `extends: NAME` starts from another preset.
+
+    Raises `UserError` if there is no such preset.
+    """
     if name not in preset_names():
-        raise UserError(f"preset: there is no '{name}'.{nearest(str(name), preset_names())}")
+        raise UserError(f"unknown preset '{name}'.{nearest(str(name), preset_names())}")
     keys = dict(_load_yaml("presets", name))
     parent = keys.pop("extends", None)
     return {**(load_preset(parent) if parent else {}), **keys}
@@ -228,22 +238,25 @@ def load_preset(name: str) -> dict[str, Any]:
 
 def _resolve_profile(profile: str) -> str:
     if profile == "auto":
-        from qlora_helpers import device  # imports torch: only when we are asked to look
+        from qlora_helpers import device  # detecting the machine imports torch
 
         return device.profile()
     if profile not in PROFILES:
-        raise UserError(f"profile: there is no '{profile}'.{nearest(str(profile), ('auto', *PROFILES))}")
+        raise UserError(f"unknown profile '{profile}'.{nearest(str(profile), ('auto', *PROFILES))}")
     return profile
 
 
 def _check(values: dict[str, Any]) -> dict[str, Any]:
-    """Return `values` with numbers and tuples in their field's type, or say what is wrong with the first bad one."""
+    """Return `values` with numbers and names converted to their field's type.
+
+    Raises `UserError` for the first unknown name, wrong type or value out of range.
+    """
     fields = {field.name: field for field in dataclasses.fields(Config)}
     hints = typing.get_type_hints(Config)
     checked = {}
     for name, value in values.items():
         if name not in fields:
-            raise UserError(f"parameter: there is no '{name}'.{nearest(name, fields)}")
+            raise UserError(f"unknown parameter '{name}'.{nearest(name, fields)}")
         checked[name] = _check_value(name, value, hints[name], fields[name].metadata)
     return checked
 
@@ -257,20 +270,24 @@ def _check_value(name: str, value: Any, hint: Any, limits: typing.Mapping[str, A
     low, high, choices = limits["low"], limits["high"], limits["choices"]
     if choices and value not in choices:
         raise UserError(f"{name}: '{value}' is not one of {', '.join(choices)}.")
-    if low is not None and not value >= low:  # written so that NaN fails
-        raise UserError(f"{name}: {value} is too small. Fix: {low:g} or more.")
+    if low is not None and not value >= low:  # NaN fails this comparison
+        raise UserError(f"{name}: {value} is too small. Fix: use {low:g} or more.")
     if high is not None and not value <= high:
-        raise UserError(f"{name}: {value} is too large. Fix: {high:g} or less.")
+        raise UserError(f"{name}: {value} is too large. Fix: use {high:g} or less.")
     return value
 
 
 def as_kind(name: str, value: Any, kind: Any) -> Any:
-    """`value` as a `kind` (int, float, bool, str or names), where that loses nothing; else a `UserError`."""
+    """Return `value` as a `kind`: int, float, bool, str, or a tuple of names.
+
+    Raises `UserError` if the type is wrong or the conversion would lose something. An int is accepted as a float, and
+    names may be one string, separated by commas or spaces.
+    """
     if kind == tuple[str, ...]:
         value = value.replace(",", " ").split() if isinstance(value, str) else value
         if isinstance(value, list | tuple) and value and all(isinstance(v, str) and v for v in value):
             return tuple(value)
-        raise UserError(f"{name}: expected names such as q_proj v_proj, got {value!r}.")
+        raise UserError(f"{name}: expected names such as q_proj,v_proj, got {value!r}.")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 2**1023 else math.inf
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):

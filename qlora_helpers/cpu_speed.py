@@ -1,4 +1,4 @@
-"""How fast this CPU computes in float32 and in bfloat16: timed once per machine, and stored."""
+"""Speed of this CPU in float32 and in bfloat16: timed once per machine and stored in the cache folder."""
 
 import json
 import os
@@ -12,18 +12,18 @@ from typing import Any
 from qlora_helpers import files
 
 CANDIDATES = ("float32", "bfloat16")
-WORTHWHILE = 1.2  # bfloat16 rounds more coarsely: it has to be this much faster
-TOKENS, FEW_TOKENS = 256, 8  # rows of the timed product, and of a first look
-WIDEST = 2048  # wider layers are as fast as this one, and take longer to time
+WORTHWHILE = 1.2  # bfloat16 rounds more coarsely, so it must be at least this many times as fast
+TOKENS, FEW_TOKENS = 256, 8  # tokens of the timed product, and of a first quick trial
+WIDEST = 2048  # wider layers reach the same speed but take longer to time
 ROUNDS = 4
-HOPELESS = 3.0  # times slower at the first look
-USUAL_SIZE = (576, 1536)  # hidden and intermediate size of the embedded model, for models whose config is not known
+HOPELESS = 3.0  # a dtype this many times slower in the quick trial is not timed further
+USUAL_SIZE = (576, 1536)  # hidden and intermediate size of the bundled model, for models whose config is unknown
 STORE = "cpu_speed.json"
 
 
 @dataclass(frozen=True)
 class CpuSpeed:
-    """Measured speed of matrix products on this CPU, forward and backward, in 10^9 operations a second."""
+    """Measured speed of matrix products on this CPU, forward and backward, in GFLOP/s."""
 
     float32: float
     bfloat16: float
@@ -35,19 +35,19 @@ class CpuSpeed:
 
     @property
     def reason(self) -> str:
-        """Why, with both figures."""
+        """Why `dtype` was chosen, with both speeds."""
         return (
             f"measured on this CPU: {self.bfloat16:.0f} GFLOP/s in bfloat16, {self.float32:.0f} in float32; "
-            f"bfloat16 is used from {WORTHWHILE:g} times the speed"
+            f"bfloat16 is used if it is at least {WORTHWHILE:g} times as fast"
         )
 
 
 @cache
 def lookup(hidden: int, intermediate: int) -> CpuSpeed:
-    """Speed of this CPU on products of this size: as stored for this machine, else measured and stored (0.2 s).
+    """Return the speed of this CPU on products of this size: stored for this machine, else measured and stored (0.2 s).
 
-    Stored, so that runs that are compared use one dtype. The processor, torch's version and the number of threads
-    make up the key.
+    It is stored so that all runs on a machine use the same dtype and can be compared. The key consists of the
+    processor, the torch version and the number of threads.
     """
     import filelock
 
@@ -61,20 +61,20 @@ def lookup(hidden: int, intermediate: int) -> CpuSpeed:
                 speed = measure(*size)
                 files.write_json(path, stored | {key: asdict(speed)})
             return speed
-    except OSError:  # a cache that cannot be written: this process measures for itself
+    except OSError:  # the cache folder is not writable: measure for this process only
         return measure(*size)
 
 
 def _stored(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text("utf-8"))
+        stored = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return stored if isinstance(stored, dict) else {}
 
 
 def _speed(entry: Any) -> CpuSpeed | None:
-    """An entry of the store; None if it is missing or damaged."""
+    """Parse an entry of the store. Returns None if it is missing or damaged."""
     try:
         return CpuSpeed(**{name: float(entry[name]) for name in CANDIDATES})
     except (TypeError, KeyError, ValueError):
@@ -82,7 +82,7 @@ def _speed(entry: Any) -> CpuSpeed | None:
 
 
 def cache_key() -> tuple[Any, ...]:
-    """All that the speed of a product depends on, besides its size."""
+    """Return everything besides the size that the speed of a product depends on."""
     import torch
 
     limits = [os.environ.get(name, "") for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")]
@@ -90,22 +90,22 @@ def cache_key() -> tuple[Any, ...]:
 
 
 def measure(n_in: int, n_out: int) -> CpuSpeed:
-    """Time a linear layer with frozen weights, forward and backward, in both dtypes; the fastest of a few rounds.
+    """Time a linear layer with frozen weights, forward and backward, in both dtypes; return the best of a few rounds.
 
-    A candidate that is hopeless on a few rows is not timed on more: without instructions for bfloat16 a single product
-    of a large model takes seconds.
+    A dtype that is hopelessly slow on a few tokens is not timed on more: without bfloat16 instructions, a single
+    product of a large model takes seconds.
     """
     few = {name: _seconds(name, FEW_TOKENS, n_in, n_out) for name in CANDIDATES}
     hopeful = [name for name in CANDIDATES if few[name] < HOPELESS * min(few.values())]
     many = [{name: _seconds(name, TOKENS, n_in, n_out) for name in hopeful} for _ in range(ROUNDS)]
-    operations = 2 * 2 * n_in * n_out  # of a row: a product and a sum, forward and backward
+    operations = 2 * 2 * n_in * n_out  # per token: a multiplication and an addition, forward and backward
     speed = {name: FEW_TOKENS * operations / few[name] for name in CANDIDATES}
     speed |= {name: TOKENS * operations / min(taken[name] for taken in many) for name in hopeful}
     return CpuSpeed(**{name: round(value / 1e9, 1) for name, value in speed.items()})
 
 
 def _seconds(dtype: str, tokens: int, n_in: int, n_out: int) -> float:
-    """The second of two runs of the layer: the first warms up."""
+    """Return the seconds that the second of two runs of the layer takes. The first is a warmup."""
     import torch
 
     options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
@@ -120,7 +120,7 @@ def _seconds(dtype: str, tokens: int, n_in: int, n_out: int) -> float:
 
 
 def cpu_name() -> str:
-    """The processor, the cores that this process may use, and the vector instructions that torch uses on it."""
+    """Return the processor, the number of cores this process may use, and the vector instructions torch uses on it."""
     import torch
 
     lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []

@@ -1,4 +1,4 @@
-"""The machine: GPU or CPU, compute capability, dtype, memory, and why the dtype was chosen."""
+"""This machine: GPU or CPU, compute capability, memory, dtype, and why that dtype was chosen."""
 
 import contextlib
 import ctypes
@@ -13,15 +13,15 @@ from qlora_helpers import cpu_speed
 from qlora_helpers.errors import UserError
 
 GIB = 2**30
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-# Matrix cores with bfloat16: MI100 and later Instinct cards, RDNA 3 and 4.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
+# AMD architectures with bfloat16 in hardware: Instinct GPUs from the MI100 on, RDNA 3 and 4.
 AMD_WITH_BF16 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "numpy")
 
 
 @dataclass(frozen=True)
 class Device:
-    """One machine as far as training is concerned. Memory in GiB, of the GPU if there is one, else of the computer."""
+    """A machine to train on. Memory is in GiB: that of the GPU if there is one, else that of the computer."""
 
     kind: str
     name: str
@@ -33,31 +33,37 @@ class Device:
 
     @property
     def storage_dtype(self) -> str:
-        """The 16-bit dtype in which frozen weights that are not packed are stored, whatever is computed in."""
+        """The 16-bit dtype in which unquantized frozen weights are stored, whatever the compute dtype."""
         return "bfloat16" if self.dtype == "float32" else self.dtype
 
-    def computing_in(self, dtype: str, reason: str = "as asked for") -> "Device":
-        """The same machine with another dtype. Raises `UserError` for bfloat16 on a GPU that only emulates it."""
+    def computing_in(self, dtype: str, reason: str = "as requested") -> "Device":
+        """Return the same machine with another dtype.
+
+        Raises `UserError` for bfloat16 on a GPU that only emulates it.
+        """
         if self.kind == "cuda" and dtype == "bfloat16" and not has_bf16():
-            raise UserError(f"compute_dtype: {self.name} only emulates bfloat16, many times slower. Fix: auto.")
+            raise UserError(
+                f"compute_dtype: {self.name} only emulates bfloat16, which is many times slower. "
+                "Fix: compute_dtype=auto."
+            )
         return replace(self, dtype=dtype, reason=reason)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for the manifest; free memory is left out, since it changes by the second."""
+        """Return plain values for the manifest, without free memory, which changes by the second."""
         return {key: value for key, value in asdict(self).items() if key != "free_gib"}
 
 
 def detect(compute_dtype: str = "auto") -> Device:
-    """Look at this machine. `compute_dtype` other than auto overrides the choice, and the reason says so.
+    """Detect this machine. A `compute_dtype` other than auto overrides the choice, and `reason` says so.
 
-    On a CPU, `auto` is the dtype that suits the bundled model; `compute_dtype.device_for` asks for a config's own.
+    On a CPU, auto is the faster dtype for the bundled model; `compute_dtype.device_for` chooses for a config's model.
     Raises `UserError` for bfloat16 on a GPU that only emulates it.
     """
     return _gpu(compute_dtype) if _has_gpu() else _cpu(compute_dtype)
 
 
 def profile() -> str:
-    """The profile that suits this machine: cpu, t4 or gpu. Times nothing."""
+    """Return the profile that suits this machine: cpu, t4 or gpu. This times nothing."""
     if not _has_gpu():
         return "cpu"
     return "gpu" if has_bf16() else "t4"
@@ -70,11 +76,11 @@ def _has_gpu() -> bool:
 
 
 def has_bf16() -> bool:
-    """Whether the GPU computes in bfloat16 itself.
+    """Return whether the GPU computes bfloat16 in hardware.
 
-    Not `torch.cuda.is_bf16_supported()`, which says yes on a T4, by emulation. NVIDIA's cards have it from compute
-    capability 8.0. AMD's answer `torch.cuda` too, but their capability counts differently: their architecture's name
-    decides.
+    `torch.cuda.is_bf16_supported()` is not used: it returns true on a T4, which only emulates bfloat16. NVIDIA GPUs
+    have it from compute capability 8.0 on. AMD GPUs are also found through `torch.cuda`, but number their capabilities
+    differently, so the name of the architecture decides.
     """
     import torch
 
@@ -114,7 +120,7 @@ def _cpu(compute_dtype: str) -> Device:
 
 
 def on_cpu(device: Device, size: tuple[int, int] = cpu_speed.USUAL_SIZE) -> Device:
-    """The CPU `device`, computing in the faster dtype for layers of this hidden and intermediate size."""
+    """Return the CPU `device` with the faster dtype for layers of this hidden and intermediate size."""
     speed = cpu_speed.lookup(*size)
     return device.computing_in(speed.dtype, speed.reason)
 
@@ -124,19 +130,20 @@ def _gib(total: int, free: int) -> tuple[float, float]:
 
 
 def keep_freed_memory(device: Device) -> None:
-    """Without a GPU, on Linux: let memory that is freed stay with this process, for the next tensor.
+    """On Linux without a GPU, keep freed memory in this process for the next tensor.
 
-    glibc returns large blocks to the system at once, and the next one costs a page fault every 4 KiB, in every step.
+    By default glibc returns large blocks to the system at once, so that each new tensor costs a page fault every 4 KiB,
+    in every step.
     """
     if device.kind == "cpu" and sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library
+        with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
             libc = ctypes.CDLL(None)
             libc.mallopt(M_MMAP_MAX, 0)
             libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def limit_memory(device: Device, limit_gib: float | None) -> None:
-    """Hold this process to `limit_gib` of GPU memory: a run that passes fits a card of that size."""
+    """Limit this process to `limit_gib` of GPU memory. A run that finishes under the limit fits a GPU of that size."""
     if device.kind == "cuda" and limit_gib is not None and limit_gib < device.memory_gib:
         import torch
 
@@ -144,8 +151,9 @@ def limit_memory(device: Device, limit_gib: float | None) -> None:
 
 
 def forget_peak(device: Device) -> None:
-    """Count the peak memory of a GPU anew. What torch keeps for later goes back first, or it would count too. What a
-    process has taken from a computer at most cannot be forgotten.
+    """Reset the peak memory of a GPU. Memory that torch caches is released first, since it would count too.
+
+    On a CPU the peak of a process cannot be reset.
     """
     if device.kind == "cuda":
         import torch
@@ -155,7 +163,10 @@ def forget_peak(device: Device) -> None:
 
 
 def peak_memory_gib(device: Device) -> float:
-    """Peak memory of this process so far: reserved by torch on a GPU since `forget_peak`, resident set on a CPU."""
+    """Return the peak memory of this process in GiB.
+
+    On a GPU this is the memory reserved by torch since `forget_peak`, on a CPU the resident set of the whole process.
+    """
     if device.kind == "cuda":
         import torch
 
@@ -171,12 +182,12 @@ def peak_memory_gib(device: Device) -> float:
 
 
 def on_colab() -> bool:
-    """Whether this is a Colab machine. Its environment says so; importing google.colab can hang outside the page."""
+    """Return whether this is a Colab machine, by its environment: importing google.colab can hang outside the page."""
     return any(name.startswith("COLAB_") for name in os.environ)
 
 
 def autocast(device: Device) -> Any:
-    """The mixed precision that the trainer uses on this device, so that losses in and after training agree."""
+    """Return the trainer's autocast context for this device, so that losses during and after training agree."""
     import torch
 
     mixed = device.kind == "cuda" and device.dtype != "float32"
@@ -184,20 +195,21 @@ def autocast(device: Device) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Python's version and those of the packages that decide results."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the packages that affect results."""
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+            installed[package] = "not installed"
+    return installed
 
 
 def prove_four_bit(device: Device, size: int = 512) -> dict[str, dict[str, float]]:
-    """One matrix product with weights in 16 and in 4 bits: error relative to float32, and bytes of the weights.
+    """Compute a matrix product with 16-bit and with 4-bit weights.
 
-    Raises `UserError` if the 4-bit product is further off than rounding to 16 levels explains.
+    Returns the error of each relative to float32 and the size of its weights in KiB. Raises `UserError` if the error of
+    the 4-bit product is larger than rounding to 16 levels explains.
     """
     import bitsandbytes as bnb
     import torch
@@ -213,7 +225,7 @@ def prove_four_bit(device: Device, size: int = 512) -> dict[str, dict[str, float
     with torch.no_grad():
         products = {"16-bit": x @ half.to(dtype).T, "4-bit (NF4)": layer(x)}
     errors = {name: ((got.float().cpu() - want).norm() / want.norm()).item() for name, got in products.items()}
-    if not errors["4-bit (NF4)"] < 0.15:  # 0.09 is what rounding normal weights to NF4's levels costs
+    if not errors["4-bit (NF4)"] < 0.15:  # rounding normally distributed weights to the levels of NF4 gives 0.09
         raise UserError(
             f"bitsandbytes: its 4-bit product is off by {errors['4-bit (NF4)']:.0%}. Fix: reinstall bitsandbytes for "
             "this machine's torch."

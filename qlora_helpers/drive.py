@@ -1,4 +1,4 @@
-"""Google Drive, which drops and fills: mounted when asked for; a run there is written here, and copied whole."""
+"""Runs on Google Drive, which can disconnect or fill up: they are written to the local disk and then copied."""
 
 import contextlib
 import os
@@ -12,11 +12,11 @@ from qlora_helpers.errors import UserError
 from qlora_helpers.runs import RunFolder
 
 HERE = Path("/content/qlora_runs")  # Colab's own disk
-LAST = "metrics.json"  # says that a run is complete: copied when all else is there
+LAST = "metrics.json"  # marks a run as finished, so it is copied after everything else
 
 
 def mount() -> None:
-    """Mount Google Drive, unless it is mounted or this is not Colab. Raises `UserError` if that fails."""
+    """Mount Google Drive, unless it is mounted already or this is not Colab. Raises `UserError` if that fails."""
     if not on_colab():
         print("use_drive: this is not Colab, so there is no Drive to mount; runs stay in the work folder.")
         return
@@ -26,7 +26,7 @@ def mount() -> None:
         from google.colab import drive
 
         drive.mount(str(runs.DRIVE.parent))
-    except Exception as error:  # Colab raises whatever the page, the user or the clock came up with
+    except Exception as error:  # Colab raises different exceptions for the page, the user and a timeout
         raise UserError(
             f"use_drive: Google Drive could not be mounted ({error}). Fix: run the cell again and allow it, or "
             "use_drive=False."
@@ -34,7 +34,7 @@ def mount() -> None:
 
 
 def mirror(run: RunFolder) -> "Mirror | None":
-    """What keeps a run on Drive and its copy here in step; None for a run that is not on Drive."""
+    """Return the mirror that syncs a run on Drive with its local copy, or None for a run that is not on Drive."""
     if not run.path.is_relative_to(runs.DRIVE):
         return None
     return Mirror(run, RunFolder(HERE / run.path.relative_to(runs.DRIVE)))
@@ -42,15 +42,19 @@ def mirror(run: RunFolder) -> "Mirror | None":
 
 @dataclass(frozen=True)
 class Mirror:
-    """A run on Drive, and the folder on this machine that it is written to. A lock holds on one machine only: two
-    machines must not train the same run on one Drive.
+    """A run on Drive (`there`) and the local folder it is written to (`here`).
+
+    Locks work on one machine only, so two machines must not train the same run on one Drive.
     """
 
     there: RunFolder
     here: RunFolder
 
     def pull(self, identity: dict[str, str]) -> None:
-        """Fetch what Drive has of this run, and of the base models' losses, and this machine lacks."""
+        """Copy the files of this run, and the losses of base models, that are on Drive and missing here.
+
+        A local folder of another run is deleted first. Raises `UserError` if Drive cannot be read.
+        """
         if self.here.identity() not in (None, identity):
             shutil.rmtree(self.here.path)
         try:
@@ -62,8 +66,10 @@ class Mirror:
             ) from None
 
     def push(self) -> bool:
-        """Copy what is new here to Drive, `metrics.json` last. A Drive that drops or is full is said in a line; what
-        was saved stays, here and there, and the next push tries again.
+        """Copy new and changed files to Drive, `metrics.json` last, and return whether that worked.
+
+        If Drive is disconnected or full, one line says so. All files that were saved remain, here and there, and the
+        next push tries again.
         """
         try:
             for base in self.here.path.parent.glob("base-*"):
@@ -72,19 +78,19 @@ class Mirror:
             _copy_changed(self.here.path, self.there.path)
         except OSError as error:
             print(
-                f"Google Drive: {self.there.path} could not be brought up to date ({error.strerror}). Everything is "
-                f"kept in {self.here.path}, and training goes on. Fix: free space on Drive, or mount it again."
+                f"Google Drive: {self.there.path} could not be updated ({error.strerror}). All files are kept in "
+                f"{self.here.path}, and training continues. Fix: free up space on Drive, or mount it again."
             )
             return False
         return True
 
     def finish(self) -> RunFolder:
-        """The complete run: on Drive, or here if Drive does not take it."""
+        """Return the finished run: on Drive, or here if it could not be copied there."""
         return self.there if self.push() else self.here
 
 
 def _visible(folder: Path) -> list[Path]:
-    """What lies in a folder, less hidden files: locks, and copies that were cut off."""
+    """Return the entries of a folder without hidden ones, which are locks and interrupted copies."""
     entries = sorted(folder.iterdir()) if folder.is_dir() else []
     return [entry for entry in entries if not entry.name.startswith(".")]
 
@@ -98,7 +104,7 @@ def _copy_missing(source: Path, target: Path) -> None:
 
 
 def _copy_changed(source: Path, target: Path) -> None:
-    """Files that differ in size or time; whole checkpoints that are missing, then older ones are removed as here."""
+    """Copy files that differ in size or time, and missing complete checkpoints; remove checkpoints deleted here."""
     for entry in sorted(_visible(source), key=lambda entry: entry.name == LAST):
         there = target / entry.name
         if entry.name == "checkpoints":
@@ -115,13 +121,13 @@ def _copy_changed(source: Path, target: Path) -> None:
 
 
 def _stamp(file: Path) -> tuple[int, int]:
-    """Size and second of the last change: what Drive keeps of a file."""
-    found = file.stat()
-    return found.st_size, int(found.st_mtime)
+    """Return size and modification time in seconds, the attributes that Drive preserves."""
+    status = file.stat()
+    return status.st_size, int(status.st_mtime)
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a file or folder under a hidden name, then rename: what has its name is whole."""
+    """Copy a file or folder under a hidden name, then rename it, so that a visible copy is always complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}-part")
     _remove(part)
@@ -131,7 +137,7 @@ def _copy(source: Path, target: Path) -> None:
         else:
             shutil.copy2(source, part)
         os.replace(part, target)
-    except shutil.Error as error:  # copytree collects what failed; the first says why
+    except shutil.Error as error:  # copytree collects all errors; the first names the cause
         _remove(part)
         raise OSError(None, str(error.args[0][0][2])) from None
     except OSError:
@@ -140,7 +146,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _remove(part: Path) -> None:
-    """Give back the room of a copy that was cut off; on a Drive that is gone, nothing can be removed."""
+    """Remove an interrupted copy. On a disconnected Drive this fails silently."""
     if part.is_dir():
         shutil.rmtree(part, ignore_errors=True)
     else:

@@ -1,18 +1,18 @@
-"""The one exception that is meant for the user's eyes, and the words it is made of."""
+"""The exception for errors that the user can fix, and suggestions for misspelled names."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """Something the user can mend: one line that says what is wrong, where, and how to mend it.
+    """An error that the user can fix: one line that says what is wrong, where, and how to fix it.
 
-    The command line prints it and exits with code 2. In a notebook it shows without a wall of frames, because
-    IPython asks an exception for `_render_traceback_` before it draws one.
+    The command line prints it and exits with code 2. A notebook shows it without a traceback, because IPython calls
+    `_render_traceback_` if an exception has it.
     """
 
     def __init__(self, message: str) -> None:
-        words = " ".join(message.split())  # what it quotes may hold newlines, or codes that steer a terminal
+        words = " ".join(message.split())  # quoted input may contain newlines or terminal control codes
         super().__init__("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words))
 
     def _render_traceback_(self) -> list[str]:
@@ -20,7 +20,7 @@ class UserError(Exception):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Say which known name is meant, or list them all: ` Did you mean 'epochs'?`."""
+    """Return a suggestion for an unknown name, such as ` Did you mean 'epochs'?`, else a list of all known names."""
     known = sorted(known)
     close = get_close_matches(name, known, n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(known)}."

@@ -1,4 +1,4 @@
-"""Files: JSON written whole and renamed into place, the cache folder, and short hashes."""
+"""Files: JSON written atomically, the cache folder, and short hashes."""
 
 import hashlib
 import json
@@ -14,18 +14,22 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write whole, then rename: a kill leaves the old file or the new one, never a half."""
+    """Write `content` as JSON to a temporary file, then rename it.
+
+    If the process is killed, the old file or the new one remains, never a partial one.
+    """
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write whole, then rename, like `write_json`."""
+    """Write `text` atomically, like `write_json`."""
     _write(path, [text])
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """One JSON object a line, written whole and renamed. A row may hold what JSON has no word for, such as a date of a
-    Parquet file, or half a character: the first becomes text, the second is escaped.
+    """Write one JSON object per line, atomically, like `write_json`.
+
+    Values that JSON cannot represent, such as a date from a Parquet file, become text. Lone surrogates are escaped.
     """
     _write(path, (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
 
@@ -43,7 +47,10 @@ def _write(path: Path, parts: Iterable[str]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All rows of a file that this package wrote; a damaged one is an error that names it."""
+    """Return all rows of a JSONL file written by this package.
+
+    Raises `UserError` for a damaged file and `FileNotFoundError` for a missing one.
+    """
     try:
         return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
     except FileNotFoundError:
@@ -53,11 +60,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def short_hash(content: Any) -> str:
-    """First 12 hex digits of the sha256 of a JSON value: a name for what it stands for."""
+    """Return the first 12 hex digits of the SHA-256 of a JSON value, for use in names."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
 def cache_folder() -> Path:
-    """`QLORA_CACHE`, else the user's cache folder."""
+    """Return the cache folder: `qlora_helpers/` in `QLORA_CACHE`, else in the user's cache folder."""
     home = os.environ.get("QLORA_CACHE") or os.environ.get("XDG_CACHE_HOME")
     return Path(home).expanduser() / "qlora_helpers" if home else Path.home() / ".cache" / "qlora_helpers"

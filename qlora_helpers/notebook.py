@@ -1,4 +1,4 @@
-"""What every notebook does first: take its parameters, check them, and find its work folder."""
+"""The first step of every notebook: read its parameters, check them, and find its work folder."""
 
 import ast
 import re
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from pandas.io.formats.style import Styler
 
 NUMBERED = re.compile(r"_\d$")
-KINDS = {bool: bool, int: int, float: float, str: str, "Optional[str]": str}  # of annotations, as a notebook has them
-MARK = "# Parameters"  # the first line of our parameters cells, and of the cell that papermill injects
+KINDS = {bool: bool, int: int, float: float, str: str, "Optional[str]": str}  # annotations in a parameters cell
+MARK = "# Parameters"  # first line of a notebook's parameters cell, and of the cell that papermill injects
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A notebook's config, the folder its runs are in, and the run name that was asked for, if any."""
+    """A notebook's config, the folder of its runs, and the requested run name, if any."""
 
     config: Config
     folder: Path
@@ -30,12 +30,12 @@ class Setup:
 
 
 def resolve(namespace: Mapping[str, Any], experiment: int | None = None, apart: Collection[str] = ()) -> Setup:
-    """Turn a notebook's parameters into a `Config`; called as `resolve(globals())`.
+    """Turn a notebook's parameters into a `Config`. Call it as `resolve(globals())`.
 
-    Any setting of `Config` may be injected, listed in the notebook or not. A name that is no parameter raises
-    `UserError` with the nearest one: papermill itself only warns. In a notebook about several experiments,
-    `preset_1` is the `preset` of experiment 1, and so on. Names in `apart` are the notebook's own, no settings: their
-    type is checked, and the notebook uses them as they stand.
+    Any setting of `Config` may be injected, whether or not the notebook lists it. An unknown name raises `UserError`
+    with the closest known one; papermill itself only warns. In a notebook about several experiments, `preset_1` is the
+    `preset` of experiment 1, and so on. Names in `apart` are parameters of the notebook that are not settings: their
+    type is checked, and the notebook reads them itself.
     """
     given = _parameters(namespace)
     for name in apart:
@@ -55,7 +55,7 @@ def resolve(namespace: Mapping[str, Any], experiment: int | None = None, apart: 
 
 
 def texts(rows: list[dict[str, Any]], columns: list[str] | None = None) -> "Styler":
-    """Rows of texts as a table: read from the left, line breaks kept, and what looks like HTML shown, not rendered."""
+    """Return rows of texts as a table: left-aligned, with line breaks kept and HTML escaped."""
     import pandas as pd
 
     table = pd.DataFrame(rows, columns=columns).fillna("–")
@@ -65,9 +65,9 @@ def texts(rows: list[dict[str, Any]], columns: list[str] | None = None) -> "Styl
 
 
 def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of the parameters: the names that our cell annotates, and those that papermill's cell assigns.
+    """Return the values of the names that the parameters cell annotates and of those that papermill's cell assigns.
 
-    The first are in `__annotations__`, which Python keeps; the second in IPython's history of inputs.
+    The former are in `__annotations__`, which Python maintains, the latter in IPython's input history.
     """
     names = set(namespace.get("__annotations__", {}))
     for source in namespace.get("In", []):
@@ -81,19 +81,20 @@ def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def in_notebook() -> bool:
-    """Whether a Jupyter kernel runs this."""
+    """Return whether this runs in a Jupyter kernel."""
     return _kernel() is not None
 
 
 def is_interactive() -> bool:
-    """Whether a person's front end runs this cell. It says with each request that it can be asked for input; papermill,
-    nbval and nbconvert say that they cannot.
+    """Return whether a person's front end runs this cell.
+
+    Each execution request of such a front end allows asking for input; those of papermill, nbval and nbconvert do not.
     """
     kernel = _kernel()
     return kernel is not None and bool(kernel.get_parent().get("content", {}).get("allow_stdin"))
 
 
 def _kernel() -> Any:
-    """The Jupyter kernel that runs this, which has then imported IPython itself; None outside one."""
+    """Return the Jupyter kernel that runs this, or None outside one. A kernel has always imported IPython."""
     ipython = sys.modules.get("IPython")
     return getattr(ipython.get_ipython(), "kernel", None) if ipython else None

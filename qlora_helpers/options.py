@@ -1,4 +1,4 @@
-"""Options of the command line. Those that are settings of a run are made from the fields of `Config`."""
+"""Command-line options. Those for the settings of a run are generated from the fields of `Config`."""
 
 import argparse
 import dataclasses
@@ -11,19 +11,19 @@ from qlora_helpers.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, and a list of the options that have been added."""
+    """An argparse parser with errors of one line and a list of the options added to it."""
 
     def __init__(self, **kwargs: Any) -> None:
         self.options: list[str] = []
         super().__init__(**kwargs, allow_abbrev=False)
 
     def option(self, *names: str, group: Any = None, **kwargs: Any) -> None:
-        """Add an option, to a group of this parser if one is given."""
+        """Add an option, to `group` if one is given."""
         (group or self).add_argument(*names, **kwargs)
         self.options += names
 
     def settings(self, *leave_out: str, aliases: Mapping[str, str] | None = None) -> None:
-        """Add an option for every setting of `Config`, with its help and its limits, but for those left out."""
+        """Add an option for every setting of `Config` except those in `leave_out`, with its help and limits."""
         for field in dataclasses.fields(Config):
             if field.name in {"preset_name", *leave_out}:
                 continue
@@ -38,12 +38,12 @@ class Parser(argparse.ArgumentParser):
             self.option(*names, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage."""
+        """Raise `UserError` instead of printing the usage."""
         raise UserError(message)
 
 
 class _OnOff(argparse.Action):
-    """`--name` is true, `--no-name` false, neither is None: the preset decides."""
+    """Store true for `--name` and false for `--no-name`. Without either it is None, and the preset decides."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         setattr(namespace, self.dest, not str(option_string).startswith("--no-"))
@@ -58,81 +58,87 @@ def _help(field: "dataclasses.Field[Any]") -> str:
 
 
 def run(run: Parser) -> None:
-    """Options of `run`."""
-    run.option("--samples", type=int, nargs=2, metavar=("N1", "N2"), help="rows of experiments 1 and 2")
-    run.option("--out", type=Path, required=True, metavar="DIR", help="folder for everything that is written")
+    """Add the options of `run`."""
+    run.option("--samples", type=int, nargs=2, metavar=("N1", "N2"), help="training rows of experiments 1 and 2")
+    run.option("--out", type=Path, required=True, metavar="DIR", help="output folder")
     run.settings("n_samples", "profile")
     _profile(run)
 
 
 def batch(batch: Parser) -> None:
-    """Options of `batch`."""
-    batch.option("--samples", type=int, nargs="+", required=True, metavar="N", help="rows to train on")
-    batch.option("--seeds", type=int, nargs="+", default=[0], metavar="S", help="seeds")
+    """Add the options of `batch`."""
+    batch.option("--samples", type=int, nargs="+", required=True, metavar="N", help="numbers of training rows")
+    batch.option("--seeds", type=int, nargs="+", default=[0], metavar="S", help="training seeds (default 0)")
     for option, kind in (("learning-rates", float), ("ranks", int), ("epochs-list", int), ("effective-batches", int)):
-        batch.option(f"--{option}", type=kind, nargs="+", metavar="X", help="try each value, at the largest N")
-    batch.option("--out", type=Path, required=True, metavar="DIR", help="folder for everything that is written")
+        batch.option(f"--{option}", type=kind, nargs="+", metavar="X", help="values to try in turn, at the largest N")
+    batch.option("--out", type=Path, required=True, metavar="DIR", help="output folder")
     batch.settings("n_samples", "seed", "profile")
     _profile(batch)
 
 
 def _profile(parser: Parser) -> None:
-    parser.option("--profile", default="auto", help=f"{', '.join(PROFILES)}, or auto: look at this machine")
+    parser.option("--profile", default="auto", help=f"{', '.join(PROFILES)}, or auto: detect this machine (default)")
 
 
 def data(data: Parser) -> None:
-    """Options of `data`."""
+    """Add the options of `data`."""
     data.add_argument("dataset", metavar="SOURCE", help="file, folder, hub id, 'sample' or 'python-stdlib'")
-    data.option("--out", type=Path, required=True, metavar="DIR", help="folder for rows and report")
-    data.option("--model", help="folder or hub id whose tokenizer counts; default: the bundled model")
-    data.option("--max-tokens", type=int, default=512, metavar="N", help="tokens a row may have (default 512)")
-    data.option("--over-length", default="drop", choices=("drop", "truncate"), help="what happens to longer rows")
-    data.option("--template", choices=("guanaco", "instruction", "auto"), help="default: the model's own, if any")
-    data.option("--near-duplicates", type=float, metavar="T", help="similarity from which rows count as one (0.7)")
+    data.option("--out", type=Path, required=True, metavar="DIR", help="output folder for rows and report")
+    data.option("--model", help="folder or hub id of the model whose tokenizer is used (default: the bundled model)")
+    data.option("--max-tokens", type=int, default=512, metavar="N", help="maximum tokens per row (default 512)")
+    data.option(
+        "--over-length", default="drop", choices=("drop", "truncate"), help="what to do with longer rows (default drop)"
+    )
+    data.option(
+        "--template",
+        choices=("guanaco", "instruction", "auto"),
+        help="prompt format (default: auto if the model has a chat template, else instruction)",
+    )
+    data.option("--near-duplicates", type=float, metavar="T", help="Jaccard similarity of duplicate rows (default 0.7)")
     data.option("--n-heldout", type=int, metavar="N", help="held-out rows (default: a tenth, at most 1,000)")
-    data.option("--data-seed", type=int, metavar="S", help="another seed, another split")
+    data.option("--data-seed", type=int, metavar="S", help="seed of the split (default 0)")
 
 
 def plan(plan: Parser) -> None:
-    """Options of `plan`."""
+    """Add the options of `plan`."""
     what = plan.add_mutually_exclusive_group()
-    plan.option("--preset", group=what, default="tinyllama-guanaco-100", help="a published experiment")
-    plan.option("--model", group=what, help="hub id, folder or config.json; many are known offline")
+    plan.option("--preset", group=what, default="tinyllama-guanaco-100", help="published experiment to plan")
+    plan.option("--model", group=what, help="hub id, folder or config.json; some models are known offline")
     where = plan.add_mutually_exclusive_group()
-    plan.option("--memory", group=where, type=float, metavar="GIB", help="the GPU's memory")
-    plan.option("--device", group=where, help="a GPU by name, such as t4")
-    plan.option("--method", help="qlora, lora or full; default: as the preset says")
+    plan.option("--memory", group=where, type=float, metavar="GIB", help="memory of the GPU")
+    plan.option("--device", group=where, help="GPU by name, such as t4")
+    plan.option("--method", help="qlora, lora or full (default: that of the preset)")
     plan.option("--targets", help="layers with an adapter, such as q_proj,v_proj, or all")
-    plan.option("--rows", type=int, nargs="+", metavar="N", help="also print the time for this many training rows")
-    plan.option("--json", action="store_true", help="for programs")
+    plan.option("--rows", type=int, nargs="+", metavar="N", help="numbers of training rows to print the time for")
+    plan.option("--json", action="store_true", help="print JSON")
     short = {"batch_size": "--batch", "gradient_accumulation": "--accumulation"}
     plan.settings("profile", "model", "target_modules", aliases={**short, "gradient_checkpointing": "--checkpointing"})
 
 
 def compare(compare: Parser) -> None:
-    """Options of `compare`."""
+    """Add the options of `compare`."""
     words = "run folders; those that differ only in the seed count as one experiment"
     compare.add_argument("run_folders", type=Path, nargs="+", metavar="RUN", help=words)
-    compare.option("--out", type=Path, required=True, metavar="DIR", help="folder for the report")
+    compare.option("--out", type=Path, required=True, metavar="DIR", help="output folder for the report")
 
 
 def export(export: Parser) -> None:
-    """Options of `export`."""
+    """Add the options of `export`."""
     export.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a finished run")
     export.option("--out", type=Path, required=True, metavar="DIR", help="new folder for the merged model")
     export.option("--gguf", metavar="KIND", help="also write a GGUF file and a Modelfile: f16, q8_0 or q4_k_m")
 
 
 def serve(serve: Parser) -> None:
-    """Options of `serve`."""
+    """Add the options of `serve`."""
     serve.add_argument("path", type=Path, metavar="DIR", help="exported folder, merged folder or .gguf file")
     serve.option("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
     serve.option("--port", type=int, default=8000, metavar="N", help="port to listen on (default 8000)")
 
 
 def push(push: Parser) -> None:
-    """Options of `push`."""
-    push.add_argument("source", type=Path, metavar="FOLDER", help="a finished run, or what export made")
+    """Add the options of `push`."""
+    push.add_argument("source", type=Path, metavar="FOLDER", help="finished run, or folder written by export")
     push.option("--to", required=True, metavar="NAME/MODEL", dest="repository", help="repository on the hub")
-    push.option("--public", action="store_true", help="visible to everyone; default: private")
-    push.option("--yes", "--really", action="store_true", help="send it; without this, nothing is sent")
+    push.option("--public", action="store_true", help="make the repository public (default: private)")
+    push.option("--yes", "--really", action="store_true", help="send it; without this option, nothing is sent")

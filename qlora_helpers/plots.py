@@ -1,8 +1,7 @@
-"""Every figure: built from run folders and tables, for phones and dark pages, shown without pyplot."""
+"""Figures, drawn from run folders and tables without pyplot, readable on phones and on dark pages."""
 
 import functools
 import io
-import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -23,14 +22,14 @@ if TYPE_CHECKING:
     from qlora_helpers.data.cleaning import Data
     from qlora_helpers.planning.plan import Plan
 
-# Okabe and Ito's colors, told apart with any kind of color vision.
+# Okabe and Ito's palette, which works with any kind of color vision.
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PALETTE = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", VERMILION, "#F0E442")
 GRAY = "#666666"
 WIDTH = 6.4  # inches
 BLOCK = 64  # weights that share one scale in NF4
 BINS = np.linspace(-1, 1, 82).tolist()  # an odd number of bins, so that one is centered on zero
-TURN = 0.005  # nats by which the held-out loss must have risen from its minimum to be called overfitting
+TURN = 0.005  # nats by which the held-out loss must rise above its minimum to be called overfitting
 STYLE = {
     "font.size": 11,
     "figure.titlesize": 12,
@@ -48,7 +47,7 @@ Arguments = ParamSpec("Arguments")
 
 
 class NotebookFigure(Figure):
-    """A figure that a notebook shows even where pyplot, which tells IPython how, was never imported."""
+    """A figure that a notebook shows even if pyplot, which registers figures with IPython, was never imported."""
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
         png = io.BytesIO()
@@ -58,7 +57,7 @@ class NotebookFigure(Figure):
 
 
 def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
-    """Draw in this module's style whatever matplotlib is set to, and leave that setting alone."""
+    """Draw with this module's style, whatever matplotlib's settings are, and leave those unchanged."""
 
     @functools.wraps(draw)
     def styled(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
@@ -69,6 +68,7 @@ def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
 
 
 def new_figure(title: str, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
+    """Return a figure with a title and its axes as a flat array. `height` is in inches."""
     figure = NotebookFigure(figsize=(WIDTH, height), facecolor="white", layout="constrained")
     figure.suptitle(title)
     return figure, np.ravel(figure.subplots(rows, columns, sharey=True))
@@ -76,8 +76,8 @@ def new_figure(title: str, height: float, rows: int = 1, columns: int = 1) -> tu
 
 @styled
 def token_lengths(data: "Data", limit: int) -> Figure:
-    """Full length in tokens of the training and held-out rows, and the limit at which they are cut."""
-    figure, (axes,) = new_figure("How long are the rows?", 4.0)
+    """Plot histograms of the full length of training and held-out rows in tokens, and the limit for truncation."""
+    figure, (axes,) = new_figure("Length of the rows", 4.0)
     sets = {"train": data.train, "held-out": data.heldout}
     lengths = {name: [len(e.input_ids) + e.cut for e in rows] for name, rows in sets.items()}
     bins = np.linspace(0, max([limit, *lengths["train"], *lengths["held-out"]]), 31).tolist()
@@ -93,8 +93,11 @@ def token_lengths(data: "Data", limit: int) -> Figure:
 
 @styled
 def levels(weights: "dict[str, torch.Tensor]", levels: list[float]) -> Figure:
-    """Real weights as shares of the largest in their block, and the levels: close where weights are many."""
-    figure, (axes,) = new_figure("Where the weights are, and the 4-bit levels", 3.8)
+    """Plot the density of weights, divided by the largest in their block, and the 4-bit levels.
+
+    `weights` are tensors of any shape by name. The levels are dense where most weights are.
+    """
+    figure, (axes,) = new_figure("Distribution of the weights, and the 4-bit levels", 3.8)
     for (name, weight), color in zip(weights.items(), PALETTE * len(weights), strict=False):
         flat = weight.detach().float().cpu().flatten().numpy()
         blocks = flat[: len(flat) // BLOCK * BLOCK].reshape(-1, BLOCK)
@@ -102,7 +105,7 @@ def levels(weights: "dict[str, torch.Tensor]", levels: list[float]) -> Figure:
         scaled = blocks / np.where(largest == 0, 1, largest)
         axes.stairs(np.histogram(scaled, BINS, density=True)[0], BINS, color=color, linewidth=1.8, label=name)
     top = axes.get_ylim()[1]
-    axes.vlines(levels, -0.16 * top, -0.03 * top, color="black", label=f"the {len(levels)} levels")
+    axes.vlines(levels, -0.16 * top, -0.03 * top, color="black", label=f"{len(levels)} levels")
     axes.set(xlabel=f"weight ÷ largest weight in its block of {BLOCK}", ylabel="density")
     axes.set(ylim=(-0.19 * top, top), xticks=(-1, -0.5, 0, 0.5, 1))
     figure.legend(loc="outside lower center", ncols=2)
@@ -111,8 +114,8 @@ def levels(weights: "dict[str, torch.Tensor]", levels: list[float]) -> Figure:
 
 @styled
 def round_trip_errors(errors: dict[str, float]) -> Figure:
-    """What the weights lose on the way to 4 bits and back: relative error, in percent, by storage."""
-    figure, (axes,) = new_figure("What 4 bits lose", 1.3 + 0.5 * len(errors))
+    """Plot the relative error in percent of weights after quantization and dequantization, by storage."""
+    figure, (axes,) = new_figure("Quantization error", 1.3 + 0.5 * len(errors))
     _bars(axes, errors, [f"{error:.2f} %" for error in errors.values()])
     axes.set(xlabel="relative error of the weights (%)", ylabel="storage")
     return figure
@@ -120,8 +123,8 @@ def round_trip_errors(errors: dict[str, float]) -> Figure:
 
 @styled
 def trainable_per_layer(counts: dict[str, int]) -> Figure:
-    """Trainable parameters by the layer they sit on."""
-    figure, (axes,) = new_figure(f"What is trained: {sum(counts.values()):,} parameters", 1.3 + 0.5 * len(counts))
+    """Plot the number of trainable parameters by adapted layer."""
+    figure, (axes,) = new_figure(f"{sum(counts.values()):,} trainable parameters", 1.3 + 0.5 * len(counts))
     _bars(axes, {name: n / 1000 for name, n in counts.items()}, [f"{n:,}" for n in counts.values()])
     axes.set(xlabel="trainable parameters (thousands)", ylabel="layer")
     return figure
@@ -136,14 +139,14 @@ def _bars(axes: Axes, values: dict[str, float], labels: list[str]) -> None:
 
 @styled
 def weights_by_module(tables: dict[str, list[dict[str, Any]]]) -> Figure:
-    """Memory of the weights by module class, a bar for each storage, from rows of `model.weight_table`."""
-    figure, (axes,) = new_figure("What the weights weigh", 1.9 + 0.6 * len(tables))
+    """Plot the memory of the weights by module class, one bar per storage, from rows of `qlora.weight_table`."""
+    figure, (axes,) = new_figure("Memory of the weights", 1.9 + 0.6 * len(tables))
     mib = {name: {row["module"]: row["bytes"] / 2**20 for row in rows} for name, rows in tables.items()}
     totals = {name: sum(sizes.values()) for name, sizes in mib.items()}
     modules = sorted({module for sizes in mib.values() for module in sizes})
     widths = {module: [sizes.get(module, 0.0) for sizes in mib.values()] for module in modules}
     whole = max(totals.values())
-    stacks = {  # a class too thin to see stays out of the legend
+    stacks = {  # classes too small to see are left out of the legend
         module if max(sizes) > whole / 100 else f"_{module}": sizes for module, sizes in widths.items()
     }
     _stack(axes, list(mib), stacks, [f"{total:,.0f} MiB" for total in totals.values()])
@@ -153,7 +156,7 @@ def weights_by_module(tables: dict[str, list[dict[str, Any]]]) -> Figure:
 
 
 def _stack(axes: Axes, names: list[str], parts: dict[str, list[float]], totals: list[str]) -> None:
-    """A bar a name, made of its parts from left to right, with its total behind it."""
+    """Draw one bar per name, with its parts from left to right and its total after them."""
     left = np.zeros(len(names))
     colors = (*PALETTE, GRAY, "#A6761D", "#4B3B8F", "#BBBBBB") * len(parts)
     for (part, widths), color in zip(parts.items(), colors, strict=False):
@@ -166,9 +169,9 @@ def _stack(axes: Axes, names: list[str], parts: dict[str, list[float]], totals: 
 
 @styled
 def loss_curves(logs: dict[str, list[dict[str, Any]]]) -> Figure:
-    """Training and held-out loss by step, one panel a run, from the lines of `log.jsonl`, on one scale.
+    """Plot training and held-out loss by step, one panel per run, on one scale, from the lines of `log.jsonl`.
 
-    Where the held-out loss has turned up, its minimum is marked and what follows is shaded.
+    If the held-out loss rises at the end, its minimum is marked and the steps after it are shaded.
     """
     rows, columns = (1, len(logs)) if len(logs) <= 2 else (len(logs), 1)
     figure, panels = new_figure("Loss during training", 1.4 + 2.4 * rows, rows, columns)
@@ -181,8 +184,8 @@ def loss_curves(logs: dict[str, list[dict[str, Any]]]) -> Figure:
     for axes in panels[-columns:]:
         axes.set_xlabel("training step")
     figure.supylabel("loss (nats per token)")
-    found = [axes.get_legend_handles_labels() for axes in panels]
-    marks = {label: mark for marks, labels in found for mark, label in zip(marks, labels, strict=True)}
+    legends = [axes.get_legend_handles_labels() for axes in panels]
+    marks = {label: mark for marks, labels in legends for mark, label in zip(marks, labels, strict=True)}
     figure.legend(list(marks.values()), list(marks), loc="outside lower center", ncols=3)
     return figure
 
@@ -191,9 +194,9 @@ def _draw_losses(axes: Axes, lines: list[dict[str, Any]]) -> None:
     train = {line["step"]: line["loss"] for line in lines if "loss" in line}
     heldout: dict[int, float] = {}
     for line in lines:
-        if "eval_loss" in line:  # a step's second one is of the weights that keep_best went back to: not of this curve
+        if "eval_loss" in line:  # a second one for a step is that of the weights that keep_best restored
             heldout.setdefault(line["step"], line["eval_loss"])
-    mark = "-" if len(train) > 1 else "."  # of a single step there is no line
+    mark = "-" if len(train) > 1 else "."  # a single step makes no line
     axes.plot(list(train), list(train.values()), mark, color=BLUE, linewidth=1, label="training")
     losses = list(heldout.values())
     axes.plot(list(heldout), losses, "o-", color=VERMILION, linewidth=2.8, markersize=5, label="held-out")
@@ -207,54 +210,23 @@ def _draw_losses(axes: Axes, lines: list[dict[str, Any]]) -> None:
 
 
 def _turning_point(heldout: dict[int, float]) -> int | None:
-    """The step of the lowest held-out loss, if the last one lies clearly above it."""
+    """Return the step of the lowest held-out loss if the last loss is clearly above it, else None."""
     best = min(heldout, key=heldout.__getitem__, default=None)
     return best if best is not None and heldout[max(heldout)] - heldout[best] > TURN else None
 
 
 @styled
-def differences(result: dict[str, Any]) -> Figure:
-    """Each difference of `comparison.compare`, its 95% interval and verdict. Left of zero is better."""
-    open_ends = {"low": -math.inf, "high": math.inf}
-    entries = [
-        {**d, **{end: d[end] if d[end] is not None else open_ends[end] for end in open_ends}}
-        for d in result["differences"]
-    ]
-    figure, (axes,) = new_figure("Did the held-out loss change?", 1.8 + 0.6 * len(entries))
-    bounds = [d[key] for d in entries for key in ("low", "value", "high") if math.isfinite(d[key])]
-    left, right = min([0.0, *bounds]), max([0.0, *bounds])
-    reach = (right - left) or 1.0
-    left, right = min(left - 0.05 * reach, -0.35 * reach), max(right + 0.05 * reach, 0.35 * reach)
-    colors = {"better": BLUE, "worse": VERMILION}
-    for row, d in enumerate(entries):
-        color = colors.get(d["verdict"], GRAY)
-        axes.hlines(row, max(d["low"], left), min(d["high"], right), color=color, linewidth=3)
-        axes.plot(d["value"], row, marker="o", markersize=9, color=color)
-        words = d["verdict"].replace("not ", "not\n")
-        axes.text(1.02, row, words, transform=axes.get_yaxis_transform(), va="center", color=color)
-    axes.axvline(0, color="black", linewidth=1.5)
-    for x, side in ((left / 2, "← better"), (right / 2, "worse →")):
-        axes.text(x, 1.02, side, transform=axes.get_xaxis_transform(), ha="center", va="bottom")
-    axes.set(xlim=(left, right), ylim=(len(entries) - 0.5, -0.5), ylabel="runs compared")
-    unit = "bits per byte" if result.get("unit") == "byte" else "nats per token"
-    axes.set_xlabel(f"difference in held-out loss, 95% interval\n({unit})")
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_yticks(range(len(entries)), [f"{d['b']}\nvs {d['a']}" for d in entries])
-    return figure
-
-
-@styled
 def memory_parts(plans: "dict[str, Plan]", gpu: float | None) -> Figure:
-    """Planned peak memory by part, a bar a method, and the memory of the card."""
-    figure, (axes,) = new_figure("What takes the memory?", 2.6 + 0.6 * len(plans))
+    """Plot the planned peak memory in training by part, one bar per method, and the memory of the GPU in GiB."""
+    figure, (axes,) = new_figure("Peak memory by part", 2.6 + 0.6 * len(plans))
     whole = max(plan.total for plan in plans.values())
     every = [{**plan.training, "CUDA context": plan.context} for plan in plans.values()]
     names = [part for part in every[0] if max(parts.get(part, 0.0) for parts in every) > whole / 50]
     sizes = {part: [parts.get(part, 0.0) for parts in every] for part in names}
-    sizes["all else"] = [sum(size for part, size in parts.items() if part not in names) for parts in every]
+    sizes["other"] = [sum(size for part, size in parts.items() if part not in names) for parts in every]
     _stack(axes, list(plans), sizes, [f"{sum(parts.values()):.1f}" for parts in every])
     if gpu is not None:
-        axes.axvline(gpu, color="black", linestyle="--", linewidth=1.5, label=f"the GPU: {gpu:.1f} GiB")
+        axes.axvline(gpu, color="black", linestyle="--", linewidth=1.5, label=f"GPU: {gpu:.1f} GiB")
     axes.set(xlabel="peak memory in training (GiB)", ylabel="method")
     figure.legend(loc="outside lower center", ncols=2)
     return figure
@@ -262,15 +234,19 @@ def memory_parts(plans: "dict[str, Plan]", gpu: float | None) -> Figure:
 
 @styled
 def planned_and_measured(lines: list[dict[str, Any]]) -> Figure:
-    """Planned against measured peak memory, a dot a setting; those that only score stand out. Within the band: 10%."""
-    planned, seen = zip(*map(measurements.peaks, lines), strict=True)
-    figure, (axes,) = new_figure("Planned and measured", 4.6)
-    reach = np.array([min(seen) * 0.8, max(seen) * 1.25])
+    """Plot planned against measured peak memory, one mark per setting, with a band of ±10%.
+
+    Settings used for fitting and settings held back for scoring have different marks.
+    """
+    planned, measured = zip(*map(measurements.peaks, lines), strict=True)
+    figure, (axes,) = new_figure("Planned and measured peak memory", 4.6)
+    reach = np.array([min(measured) * 0.8, max(measured) * 1.25])
     axes.fill_between(reach, reach * 0.9, reach * 1.1, color=GRAY, alpha=0.2, linewidth=0, label="within 10%")
     axes.plot(reach, reach, color="black", linewidth=1)
-    for scored, color, mark, label in ((False, BLUE, "o", "fitted to"), (True, VERMILION, "D", "kept for the score")):
+    for scored, color, mark, label in ((False, BLUE, "o", "used for fitting"), (True, VERMILION, "D", "held back")):
         chosen = [i for i, line in enumerate(lines) if line["scored_only"] == scored]
-        axes.plot([seen[i] for i in chosen], [planned[i] for i in chosen], mark, color=color, label=label, markersize=6)
+        points = [measured[i] for i in chosen], [planned[i] for i in chosen]
+        axes.plot(*points, mark, color=color, label=label, markersize=6)
     axes.set(xscale="log", yscale="log", xlabel="measured (GiB reserved)", ylabel="planned (GiB)")
     ticks = [tick for tick in (1, 2, 4, 8, 16, 32) if reach[0] <= tick <= reach[1]]
     axes.set_xticks(ticks, map(str, ticks))
@@ -282,7 +258,7 @@ def planned_and_measured(lines: list[dict[str, Any]]) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write `figure` as a PNG of 300 dpi, whole and renamed into place; returns `path`."""
+    """Write `figure` atomically as a PNG with 300 dpi, and return `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
         whole = Path(folder) / path.name

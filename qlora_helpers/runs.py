@@ -1,4 +1,4 @@
-"""Where a run goes: its folder, its lock, its manifest, its checkpoints; and finding what an earlier notebook made."""
+"""Run folders: where a run is stored, its lock, manifest and checkpoints, and finding runs of earlier notebooks."""
 
 import contextlib
 import json
@@ -16,13 +16,15 @@ from qlora_helpers.config import Config
 from qlora_helpers.errors import UserError
 
 SEAL = "complete.json"
-MERGED, GGUF = "merged", "gguf"  # folders of an export
+MERGED, GGUF = "merged", "gguf"  # subfolders of an export
 DRIVE = Path("/content/drive/MyDrive")  # Google Drive, where Colab mounts it
 
 
 def workdir(given: str | None = None) -> Path:
-    """The folder that holds all runs: the given one, else `QLORA_WORKDIR`, else Google Drive if it is mounted, else
-    `runs/` in the checkout, else `runs/` here. It is made if it is missing; one that cannot be written is an error.
+    """Return the folder of all runs, created if it does not exist.
+
+    It is the first of: the given one, `QLORA_WORKDIR`, Google Drive if it is mounted, `runs/` in the checkout, `runs/`
+    in the current folder. Raises `UserError` if it is not writable.
     """
     if given or os.environ.get("QLORA_WORKDIR"):
         path = Path(given or os.environ["QLORA_WORKDIR"])
@@ -43,7 +45,7 @@ def workdir(given: str | None = None) -> Path:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run on disk. `metrics.json` is written last, so a folder that has it is complete."""
+    """One run on disk. `metrics.json` is written last, so a folder that has it is a finished run."""
 
     path: Path
 
@@ -52,25 +54,25 @@ class RunFolder:
 
     @property
     def name(self) -> str:
-        """The folder's own name, such as exp1."""
+        """Name of the folder, such as exp1."""
         return self.path.name
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
+        """Whether the run is finished."""
         return (self / "metrics.json").exists()
 
     @property
     def adapter(self) -> Path:
-        """Where the adapter, its tokenizer and its model card are."""
+        """Folder of the adapter, its tokenizer and its model card."""
         return self / "adapter"
 
     def read(self, name: str) -> Any:
-        """Parse one of the run's JSON files; a damaged one is an error that names it."""
+        """Parse one of the run's JSON files. Raises `UserError` if it is missing or damaged."""
         try:
             content = json.loads((self / name).read_text("utf-8"))
             if not isinstance(content, dict):
-                raise ValueError("no JSON object")
+                raise ValueError("not a JSON object")
             return content
         except FileNotFoundError:
             raise UserError(f"run folder: {self.path} has no {name}. Fix: run its notebook to the end.") from None
@@ -80,40 +82,44 @@ class RunFolder:
             ) from None
 
     def config(self) -> Config:
-        """What was run; a folder of another version, with other settings, is an error."""
+        """Return the config of the run. Raises `UserError` if another version of this package wrote it."""
         try:
             return Config(**self.read("config.json")["config"])
         except TypeError:
-            raise UserError(f"run folder: {self.path} was written by another version. Fix: train it again.") from None
+            raise UserError(
+                f"run folder: {self.path} was written by another version of qlora_helpers. Fix: train it again."
+            ) from None
 
     def identity(self) -> dict[str, str] | None:
-        """Fingerprints of the config and the data this folder belongs to; None for a new folder."""
+        """Return the fingerprints of the run's config and data, or None for a new folder."""
         if not (self / "config.json").exists():
             return None
-        found = self.read("config.json").get("identity")
-        if not isinstance(found, dict):
+        identity = self.read("config.json").get("identity")
+        if not isinstance(identity, dict):
             raise UserError(f"run folder: {self / 'config.json'} is damaged. Fix: delete the folder and run again.")
-        return found
+        return identity
 
     def compute_dtype(self) -> str | None:
-        """The dtype that the run computes in, from its manifest; None for a run that has not begun."""
+        """Return the compute dtype of the run, from its manifest, or None for a run that has not started."""
         return self.read("manifest.json")["device"]["dtype"] if (self / "manifest.json").exists() else None
 
     def log(self) -> list[dict[str, Any]]:
-        """Training and held-out losses, a line a step."""
+        """Return the training and held-out losses, one line per step."""
         return files.read_jsonl(self / "log.jsonl")
 
 
 def find(folder: Path, identity: dict[str, str]) -> RunFolder | None:
-    """The run in `folder` that has this identity, complete ones first, whatever its name."""
+    """Return the run in `folder` with this identity, whatever its name, or None. Finished runs come first."""
     runs = [RunFolder(path.parent) for path in sorted(folder.glob("*/config.json"))]
     same = [run for run in runs if run.identity() == identity]
     return next((run for run in same if run.finished), same[0] if same else None)
 
 
 def choose(folder: Path, name: str, identity: dict[str, str]) -> RunFolder:
-    """The folder a run goes to: `name`, if it is free or holds an equal run. Where another run has it, an equal one
-    under any name, or `name` with a suffix: nothing is overwritten.
+    """Return the folder for a run: `name` if that is free or holds an equal run.
+
+    If `name` holds a different run, return an equal run under another name, else `name` with a suffix. Nothing is ever
+    overwritten.
     """
     named = RunFolder(folder / name)
     if named.identity() in (None, identity):
@@ -122,10 +128,13 @@ def choose(folder: Path, name: str, identity: dict[str, str]) -> RunFolder:
 
 
 def check_free(run: RunFolder, config: Config, identity: dict[str, str] | None = None) -> None:
-    """Raise `UserError` if the folder holds another run, naming what differs; the data too, if `identity` is given."""
-    found = run.identity()
+    """Raise `UserError` if the folder holds another run, naming the settings that differ.
+
+    The data are compared too if `identity` is given.
+    """
+    existing = run.identity()
     wanted = identity or {"config": config.identity}
-    differ = [key for key in wanted if found and found.get(key) != wanted[key]]
+    differ = [key for key in wanted if existing and existing.get(key) != wanted[key]]
     if not differ:
         return
     there, here = run.read("config.json").get("config"), config.to_dict()
@@ -133,26 +142,26 @@ def check_free(run: RunFolder, config: Config, identity: dict[str, str] | None =
     what = [f"{key} {there.get(key)} there, {here[key]} here" for key in here if there.get(key) != here[key]]
     why = "; ".join(what[:3]) if "config" in differ else "its rows have changed"
     raise UserError(
-        f"run folder: {run.path} holds another run ({why}). Fix: choose another output folder, or delete that one."
+        f"run folder: {run.path} holds another run ({why}). Fix: choose another output folder, or delete this one."
     )
 
 
 @contextlib.contextmanager
 def corrupt_files_as_user_error(folders: Iterable[RunFolder]) -> Iterator[None]:
-    """Whatever a file of a run folder that lacks a key, or holds another kind of value, leads to is a `UserError`."""
+    """Turn exceptions that damaged files cause, by a missing key or a value of the wrong type, into `UserError`."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:
         names = ", ".join(str(folder.path) for folder in folders)
         raise UserError(
-            f"run folder: a file of {names}, or of their base model, is damaged ({type(error).__name__}: {error}). "
-            "Fix: run its notebook again in another folder."
+            f"run folder: a file in {names}, or in the folder of their base model, is damaged "
+            f"({type(error).__name__}: {error}). Fix: run the notebook again with another output folder."
         ) from error
 
 
 @contextlib.contextmanager
 def lock(run: RunFolder) -> Iterator[None]:
-    """Keep the run folder for this process; another one that wants it gets a `UserError` at once."""
+    """Lock the run folder for this process. Raises `UserError` at once if another process holds the lock."""
     import filelock
 
     run.path.mkdir(parents=True, exist_ok=True)
@@ -170,7 +179,7 @@ def lock(run: RunFolder) -> Iterator[None]:
 
 
 def manifest(config: Config, device: Any, data: dict[str, Any]) -> dict[str, Any]:
-    """What a reader needs to repeat the run: versions, device, git commit, data fingerprint and row ids."""
+    """Return what is needed to reproduce the run: versions, device, git commit, data fingerprint and row ids."""
     from qlora_helpers.device import versions
 
     return {"versions": versions(), "device": device.to_dict(), "git_commit": git_commit(), "data": data} | {
@@ -179,7 +188,7 @@ def manifest(config: Config, device: Any, data: dict[str, Any]) -> dict[str, Any
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout, with `-dirty` where files differ from it; None outside a checkout."""
+    """Return the commit of the checkout, with `-dirty` if files differ from it, or None outside a checkout."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
@@ -191,7 +200,7 @@ def git_commit() -> str | None:
 
 
 def seal(checkpoint: Path, identity: dict[str, str]) -> None:
-    """Mark a checkpoint as whole: every file's size, and whose run it is. Written last."""
+    """Mark a checkpoint as complete by writing the size of every file and the run's identity. Call it last."""
     sizes = {
         str(file.relative_to(checkpoint)): file.stat().st_size
         for file in sorted(checkpoint.rglob("*"))
@@ -201,12 +210,15 @@ def seal(checkpoint: Path, identity: dict[str, str]) -> None:
 
 
 def last_checkpoint(run: RunFolder, identity: dict[str, str]) -> Path | None:
-    """The newest whole checkpoint; half-written newer ones are removed, and said so."""
-    found = sorted((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    for checkpoint in reversed(found):
+    """Return the newest complete checkpoint, or None. Incomplete newer ones are removed, and a line says so.
+
+    Raises `UserError` if a checkpoint belongs to another run.
+    """
+    checkpoints = sorted((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for checkpoint in reversed(checkpoints):
         if _is_whole(checkpoint, identity):
             return checkpoint
-        print(f"{checkpoint} is not whole (the run was cut off while writing it): passed over.")
+        print(f"{checkpoint} is incomplete (the run was interrupted while writing it) and is removed.")
         shutil.rmtree(checkpoint)
     return None
 

@@ -1,10 +1,10 @@
-"""What the tests share: a small tokenizer, a tiny random Llama, and configs that use them. Nothing is downloaded."""
+"""Fixtures of all tests: a small tokenizer, a tiny random Llama, and configs that use them. Nothing is downloaded."""
 
 import json
 import os
 import sys
 
-# Before any Hugging Face library is imported: a test that asks the hub is a broken test.
+# Set before any Hugging Face library is imported. A test that needs the hub is broken.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -26,10 +26,10 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(kind="plain"):
-    """A byte-level BPE of 1,000 words.
+    """Train a byte-level BPE tokenizer with 1,000 tokens.
 
-    Kinds: `llama3` looks whole words up first, as Llama 3 does, where older libraries lost the offsets (tokenizers
-    issue 1688); `trimmed` leaves leading spaces out of its offsets, as RoBERTa's layout does.
+    The kind `llama3` looks up whole words first, like Llama 3; older versions of tokenizers then lost the offsets
+    (issue 1688). The kind `trimmed` leaves leading spaces out of its offsets, like RoBERTa.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -61,7 +61,7 @@ def train_tokenizer(kind="plain"):
 
 @pytest.fixture(scope="session")
 def make_tokenizer():
-    """Train a tokenizer of another kind."""
+    """Function that trains a tokenizer of another kind."""
     return train_tokenizer
 
 
@@ -73,11 +73,11 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def model_folder(tokenizer, tmp_path_factory):
-    """A random Llama of two layers, as the loading code finds it on disk."""
+    """Folder of a random Llama with two layers."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.set_num_threads(1)  # threads that wait for each other take ten times as long as products this small
+    torch.set_num_threads(1)  # for products this small, waiting threads take ten times as long
     folder = tmp_path_factory.mktemp("tiny-llama")
     torch.manual_seed(0)
     shape = LlamaConfig(
@@ -99,7 +99,7 @@ def model_folder(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def config(model_folder):
-    """16 rows in 4 steps on the tiny model; a test changes what it is about with `config.replace`."""
+    """16 rows in 4 steps on the tiny model. Tests change settings with `config.replace`."""
     return Config.from_params(
         profile="cpu",
         model=str(model_folder),
@@ -113,14 +113,15 @@ def config(model_folder):
         eval_steps=2,
         save_steps=2,
         few_shot=True,
-        compute_dtype="float32",  # the same on every machine; test_cpu_speed.py is about the choice
+        compute_dtype="float32",  # the same on every machine; test_cpu_speed.py tests the choice
     )
 
 
 @pytest.fixture(scope="session")
 def make_run(config, tokenizer, tmp_path_factory):
-    """A run folder with an adapter that changes the answers, as training leaves it; of the base in a folder, and with
-    that one's tokenizer, if they are given.
+    """Function that writes a finished run folder with an adapter that changes the answers.
+
+    `base` is the folder of another base model, and `words` is its tokenizer.
     """
     import torch
 
@@ -140,10 +141,10 @@ def make_run(config, tokenizer, tmp_path_factory):
         words.save_pretrained(run.adapter)
         files.write_json(run / "config.json", {"identity": {}, "config": own.to_dict()})
         data = {"heldout_ids": ["a", "b"], "source_fingerprint": "x"}
-        base_ = {"revision": None, "fingerprint": safetensors_io.fingerprint(hub.folder(own))}
-        noted = {"versions": {"torch": "2"}, "data": data, "model": base_, "baseline": "base-0"}
-        noted |= {"device": {"dtype": "float32"}}
-        files.write_json(run / "manifest.json", noted)
+        trained_on = {"revision": None, "fingerprint": safetensors_io.fingerprint(hub.folder(own))}
+        manifest = {"versions": {"torch": "2"}, "data": data, "model": trained_on, "baseline": "base-0"}
+        manifest |= {"device": {"dtype": "float32"}}
+        files.write_json(run / "manifest.json", manifest)
         metrics = {"train_rows": 1, "epochs": 1, "steps": 1, "device": "x", "compute_dtype": "float32", "seed": 0}
         metrics |= {"trainable_parameters": 1, "eval_loss": 1.0, "base_eval_loss": 2.0}
         files.write_json(run / "metrics.json", metrics)
@@ -154,7 +155,7 @@ def make_run(config, tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def device():
-    """This machine, computing in float32, where losses can be compared closely."""
+    """This machine in float32, in which losses can be compared closely."""
     from qlora_helpers.device import detect
 
     return detect("float32")
@@ -162,7 +163,7 @@ def device():
 
 @pytest.fixture
 def write_rows(tmp_path):
-    """Write rows as JSON lines and return the file's path."""
+    """Function that writes rows as JSON lines and returns the path of the file."""
 
     def write(rows, name="rows.jsonl"):
         path = tmp_path / name
@@ -174,7 +175,7 @@ def write_rows(tmp_path):
 
 @pytest.fixture(scope="session")
 def make_row():
-    """A conversation from its turns, the user's first."""
+    """Function that makes a conversation from its turns. The first turn is the user's."""
 
     def make(*turns, given=""):
         roles = ("user", "assistant")
@@ -188,7 +189,7 @@ def make_row():
 
 @pytest.fixture(scope="module")
 def kernel():
-    """A real kernel, driven as a front end does: run code, or send another message, and return what it published."""
+    """A real kernel: functions that run code or send other messages like a front end, and return all outputs."""
     import jupyter_client
 
     manager = jupyter_client.KernelManager(kernel_name="python3")
@@ -221,7 +222,7 @@ def kernel():
 
 @pytest.fixture(scope="module")
 def setup(config, device, tokenizer):
-    """A float32 model with an adapter that does something, and held-out rows of many lengths."""
+    """A float32 model with an adapter that changes its outputs, and held-out rows of many lengths."""
     import torch
 
     from qlora_helpers.data import cleaning
@@ -241,7 +242,7 @@ def setup(config, device, tokenizer):
 
 @pytest.fixture
 def port():
-    """A port of this machine that nobody uses."""
+    """A free port of this machine."""
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -250,8 +251,10 @@ def port():
 
 @pytest.fixture
 def serving(port, tmp_path):
-    """The serve command itself, until its server answers at `probe`; yields the model's name there, and a function that
-    asks it through OpenAI's own client and returns the pieces of its answer.
+    """Context manager that runs the serve command and waits until the server answers at `probe`.
+
+    It yields the model's name on the server, and a function that queries it through OpenAI's own client and returns the
+    pieces of the answer.
     """
     import subprocess
     import time
@@ -269,26 +272,27 @@ def serving(port, tmp_path):
     @contextmanager
     def served(path, probe):
         words = [sys.executable, "-m", "qlora_helpers", "serve", str(path), "--port", str(port)]
-        said, url = tmp_path / "server.log", f"http://127.0.0.1:{port}/v1"  # a pipe fills: llama.cpp's says 200 KB
-        with open(said, "w") as log, subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log) as process:
+        # A file, because a pipe would fill up: llama.cpp's server prints 200 KB.
+        output, url = tmp_path / "server.log", f"http://127.0.0.1:{port}/v1"
+        with open(output, "w") as log, subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log) as process:
             try:
                 while not answers(url.replace("/v1", probe)):
-                    assert process.poll() is None, said.read_text()
+                    assert process.poll() is None, output.read_text()
                     time.sleep(0.2)
-                name, told = (line.split()[1] for line in said.read_text().splitlines()[:2])
-                assert told == url
+                name, address = (line.split()[1] for line in output.read_text().splitlines()[:2])
+                assert address == url
                 create = OpenAI(base_url=url, api_key="none", timeout=60, max_retries=0).chat.completions.create
 
                 def ask(messages, stream=False, **options):
-                    said = create(model=name, messages=messages, stream=stream, **options)
+                    response = create(model=name, messages=messages, stream=stream, **options)
                     if not stream:
-                        return [said.choices[0].message.content]
-                    pieces = [chunk.choices[0].delta.content for chunk in said if chunk.choices]
+                        return [response.choices[0].message.content]
+                    pieces = [chunk.choices[0].delta.content for chunk in response if chunk.choices]
                     return [piece for piece in pieces if piece]
 
                 yield name, ask
             finally:
-                process.terminate()  # it is the server: nothing is left behind
+                process.terminate()  # the command has become the server, so no other process remains
                 process.wait(30)
 
     return served

@@ -1,4 +1,4 @@
-"""Copy Google Colab's published list of packages into tests/colab/packages.txt: facts, a line each.
+"""Download Google Colab's list of packages to tests/colab/packages.txt, one per line.
 
 usage: python tooling/colab_list.py [--source FOLDER_OR_URL] [--as-of DATE]     (make colab-list)
 """
@@ -15,12 +15,14 @@ TARGET = ROOT / "tests" / "colab" / "packages.txt"
 
 
 def convert(freeze: str, system: str, as_of: str) -> str:
-    """`pip freeze` and the system's description as one list. A package that came from an address keeps the version that
-    the address names; without one, its name alone.
+    """Combine the output of `pip freeze` and the description of the system into one list.
+
+    A package that was installed from a URL gets the version in the URL. If there is none, it is listed without a
+    version.
     """
     python = re.search(r"^Python (\d+\.\d+)", system, re.MULTILINE)
     if python is None:
-        raise SystemExit("error: the system's description names no Python. Fix: look at its address.")
+        raise SystemExit("error: os-info-gpu.txt has no Python version. Fix: check that file at the source.")
     lines = [f"# Google Colab's GPU machines, from {SOURCE}", f"# as of {as_of}", f"# python {python[1]}"]
     for line in freeze.splitlines():
         name, _, address = line.partition(" @ ")
@@ -39,9 +41,9 @@ def _read(source: str, name: str) -> str:
 
 
 def main() -> None:
-    """Fetch and write."""
+    """Download both files and write the list."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--source", default=SOURCE, help="folder or address that has both files")
+    parser.add_argument("--source", default=SOURCE, help="folder or URL of both files")
     parser.add_argument("--as-of", default=datetime.date.today().isoformat(), help="date of the list (default today)")
     args = parser.parse_args()
     text = convert(_read(args.source, "pip-freeze.gpu.txt"), _read(args.source, "os-info-gpu.txt"), args.as_of)

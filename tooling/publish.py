@@ -30,7 +30,7 @@ WIDTH = 120
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 STUDY = "h100-smollm2-study"
 CLAIMS, EVALUATION = "h100-claims", "h100-evaluation"
-FP16, BF16 = "h100-smollm2-fp16/exp1", f"{STUDY}/100-rows"  # the same rows, seed and steps in both arithmetics
+FP16, BF16 = "h100-smollm2-fp16/exp1", f"{STUDY}/100-rows"  # the same rows, seed and steps in both dtypes
 CPUS = ("cpu-avx2", "cpu-amx")
 TITLES = {
     "h100-smollm2-fp16": "The first two experiments as on a T4: fp16, 14.56 GiB",
@@ -219,7 +219,7 @@ def _section(name: str, title: str) -> str:
 
 
 def _arithmetic() -> list[str]:
-    """The training losses of both arithmetics, step beside step."""
+    """The training losses of both dtypes, step beside step."""
     losses = [[line["loss"] for line in _log(run) if "loss" in line] for run in (FP16, BF16)]
     apart = [abs(a - b) for a, b in zip(*losses, strict=True)]
     skipped = sum("loss" in line and not math.isfinite(line["grad_norm"]) for line in _log(FP16))

@@ -1,4 +1,4 @@
-"""Write the address of a repository into every badge and bootstrap cell, and into the README's badge.
+"""Write a repository's URL into the badge and bootstrap cell of every notebook, and into the README's badge.
 
 usage: python tooling/set_repository.py URL [FOLDER]     (make set-repo URL=https://github.com/NAME/REPOSITORY)
 """
@@ -17,21 +17,21 @@ PLACES = (
 
 
 def set_repository(url: str, folder: Path) -> int:
-    """Change every place under `folder`; returns how many files name the repository."""
-    found = ADDRESS.fullmatch(url)
-    if found is None:
-        raise SystemExit(f"error: '{url}' is no repository on GitHub. Fix: URL=https://github.com/NAME/REPOSITORY.")
-    places = [folder / "README.md", *sorted((folder / "notebooks").glob("*.ipynb"))]
-    for path in places:
+    """Change the README and the notebooks in `folder`, and return the number of files."""
+    match = ADDRESS.fullmatch(url)
+    if match is None:
+        raise SystemExit(f"error: '{url}' is not a GitHub repository. Fix: URL=https://github.com/NAME/REPOSITORY.")
+    paths = [folder / "README.md", *sorted((folder / "notebooks").glob("*.ipynb"))]
+    for path in paths:
         text = path.read_text("utf-8")
         for place in PLACES:
-            text = place.sub(found[1], text)
+            text = place.sub(match[1], text)
         files.write_text(path, text)
-    return len(places)
+    return len(paths)
 
 
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3):
         raise SystemExit(__doc__)
     where = Path(sys.argv[2]) if len(sys.argv) == 3 else files.ROOT
-    print(f"{set_repository(sys.argv[1], where)} files name {sys.argv[1]}")
+    print(f"{set_repository(sys.argv[1], where)} files point to {sys.argv[1]}")

@@ -1,6 +1,6 @@
-"""Execute the notebooks in order in the CPU profile and store their outputs, without traces of this machine.
+"""Execute the notebooks in order with the CPU profile and store their outputs, without metadata of this machine.
 
-usage: python tooling/store_outputs.py [NAME …]     (default: all of them)
+usage: python tooling/store_outputs.py [NAME …]     (default: all notebooks)
 """
 
 import itertools
@@ -15,12 +15,12 @@ from qlora_helpers.experiments import series
 
 
 def clean(path: Path, target: Path) -> None:
-    """Keep source, outputs and counts; drop what papermill and the front end leave in the metadata."""
+    """Copy a notebook with its outputs and execution counts, without the metadata of papermill and the front end."""
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info")}
     notebook.metadata["language_info"] = {"name": "python"}
     notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
-    counts = itertools.count(1)  # papermill's own cell had one
+    counts = itertools.count(1)  # papermill's injected cell had a count, too
     for cell in notebook.cells:
         tags = cell.metadata.get("tags")
         cell.metadata = {"tags": tags} if tags else {}
@@ -36,8 +36,8 @@ def clean(path: Path, target: Path) -> None:
 
 
 def main(names: list[str]) -> None:
-    """Each notebook in one work folder, so that 07 finds the runs of 05 and 06."""
-    work = Path(tempfile.gettempdir()) / "qlora-demo"  # stored outputs name it: a random one would change each time
+    """Execute the notebooks in one work folder, so that 07 finds the runs of 05 and 06."""
+    work = Path(tempfile.gettempdir()) / "qlora-demo"  # a fixed name, because it appears in the stored outputs
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     if not names:

@@ -1,8 +1,8 @@
-"""A conversation with the base model and its adapters side by side, as a program has it and as a panel to chat in.
+"""Chat with the base model and its adapters side by side, in a program or in a panel of a notebook.
 
-The answers grow a few tokens at a time, and the browser asks for the next ones: it counts while it plays. So the kernel
-is free between two steps, which is when a stop arrives. A thread or a task of the kernel's would not do: Colab
-shows what changes a widget only while the kernel answers the browser (googlecolab/colabtools, issue 3373).
+The answers grow a few tokens at a time. The browser requests each step through a Play widget, so the kernel is free
+between steps and receives a stop. A thread or task in the kernel would not work: Colab shows changes of a widget only
+while the kernel answers the browser (googlecolab/colabtools, issue 3373).
 """
 
 import html
@@ -22,11 +22,11 @@ from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation.answers import cache_argument
 from qlora_helpers.notebook import is_interactive
 
-STEP = 4  # tokens of each answer between two looks at the buttons
-TICK = 40  # milliseconds that the browser waits before it asks for more
+STEP = 4  # tokens of each answer per step; buttons are handled between steps
+TICK = 40  # milliseconds that the browser waits before it requests the next step
 NEW_TOKENS = 128
-CUT = "\ufffd"  # what the bytes of half a character are decoded to
-HELP = "Write a question. ▶, the first button, sends it; ■, the last, stops the answers where they are; ❚❚ pauses."
+CUT = "\ufffd"  # an incomplete character at the end of an unfinished answer decodes to this
+HELP = "Write a question. ▶ (first button) sends it, ❚❚ pauses, and ■ (last button) stops the answers."
 STYLE = {
     "user": "margin:.6em 0 .3em;font-weight:bold",
     "assistant": "margin:0;padding:.3em .6em;border-left:3px solid rgba(128,128,128,.5)",
@@ -34,29 +34,29 @@ STYLE = {
 
 
 class Conversation:
-    """One question to all models, and then the next: each sees its own answers only."""
+    """A conversation with all models at once. Every model gets the same questions and sees only its own answers."""
 
     def __init__(self, loaded: Loaded, new_tokens: int = NEW_TOKENS) -> None:
         self.loaded = loaded
-        self.new_tokens = new_tokens  # of each answer, at most
+        self.new_tokens = new_tokens  # at most, per answer
         self.turns: dict[str, list[Message]] = {}
         self.clear()
 
     def clear(self) -> None:
-        """Forget all that was said."""
+        """Delete all turns."""
         self.turns = {name: [] for name in self.loaded.configs}
 
     def ask(self, question: str, temperature: float = 0.0) -> Iterator[None]:
-        """Put a question to every model; each step of the iterator makes all answers a little longer, in `turns`.
+        """Ask every model a question. Each step of the iterator makes all answers in `turns` a little longer.
 
-        Whoever stops iterating stops the answers. At temperature 0 they are greedy. Raises `UserError` at the first
-        step, with nothing said, if the conversation does not fit the model's context.
+        To stop the answers, stop iterating. At temperature 0 decoding is greedy. Raises `UserError` at the first step,
+        and leaves `turns` unchanged, if the conversation does not fit the model's context.
         """
-        asked = {"role": "user", "content": question.strip()}
-        prompts = {name: self._prompt(name, (*turns, asked)) for name, turns in self.turns.items()}
+        user_turn = {"role": "user", "content": question.strip()}
+        prompts = {name: self._prompt(name, (*turns, user_turn)) for name, turns in self.turns.items()}
         growing = {name: self._tokens(name, prompt, temperature) for name, prompt in prompts.items()}
         for turns in self.turns.values():
-            turns += [dict(asked), {"role": "assistant", "content": ""}]
+            turns += [dict(user_turn), {"role": "assistant", "content": ""}]
         while growing:
             for name in list(growing):
                 if (tokens := next(growing[name], None)) is None:
@@ -68,20 +68,20 @@ class Conversation:
                 yield
 
     def _prompt(self, name: str, turns: tuple[Message, ...]) -> torch.Tensor:
-        """Tokens of the conversation in the layout that the model was trained in, up to where its answer begins."""
+        """Tokens of the conversation in the format of training, up to the start of the next answer: (1, tokens)."""
         base, tokenizer = self.loaded.adapters.model, self.loaded.tokenizer
         text = prompts.render_prompt(turns, self.loaded.configs[name], tokenizer)
         ids = prompts.tokenize([text], tokenizer, return_tensors="pt")["input_ids"]
         context = getattr(base.config, "max_position_embeddings", None)
-        mend = "clear the conversation, or ask a shorter question"
-        prompts.check_context(turns[-1]["content"], ids.shape[1], self.new_tokens, context, mend)
+        fix = "clear the conversation, or ask a shorter question"
+        prompts.check_context(turns[-1]["content"], ids.shape[1], self.new_tokens, context, fix)
         return ids.to(base.get_input_embeddings().weight.device)
 
     def _tokens(self, name: str, prompt: torch.Tensor, temperature: float) -> Iterator[list[int]]:
-        """Tokens of the answer so far, `STEP` more each time; what was computed for the earlier ones is kept."""
+        """Yield the tokens of the answer so far, `STEP` more each time. Earlier tokens stay in the key-value cache."""
         tokenizer = self.loaded.tokenizer
         ends = chat_template.stops(self.loaded.configs[name], tokenizer)
-        how = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         ids, cache = prompt, None
         for left in range(self.new_tokens, 0, -STEP):
             with self.loaded.use(name) as switched, torch.inference_mode(), autocast(self.loaded.device):
@@ -89,49 +89,49 @@ class Conversation:
                 output = switched.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids), **{argument: cache},
                     max_new_tokens=min(STEP, left), eos_token_id=ends, pad_token_id=tokenizer.pad_token_id,
-                    return_dict_in_generate=True, **how,
+                    return_dict_in_generate=True, **sampling,
                 )  # fmt: skip
             ids, cache = output.sequences, output[argument]
-            said = ids[0, prompt.shape[1] :].tolist()
-            yield said
-            if said[-1] in ends:
+            answer = ids[0, prompt.shape[1] :].tolist()
+            yield answer
+            if answer[-1] in ends:
                 return
 
     def row(self, name: str) -> dict[str, Any]:
-        """The conversation with one model in the `messages` layout, a row of a data set.
+        """Return the conversation with one model as a row of a data set, in the `messages` format.
 
-        Raises `UserError` if whoever reads it would drop it: nothing was said, or an answer is empty.
+        Raises `UserError` if loading the row would drop it, because there is no answer or an empty one.
         """
         record = {"messages": [dict(turn) for turn in self.turns[name]]}
         try:
             schema.to_row(record, "messages", name, Counter())
         except ValueError as reason:
             raise UserError(
-                f"row: the conversation with {name} makes none ({reason}). Fix: ask a question and let it be answered."
+                f"row: the conversation with {name} is not a valid row ({reason}). Fix: ask a question and wait for "
+                "the answer."
             ) from None
         return record
 
     def entries(self) -> list[Entry]:
-        """Round by round: the question, and every model's answer."""
-        rounds = zip(*self.turns.values(), strict=True)
-        found: list[Entry] = []
-        for said in rounds:
-            if said[0]["role"] == "user":
-                found.append({"prompt": said[0]["content"]})
+        """Return each question with the answers of all models."""
+        entries: list[Entry] = []
+        for turns in zip(*self.turns.values(), strict=True):
+            if turns[0]["role"] == "user":
+                entries.append({"prompt": turns[0]["content"]})
             else:
-                found[-1] |= {name: turn["content"] for name, turn in zip(self.turns, said, strict=True)}
-        return found
+                entries[-1] |= {name: turn["content"] for name, turn in zip(self.turns, turns, strict=True)}
+        return entries
 
 
 class Panel:
-    """Ask, watch all answers grow, stop, clear, and take a conversation along as a row."""
+    """A notebook widget: ask, watch all answers grow, stop, clear, and export a conversation as a row."""
 
     def __init__(self, conversation: Conversation, question: str = "") -> None:
         import ipywidgets as widgets
 
         self.conversation = conversation
         self.growing: Iterator[None] | None = None
-        self.turn = RLock()  # JupyterLab 4 brings each click in a thread of its own
+        self.lock = RLock()  # JupyterLab 4 handles each click in its own thread
         wide, whole_words = widgets.Layout(width="auto"), {"description_width": "initial"}
         self.columns = {
             name: widgets.HTML(layout=widgets.Layout(flex="1 1 14em", min_width="0")) for name in conversation.turns
@@ -143,8 +143,10 @@ class Panel:
         )
         self.clear = widgets.Button(description="clear")
         names = list(conversation.turns)
-        self.which = widgets.Dropdown(options=names, value=names[-1], description="the talk with", style=whole_words)
-        self.take = widgets.Button(description="as a row", tooltip="one line of JSON for the next data set")
+        self.which = widgets.Dropdown(
+            options=names, value=names[-1], description="conversation with", style=whole_words
+        )
+        self.take = widgets.Button(description="as a row", tooltip="one line of JSON for your next data set")
         self.row = widgets.Textarea(rows=2, placeholder="one line for a .jsonl file: select and copy", layout=wide)
         self.status = widgets.HTML()
         bars = [[self.clock, self.temperature, self.clear], [self.which, self.take]]
@@ -159,14 +161,14 @@ class Panel:
         self._say(HELP)
 
     def _tick(self, change: Any) -> None:
-        """The browser counted one on, or went back to nought because someone pressed ■."""
-        with self.turn:
+        """The Play widget advanced by one, or was reset to 0 because someone pressed ■."""
+        with self.lock:
             if change["new"] == 0:
                 if self.growing:
                     self._rest(HELP)
             elif self.growing or self.question.value.strip():
                 self._grow()
-            else:  # it had counted on before it heard of the end
+            else:  # it advanced once more before it learned that the answers are complete
                 self._rest()
 
     def _grow(self) -> None:
@@ -187,23 +189,23 @@ class Panel:
                 self.question.value = ""
                 self._say("■ stops the answers.")
 
-    def _rest(self, said: str | None = None) -> None:
-        """No more answers: the browser stops counting, and what has grown so far stays."""
+    def _rest(self, message: str | None = None) -> None:
+        """Stop the Play widget. The answers so far stay."""
         self.growing = None
         setattr(self.clock, "playing" if self.clock.has_trait("playing") else "_playing", False)  # ipywidgets 8, and 7
         self.clock.value = 0
-        if said:
-            self._say(said)
+        if message:
+            self._say(message)
 
     def _clear(self, button: Any) -> None:
-        with self.turn:
+        with self.lock:
             self._rest(HELP)
             self.conversation.clear()
             self.row.value = ""
             self._draw()
 
     def _take(self, button: Any) -> None:
-        with self.turn:
+        with self.lock:
             try:
                 self.row.value = json.dumps(self.conversation.row(self.which.value), ensure_ascii=False)
             except UserError as error:
@@ -217,13 +219,15 @@ class Panel:
         self.status.value = html.escape(text)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        stored = "A panel to chat in: it lives in a running notebook."
+        stored = "A chat panel: it works only in a running notebook."
         return bundle(self.box, stored, f"<p>{stored}</p>")
 
 
 def show(loaded: Loaded, questions: Sequence[str], new_tokens: int = NEW_TOKENS) -> Table | Panel:
-    """A panel with the first question in its box, if someone is there to use it; else all the questions in one
-    conversation with their greedy answers, as a table, and no widget that a stored notebook would keep.
+    """Return a panel with the first question filled in if a person runs the notebook, else a table.
+
+    The table shows one conversation with all questions and their greedy answers. It contains no widget, because a
+    stored notebook would keep the widget's state.
     """
     conversation = Conversation(loaded, new_tokens)
     if is_interactive():
@@ -235,10 +239,10 @@ def show(loaded: Loaded, questions: Sequence[str], new_tokens: int = NEW_TOKENS)
 
 
 def _column(name: str, turns: list[Message]) -> str:
-    """One conversation as a page on which nothing takes effect as HTML. `tex2jax_ignore`: nor as a formula."""
-    said = "".join(
+    """Render one conversation as HTML. Texts are escaped; `tex2jax_ignore` keeps dollar signs from becoming math."""
+    shown = "".join(
         f'<div style="white-space:pre-wrap;{STYLE[turn["role"]]}">{html.escape(turn["content"]) or " "}</div>'
         for turn in turns
     )
     head = f'<div style="opacity:.7">{html.escape(name)}</div>'
-    return f'<div class="tex2jax_ignore" style="line-height:1.4;overflow-wrap:anywhere">{head}{said}</div>'
+    return f'<div class="tex2jax_ignore" style="line-height:1.4;overflow-wrap:anywhere">{head}{shown}</div>'

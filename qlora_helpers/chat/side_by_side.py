@@ -1,4 +1,4 @@
-"""Answers of several models to the same questions: a picker where a person can use one, a table everywhere else."""
+"""Answer the same questions with several models, and show the answers in a picker or, without widgets, a table."""
 
 import html
 from contextlib import AbstractContextManager
@@ -19,32 +19,33 @@ from qlora_helpers.runs import RunFolder
 if TYPE_CHECKING:
     from qlora_helpers.models.qlora import Adapters
 
-SHOWN = 8  # questions of the table: your own, the published two and a few held-out ones
+SHOWN = 8  # questions in the table: your own, the two published ones and a few held-out ones
 SAME_BASE = ("model", "revision", "quantization", "double_quant", "compute_dtype")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 _CELL = "text-align:left;vertical-align:top"
 
-Entry = dict[str, str]  # "prompt", and an answer under the name of each model
+Entry = dict[str, str]  # the question under "prompt", and each answer under the name of its model
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """One base in memory with the adapters of several runs on it, and the config that each model is asked with."""
+    """One base model in memory with the adapters of several runs, and the config that each is prompted with."""
 
     adapters: "Adapters"
-    configs: dict[str, Config]  # the base's, then each experiment's
+    configs: dict[str, Config]  # for the base model, then for each experiment
     tokenizer: Any
     device: Device
 
     def use(self, name: str) -> AbstractContextManager[Any]:
-        """The model called `name`, the base or an experiment, for the length of a `with`."""
+        """Return a context manager that yields the model called `name`: the base model or an experiment."""
         return self.adapters.use(None if name == BASE else name)
 
 
 def load(experiments: dict[str, list[RunFolder]]) -> Loaded:
-    """The base model and the adapter of the first run of each experiment. The base is asked in the first one's layout.
+    """Load the base model and the adapter of the first run of each experiment.
 
-    Raises `UserError` if the runs are not of one base model, or trained its biases.
+    The base model is prompted in the format of the first experiment. Raises `UserError` if the runs have different base
+    models, or if a run trained biases.
     """
     first = {name: group[0] for name, group in experiments.items()}
     configs = {name: run.config() for name, run in first.items()}
@@ -53,10 +54,10 @@ def load(experiments: dict[str, list[RunFolder]]) -> Loaded:
         differ = [key for key in SAME_BASE if getattr(config, key) != getattr(shared, key)]
         if differ:
             raise UserError(
-                f"question: {name} has another base than {next(iter(configs))} ({differ[0]} differs). Fix: ask runs "
-                "of one base model."
+                f"question: {name} and {next(iter(configs))} have different base models ({differ[0]} differs). Fix: "
+                "ask runs of the same base model."
             )
-    from qlora_helpers.models import qlora  # heavy, and not needed to look at answers that are there
+    from qlora_helpers.models import qlora  # slow to import, and not needed to show saved answers
 
     device = compute_dtype.as_begun(compute_dtype.device_for(shared), next(iter(first.values())).compute_dtype())
     limit_memory(device, shared.memory_limit_gib)
@@ -66,32 +67,32 @@ def load(experiments: dict[str, list[RunFolder]]) -> Loaded:
 
 
 def ask(prompts: list[str], experiments: dict[str, list[RunFolder]]) -> list[Entry]:
-    """Greedy answers of the base model and of the first run of each experiment, all on one base in memory.
+    """Return greedy answers of the base model and of the first run of each experiment, with one base model in memory.
 
-    Raises `UserError` for what `load` refuses.
+    Raises `UserError` in the same cases as `load`.
     """
     loaded = load(experiments)
-    found: list[Entry] = [{"prompt": prompt} for prompt in prompts]
-    asked = [{"prompt": prompt, "reference": None} for prompt in prompts]
+    entries: list[Entry] = [{"prompt": prompt} for prompt in prompts]
+    questions = [{"prompt": prompt, "reference": None} for prompt in prompts]
     for name, config in loaded.configs.items():
         with loaded.use(name) as switched:
-            said = answers.generate(switched, loaded.tokenizer, config, loaded.device, asked)
-        for entry, answer in zip(found, said, strict=True):
+            generated = answers.generate(switched, loaded.tokenizer, config, loaded.device, questions)
+        for entry, answer in zip(entries, generated, strict=True):
             entry[name] = answer["answer"]
-    return found
+    return entries
 
 
 @dataclass(frozen=True)
 class Table:
-    """The first few questions and every answer, as HTML or as text. Nothing in a text takes effect as HTML."""
+    """The first few questions with every answer, as HTML or plain text. Texts are escaped."""
 
     entries: list[Entry]
 
     def __repr__(self) -> str:
         parts = []
         for entry in self.entries[:SHOWN]:
-            said = [f"  [{name}] {' '.join(text.split())}" for name, text in entry.items() if name != "prompt"]
-            parts.append("\n".join([" ".join(entry["prompt"].split()), *said]))
+            lines = [f"  [{name}] {' '.join(text.split())}" for name, text in entry.items() if name != "prompt"]
+            parts.append("\n".join([" ".join(entry["prompt"].split()), *lines]))
         return "\n\n".join([*parts, *([self._rest] if self._rest else [])])
 
     def _repr_html_(self) -> str:
@@ -105,7 +106,7 @@ class Table:
 
 
 class Picker:
-    """A list of questions to pick from, and the answers to the one that is picked. Without widgets it is the table."""
+    """A list of questions, and the answers to the selected one. Where widgets do not work, it shows the table."""
 
     def __init__(self, entries: list[Entry]) -> None:
         import ipywidgets as widgets
@@ -113,7 +114,7 @@ class Picker:
         self.table = Table(entries)
         labels = [f"{n}. {shorten(entry['prompt'], 90, placeholder=' …')}" for n, entry in enumerate(entries, 1)]
         options = list(zip(labels, range(len(entries)), strict=True))
-        self.choice = widgets.Dropdown(options=options, description="asked:", layout=widgets.Layout(width="100%"))
+        self.choice = widgets.Dropdown(options=options, description="question:", layout=widgets.Layout(width="100%"))
         self.shown = widgets.HTML()
         self.box = widgets.VBox([self.choice, self.shown])
         self.choice.observe(self._show, names="value")
@@ -127,21 +128,21 @@ class Picker:
 
 
 def bundle(box: Any, text: str, page: str) -> dict[str, Any]:
-    """What a cell shows: a widget where it lives, the text or the HTML page where a stored notebook is read."""
+    """Return the MIME bundle of a cell: the widget in a running notebook, text or HTML in a stored one."""
     view = {"version_major": 2, "version_minor": 0, "model_id": box.model_id}
-    found: dict[str, Any] = {WIDGET: view, "text/plain": text}
-    if not on_colab():  # others show the first kind they know; which of the two Colab would take is not documented
-        found["text/html"] = page
-    return found
+    mimebundle: dict[str, Any] = {WIDGET: view, "text/plain": text}
+    if not on_colab():  # other front ends show the first type they support; Colab does not document its choice
+        mimebundle["text/html"] = page
+    return mimebundle
 
 
 def show(entries: list[Entry]) -> Table | Picker:
-    """A picker, if someone is there to pick; else the table, and no widget that a stored notebook would keep."""
+    """Return a picker if a person runs the notebook, else a table, because a stored notebook would keep a widget."""
     return Picker(entries) if notebook.is_interactive() else Table(entries)
 
 
 def _html(entries: list[Entry]) -> str:
-    """A line a question and a line an answer. `tex2jax_ignore`: dollar signs are no formulas either."""
+    """One row per question and per answer. `tex2jax_ignore` keeps dollar signs from becoming math."""
     lines = []
     for entry in entries:
         lines.append(f'<tr><th colspan="2" style="{_CELL}">{_text(entry["prompt"])}</th></tr>')

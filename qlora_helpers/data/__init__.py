@@ -1,15 +1,15 @@
-"""From rows in any shape to tokens and labels."""
+"""Turn data sets in several schemas into tokens and labels."""
 
 from qlora_helpers._lazy import lazy
 
 __all__ = [
-    "build",  # what cleaning found, as tables
-    "clean",  # usable rows, split into training and held-out ones, with the reason for each dropped row
-    "encode",  # rows as token ids and labels
-    "load",  # rows of a file, a folder, a hub id or the sample data
-    "prepare",  # training and held-out examples of a config
-    "select",  # the same from rows that are cleaned already
-    "show_labels",  # one example with its trained tokens highlighted
+    "build",  # data report: counts, lengths, duplicates and quality checks
+    "clean",  # clean and split a data set; each dropped row keeps its reason
+    "encode",  # encode rows as token ids and labels
+    "load",  # load rows from a file, a folder, the hub or the sample data
+    "prepare",  # load, clean, split and encode a data set
+    "select",  # the same, from rows that are already cleaned
+    "show_labels",  # show one example with its trained tokens highlighted
 ]
 
 __getattr__ = lazy(

@@ -1,6 +1,6 @@
-"""The layout of training in a form that travels with the model: a chat template, end tokens, an Ollama Modelfile.
+"""Export the prompt format used in training: as a chat template, stop tokens and an Ollama Modelfile.
 
-A server that asks in another layout, or does not know where an answer ends, makes a good model look broken.
+A server that uses another prompt format, or does not know where an answer ends, makes a good model look broken.
 """
 
 from typing import Any
@@ -9,30 +9,30 @@ from qlora_helpers.config import Config
 from qlora_helpers.data import prompts
 from qlora_helpers.data.schema import Message
 
-# Private use: in no text and in no template.
+# Placeholders made of private-use characters, which occur in no text and no template.
 USER_1, INPUT, ASSISTANT_1, USER_2, ASSISTANT_2 = (f"\ue000{number}\ue000" for number in range(5))
 
 
 def chat_template(config: Config, tokenizer: Any) -> str:
-    """A Jinja template with which `apply_chat_template` writes what the model was trained on, start token included."""
+    """Return a Jinja chat template that renders conversations as in training, including the start token."""
     start = "{{ bos_token }}" if starts_with_bos(tokenizer) else ""
     if config.template != "auto":
-        return start + _own(config.template)
+        return start + _builtin_template(config.template)
     template = tokenizer.get_chat_template()
     if prompts.render_prompt(_turns(USER_1), config, tokenizer).startswith(tokenizer.bos_token or USER_1):
-        start = ""  # the template writes it
+        start = ""  # the template already writes it
     if config.system:
         system = f"[{{'role': 'system', 'content': {config.system!r}}}]"
         start += f"{{% if messages[0]['role'] != 'system' %}}{{% set messages = {system} + messages %}}{{% endif %}}"
     return start + template
 
 
-def _own(template: str) -> str:
-    """One of the package's own layouts as Jinja: the marks come from the code that writes the training rows."""
+def _builtin_template(template: str) -> str:
+    """Convert a built-in template to Jinja. The markers come from the code that renders the training rows."""
     whole = prompts.question({"role": "user", "content": USER_1, "input": INPUT}, template)
     head, rest = whole.split(USER_1)
     between, tail = rest.split(INPUT)
-    refusal = f"the {template} layout has turns of user and assistant only"
+    message = f"the {template} template has turns of user and assistant only"
     return (
         "{% for message in messages %}{% if message['role'] == 'user' %}"
         f"{{{{ {head!r} + message['content'] }}}}"
@@ -40,30 +40,30 @@ def _own(template: str) -> str:
         f"{{{{ {tail!r} }}}}"
         "{% elif message['role'] == 'assistant' %}"
         f"{{{{ {prompts.gap(template)!r} + message['content'] + eos_token }}}}"
-        f"{{% else %}}{{{{ raise_exception({refusal!r}) }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% else %}}{{{{ raise_exception({message!r}) }}}}{{% endif %}}{{% endfor %}}"
     )
 
 
 def starts_with_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer itself puts a start token before a text."""
+    """Whether the tokenizer adds a start token to a text."""
     return tokenizer.bos_token is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
 def stops(config: Config, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: the tokenizer's end token, and the one that the chat template closes a turn with."""
+    """Return the ids of the tokens that end an answer: the end token, and the chat template's end-of-turn token."""
     text, spans = prompts.render(_turns(USER_1, ASSISTANT_1), config, tokenizer)
     last = tokenizer(text[: spans[0][1]], add_special_tokens=False)["input_ids"][-1]
-    found = [tokenizer.eos_token_id]
+    stop_ids = [tokenizer.eos_token_id]
     if last in tokenizer.all_special_ids or last in tokenizer.added_tokens_decoder:
-        found.append(last)
-    return list(dict.fromkeys(found))
+        stop_ids.append(last)
+    return list(dict.fromkeys(stop_ids))
 
 
 def modelfile(config: Config, tokenizer: Any, gguf: str) -> str:
-    """An Ollama Modelfile for a GGUF file beside it: the layout as a Go template, and the end tokens.
+    """Return an Ollama Modelfile for a GGUF file in the same folder, with a Go template and the stop tokens.
 
-    The marks between turns are read off the rendered layout. The start token is left out where the file says that it
-    is added. System turns are left out: the model was trained without them, or with one that never changes.
+    The markers between turns are taken from a rendered conversation. The start token is omitted if the tokenizer adds
+    it. System turns are omitted because the model was trained without them, or always with the same one.
     """
     text, _ = prompts.render(_turns(USER_1, ASSISTANT_1, USER_2, ASSISTANT_2), config, tokenizer)
     first, rest = text.split(USER_1)
@@ -82,7 +82,7 @@ def modelfile(config: Config, tokenizer: Any, gguf: str) -> str:
         '{{ end }}{{ end }}"""',
     ]
     lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(token)}"' for token in stops(config, tokenizer)]
-    return "\n".join([*lines, "PARAMETER temperature 0", "PARAMETER repeat_penalty 1.0", ""])  # its own is 1.1
+    return "\n".join([*lines, "PARAMETER temperature 0", "PARAMETER repeat_penalty 1.0", ""])  # the default is 1.1
 
 
 def _turns(*texts: str) -> tuple[Message, ...]:

@@ -1,4 +1,7 @@
-"""What is dropped and why, and the split: held-out rows first, then training rows, in an order made of words alone."""
+"""Clean and split a data set: drop unusable rows with a reason, then select held-out rows, then training rows.
+
+The order of the rows depends only on their text and the data seed, not on their order in the file.
+"""
 
 import hashlib
 import re
@@ -20,7 +23,7 @@ NEAR_ROW, NEAR_PROMPT = "nearly the same as another row", "prompt nearly the sam
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRow:
-    """A usable row with its length in tokens before any cut, and how many of them are trained after it."""
+    """A usable row, its length in tokens before truncation, and its number of trained tokens after truncation."""
 
     row: Row
     tokens: int
@@ -29,7 +32,7 @@ class TokenizedRow:
 
 @dataclass(frozen=True, slots=True)
 class NearDuplicate:
-    """A row that was dropped, the one it resembles, their similarity, and what of them is similar."""
+    """A dropped row, the kept row it resembles, their similarity from 0 to 1, and the reason for dropping it."""
 
     dropped: Row
     kept: Row
@@ -39,35 +42,42 @@ class NearDuplicate:
 
 @dataclass
 class Cleaned:
-    """A source after cleaning and splitting: read = train + held-out + dropped, always."""
+    """A data set after cleaning and splitting. Rows read = training + held-out + dropped rows.
+
+    `examples` holds encoded rows by row id, so that `select` does not tokenize them again: the held-out rows and the
+    first `n_samples` training rows. An encoded row takes about 145 bytes per token, too much to keep every row of a
+    large data set. `encoding` holds the settings and the tokenizer they were encoded with.
+    """
 
     loaded: Loaded
     train: list[TokenizedRow] = field(default_factory=list)
     heldout: list[TokenizedRow] = field(default_factory=list)
     dropped: list[dict[str, Any]] = field(default_factory=list)
-    twins: list[NearDuplicate] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)  # tokens of every row that was tokenized, dropped later or not
+    near_duplicates: list[NearDuplicate] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)  # tokens of each tokenized row, dropped or not
+    examples: dict[str, Example] = field(default_factory=dict)
+    encoding: tuple[Any, ...] = ()
 
     @property
     def rows_read(self) -> int:
-        """Rows of the source, readable or not."""
+        """Number of rows in the source, including unreadable ones."""
         return len(self.loaded.rows) + len(self.loaded.rejected)
 
     @property
     def source_fingerprint(self) -> str:
-        """Hash of what was read, in any order."""
+        """Hash of the rows read, independent of their order."""
         return fingerprint(row.id for row in self.loaded.rows)
 
     def drop(self, row: Row, reason: str) -> None:
-        """Keep the row with its reason among the dropped ones."""
+        """Record a dropped row with its reason."""
         self.dropped.append({"reason": reason, "origin": row.origin, "row": row.to_record()})
 
 
 @dataclass(frozen=True)
 class Data:
-    """Rows ready for training, rows that are never trained on, and what was dropped with its reason.
+    """Encoded training rows, encoded held-out rows, which are never trained on, and the cleaned data set.
 
-    `rehearsal` are rows of a second source, mixed in against forgetting; they are no part of the data's own counts.
+    `rehearsal` contains rows of a second data set, mixed in to reduce forgetting. They are not included in `counts`.
     """
 
     train: list[Example]
@@ -78,27 +88,27 @@ class Data:
 
     @property
     def trained_on(self) -> list[Example]:
-        """Everything a run trains on."""
+        """All rows that a run trains on, including rehearsal rows."""
         return [*self.train, *self.rehearsal]
 
     @property
     def dropped(self) -> list[dict[str, Any]]:
-        """Rows that are not used, each with its reason."""
+        """Dropped rows, each with its reason."""
         return self.cleaned.dropped
 
     @property
     def source_fingerprint(self) -> str:
-        """Hash of what was read, in any order; with what was mixed in, if anything was."""
+        """Hash of the rows read and of the rehearsal rows, if any, independent of their order."""
         own = self.cleaned.source_fingerprint
         return fingerprint([own, *(e.row.id for e in self.rehearsal)]) if self.rehearsal else own
 
     @property
     def heldout_fingerprint(self) -> str:
-        """Runs may be compared only if this is equal."""
+        """Hash of the held-out rows. Runs can be compared only if it is equal."""
         return fingerprint(example.row.id for example in self.heldout)
 
     def counts(self) -> dict[str, int]:
-        """Rows in each place; read = dropped + unused + held-out + train."""
+        """Count rows by what happened to them. Rows read = dropped + not asked for + held-out + train."""
         return {
             "rows read": self.cleaned.rows_read,
             **{f"dropped: {reason}": n for reason, n in sorted(Counter(d["reason"] for d in self.dropped).items())},
@@ -109,8 +119,8 @@ class Data:
         }
 
     def to_manifest(self) -> dict[str, Any]:
-        """The part of the run's manifest that says which rows it saw."""
-        own = {
+        """Return the part of a run's manifest that describes its data."""
+        manifest = {
             "source": self.cleaned.loaded.name,
             "source_fingerprint": self.source_fingerprint,
             "heldout_fingerprint": self.heldout_fingerprint,
@@ -121,33 +131,38 @@ class Data:
         }
         if self.rehearsal:
             ids = [example.row.id for example in self.rehearsal]
-            own["rehearsal"] = {"source": self.rehearsal_source, "rows": len(ids), "ids": ids}
-        return own
+            manifest["rehearsal"] = {"source": self.rehearsal_source, "rows": len(ids), "ids": ids}
+        return manifest
 
 
 def identity(config: Config, data: Data) -> dict[str, str]:
-    """What makes two runs the same run: the config's deciding values, and the words it was trained and measured on."""
+    """Return the hashes that identify a run: of the settings that affect its result, and of the data it read."""
     return {"config": config.identity, "data": data.source_fingerprint}
 
 
 def fingerprint(ids: Iterable[str]) -> str:
-    """Hash of a set of row ids: their order does not matter."""
+    """Return a hash of row ids, independent of their order: 16 hex digits."""
     return hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()[:16]
 
 
 def prepare(config: Config, tokenizer: Any) -> Data:
-    """Load, clean, split and encode the config's data set.
+    """Load, clean, split and encode the configured data set.
 
-    Raises `UserError` if too few usable rows are left. A row is usable if it has at least one trained token.
+    Raises `UserError` if the data set cannot be read, if too few usable rows are left, or if a training prompt is also
+    held out. A usable row has at least one trained token.
     """
     return select(clean(config, tokenizer), config, tokenizer)
 
 
 def select(cleaned: Cleaned, config: Config, tokenizer: Any) -> Data:
-    """The config's part of a source that is cleaned already: cleaning does not depend on `n_samples`."""
+    """Select the first `n_samples` training rows and the held-out rows of a cleaned data set, encoded.
+
+    `cleaned` may come from a config with another `n_samples`, because the split does not depend on it. Raises
+    `UserError` if too few usable rows are left, or if a training prompt is also held out.
+    """
     check_enough(cleaned, config.n_heldout, config.n_samples or 1)
-    train = _encode(cleaned.train[: config.n_samples], config, tokenizer)
-    heldout = _encode(cleaned.heldout, config, tokenizer)
+    train = _examples(cleaned, cleaned.train[: config.n_samples], config, tokenizer)
+    heldout = _examples(cleaned, cleaned.heldout, config, tokenizer)
     rehearsal, source = _rehearsal(config, tokenizer, cleaned.heldout, round(config.rehearsal * len(train)))
     data = Data(train, heldout, cleaned, rehearsal, source)
     check_no_leak(data)
@@ -155,42 +170,53 @@ def select(cleaned: Cleaned, config: Config, tokenizer: Any) -> Data:
 
 
 def check_enough(cleaned: Cleaned, n_heldout: int, n_samples: int) -> None:
-    """Raise `UserError` if fewer rows are left than are asked for."""
+    """Raise `UserError` if fewer than `n_heldout` held-out rows or `n_samples` training rows are left."""
     left, held = len(cleaned.train), len(cleaned.heldout)
     if held < n_heldout or left < n_samples:
         raise UserError(
-            f"n_samples: {n_samples} asked for, but {left} usable rows are left to train on ("
-            f"{cleaned.rows_read} read, {len(cleaned.dropped)} dropped, {held} of {n_heldout} held out). "
-            f"Fix: n_samples={max(left, 1)} or fewer, a smaller n_heldout, or more data."
+            f"n_samples: {n_samples} rows requested for training, but {left} usable rows are left "
+            f"({cleaned.rows_read} read, {len(cleaned.dropped)} dropped, {held} of {n_heldout} held out). "
+            f"Fix: n_samples={max(left, 1)} or less, a smaller n_heldout, or more data."
         )
 
 
-def clean(config: Config, tokenizer: Any, n_heldout: Callable[[int], int] | None = None) -> Cleaned:
-    """Load the config's data set, drop what should not be trained on, and split the rest.
+def clean(config: Config, tokenizer: Any, n_heldout: int | Callable[[int], int] | None = None) -> Cleaned:
+    """Load the configured data set, drop rows that should not be trained on, and split the rest.
 
-    `n_heldout` may choose the number of held-out rows from the number of usable ones; else it is the config's.
+    `n_heldout` is the number of held-out rows, by default `config.n_heldout`. It can be a function of the number of
+    usable rows; then no encoded rows are kept. Raises `UserError` if the data set cannot be read.
     """
-    cleaned = Cleaned(sources.load(config))
+    cleaned = Cleaned(sources.load(config), encoding=_encoding(config, tokenizer))
     cleaned.dropped.extend(cleaned.loaded.rejected)
     rows = list(_readable(cleaned, config, prompts.control_marks(config, tokenizer)))
     rows.sort(key=lambda row: (_digest(f"{config.data_seed}\n{row.prompt}"), row.id))
-    usable = list(_fitting(cleaned, _distinct(cleaned, rows, config), config, tokenizer))
-    _split(cleaned, usable, config, n_heldout(len(usable)) if n_heldout else config.n_heldout)
+    usable = _fitting(cleaned, _distinct(cleaned, rows, config), config, tokenizer)
+    if callable(n_heldout):
+        counted = [(item, None) for item, _ in usable]
+        _split(cleaned, counted, config, n_heldout(len(counted)))
+    else:
+        _split(cleaned, usable, config, config.n_heldout if n_heldout is None else n_heldout)
     return cleaned
 
 
+def _encoding(config: Config, tokenizer: Any) -> tuple[Any, ...]:
+    """Return everything that `prompts.encode` depends on besides the row."""
+    return config.template, config.system, config.train_on, config.max_length, tokenizer
+
+
 def _readable(cleaned: Cleaned, config: Config, marks: re.Pattern[str]) -> Iterator[Row]:
-    """Rows whose words make sense on their own, and stay inside their turns. The row before is looked at in the order
-    of the file: an answer that slipped a line is a fault of that order. Where answers are few, as labels are, they
-    repeat by intent.
+    """Yield the rows that pass the checks of their text and contain no control markers.
+
+    An answer equal to that of the previous row in the file is an error, such as an answer shifted by a line. If less
+    than half of the answers are distinct, they are class labels, which may repeat.
     """
     rows = cleaned.loaded.rows
-    labels = 2 * len({row.answer for row in rows}) < len(rows)
+    are_labels = 2 * len({row.answer for row in rows}) < len(rows)
     seen: set[str] = set()
-    before = ""
+    previous = ""
     for row in rows:
-        reason = _text_reason(row, config, None if labels else before)
-        before = row.answer
+        reason = _text_reason(row, config, None if are_labels else previous)
+        previous = row.answer
         if reason is None and marks.search(row.text):
             reason = "a turn holds a mark that only the template may write"
         if reason is None and row.id in seen:
@@ -202,22 +228,24 @@ def _readable(cleaned: Cleaned, config: Config, marks: re.Pattern[str]) -> Itera
         yield row
 
 
-def _text_reason(row: Row, config: Config, before: str | None) -> str | None:
+def _text_reason(row: Row, config: Config, previous: str | None) -> str | None:
     if len(row.text.strip()) < config.min_chars:
         return f"too short: under {config.min_chars} characters"
     if len(row.text) > config.max_chars:
         return f"too long: over {config.max_chars} characters"
     if any(_same(q["content"], a["content"]) for q, a in zip(row.messages[::2], row.messages[1::2], strict=True)):
         return "answer equal to its prompt"
-    return "answer equal to that of the row before" if row.answer == before else None
+    return "answer equal to that of the row before" if row.answer == previous else None
 
 
 def _same(a: str, b: str) -> bool:
     return a.casefold().split() == b.casefold().split()
 
 
-def _fitting(cleaned: Cleaned, rows: Iterable[Row], config: Config, tokenizer: Any) -> Iterator[TokenizedRow]:
-    """Rows that have something to teach within the token limit."""
+def _fitting(
+    cleaned: Cleaned, rows: Iterable[Row], config: Config, tokenizer: Any
+) -> Iterator[tuple[TokenizedRow, Example]]:
+    """Tokenize the rows and yield those with a trained token within the token limit."""
     for example in prompts.encode(rows, config, tokenizer):
         tokens = len(example.input_ids) + example.cut
         cleaned.lengths.append(tokens)
@@ -228,61 +256,77 @@ def _fitting(cleaned: Cleaned, rows: Iterable[Row], config: Config, tokenizer: A
         elif not example.trained:
             cleaned.drop(example.row, f"no trained token within {config.max_length} tokens")
         else:
-            yield TokenizedRow(example.row, tokens, example.trained)
+            yield TokenizedRow(example.row, tokens, example.trained), example
 
 
 def _distinct(cleaned: Cleaned, rows: Iterable[Row], config: Config) -> Iterator[Row]:
-    """One row of each group that is nearly the same: the first in the order of the split."""
+    """Yield one row of each group of near duplicates: the first in the order of the split."""
     index = Index(config.near_duplicates)
     kept: list[Row] = []
     for row in rows:
-        twin = index.first_like(row.text)
-        if twin is None:
+        match = index.first_like(row.text)
+        if match is None:
             kept.append(row)
             yield row
         else:
             cleaned.drop(row, NEAR_ROW)
-            cleaned.twins.append(NearDuplicate(row, kept[twin[0]], twin[1], NEAR_ROW))
+            cleaned.near_duplicates.append(NearDuplicate(row, kept[match[0]], match[1], NEAR_ROW))
 
 
-def _split(cleaned: Cleaned, usable: list[TokenizedRow], config: Config, n_heldout: int) -> None:
-    """Held-out rows first; then every row whose prompt is not nearly that of a held-out one is for training.
+def _split(
+    cleaned: Cleaned, usable: Iterable[tuple[TokenizedRow, Example | None]], config: Config, n_heldout: int
+) -> None:
+    """Hold out the first `n_heldout` rows, then use every row whose prompt is unlike the held-out ones for training.
 
-    A held-out prompt is also unlike every other, so that held-out rows are independent of each other.
+    Held-out prompts are also unlike each other, so that held-out rows are independent. `usable` may be an iterator,
+    so that rows are tokenized while they are split and unused encodings are released.
     """
     index = Index(config.near_duplicates)
-    for item in usable:
+    leaks: list[NearDuplicate] = []
+    for item, example in usable:
         full = len(cleaned.heldout) == n_heldout
-        twin = index.first_like(item.row.prompt, add=not full)
-        if twin is not None:
-            cleaned.drop(item.row, NEAR_PROMPT)
-            cleaned.twins.append(NearDuplicate(item.row, cleaned.heldout[twin[0]].row, twin[1], NEAR_PROMPT))
-        else:
-            (cleaned.train if full else cleaned.heldout).append(item)
+        match = index.first_like(item.row.prompt, add=not full)
+        if match is not None:
+            leaks.append(NearDuplicate(item.row, cleaned.heldout[match[0]].row, match[1], NEAR_PROMPT))
+            continue
+        if example and not (full and config.n_samples and len(cleaned.train) >= config.n_samples):
+            cleaned.examples[item.row.id] = example
+        (cleaned.train if full else cleaned.heldout).append(item)
+    for leak in leaks:
+        cleaned.drop(leak.dropped, leak.reason)
+    cleaned.near_duplicates.extend(leaks)
 
 
 def _rehearsal(
     config: Config, tokenizer: Any, heldout: list[TokenizedRow], wanted: int
 ) -> tuple[list[Example], str | None]:
-    """The first `wanted` rows of the second source, in the order of the data seed, unlike every held-out prompt."""
+    """Return `wanted` rows of the rehearsal data set, and its name.
+
+    They are the first ones in the order of the data seed whose prompts are unlike every held-out prompt. Raises
+    `UserError` if there are too few.
+    """
     if not wanted:
         return [], None
-    second = config.replace(dataset=config.rehearsal_dataset, rehearsal=0.0, over_length="truncate")
-    cleaned = clean(second, tokenizer, n_heldout=lambda usable: 0)
+    second = config.replace(dataset=config.rehearsal_dataset, n_samples=wanted, rehearsal=0.0, over_length="truncate")
+    cleaned = clean(second, tokenizer, n_heldout=0)
     index = Index(config.near_duplicates)
     for item in heldout:
         index.first_like(item.row.prompt)
     rows = [item for item in cleaned.train if index.first_like(item.row.prompt, add=False) is None]
     if len(rows) < wanted:
         raise UserError(
-            f"rehearsal: {wanted} rows asked for, but {config.rehearsal_dataset} has {len(rows)} usable ones. "
+            f"rehearsal: {wanted} rows requested, but {config.rehearsal_dataset} has {len(rows)} usable ones. "
             "Fix: a smaller rehearsal, or a larger rehearsal_dataset."
         )
-    return _encode(rows[:wanted], second, tokenizer), cleaned.loaded.name
+    return _examples(cleaned, rows[:wanted], second, tokenizer), cleaned.loaded.name
 
 
-def _encode(items: list[TokenizedRow], config: Config, tokenizer: Any) -> list[Example]:
-    return list(prompts.encode([item.row for item in items], config, tokenizer))
+def _examples(cleaned: Cleaned, items: list[TokenizedRow], config: Config, tokenizer: Any) -> list[Example]:
+    """Return the encoded rows. Tokenizes only rows that `cleaned` does not already hold in this encoding."""
+    known = cleaned.examples if cleaned.encoding == _encoding(config, tokenizer) else {}
+    missing = [item.row for item in items if item.row.id not in known]
+    known.update((example.row.id, example) for example in prompts.encode(missing, config, tokenizer))
+    return [known[item.row.id] for item in items]
 
 
 def _digest(text: str) -> str:
@@ -290,7 +334,7 @@ def _digest(text: str) -> str:
 
 
 def check_no_leak(data: Data) -> None:
-    """Raise `UserError` if a held-out prompt is trained on: a held-out loss would then prove nothing."""
+    """Raise `UserError` if a held-out prompt is also trained on, which would make the held-out loss meaningless."""
     trained = {example.row.prompt for example in data.trained_on}
     both = [example.row for example in data.heldout if example.row.prompt in trained]
     if both:

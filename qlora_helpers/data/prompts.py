@@ -1,4 +1,4 @@
-"""Rows to tokens and labels: which tokens are trained, found by character offsets; and a viewer that shows them."""
+"""Encode rows as tokens and labels, using character offsets to find the trained tokens, and display the result."""
 
 import html
 import re
@@ -12,23 +12,26 @@ from qlora_helpers.config import Config
 from qlora_helpers.data.schema import Message, Row
 from qlora_helpers.errors import UserError
 
-IGNORE = -100  # the label that cross-entropy skips
-BATCH = 1000  # rows that are tokenized at once: enough for speed, little enough for memory
+IGNORE = -100  # label ignored by the cross-entropy loss
+BATCH = 1000  # rows tokenized at once: enough to be fast, few enough to limit memory
 Span = tuple[int, int]
-# The marks of our own layouts, and what marks of a chat template look like: <|user|>, [INST], USER:
+# Turn markers of the built-in templates, and the pattern of those in chat templates: <|user|>, [INST], USER:
 MARKS = {
     "guanaco": ("### Human:", "### Assistant:"),
     "instruction": ("### Instruction:", "### Input:", "### Response:"),
 }
 CHAT_MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|[^\s<>\[\]]+")
-BREAK = "\ue000"  # for private use: in no text and in no template
+BREAK = "\ue000"  # a private-use character, which occurs in no text and no template
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row as the model sees it. `labels` has -100 where nothing is learned; `cut` counts tokens over the limit.
+    """A tokenized row.
 
-    `straddling` says that a token is partly question and partly answer, so that no label is right for it.
+    `input_ids`, `labels` and `offsets` have one entry per token, up to the token limit. `labels` equals `input_ids` at
+    trained tokens and is -100 elsewhere. `offsets` are the start and end of each token in `text`, in characters. `cut`
+    is the number of tokens beyond the limit. `straddling` is true if a token is partly question and partly answer, so
+    that no label is right for it.
     """
 
     row: Row
@@ -41,12 +44,15 @@ class Example:
 
     @property
     def trained(self) -> int:
-        """Tokens that the loss counts. The first token is never predicted, so it is not among them."""
+        """Number of tokens that count in the loss. The first token is never predicted, so it does not count."""
         return sum(label != IGNORE for label in self.labels[1:])
 
 
 def render(messages: tuple[Message, ...], config: Config, tokenizer: Any) -> tuple[str, list[Span]]:
-    """Text of a conversation, and the character spans of its answers with their end tokens."""
+    """Return the text of a conversation and the character spans of its answers, including their end tokens.
+
+    Raises `UserError` if the model's chat template is missing or unusable.
+    """
     if config.template == "auto":
         return _render_chat(messages, config, tokenizer)
     text, spans = "", []
@@ -61,7 +67,10 @@ def render(messages: tuple[Message, ...], config: Config, tokenizer: Any) -> tup
 
 
 def render_prompt(messages: tuple[Message, ...], config: Config, tokenizer: Any) -> str:
-    """Text that ends where the answer begins: the gap after the marker is the model's to write, as in training."""
+    """Return the text of a conversation up to where the next answer begins.
+
+    As in training, a space between the marker and the answer is left for the model to generate.
+    """
     if config.template == "auto":
         return _apply_chat(messages, config, tokenizer, add_generation_prompt=True)
     eos = tokenizer.eos_token
@@ -72,17 +81,20 @@ def render_prompt(messages: tuple[Message, ...], config: Config, tokenizer: Any)
 
 
 def question(turn: Message, template: str) -> str:
-    """A user's turn up to and including the marker after which the answer starts."""
+    """Render a user's turn up to and including the marker that precedes the answer."""
     if template == "guanaco":
         given = f"\n\n{turn['input']}" if turn.get("input") else ""
         return f"### Human: {turn['content']}{given}### Assistant:"
     given = f"### Input:\n{turn['input']}\n\n" if turn.get("input") else ""
-    # The newline is the question's: some tokenizers make one token of it and the colon.
+    # The newline belongs to the question: some tokenizers merge it with the colon into one token.
     return f"### Instruction:\n{turn['content']}\n\n{given}### Response:\n"
 
 
 def gap(template: str) -> str:
-    """What lies between the marker and an answer. A space before a word is one token with it, so it is the answer's."""
+    """Return the text between the marker and the answer.
+
+    It belongs to the answer because a space and the word after it form one token.
+    """
     return " " if template == "guanaco" else ""
 
 
@@ -97,12 +109,19 @@ def _apply_chat(messages: tuple[Message, ...], config: Config, tokenizer: Any, *
     ]
     try:
         return tokenizer.apply_chat_template([*head, *turns], tokenize=False, **options)
-    except Exception as error:  # jinja errors, raised by the template itself, are of many kinds
-        raise UserError(f"template: the chat template of {config.model} refuses these turns ({error}).") from None
+    except Exception as error:  # a template can raise many kinds of jinja errors
+        raise UserError(
+            f"template: the chat template of {config.model} refuses these turns ({error}). Fix: template=guanaco or "
+            "template=instruction."
+        ) from None
 
 
 def _render_chat(messages: tuple[Message, ...], config: Config, tokenizer: Any) -> tuple[str, list[Span]]:
-    """The answer's span lies between the text that asks for it and the text that holds it, less trailing space."""
+    """Render with the model's chat template.
+
+    An answer's span starts where the generation prompt before it ends, and ends where the text including the answer
+    ends, without trailing whitespace.
+    """
     text = _apply_chat(messages, config, tokenizer)
     spans = []
     for number, turn in enumerate(messages):
@@ -113,16 +132,17 @@ def _render_chat(messages: tuple[Message, ...], config: Config, tokenizer: Any) 
         after = (text if is_last else _apply_chat(messages[: number + 1], config, tokenizer)).rstrip()
         if not (text.startswith(before) and text.startswith(after)):
             raise UserError(
-                f"template: the chat template of {config.model} rewrites earlier turns: its answers cannot be found. "
-                "Fix: template=guanaco or template=instruction."
+                f"template: the chat template of {config.model} rewrites earlier turns, so its answers cannot be "
+                "located. Fix: template=guanaco or template=instruction."
             )
         spans.append((len(before), len(after)))
     return text, spans
 
 
 def control_marks(config: Config, tokenizer: Any) -> re.Pattern[str]:
-    """What only the template may write: the tokenizer's special tokens, and the marks between turns. In a row they
-    would end a turn and begin another.
+    """Return a pattern for text that only the template may write: special tokens and the markers between turns.
+
+    Such text in a row would end its turn and start another.
     """
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     marks = {*special, *tokenizer.all_special_tokens, *MARKS.get(config.template, ())}
@@ -132,11 +152,12 @@ def control_marks(config: Config, tokenizer: Any) -> re.Pattern[str]:
 
 
 def _chat_marks(config: Config, tokenizer: Any) -> set[str]:
-    """What a chat template writes after a question and before the next one, and the same for a system turn. Plain words
-    in it, such as a role's name, are left out: text may hold them.
+    """Return the markers that a chat template writes between a question and the next one, also for system turns.
+
+    Plain words, such as the name of a role, are excluded because ordinary text can contain them.
     """
-    said = [f"{BREAK}{number}{BREAK}" for number in range(4)]
-    turns = tuple({"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said))
+    placeholders = [f"{BREAK}{number}{BREAK}" for number in range(4)]
+    turns = tuple({"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(placeholders))
     parts = _apply_chat(turns, config, tokenizer).split(BREAK)
     between = " ".join(parts[2:7:2])
     between += between.replace("user", "system").replace("USER", "SYSTEM")
@@ -144,34 +165,40 @@ def _chat_marks(config: Config, tokenizer: Any) -> set[str]:
 
 
 def advice(config: Config, tokenizer: Any) -> str | None:
-    """What choosing another template than the model's own costs, in a line; None where there is nothing to say."""
+    """Return a one-line warning about replacing the model's own chat template, or None if it is used or missing."""
     if config.template == "auto" or not getattr(tokenizer, "chat_template", None):
         return None
     return (
-        f"template: {config.model} was taught with its own chat template, and learns the {config.template} layout from "
-        "zero: it needs more rows to answer and to stop as well, and must be asked in that layout afterwards. "
-        "template=auto keeps its own; published experiments that chose otherwise are repeated as they were."
+        f"template: {config.model} was trained with its own chat template and must learn the {config.template} format "
+        "from scratch. It needs more rows to answer and stop as well, and must be prompted in that format afterwards. "
+        "template=auto uses its own template. Published experiments that use another one are reproduced unchanged."
     )
 
 
 def tokenize(texts: list[str], tokenizer: Any, **options: Any) -> Any:
-    """Tokens with one start token, if the model has one: some chat templates write it, else the tokenizer adds it."""
+    """Tokenize texts rendered from one template, with exactly one start token if the model has one.
+
+    The tokenizer adds the start token unless the chat template already wrote it.
+    """
     start = tokenizer.bos_token
-    written = bool(start) and texts[0].startswith(start)
-    return tokenizer(texts, add_special_tokens=not written, **options)
+    has_start = bool(start) and texts[0].startswith(start)
+    return tokenizer(texts, add_special_tokens=not has_start, **options)
 
 
-def check_context(question: str, tokens: int, answer: int, context: int | None, mend: str) -> None:
-    """Raise `UserError` if a prompt of so many tokens leaves no room for `answer` of them in the model's context."""
+def check_context(question: str, tokens: int, answer: int, context: int | None, fix: str) -> None:
+    """Raise `UserError` if a prompt of `tokens` tokens leaves no room for `answer` more in a context of `context`.
+
+    `context` is None if the model does not state its context length. `fix` is the advice that ends the message.
+    """
     if context and tokens + answer > context:
         raise UserError(
             f"prompt: '{shorten(question, 40, placeholder=' …')}' makes a prompt of {tokens} tokens, and the model's "
-            f"context of {context} has to hold {answer} of the answer too. Fix: {mend}."
+            f"context of {context} has to hold {answer} of the answer too. Fix: {fix}."
         )
 
 
 def encode(rows: Iterable[Row], config: Config, tokenizer: Any) -> Iterator[Example]:
-    """Tokens and labels of each row, in order, cut at `max_length`."""
+    """Yield the tokens and labels of each row, in order, truncated to `max_length` tokens."""
     rows = iter(rows)
     while batch := list(islice(rows, BATCH)):
         rendered = [render(row.messages, config, tokenizer) for row in batch]
@@ -191,18 +218,20 @@ def _example(row: Row, text: str, spans: list[Span], ids: list[int], offsets: li
 
 
 def _answer_labels(ids: list[int], offsets: list[Span], spans: list[Span]) -> tuple[list[int], bool]:
-    """Token ids inside the spans, -100 elsewhere; and whether a token lies on the edge of a span.
+    """Return the labels and whether a token straddles the edge of a span.
 
-    Some tokenizers trim spaces from their offsets, so a token starts where the one before it ended, unless both are
-    parts of one character.
+    A label is the token id inside the spans and -100 elsewhere.
+
+    Some tokenizers trim spaces from their offsets. A token is therefore assumed to start where the previous one ended,
+    unless both are parts of one character.
     """
     labels, previous, straddling = [], 0, False
-    left = iter(spans)
-    first, last = next(left, (0, 0))
+    remaining = iter(spans)
+    first, last = next(remaining, (0, 0))
     for token, (start, end) in zip(ids, offsets, strict=True):
         begin = start if start < end <= previous else previous
         while begin >= last > 0 and end > last:
-            first, last = next(left, (0, 0))
+            first, last = next(remaining, (0, 0))
         inside = first <= begin < last and end <= last
         straddling |= not inside and begin < last and end > first
         labels.append(token if inside else IGNORE)
@@ -212,7 +241,7 @@ def _answer_labels(ids: list[int], offsets: list[Span], spans: list[Span]) -> tu
 
 @dataclass(frozen=True)
 class LabelView:
-    """One row with its tokens marked trained, masked or end: HTML in a notebook, text in a terminal."""
+    """A row with each token marked as trained, masked or end. Shown as HTML in a notebook and as text in a terminal."""
 
     pieces: list[tuple[str, str]]
 
@@ -224,7 +253,7 @@ class LabelView:
         return "\n".join(["kind    tokens  text", *lines])
 
     def _repr_html_(self) -> str:
-        # Translucent backgrounds under inherited text color read well on light and on dark pages.
+        # Translucent backgrounds with the inherited text color are readable on light and dark pages.
         colors = {"trained": "rgba(40,160,80,.35)", "masked": "rgba(128,128,128,.18)", "end": "rgba(220,120,0,.55)"}
         spans = "".join(
             f'<span title="{kind}" style="background:{colors[kind]};border-radius:3px;margin-right:1px">'
@@ -239,10 +268,10 @@ class LabelView:
 
 
 def show_labels(example: Example, tokenizer: Any) -> LabelView:
-    """What one row teaches. The end token is the one with the tokenizer's end-of-sequence id, where it is trained."""
+    """Show which tokens of a row are trained. Trained end-of-sequence tokens are marked `end`."""
     pieces, shown = [], 0
     for token, label, (_, end) in zip(example.input_ids, example.labels, example.offsets, strict=True):
         kind = "masked" if label == IGNORE else "end" if token == tokenizer.eos_token_id else "trained"
-        pieces.append((kind, example.text[shown:end]))  # tokens tile the text; several may share one character
+        pieces.append((kind, example.text[shown:end]))  # tokens leave no gaps; several can share a character
         shown = max(shown, end)
     return LabelView(pieces)

@@ -1,7 +1,7 @@
-"""A coding data set that needs no download: what the documentation of Python's own standard library says.
+"""A coding data set that needs no download: the docstrings of Python's standard library.
 
-Source files are parsed, not imported, so nothing in them runs; only a few built-in modules, which have no source, are
-asked. Duplicates and outliers are left in: cleaning has to find them.
+Source files are parsed, not imported, so their code does not run. Only a few built-in modules, which have no Python
+source, are imported and inspected. Duplicates and outliers are not removed here: that is left to cleaning.
 """
 
 import ast
@@ -17,17 +17,20 @@ from typing import Any
 from qlora_helpers.config import PYTHON_DOCS
 
 BUILT_IN = ("builtins", "math", "cmath", "itertools", "time", "zlib", "binascii", "unicodedata", "array", "select")
-# Parts that are programs, tests or jokes rather than a library.
+# Modules that are programs, tests or jokes rather than libraries.
 SKIPPED = {"antigravity", "this", "idlelib", "lib2to3", "turtledemo", "test", "tests", "ensurepip", "site-packages"}
 
 
 def source_name() -> str:
-    """The source with the Python that was read: rows differ between Pythons."""
+    """Return the source's name with the Python implementation and version, because rows differ between versions."""
     return f"{PYTHON_DOCS} of {platform.python_implementation()} {platform.python_version()}"
 
 
 def records() -> Iterator[tuple[str, dict[str, str]]]:
-    """`{"instruction", "input", "output"}` for every public function, class and method with a docstring."""
+    """Yield the qualified name and the record of every public function, class and method that has a docstring.
+
+    A record has the keys `instruction`, `input` (the signature) and `output` (the docstring).
+    """
     folder = Path(sysconfig.get_path("stdlib"))
     for name in sorted(sys.stdlib_module_names - SKIPPED):
         if name in BUILT_IN:
@@ -46,9 +49,9 @@ def _from_source(file: Path, module: str) -> Iterator[tuple[str, dict[str, str]]
         return
     tree = ast.parse(file.read_bytes())
     for node, name in _public(tree, module):
-        documentation = ast.get_docstring(node)
-        if documentation:
-            yield _record(name, _signature(node), documentation)
+        docstring = ast.get_docstring(node)
+        if docstring:
+            yield _record(name, _signature(node), docstring)
 
 
 def _public(tree: Any, prefix: str) -> Iterator[tuple[Any, str]]:
@@ -72,19 +75,19 @@ def _built_in(module: str) -> Iterator[tuple[str, dict[str, str]]]:
         if _is_private(name) or not (inspect.isroutine(value) or inspect.isclass(value)):
             continue
         if (value.__module__ or module).split(".")[0] not in sys.stdlib_module_names:
-            continue  # IPython adds names of its own to the built-in ones
+            continue  # added to `builtins` by IPython
         members = sorted(vars(value).items()) if inspect.isclass(value) else []
         methods = [(f"{name}.{m}", v) for m, v in members if inspect.isroutine(v) and not _is_private(m)]
         for path, part in [(name, value), *methods]:
-            documentation = inspect.getdoc(part)
-            if documentation:
+            docstring = inspect.getdoc(part)
+            if docstring:
                 text = getattr(part, "__text_signature__", None) or "(...)"
-                yield _record(path if module == "builtins" else f"{module}.{path}", f"{path}{text}", documentation)
+                yield _record(path if module == "builtins" else f"{module}.{path}", f"{path}{text}", docstring)
 
 
 def _is_private(name: str) -> bool:
     return name.startswith("_") and name != "__init__"
 
 
-def _record(name: str, signature: str, documentation: str) -> tuple[str, dict[str, str]]:
-    return name, {"instruction": f"What does {name} do in Python?", "input": signature, "output": documentation}
+def _record(name: str, signature: str, docstring: str) -> tuple[str, dict[str, str]]:
+    return name, {"instruction": f"What does {name} do in Python?", "input": signature, "output": docstring}

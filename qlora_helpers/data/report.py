@@ -1,4 +1,4 @@
-"""What a data set is like after cleaning: one content, as HTML in a notebook, as Markdown and JSON on disk."""
+"""Describe a data set after cleaning: as HTML in a notebook, and as Markdown and JSON on disk."""
 
 import html
 import statistics
@@ -14,17 +14,17 @@ from qlora_helpers.config import Config
 from qlora_helpers.data import prompts, schema
 from qlora_helpers.data.cleaning import Cleaned, TokenizedRow, fingerprint
 
-BINS = 8  # of the length histogram below the limit; one more holds what is above
-SHOWN = 10  # random rows, and pairs in the table of duplicates
-WIDTH = 160  # characters of a quoted text
+BINS = 8  # bins of the length histogram up to the token limit; one more counts longer rows
+SHOWN = 10  # rows in the sample table, and pairs in the table of duplicates
+WIDTH = 160  # characters shown of a text
 
 
 @dataclass(frozen=True)
 class Table:
-    """A heading, a sentence, column names and rows of plain values. `bar` names a column that is also drawn."""
+    """A table with a heading and a sentence of explanation. `bar` is the index of a column also drawn as bars."""
 
     title: str
-    words: str
+    text: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
     bar: int | None = None
@@ -32,14 +32,14 @@ class Table:
 
 @dataclass(frozen=True, repr=False)
 class DataReport:
-    """The report of one data set: `facts` for machines, `tables` for readers."""
+    """The report of a data set: `facts` for programs, `tables` for readers, and `advice` about the template, if any."""
 
     facts: dict[str, Any]
     tables: list[Table]
     advice: str | None
 
     def markdown(self) -> str:
-        """The report as Markdown."""
+        """Return the report as Markdown."""
         parts = ["# Data report", _summary(self.facts)]
         if self.advice:
             parts.append(f"> {self.advice}")
@@ -55,7 +55,7 @@ class DataReport:
 
 
 def build(cleaned: Cleaned, config: Config, tokenizer: Any) -> DataReport:
-    """Counts at each step, lengths, duplicates, quality checks, and ten rows to look at."""
+    """Build the data report: rows at each step, lengths in tokens, quality checks, duplicates and ten sample rows."""
     used = [*cleaned.train, *cleaned.heldout]
     tokens = sorted(cleaned.lengths)
     kept = sum(min(item.tokens, config.max_length) for item in used)
@@ -83,12 +83,12 @@ def build(cleaned: Cleaned, config: Config, tokenizer: Any) -> DataReport:
         "train_fingerprint": fingerprint(item.row.id for item in cleaned.train),
         "heldout_fingerprint": fingerprint(item.row.id for item in cleaned.heldout),
     }
-    tables = [_steps(facts), _lengths(tokens, config), _checks(facts), *_twins(cleaned), _samples(used, config)]
+    tables = [_steps(facts), _lengths(tokens, config), _checks(facts), *_duplicates(cleaned), _samples(used, config)]
     return DataReport(facts, tables, prompts.advice(config, tokenizer))
 
 
 def write(report: DataReport, cleaned: Cleaned, out: Path) -> None:
-    """`train.jsonl`, `heldout.jsonl`, `dropped.jsonl`, `report.md` and, last, `report.json`."""
+    """Write `train.jsonl`, `heldout.jsonl`, `dropped.jsonl`, `report.md` and, last, `report.json` to `out`."""
     for name, items in (("train", cleaned.train), ("heldout", cleaned.heldout)):
         files.write_jsonl(out / f"{name}.jsonl", (item.row.to_record() for item in items))
     files.write_jsonl(out / "dropped.jsonl", cleaned.dropped)
@@ -100,15 +100,15 @@ def _summary(facts: dict[str, Any]) -> str:
     return (
         f"{Path(facts['source']).name} (layout {facts['layout']}): {facts['rows_read']:,} rows read = "
         f"{facts['train']:,} train + {facts['heldout']:,} held-out + {facts['dropped']:,} dropped. "
-        f"{facts['trained_share']:.0%} of the tokens that the model sees are trained. "
-        f"Tokens as {facts['model']} counts them, in the {facts['template']} template."
+        f"{facts['trained_share']:.0%} of the tokens within the limit are trained. "
+        f"Tokens are counted with the tokenizer of {facts['model']} and the {facts['template']} template."
     )
 
 
 def _steps(facts: dict[str, Any]) -> Table:
     dropped = [[f"dropped: {reason}", n] for reason, n in facts["dropped_by_reason"].items()]
     rows = [["read", facts["rows_read"]], *dropped, ["held-out", facts["heldout"]], ["train", facts["train"]]]
-    return Table("Rows", "Every dropped row is kept with its reason.", ("step", "rows"), rows)
+    return Table("Rows", "Each dropped row is recorded with its reason.", ("step", "rows"), rows)
 
 
 def _lengths(tokens: list[int], config: Config) -> Table:
@@ -117,13 +117,13 @@ def _lengths(tokens: list[int], config: Config) -> Table:
     counts = [sum(low < n <= high for n in tokens) for low, high in pairwise(edges)]
     rows = [[f"{low + 1}–{high}", n] for (low, high), n in zip(pairwise(edges), counts, strict=True)]
     over = sum(n > limit for n in tokens)
-    words = f"Readable rows by length; the limit is {limit} tokens, and longer rows are "
-    words += "dropped." if config.over_length == "drop" else "cut there."
-    return Table("Lengths", words, ("tokens", "rows"), [*rows, [f"over {limit}", over]], bar=1)
+    treatment = "dropped" if config.over_length == "drop" else "truncated"
+    text = f"Tokenized rows by length. Rows over the limit of {limit} tokens are {treatment}."
+    return Table("Lengths", text, ("tokens", "rows"), [*rows, [f"over {limit}", over]], bar=1)
 
 
 def _quality(cleaned: Cleaned, used: list[TokenizedRow], config: Config) -> dict[str, int]:
-    """Things to know of, that are no reason to drop a row."""
+    """Count properties that are worth knowing but are not a reason to drop a row."""
     answers = Counter(item.row.answer for item in used)
     rows = cleaned.loaded.rows
     given = sum("input" in item.row.messages[0] for item in used)
@@ -143,58 +143,58 @@ def _quality(cleaned: Cleaned, used: list[TokenizedRow], config: Config) -> dict
 
 
 def _checks(facts: dict[str, Any]) -> Table:
-    words = "Counted among usable rows; the last four among all rows that could be read."
-    return Table("Quality", words, ("check", "rows"), list(facts["quality"].items()))
+    text = "The last four checks count all readable rows; the others count usable rows."
+    return Table("Quality", text, ("check", "rows"), list(facts["quality"].items()))
 
 
-def _twins(cleaned: Cleaned) -> list[Table]:
+def _duplicates(cleaned: Cleaned) -> list[Table]:
     rows = [
         [f"{t.similarity:.2f}", t.dropped.messages[0]["content"], t.kept.messages[0]["content"], t.reason]
-        for t in cleaned.twins[:SHOWN]
+        for t in cleaned.near_duplicates[:SHOWN]
     ]
-    words = f"The first {len(rows)} of {len(cleaned.twins):,} rows that were dropped because they resemble another."
-    return [Table("Duplicates", words, ("similarity", "dropped", "kept", "because"), rows)] if rows else []
+    text = f"The first {len(rows)} of {len(cleaned.near_duplicates):,} rows dropped as near duplicates."
+    return [Table("Near duplicates", text, ("similarity", "dropped", "kept", "reason"), rows)] if rows else []
 
 
 def _samples(used: list[TokenizedRow], config: Config) -> Table:
-    """Rows drawn by their ids, so that the same data show the same rows."""
+    """Sample rows by a hash of their ids, so that the same data always shows the same rows."""
     drawn = sorted(used, key=lambda item: files.short_hash([config.data_seed, "report", item.row.id]))[:SHOWN]
     rows = [[item.row.messages[0]["content"], item.row.answer, item.tokens] for item in drawn]
-    return Table("Rows to look at", "Drawn at random: read them.", ("first question", "last answer", "tokens"), rows)
+    return Table("Sample rows", "Drawn at random. Read them.", ("first question", "last answer", "tokens"), rows)
 
 
 def _quote(value: Any) -> str:
-    """A value for one cell: no control characters, one line, not too long."""
+    """Format a value for a table cell: one line, no control characters, at most `WIDTH` characters."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
     return text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
 
 
 def _longest_bar(table: Table) -> int:
-    """The largest value of the column that is drawn; 0 if none is, or nothing stands in it."""
+    """Return the largest value of the column drawn as bars, or 0 if there is no such column or it is empty."""
     return max((row[table.bar] for row in table.rows), default=0) if table.bar is not None else 0
 
 
 def _to_markdown(table: Table) -> str:
     escape = str.maketrans({"|": "\\|", "<": "&lt;", ">": "&gt;", "`": "\\`", "[": "\\[", "*": "\\*"})
-    most = _longest_bar(table)
-    columns = [*table.columns, ""] if most else table.columns
-    lines = [f"## {table.title}", "", table.words, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    longest = _longest_bar(table)
+    columns = [*table.columns, ""] if longest else table.columns
+    lines = [f"## {table.title}", "", table.text, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in table.rows:
         cells = [f"{v:,}" if isinstance(v, int) else _quote(v).translate(escape) for v in row]
-        if most and table.bar is not None:
-            cells.append("█" * round(20 * row[table.bar] / most))
+        if longest and table.bar is not None:
+            cells.append("█" * round(20 * row[table.bar] / longest))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _to_html(table: Table) -> str:
-    most = _longest_bar(table)
+    longest = _longest_bar(table)
     head = "".join(f"<th style='text-align:left'>{html.escape(column)}</th>" for column in table.columns)
     body = ""
     for row in table.rows:
         cells = [f"{v:,}" if isinstance(v, int) else html.escape(_quote(v)) for v in row]
-        if most and table.bar is not None:
-            width = round(12 * row[table.bar] / most, 2)
+        if longest and table.bar is not None:
+            width = round(12 * row[table.bar] / longest, 2)
             cells.append(f"<div style='background:rgba(40,120,200,.6);height:.8em;width:{width}em'></div>")
         body += "<tr>" + "".join(f"<td style='text-align:left'>{cell}</td>" for cell in cells) + "</tr>"
-    return f"<h4>{table.title}</h4><p>{html.escape(table.words)}</p><table><tr>{head}</tr>{body}</table>"
+    return f"<h4>{table.title}</h4><p>{html.escape(table.text)}</p><table><tr>{head}</tr>{body}</table>"

@@ -1,4 +1,4 @@
-"""Records of whatever layout to conversations: one row shape for everything that comes after, told apart by looking."""
+"""Convert records to conversations: recognize their schema and give all rows the same structure."""
 
 import hashlib
 import json
@@ -10,17 +10,17 @@ from typing import Any
 from qlora_helpers.errors import UserError
 
 Message = dict[str, str]
-# Replies hold ### headings of their own, so only the two markers split a conversation.
+# Replies can contain ### headings, so conversations are split only at these two markers.
 MARKER = re.compile(r"### (Human|Assistant):")
-# What only a template should write: in a row it is odd, in an answer it is an invented turn.
+# Markers that only a template should write: unusual in a row; in a generated answer, an invented turn.
 TURN_MARKER = re.compile(
     r"### ?(Human|Assistant|Instruction|Input|Response)\b|<\|(user|im_start|start_header_id)|\[INST\]"
 )
-# Half of a surrogate pair, the mark of a failed decoding, NUL: no such text was meant.
+# Half of a surrogate pair, the replacement character of a failed decoding, NUL: signs of broken text.
 BROKEN = re.compile("[\ud800-\udfff\ufffd\0]")
-# Bell, backspace, escape and its one-byte form: they color, move and erase what a terminal or a notebook shows.
+# Bell, backspace, escape and its one-byte form, which color, move and erase text in a terminal or a notebook.
 STEERING = re.compile("[\a\b\x1b\x9b]")
-LAYOUTS = {
+SCHEMAS = {  # name: required columns
     "guanaco": {"text"},
     "messages": {"messages"},
     "instruction": {"instruction", "output"},
@@ -28,7 +28,7 @@ LAYOUTS = {
     "question-answer": {"question", "answer"},
     "self-instruct": {"instruction", "instances"},
 }
-PAIRS = {
+PAIRS = {  # name: columns of the question and the answer
     "instruction": ("instruction", "output"),
     "prompt-completion": ("prompt", "completion"),
     "question-answer": ("question", "answer"),
@@ -38,9 +38,10 @@ SYSTEM, UNANSWERED = "system turn left out", "unanswered last turn left out"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One conversation: user and assistant in turn, ending with the assistant.
+    """A conversation in which user and assistant alternate, ending with the assistant.
 
-    `id` is the first 16 hex digits of the sha256 of its turns: equal words, equal id.
+    `origin` is the row's position in its source, such as `line 3`. `layout` is the schema it was read from. `id` is
+    the first 16 hex digits of the sha256 of its turns, so rows with equal text have equal ids.
     """
 
     messages: tuple[Message, ...]
@@ -54,23 +55,24 @@ class Row:
 
     @property
     def prompt(self) -> str:
-        """The first question with its input, as compared between rows: case and spacing do not count."""
+        """The first question and its input, casefolded and with single spaces, for comparing rows."""
         first = self.messages[0]
         return " ".join(f"{first['content']} {first.get('input', '')}".casefold().split())
 
     @property
     def answer(self) -> str:
-        """The last answer."""
+        """The last answer of the conversation."""
         return self.messages[-1]["content"]
 
     @property
     def text(self) -> str:
-        """All turns, for comparing whole rows."""
+        """All turns joined by newlines, for comparing whole rows."""
         return "\n".join(f"{m['content']} {m.get('input', '')}" for m in self.messages)
 
     def to_record(self) -> dict[str, Any]:
-        """The row in the layout it came in, so that what is written can be read again. Rows of one question and one
-        answer keep their columns; everything else is `messages`.
+        """Return a record in the row's original schema, so that a written file can be read again.
+
+        Rows in the guanaco schema or one of `PAIRS` keep their columns; all others are written as `messages`.
         """
         if self.layout == "guanaco":
             names = {"user": "### Human:", "assistant": "### Assistant:"}
@@ -84,27 +86,32 @@ class Row:
 
 
 def recognize(records: list[Any], source: str) -> str:
-    """The layout that most of the first records have. Raises `UserError` if none has any, naming their columns."""
-    found = Counter(layout for layout in map(_layout_of, records) if layout)
-    if found:
-        return found.most_common(1)[0][0]
+    """Return the most common schema among the first records.
+
+    Raises `UserError` if no record has a known schema. The message lists the columns of the first record.
+    """
+    counts = Counter(name for name in map(_schema_of, records) if name)
+    if counts:
+        return counts.most_common(1)[0][0]
     columns = set(records[0]) if records and isinstance(records[0], dict) else set()
-    known = "; ".join(" + ".join(sorted(needed)) for needed in LAYOUTS.values())
+    known = "; ".join(" + ".join(sorted(needed)) for needed in SCHEMAS.values())
     has = ", ".join(sorted(map(str, columns))) or "none"
-    raise UserError(f"dataset: {source} lacks the needed columns (has: {has}). Fix: name them one of: {known}.")
+    raise UserError(f"dataset: {source} lacks the required columns (has: {has}). Fix: rename them to one of: {known}.")
 
 
-def _layout_of(record: Any) -> str | None:
+def _schema_of(record: Any) -> str | None:
     columns = set(record) if isinstance(record, dict) else set()
-    return next((layout for layout, needed in LAYOUTS.items() if needed <= columns), None)
+    return next((name for name, needed in SCHEMAS.items() if needed <= columns), None)
 
 
 def to_row(record: Any, layout: str, origin: str, altered: Counter[str]) -> Row:
-    """One record as a row; what had to be left out of it is counted in `altered`.
+    """Convert a record with the schema `layout` to a row.
 
-    Raises `ValueError` with the reason for dropping it.
+    Rows from which a turn is left out are counted in `altered`, by kind of turn.
+
+    Raises `ValueError` with the reason if the record must be dropped.
     """
-    missing = LAYOUTS[layout] - (set(record) if isinstance(record, dict) else set())
+    missing = SCHEMAS[layout] - (set(record) if isinstance(record, dict) else set())
     if missing:
         raise ValueError(f"no column {', '.join(sorted(missing))}")
     if layout == "guanaco":
@@ -119,7 +126,7 @@ def to_row(record: Any, layout: str, origin: str, altered: Counter[str]) -> Row:
 
 
 def parse_guanaco(text: str) -> list[Message]:
-    """Turns of one openassistant-guanaco row. Raises `ValueError` with the reason if it is not one."""
+    """Split the text of an openassistant-guanaco row into turns. Raises `ValueError` if it has another format."""
     parts = MARKER.split(text)
     if parts[0].strip() or len(parts) < 3:
         raise ValueError("does not start with '### Human:'")
@@ -169,7 +176,7 @@ def _text(value: Any) -> str:
 
 
 def _check_turns(turns: list[Message], altered: Counter[str]) -> list[Message]:
-    if turns and turns[-1]["role"] == "user":  # OASST trees end on unanswered questions now and then
+    if turns and turns[-1]["role"] == "user":  # some OASST trees end with an unanswered question
         turns = turns[:-1]
         altered[UNANSWERED] += bool(turns)
     if not turns:

@@ -1,4 +1,4 @@
-"""Where rows come from: a hub id, files of four kinds, a folder of them, the sample data, Python's documentation."""
+"""Load rows from the hub, a file in one of four formats, a folder of files, the sample data or Python's docstrings."""
 
 import csv
 import itertools
@@ -17,12 +17,16 @@ from qlora_helpers.files import ROOT
 from qlora_helpers.models import hub
 
 Records = Iterator[tuple[str, Any]]
-LOOKED_AT = 100  # records that decide the layout
+SCHEMA_RECORDS = 100  # records from which the schema of a file is recognized
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a source gave: rows in order, the rejected ones with their reason, and what was recognized."""
+    """The rows of a source in order, and the rejected records with their reasons.
+
+    `layout` is the recognized schema, several joined by ` + `. `altered` counts the rows from which a turn was left
+    out. `name` identifies the source in reports.
+    """
 
     rows: list[Row]
     rejected: list[dict[str, Any]]
@@ -32,10 +36,10 @@ class Loaded:
 
 
 def load(config: Config) -> Loaded:
-    """Read the config's data set. Raises `UserError` for a source that cannot be read as rows."""
+    """Load the configured data set. Raises `UserError` if the source cannot be read as rows."""
     if config.dataset is None:
         raise UserError(
-            f"dataset: the preset '{config.preset_name}' has none of its own. Fix: pass dataset=FILE or a hub id."
+            f"dataset: the preset '{config.preset_name}' does not define one. Fix: pass dataset=FILE or a hub id."
         )
     if config.dataset == PYTHON_DOCS:
         return _parse([(PYTHON_DOCS, python_docs.records())], python_docs.source_name())
@@ -51,24 +55,24 @@ def load(config: Config) -> Loaded:
 
 
 def public_name(config: Config) -> str | None:
-    """The data set in words that say nothing of this machine: its id on the hub, or its file's own name."""
+    """Return a name for the data set that reveals no local path: its hub id, or the last part of its path."""
     if config.dataset is None or config.dataset in (SAMPLE_DATA, PYTHON_DOCS) or not _is_path(config.dataset):
         return config.dataset
     return Path(config.dataset).name
 
 
 def sample_data() -> Path:
-    """The project's own conversations."""
+    """Return the path of the project's sample conversations."""
     return own_data("conversations.jsonl")
 
 
 def general_data() -> Path:
-    """The project's own general questions, which show what fine-tuning forgets."""
+    """Return the path of the project's general questions, which measure what the model forgets in fine-tuning."""
     return own_data("general.jsonl")
 
 
 def own_data(name: str) -> Path:
-    """A file of `data/`: in the checkout, else in the installed package."""
+    """Return the path of a file in `data/`, from the checkout if there is one, otherwise from the installed package."""
     checkout = ROOT / "data" / name
     return checkout if checkout.exists() else Path(__file__).parents[1] / "_data" / name
 
@@ -82,44 +86,45 @@ def _from_hub(name: str, revision: str) -> Records:
     import datasets
 
     if not hub.reachable():
-        datasets.config.HF_HUB_OFFLINE = True  # the cache, or an error at once
+        datasets.config.HF_HUB_OFFLINE = True  # use the cache, or fail immediately
     try:
         rows = datasets.load_dataset(name, revision=revision, split="train")
-    except Exception as error:  # datasets raises many kinds: no network, no such id, no such revision, gated
+    except Exception as error:  # many kinds: no network, unknown id or revision, gated data set
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"dataset: '{name}' at {revision} cannot be had from the hub ({why}). "
+            f"dataset: '{name}' at revision {revision} is not available on the hub ({why}). "
             "Fix: check the name and the connection, or pass dataset=FILE."
         ) from None
     yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def _files(path: Path) -> list[Path]:
-    """The file itself, or all files of a known kind in the folder and below, in the order of their names."""
+    """Return the file itself, or all files of a supported format in the folder and its subfolders, sorted by path."""
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.suffix in READERS and file.is_file()]
-        if not found:
-            raise UserError(f"dataset: {path} holds no file of a known kind. Fix: put one of {_known()} there.")
-        return sorted(found, key=lambda file: file.relative_to(path).as_posix())
+        readable = [file for file in path.rglob("*") if file.suffix in READERS and file.is_file()]
+        if not readable:
+            raise UserError(f"dataset: {path} contains no {_suffixes()} file. Fix: add one.")
+        return sorted(readable, key=lambda file: file.relative_to(path).as_posix())
     if not path.is_file():
-        raise UserError(f"dataset: there is no file {path}. Fix: check the path.")
+        raise UserError(f"dataset: the file {path} does not exist. Fix: check the path.")
     if path.suffix not in READERS:
-        raise UserError(f"dataset: {path} is none of {_known()}. Fix: convert it to one of these.")
+        raise UserError(f"dataset: {path} is not a {_suffixes()} file. Fix: convert it to one of these formats.")
     return [path]
 
 
-def _known() -> str:
-    return ", ".join(READERS)
+def _suffixes() -> str:
+    *others, last = READERS
+    return f"{', '.join(others)} or {last}"
 
 
 def _from_file(file: Path, source: Path) -> Records:
-    """Records with their origin: which line or row, of which file if the source is a folder."""
+    """Yield records with their origin: the line or row, preceded by the file name if the source is a folder."""
     head = f"{file.relative_to(source).as_posix()} " if source.is_dir() else ""
     try:
         for place, record in READERS[file.suffix](file):
             yield f"{head}{place}", record
     except OSError as error:
-        raise UserError(f"dataset: {file} cannot be read ({error.strerror}). Fix: check the file.") from None
+        raise UserError(f"dataset: cannot read {file} ({error.strerror}). Fix: check the file.") from None
 
 
 def _read_jsonl(path: Path) -> Records:
@@ -134,12 +139,12 @@ def _read_json(path: Path) -> Records:
     content = _decode(path.read_bytes(), path, 1)
     rows = _json(content, path, 1) if content.strip() else []
     if not isinstance(rows, list):
-        raise UserError(f"dataset: {path} holds no list of rows. Fix: make it [{{…}}, {{…}}].")
+        raise UserError(f"dataset: {path} is not a list of rows. Fix: write it as [{{…}}, {{…}}].")
     yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def _read_csv(path: Path) -> Records:
-    csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is less than one long answer
+    csv.field_size_limit(2**31 - 1)  # a long answer can exceed the default of 128 KiB
     with path.open("rb") as file:
         reader = csv.DictReader((_decode(raw, path, n) for n, raw in enumerate(file, 1)), strict=True)
         try:
@@ -147,7 +152,7 @@ def _read_csv(path: Path) -> Records:
                 yield f"line {reader.line_num}", row
         except csv.Error as error:
             raise UserError(
-                f"dataset: {path} is no valid CSV on line {reader.reader.line_num} ({error}). Fix: repair the line."
+                f"dataset: {path} is not valid CSV on line {reader.reader.line_num} ({error}). Fix: correct the line."
             ) from None
 
 
@@ -160,7 +165,7 @@ def _read_parquet(path: Path) -> Records:
             yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
     except ArrowException as error:
         why = str(error).splitlines()[0]
-        raise UserError(f"dataset: {path} is no readable Parquet file ({why}). Fix: write it anew.") from None
+        raise UserError(f"dataset: {path} is not a readable Parquet file ({why}). Fix: export it again.") from None
 
 
 READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
@@ -180,26 +185,26 @@ def _json(text: str, path: Path, line: int) -> Any:
     except (ValueError, RecursionError) as error:
         line += getattr(error, "lineno", 1) - 1
         why = getattr(error, "msg", str(error).split(":")[0])
-        raise UserError(f"dataset: {path} is no valid JSON on line {line} ({why}). Fix: repair the line.") from None
+        raise UserError(f"dataset: {path} is not valid JSON on line {line} ({why}). Fix: correct the line.") from None
 
 
 def _parse(parts: Iterable[tuple[str, Records]], source: str) -> Loaded:
-    """Rows of all parts; each part, a file for example, has a layout of its own."""
+    """Convert the records of all parts to rows. The schema is recognized separately for each part, such as a file."""
     rows: list[Row] = []
     rejected: list[dict[str, Any]] = []
-    seen: dict[str, None] = {}
+    layouts: dict[str, None] = {}
     altered: Counter[str] = Counter()
     for name, records in parts:
-        first = list(itertools.islice(records, LOOKED_AT))
+        first = list(itertools.islice(records, SCHEMA_RECORDS))
         if not first:
             continue
         layout = schema.recognize([record for _, record in first], name)
-        seen[layout] = None
+        layouts[layout] = None
         for origin, record in itertools.chain(first, records):
             try:
                 rows.append(schema.to_row(record, layout, origin, altered))
             except ValueError as error:
                 rejected.append({"reason": str(error), "origin": origin, "row": record})
-    if not seen:
-        raise UserError(f"dataset: {source} is empty or has no rows. Fix: give a file with one JSON object a line.")
-    return Loaded(rows, rejected, " + ".join(seen), altered, source)
+    if not layouts:
+        raise UserError(f"dataset: {source} is empty or has no rows. Fix: use a file with one JSON object per line.")
+    return Loaded(rows, rejected, " + ".join(layouts), altered, source)

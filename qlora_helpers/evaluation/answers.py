@@ -1,4 +1,4 @@
-"""Answers: greedy ones from a model, and what can be counted about them: wording, endings, inventions, repetitions."""
+"""Greedy answers of a model, and metrics of them: wording, endings, invented turns, repetition, length."""
 
 import inspect
 from math import inf
@@ -21,7 +21,7 @@ Shots = tuple[Message, ...]
 
 
 def heldout_prompts(heldout: list[Example], number: int) -> list[dict[str, Any]]:
-    """What the models are asked: the report's two questions, and the first questions of the first held-out rows."""
+    """Prompts to answer: two published questions, then the first question of each of `number` held-out rows."""
     asked = [{"prompt": prompt, "reference": None} for prompt in PUBLISHED_PROMPTS]
     for example in heldout[:number]:
         question, answer = example.row.messages[:2]
@@ -39,30 +39,31 @@ def generate(
     shots: Shots = (),
     batch_size: int = MOST_ANSWERS,
 ) -> list[dict[str, Any]]:
-    """Greedy answers to each prompt, after the `shots`, an earlier part of the conversation that shows the way.
+    """Greedy answers to each prompt; `shots` are example turns that precede it.
 
-    Adds to each entry: `answer`; `stopped`, whether the model ended by itself within `max_new_tokens`; `invented`,
-    whether it went on with a turn that is not its own; `tokens` of the answer.
+    Adds to each entry: `answer`; `stopped`, whether the model ended it within `max_new_tokens`; `invented`, whether the
+    model continued with a turn of someone else; `tokens`, the length of the answer.
     """
     texts = [render_prompt((*shots, {"role": "user", "content": a["prompt"]}), config, tokenizer) for a in asked]
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # like lengths together: less padding
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # similar lengths together: less padding
     was_training, side = model.training, tokenizer.padding_side
     model.eval()
-    tokenizer.padding_side = "left"  # a gap between prompt and answer would be read as text
-    found: dict[int, dict[str, Any]] = {}
+    tokenizer.padding_side = "left"  # padding between prompt and answer would be read as text
+    answered: dict[int, dict[str, Any]] = {}
     try:
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
-            said = _continue(model, tokenizer, config, device, [texts[i] for i in part])
-            found |= {index: asked[index] | _describe(ids, tokenizer) for index, ids in zip(part, said, strict=True)}
+            outputs = _continue(model, tokenizer, config, device, [texts[i] for i in part])
+            described = (_describe(ids, tokenizer) for ids in outputs)
+            answered |= {i: asked[i] | answer for i, answer in zip(part, described, strict=True)}
     finally:  # the tokenizer is shared by all runs of a notebook
         tokenizer.padding_side = side
         model.train(was_training)
-    return [found[index] for index in range(len(asked))]
+    return [answered[i] for i in range(len(asked))]
 
 
 def cache_argument(model: Any) -> str:
-    """What this version of transformers calls the cache: the old name prints a warning in newer ones, and will go."""
+    """Name of the cache argument in this version of transformers: newer versions warn about the old name."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values"
 
@@ -95,51 +96,55 @@ def _describe(ids: list[int], tokenizer: Any) -> dict[str, Any]:
 def text_metrics(answers: list[dict[str, Any]]) -> dict[str, Interval]:
     """Metrics over the answers that have a reference, each with its 95% interval.
 
-    ROUGE-L (rouge-score), BLEU and chrF (sacrebleu, 0 to 100); the shares of answers that end by themselves and that
-    invent a turn (Wilson's interval); the share of repeated word 4-grams (seq-rep-4, Welleck et al., "Neural text
-    generation with unlikelihood training", 2020, eq. 10); words of the answers per word of the references.
+    ROUGE-L (rouge-score), BLEU and chrF (sacrebleu, 0 to 100); the shares of answers that the model ended and of those
+    with an invented turn (Wilson's interval); the share of repeated word 4-grams (seq-rep-4, Welleck et al., "Neural
+    text generation with unlikelihood training", 2020, eq. 10); words of the answers per word of the references.
     """
     rows = [row for row in answers if row["reference"]]
     if not rows:
         return {}
-    said, wanted = [row["answer"] for row in rows], [row["reference"] for row in rows]
+    texts, references = [row["answer"] for row in rows], [row["reference"] for row in rows]
     ones = [1.0] * len(rows)
     return {
-        "ROUGE-L": intervals.ratio(_rouge(said, wanted), ones).within(0, 1),
-        **_sacrebleu(said, wanted),
+        "ROUGE-L": intervals.ratio(_rouge(texts, references), ones).within(0, 1),
+        **_sacrebleu(texts, references),
         "ends by itself": intervals.share(sum(row["stopped"] for row in rows), len(rows)),
         "invents a turn": intervals.share(sum(row["invented"] for row in rows), len(rows)),
-        "repeats itself": intervals.ratio([_repeated(text) for text in said], ones).within(0, 1),
-        "length": intervals.ratio(*([len(text.split()) for text in texts] for texts in (said, wanted))).within(0, inf),
+        "repeats itself": intervals.ratio([_repeated(text) for text in texts], ones).within(0, 1),
+        "length": intervals.ratio(_words(texts), _words(references)).within(0, inf),
     }
 
 
-def _rouge(said: list[str], wanted: list[str]) -> list[float]:
+def _words(texts: list[str]) -> list[int]:
+    return [len(text.split()) for text in texts]
+
+
+def _rouge(texts: list[str], references: list[str]) -> list[float]:
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"])
-    return [scorer.score(reference, text)["rougeL"].fmeasure for text, reference in zip(said, wanted, strict=True)]
+    return [scorer.score(b, a)["rougeL"].fmeasure for a, b in zip(texts, references, strict=True)]
 
 
-def _sacrebleu(said: list[str], wanted: list[str]) -> dict[str, Interval]:
+def _sacrebleu(texts: list[str], references: list[str]) -> dict[str, Interval]:
     from sacrebleu.metrics import BLEU, CHRF
 
     class PlainChrf(CHRF):
-        """No overlap at all scores a float of Python's, all else one of numpy's: the library fails on a mix of them."""
+        """Always returns Python's float: the library mixes it with numpy's, and fails on a mix."""
 
         def _compute_f_score(self, statistics: Any) -> float:
             return float(super()._compute_f_score(statistics))
 
-    found = {}
+    scores = {}
     for name, metric in (("BLEU", BLEU()), ("chrF", PlainChrf())):
-        value = metric.corpus_score(said, [wanted]).score
-        if len(said) < 2:  # one answer says nothing about others
-            found[name] = Interval(value, 0.0, 100.0)
+        value = metric.corpus_score(texts, [references]).score
+        if len(texts) < 2:  # one answer says nothing about others
+            scores[name] = Interval(value, 0.0, 100.0)
             continue
-        resampled = metric.corpus_score(said, [wanted], n_bootstrap=BLEU_RESAMPLES)
+        resampled = metric.corpus_score(texts, [references], n_bootstrap=BLEU_RESAMPLES)
         low, high = (float(resampled._mean + sign * resampled._ci) for sign in (-1, 1))
-        found[name] = Interval(value, max(0.0, low), high)
-    return found
+        scores[name] = Interval(value, max(0.0, low), high)
+    return scores
 
 
 def _repeated(text: str) -> float:

@@ -1,4 +1,4 @@
-"""95% intervals: over held-out rows by a studentized bootstrap, over training seeds by Student's t, and both."""
+"""95% intervals over held-out rows (studentized bootstrap), over training seeds (Student's t), and over both."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -34,27 +34,27 @@ class Interval:
         return cls(value, low, high)
 
     def within(self, low: float, high: float) -> "Interval":
-        """The same for a quantity that cannot leave `low` to `high`: a symmetric interval of few rows may."""
+        """Clip to the range of the quantity, which a symmetric interval of few rows may leave."""
         return replace(self, low=max(low, self.low), high=min(high, self.high))
 
 
 def ratio(numerators: Sequence[float] | np.ndarray, denominators: Sequence[float] | np.ndarray) -> Interval:
-    """The ratio of two sums over rows, rows drawn with replacement: a mean per token, where the second are tokens.
+    """Ratio of two sums over rows, such as loss per token, with rows drawn with replacement.
 
     Studentized bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, eq. 12.22), symmetric, since
     its coverage then errs by 1/n² rather than 1/n (Hall, "The Bootstrap and Edgeworth Expansion", 1992, section 3.6);
     the standard error of a ratio from Cochran, "Sampling Techniques", 1977, eq. 6.13. A percentile interval of 64 rows
-    covers less than it says; `benchmarks/calibration.py` measures this one. 10,000 resamples, fixed seed.
+    covers less than it claims; `benchmarks/calibration.py` measures this one. 10,000 resamples, fixed seed.
     """
     above, below = np.asarray(numerators, dtype=float), np.asarray(denominators, dtype=float)
     n = len(above)
     (value,), (error,) = _ratio_and_error(np.ones((1, n)), above, below)
     if n < 2:  # one row says nothing about other rows
         return Interval(float(value), -np.inf, np.inf, np.inf, 0)
-    if np.ptp(above / below) < 1e-12:  # every resample gives the same: there is no error to divide by
+    if np.ptp(above / below) < 1e-12:  # all resamples are equal, and there is no error to divide by
         return Interval(float(value), float(value), float(value), 0.0, n - 1)
     values, errors = _ratio_and_error(_resamples(n), above, below)
-    with np.errstate(divide="ignore", invalid="ignore"):  # few rows: a resample may hold a single one
+    with np.errstate(divide="ignore", invalid="ignore"):  # with few rows, a resample may consist of a single one
         studentized = np.nan_to_num((values - value) / errors, posinf=np.inf, neginf=-np.inf)
     reach = np.quantile(np.abs(studentized), CONFIDENCE, method="inverted_cdf") * error
     return Interval(float(value), float(value - reach), float(value + reach), float(error), n - 1)
@@ -62,12 +62,12 @@ def ratio(numerators: Sequence[float] | np.ndarray, denominators: Sequence[float
 
 @lru_cache(maxsize=4)
 def _resamples(n: int) -> np.ndarray:
-    """How often each of n rows is drawn, in each resample: (RESAMPLES, n)."""
+    """How often each of n rows is drawn in each resample: shape (RESAMPLES, n)."""
     return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(float)
 
 
 def _ratio_and_error(drawn: np.ndarray, above: np.ndarray, below: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ratio of sums and its standard error, for each line of `drawn`: (resamples, rows) counts."""
+    """Ratio of sums and its standard error for each resample. `drawn` holds counts of shape (resamples, rows)."""
     n = drawn.shape[1]
     sums = drawn @ np.stack([above, below, above**2, above * below, below**2], axis=1)
     value = sums[:, 0] / sums[:, 1]
@@ -76,7 +76,7 @@ def _ratio_and_error(drawn: np.ndarray, above: np.ndarray, below: np.ndarray) ->
 
 
 def share(count: int, of: int) -> Interval:
-    """A share of rows with Wilson's interval (1927), which holds for shares near 0 and 1 too."""
+    """Share of rows with Wilson's interval (1927), which is valid near 0 and 1 too."""
     from scipy.stats import binomtest
 
     low, high = binomtest(count, of).proportion_ci(CONFIDENCE, method="wilson")
@@ -84,15 +84,13 @@ def share(count: int, of: int) -> Interval:
 
 
 def seed_error(per_seed: Sequence[float] | np.ndarray) -> tuple[float, int]:
-    """Standard error of a mean over training seeds, and its degrees of freedom; (0, 0) for one seed, which says nothing
-    of others.
-    """
+    """Standard error of a mean over training seeds and its degrees of freedom; (0, 0) for a single seed."""
     n = len(per_seed)
     return (float(np.std(per_seed, ddof=1) / np.sqrt(n)), n - 1) if n > 1 else (0.0, 0)
 
 
 def widen(rows: Interval, *seeds: tuple[float, int]) -> Interval:
-    """An interval over rows with the independent uncertainty of training seeds, as of `seed_error`.
+    """Widen an interval over rows by the independent uncertainty of training seeds, as `seed_error` gives it.
 
     The variances add; Student's t has the degrees of freedom of Welch ("The generalization of Student's problem when
     several different population variances are involved", 1947, eq. 28).

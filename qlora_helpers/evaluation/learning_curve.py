@@ -1,4 +1,4 @@
-"""How much data? Held-out loss against rows of training: a line over their logarithm, and what it says in words."""
+"""Held-out loss against the number of training rows: a line over its logarithm, and conclusions in words."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,20 +22,20 @@ _PER_DOUBLING = {
     "not distinguishable": "makes no distinguishable difference to the held-out loss",
 }
 _BEND = {
-    "better": "Each doubling buys more than the one before, so the line is only their mean",
-    "worse": "Each doubling buys less than the one before, so the line is only their mean",
-    "not distinguishable": "That each doubling buys as much as the one before cannot be ruled out",
+    "better": "Each doubling brings more than the one before, so the line is only their mean",
+    "worse": "Each doubling brings less than the one before, so the line is only their mean",
+    "not distinguishable": "Each doubling may bring as much as the one before",
 }
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Held-out losses of training sets that lie inside each other, on the same rows as the base model's.
+    """Held-out losses after training on nested sets of rows, measured on the same rows as the base model.
 
     The line is loss = a - b x log2(rows), least squares. Losses of fine-tuned models fall with the rows as a power law
     above a floor (Hestness et al., arXiv 1712.00409, section 3; Zhang et al., arXiv 2402.17193, eq. 1), whose three
-    numbers a handful of sizes cannot tell apart; over few doublings its logarithmic form is this line, and `bend` says
-    when it is not.
+    parameters cannot be separated with a handful of sizes. Over few doublings the law is close to this line; `bend`
+    tells when it is not.
     """
 
     name: str
@@ -44,28 +44,29 @@ class Curve:
 
     @property
     def base_loss(self) -> float:
-        """Loss of the base model, nats per token."""
+        """Loss of the base model in nats per token."""
         return mean_loss(self.base.seeds[0])
 
     @property
     def points(self) -> dict[int, Difference]:
-        """Each size against the base model."""
+        """Difference of each size to the base model."""
         return {rows: differences.difference(self.base, arm) for rows, arm in self.arms.items()}
 
     @property
     def doubling(self) -> Difference:
-        """What the line's loss changes by when the rows double; below zero is better."""
+        """Change of the line's loss when the rows double; below zero is better."""
         return self._judged(_fit(self.arms, 1)[1])
 
     @property
     def bend(self) -> Difference | None:
-        """How far the change per doubling moves from one doubling to the next, by a parabola; above zero the gain
-        shrinks. None for two sizes, through which a line always goes.
+        """Change of the gain from one doubling to the next, from a fitted parabola; above zero, the gain shrinks.
+
+        None for two sizes, which a line always fits.
         """
         return self._judged(2 * _fit(self.arms, 2)[2]) if len(self.arms) > 2 else None
 
     def at(self, rows: float) -> Interval:
-        """The line at `rows`, less the base model's loss."""
+        """Value of the line at `rows`, minus the loss of the base model."""
         factors = [1, np.log2(rows)] @ _fit(self.arms, 1)
         return differences.contrast([*self.arms.values(), self.base], [*factors, -1])[0]
 
@@ -77,7 +78,7 @@ class Curve:
         )
 
     def __str__(self) -> str:
-        """What doubling buys, and whether a line will do."""
+        """What a doubling of the rows brings, and whether a line describes it."""
         found = self.doubling
         lines = [
             f"{self.name}: each doubling of the rows {_PER_DOUBLING[found.verdict]}",
@@ -100,7 +101,7 @@ class Curve:
 
 
 def _fit(arms: Iterable[int], degree: int) -> np.ndarray:
-    """What each size's loss adds to each coefficient of a polynomial in log2(rows): (degree + 1, sizes)."""
+    """Weights of the sizes' losses in each coefficient of a polynomial in log2(rows): shape (degree + 1, sizes)."""
     return np.linalg.pinv(np.vander(np.log2(list(arms)), degree + 1, increasing=True))
 
 
@@ -109,7 +110,7 @@ def _bounds(found: Difference) -> str:
 
 
 def build(name: str, found: Mapping[str, list[RunFolder]]) -> Curve:
-    """The curve through complete runs: each experiment is one size, with its seeds.
+    """The curve through finished runs: each experiment is one size, with its seeds.
 
     Raises `UserError` if they were not measured on the same held-out rows.
     """
@@ -124,29 +125,29 @@ def _arm(name: str, group: list[RunFolder]) -> Arm:
 
 
 def compare_settings(found: Mapping[str, list[RunFolder]]) -> list[Difference]:
-    """Each experiment after the first, which is the base setting, against it; nothing of nothing."""
+    """Difference of each experiment to the first one, which has the base setting."""
     arms = [_arm(name, runs) for name, runs in found.items()]
     bases = [Arm(BASE_SETTING, arm.seeds) for arm in arms[:1]]
     return [differences.difference(base, arm) for base in bases for arm in arms[1:]]
 
 
 def largest_effect(differences: list[Difference]) -> str:
-    """The largest difference that can be told from none, in words."""
+    """The largest distinguishable difference, in words."""
     if not differences:
-        return "No knob was turned."
+        return "No setting was changed."
     seen = [found for found in differences if found.verdict != "not distinguishable"]
     if not seen:
         return f"None of the {len(differences)} settings is distinguishable from {BASE_SETTING}."
-    return f"Mattered most: {max(seen, key=lambda found: abs(found.value))}"
+    return f"Largest effect: {max(seen, key=lambda found: abs(found.value))}"
 
 
 @plots.styled
 def figure(curves: list[Curve]) -> Figure:
     """Held-out loss against rows of training: points, lines and their bands, and the base model.
 
-    What is paired is the gap to the base model, so bars and bands are 95% intervals of that gap, drawn below its loss.
+    Bars and bands are 95% intervals of the difference to the base model, which is what is paired, drawn below its loss.
     """
-    figure, (axes,) = plots.new_figure("What do more rows buy?", 4.6)
+    figure, (axes,) = plots.new_figure("How much do more rows help?", 4.6)
     base = curves[0].base_loss
     axes.axhline(base, color="black", linestyle="--", linewidth=1.5, label="base model")
     for curve, color, mark in zip(curves, (plots.BLUE, plots.ORANGE), "os", strict=False):

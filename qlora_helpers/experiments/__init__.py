@@ -1,12 +1,12 @@
-"""Many runs: a comparison, a batch, the series of notebooks."""
+"""Many runs: those of a comparison or a batch, and the notebook series."""
 
 from qlora_helpers._lazy import lazy
 
 __all__ = [
     "plan_runs",  # the runs that a comparison needs
-    "run_batch",  # one notebook for each sample count, setting and seed
+    "run_batch",  # one run for each sample count, setting and seed
     "run_series",  # notebooks 01-07, headless
-    "train_missing",  # train those that are not finished
+    "train_missing",  # train the planned runs that are not finished
 ]
 
 __getattr__ = lazy(

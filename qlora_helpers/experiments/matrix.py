@@ -1,4 +1,4 @@
-"""Which runs a comparison or a batch needs: experiments, seeds, sizes, one setting at a time; and training them."""
+"""The runs that a comparison or a batch needs, by experiment, seed, size or single setting; and training them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from qlora_helpers.models import hub
 from qlora_helpers.planning import step_time
 from qlora_helpers.runs import RunFolder
 
-# A list's name as a parameter, what it changes, in words, and in a folder's name.
+# Parameter with the list of values: the setting that it varies, and that setting's name in tables and in folder names.
 SETTINGS = {
     "learning_rates": ("learning_rate", "learning rate", "lr"),
     "ranks": ("rank", "rank", "rank"),
@@ -37,7 +37,7 @@ class PlannedRun:
 
     @property
     def run(self) -> RunFolder:
-        """The equal run that is there already, whatever its name; else the folder it will go to."""
+        """An equal run that exists, under any name, else the folder for this run."""
         known = cleaning.identity(self.config, self.data)
         return runs.find(self.folder, known) or runs.choose(self.folder, self.name, known)
 
@@ -48,8 +48,10 @@ class PlannedRun:
 
 
 def plan_runs(configs: dict[str, Config], folder: Path) -> list[PlannedRun]:
-    """All runs of a comparison: `n_seeds` of each experiment, and, if `equal_steps`, the first experiment trained for
-    as many steps as the last: more data and more steps are two causes, and only this tells them apart.
+    """Return all runs of a comparison: `n_seeds` runs of each experiment.
+
+    With `equal_steps`, the first experiment is also trained for as many steps as the last. More data and more steps are
+    two causes, and only this control separates them.
     """
     names = list(configs)
     first, last = configs[names[0]], configs[names[-1]]
@@ -57,18 +59,18 @@ def plan_runs(configs: dict[str, Config], folder: Path) -> list[PlannedRun]:
         longer = with_steps(first, last.steps(last.n_samples))
         if longer.epochs > first.epochs:
             configs = {**configs, f"{names[0]}, equal steps": longer}
-    found = []
+    planned = []
     for name, config in configs.items():
         tokenizer = hub.load_tokenizer(config)
         data = cleaning.prepare(config, tokenizer)
         for seed in range(config.seed, config.seed + config.n_seeds):
             run_name = name.replace(", ", "-").replace(" ", "-") + (f"-seed{seed}" if seed != config.seed else "")
-            found.append(PlannedRun(name, run_name, config.replace(seed=seed), data, tokenizer, folder))
-    return found
+            planned.append(PlannedRun(name, run_name, config.replace(seed=seed), data, tokenizer, folder))
+    return planned
 
 
 def missing_runs(planned: Iterable[PlannedRun]) -> tuple[list[PlannedRun], str]:
-    """The runs that are not complete, and how long they take, in words: rough."""
+    """Return the runs that are not finished, and the rough time they need together, in words."""
     absent = [item for item in planned if not item.run.finished]
     seconds = sum(
         item.config.steps(len(item.data.trained_on)) * step_time.here(item.config)[0]
@@ -80,31 +82,31 @@ def missing_runs(planned: Iterable[PlannedRun]) -> tuple[list[PlannedRun], str]:
 
 
 def describe_missing(planned: list[PlannedRun]) -> str:
-    """How many runs are missing, and how long they take together, in words."""
+    """Return how many runs are missing and the time they need together, in words."""
     absent, minutes = missing_runs(planned)
     if not absent:
         return f"All {len(planned)} runs are there: nothing to train."
-    return f"{len(absent)} of {len(planned)} runs missing: {minutes} in all."
+    return f"{len(absent)} of {len(planned)} runs missing: {minutes} in total."
 
 
 def train_missing(planned: list[PlannedRun]) -> dict[str, list[RunFolder]]:
-    """Train what is missing, after saying how long; returns the runs of each experiment, its seeds in order."""
-    found: dict[str, list[RunFolder]] = {}
+    """Print how long the missing runs take, then train them. Returns the runs of each experiment in order of seed."""
+    results: dict[str, list[RunFolder]] = {}
     print(describe_missing(planned))
     for item in planned:
         run = item.run
         if not run.finished:
-            from qlora_helpers.training import trainer  # torch and TRL: only where something is to be trained
+            from qlora_helpers.training import trainer  # imports torch and TRL, which finished runs do not need
 
             print(f"{item.experiment}, seed {item.config.seed}: {item.minutes}")
             trainer.train(item.config, item.data, item.tokenizer, run)
-        found.setdefault(item.experiment, []).append(run)
-    return found
+        results.setdefault(item.experiment, []).append(run)
+    return results
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A config under the name that tables show and the one that its folders begin with."""
+    """A config, its name in tables, and the prefix of its folder names."""
 
     name: str
     folder: str
@@ -112,57 +114,58 @@ class Setting:
 
 
 def training_sizes(config: Config, cleaned: Cleaned, asked: Any = None) -> tuple[list[int], list[str]]:
-    """Sizes of training set, rising, and what became of the ones `asked` for (None: the profile's list).
+    """Return increasing sizes of the training set, and remarks on how they differ from those `asked` for.
 
-    For all that are larger than the data, the largest possible comes in. Raises `UserError` for what is no list of
-    sizes, and where fewer than two are left: one point makes no curve.
+    None asks for the profile's list. Sizes larger than the data are replaced by the number of training rows. Raises
+    `UserError` if `asked` is not a list of sizes, or if fewer than two sizes are left: one point is not a curve.
     """
     cleaning.check_enough(cleaned, config.n_heldout, 1)
     wanted = _list("sample_counts", of_profile(config.profile, "sample_counts") if asked is None else asked)
     sizes = sorted({config.replace(n_samples=size).n_samples or 0 for size in wanted})
     remarks = []
     if twice := [size for size in sizes if wanted.count(size) > 1]:
-        remarks.append(f"sample_counts: {_join(twice)} named more than once, run once")
+        remarks.append(f"sample_counts: {_join(twice)} given more than once, run once")
     left = len(cleaned.train)
     if over := [size for size in sizes if size > left]:
-        remarks.append(f"sample_counts: the data has {left} rows to train on: {left} instead of {_join(over)}")
+        remarks.append(f"sample_counts: there are only {left} training rows: {left} instead of {_join(over)}")
         sizes = sorted({left, *sizes} - {*over})
     if len(sizes) < 2:
         raise UserError(
-            f"sample_counts: a curve needs two sizes or more, and {_join(sizes)} alone is left of {_join(wanted)} "
-            f"({left} rows to train on). Fix: name smaller ones."
+            f"sample_counts: a curve needs at least two sizes, but only {_join(sizes)} is left of {_join(wanted)} "
+            f"({left} training rows). Fix: pass smaller sizes."
         )
     return sizes, remarks
 
 
 def size_settings(config: Config, sample_counts: Iterable[int]) -> list[Setting]:
-    """A setting for every size of training set, at the config's epochs: more rows are more steps too."""
+    """Return one setting per size of the training set, with the config's epochs: more rows also mean more steps."""
     every = dict.fromkeys(sample_counts)
     return [Setting(f"{size} rows", f"n{size}", config.replace(n_samples=size)) for size in every]
 
 
 def with_steps(config: Config, steps: int) -> Config:
-    """`config` with as many epochs as come nearest to `steps` steps on its own rows; never fewer than it has."""
+    """Return `config` with the number of epochs closest to `steps` steps on its own rows, but no fewer than it has."""
     one_epoch = config.replace(epochs=1).steps(config.n_samples or 0)
     return config.replace(epochs=max(config.epochs, round(steps / one_epoch)))
 
 
 def equal_step_settings(config: Config, sample_counts: Sequence[int]) -> list[Setting]:
-    """Every size of training set for as many steps as the largest, as nearly as whole epochs allow."""
+    """Return one setting per size of the training set, each with as many steps as the largest, up to whole epochs."""
     steps = config.steps(max(sample_counts))
-    found = []
+    settings = []
     for setting in size_settings(config, sample_counts):
         rows, longer = setting.config.n_samples or 0, with_steps(setting.config, steps)
         if longer.epochs > config.epochs:
             setting = Setting(f"{rows} rows, {longer.steps(rows)} steps", f"n{rows}-epochs{longer.epochs}", longer)
-        found.append(setting)
-    return found
+        settings.append(setting)
+    return settings
 
 
 def one_at_a_time(config: Config, rows: int, lists: Mapping[str, Any]) -> list[Setting]:
-    """The config on `rows` training rows, and what the lists change of it, one value at a time; nothing without a list.
+    """Return the config on `rows` training rows, and one setting for each value in `lists` that changes it.
 
-    `lists` are named as in `SETTINGS`; a value that the config has already is no change.
+    `lists` are named as in `SETTINGS`. Values that the config already has are skipped. If nothing changes, the result
+    is empty.
     """
     (base,) = size_settings(config, [rows])
     changed = {}
@@ -176,11 +179,11 @@ def one_at_a_time(config: Config, rows: int, lists: Mapping[str, Any]) -> list[S
 
 
 def _with(config: Config, key: str, value: Any) -> Config:
-    """The config with one value changed. An effective batch is split into the largest passes the config allows."""
+    """Return the config with one value changed. An effective batch is split into the largest passes it allows."""
     if key != "effective_batch":
         return config.replace(**{key: value})
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"effective_batches: {value!r} is no number of rows. Fix: whole numbers, 1 or more.")
+        raise UserError(f"effective_batches: expected a number of rows, got {value!r}. Fix: use integers, 1 or more.")
     batch = max(size for size in range(1, config.batch_size + 1) if value % size == 0)
     return config.replace(batch_size=batch, gradient_accumulation=value // batch)
 
@@ -189,7 +192,8 @@ def _list(name: str, asked: Any) -> list[Any]:
     if isinstance(asked, list | tuple) and asked and None not in asked:
         return list(asked)
     raise UserError(
-        f"{name}: expected a list of numbers such as [1, 2], got {asked!r}. Fix: with papermill, -y '{name}: [1, 2]'."
+        f"{name}: expected a list of numbers such as [1, 2], got {asked!r}. "
+        f"Fix: with papermill, pass -y '{name}: [1, 2]'."
     )
 
 
@@ -200,9 +204,9 @@ def _join(values: Iterable[Any]) -> str:
 def batch_runs(
     settings: Iterable[Setting], seeds: Iterable[int], cleaned: Cleaned, tokenizer: Any, folder: Path
 ) -> list[PlannedRun]:
-    """Every run of the settings, once each: the base setting may be a point of the curve too."""
+    """Return every run of the settings and seeds once. The base setting may also be a point of the curve."""
     data: dict[int | None, Data] = {}
-    found: dict[str, PlannedRun] = {}
+    planned: dict[str, PlannedRun] = {}
     seeds = list(seeds)
     for setting in settings:
         rows = setting.config.n_samples
@@ -210,7 +214,7 @@ def batch_runs(
             data[rows] = cleaning.select(cleaned, setting.config, tokenizer)
         for seed in seeds:
             name = f"{setting.folder}-seed{seed}"
-            found[name] = PlannedRun(
+            planned[name] = PlannedRun(
                 setting.name, name, setting.config.replace(seed=seed), data[rows], tokenizer, folder
             )
-    return list(found.values())
+    return list(planned.values())

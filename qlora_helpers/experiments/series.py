@@ -1,4 +1,4 @@
-"""The notebooks in order, headless, through papermill; and one notebook over many parameters."""
+"""Run notebooks headless with papermill: the series in order, or notebook 05 once per run of a batch."""
 
 import logging
 import sys
@@ -21,16 +21,16 @@ SERIES = ("01_install", "02_load_data", "03_quantize", "04_attach_lora", *EXPERI
 
 
 def notebooks_folder() -> Path:
-    """The notebooks of the checkout, else those of the installed package."""
+    """Return the folder of the notebooks: that of the checkout, else that of the installed package."""
     checkout = files.ROOT / "notebooks"
     return checkout if checkout.is_dir() else Path(__file__).parents[1] / "_notebooks"
 
 
 def run_series(out: Path, samples: list[int] | None = None, **params: Any) -> Path:
-    """Execute notebooks 01–07 into `out`; returns the path of the report.
+    """Execute notebooks 01–07 with results in `out`, and return the path of the report.
 
-    `samples` are the rows of experiments 1 and 2; `params` go to every notebook. What is there already is reused.
-    Raises `UserError` before anything is written if parameters or data cannot be.
+    `samples` are the training rows of experiments 1 and 2; `params` are passed to every notebook. Finished runs are
+    reused. Raises `UserError` before anything is written if parameters or data are invalid.
     """
     first, second = samples or (None, None)
     experiments = zip(("exp1", "exp2"), EXPERIMENTS.values(), (first, second), strict=True)
@@ -55,13 +55,13 @@ def run_series(out: Path, samples: list[int] | None = None, **params: Any) -> Pa
 
 
 def executed(folder: Path, name: str) -> Path:
-    """Where a notebook of the series is, as executed: with its run, if it trains one."""
+    """Return the path of an executed notebook of the series: in the run folder if it trains a run."""
     run_names = dict(zip(EXPERIMENTS, ("exp1", "exp2"), strict=True))
     return folder / run_names[name] / "notebook.ipynb" if name in run_names else folder / "notebooks" / f"{name}.ipynb"
 
 
 def _note_time(folder: Path, seconds: dict[str, float]) -> None:
-    """Print how long the notebooks took together; `series.json` keeps it, with the machine it holds for."""
+    """Print the total time of the notebooks, and write the times with this machine to `series.json`."""
     here = device.detect()
     print(
         f"Notebooks: {len(seconds)} done in {sum(seconds.values()):.0f} s on {here.name}, in {here.dtype}", flush=True
@@ -73,9 +73,9 @@ def _note_time(folder: Path, seconds: dict[str, float]) -> None:
 def run_batch(
     out: Path, samples: list[int], seeds: list[int], lists: Mapping[str, Any] | None = None, **params: Any
 ) -> list[RunFolder]:
-    """A run for every sample count and seed, and, at the largest count, for every value of `sweep.KNOBS` in `lists`.
+    """Train one run per sample count and seed and, at the largest count, per value in `lists` (see `matrix.SETTINGS`).
 
-    Raises `UserError` before anything is written if parameters or data cannot be, or a folder holds another run.
+    Raises `UserError` before anything is written if parameters or data are invalid, or if a folder holds another run.
     """
     config = Config.from_params(preset="tinyllama-guanaco-100", n_samples=max(samples), **params)
     tokenizer = hub.load_tokenizer(config)
@@ -90,13 +90,13 @@ def run_batch(
 
 
 def train(needed: Sequence[PlannedRun], bar: bool = True) -> dict[str, list[RunFolder]]:
-    """Notebook 05 for every run that is not complete, whatever its folder's name; one that was cut off goes on.
+    """Execute notebook 05 for every run that is not finished, under any folder name. Interrupted runs are resumed.
 
-    Returns the runs of each experiment, its seeds in order. `bar`: papermill's own, which is no good inside a notebook.
-    Raises `UserError` at the end if any of them failed: one does not take the others down.
+    Returns the runs of each experiment in order of seed. `bar` shows papermill's progress bar, which does not work
+    inside a notebook. A failed run does not stop the others: `UserError` is raised at the end.
     """
     failed: list[str] = []
-    found: dict[str, list[RunFolder]] = {}
+    results: dict[str, list[RunFolder]] = {}
     for number, item in enumerate(needed, 1):
         run = item.run
         label = f"[{number}/{len(needed)}] {run.name}"
@@ -109,26 +109,26 @@ def train(needed: Sequence[PlannedRun], bar: bool = True) -> dict[str, list[RunF
             except UserError as error:
                 failed.append(run.name)
                 print(f"{label}: failed: {error}", flush=True)
-        found.setdefault(item.experiment, []).append(run)
+        results.setdefault(item.experiment, []).append(run)
     if failed:
         raise UserError(
-            f"batch: {len(failed)} of {len(needed)} runs failed ({', '.join(failed)}); the others are complete. "
-            "Fix: what is said above of each, and the same command again."
+            f"batch: {len(failed)} of {len(needed)} runs failed ({', '.join(failed)}); the others are finished. "
+            "Fix: correct the errors printed above, then run the same command again."
         )
-    return found
+    return results
 
 
 def execute(name: str, target: Path, params: dict[str, Any], label: str, bar: bool = True) -> None:
-    """One notebook through papermill into `target`, with a bar of its cells; without a terminal, or without `bar`, with
-    a line at its beginning and one at its end.
+    """Execute one notebook with papermill and write the result to `target`.
 
-    A `UserError` in the notebook comes out as one; any other error too, and both name the notebook and the cell.
+    Shows a progress bar over the cells or, without a terminal or without `bar`, one line at the start and one at the
+    end. Every error in the notebook is raised as a `UserError` that names the notebook and the cell.
     """
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    # The notebooks check names themselves, and know more parameters than their cell lists.
+    # papermill warns about parameters that a cell does not list. The notebooks accept more and check names themselves.
     logging.getLogger("papermill").setLevel(logging.ERROR)
     bar, began = bar and sys.stdout.isatty(), time.monotonic()
     if not bar:
@@ -140,22 +140,22 @@ def execute(name: str, target: Path, params: dict[str, Any], label: str, bar: bo
             parameters={key: value for key, value in params.items() if value is not None},
             kernel_name="python3",
             progress_bar={"desc": label, "file": sys.stdout} if bar else False,
-            shutdown_kernel="immediate",  # all cells are done: a graceful end costs seconds and saves nothing
-            extra_arguments=["--log-level=ERROR"],  # the kernel's remarks on its own transport
+            shutdown_kernel="immediate",  # all cells are done, and a graceful shutdown takes seconds
+            extra_arguments=["--log-level=ERROR"],  # hides the kernel's messages about its transport
         )
     except PapermillExecutionError as error:
         if error.ename == "UserError":
             raise UserError(f"{error.evalue} (Notebook {name}, cell {error.exec_count}.)") from None
         why = (error.evalue.strip().splitlines() or [""])[-1]
         raise UserError(
-            f"notebook {name}, cell {error.exec_count}: {error.ename}: {why}. The executed notebook: {target}."
+            f"notebook {name}, cell {error.exec_count}: {error.ename}: {why}. Fix: see the executed notebook, {target}."
         ) from None
     if not bar:
         print(f"{label}: done in {time.monotonic() - began:.0f} s", flush=True)
 
 
 def _check(run: RunFolder, **params: Any) -> None:
-    """Resolve the config and prepare its data here, so that bad input is found before anything is written."""
+    """Resolve the config and prepare its data, so that invalid input is found before anything is written."""
     config = Config.from_params(**params)
     runs.check_free(run, config)
     cleaning.prepare(config, hub.load_tokenizer(config))

@@ -1,12 +1,12 @@
-"""From an adapter to a model that other programs load."""
+"""Merge an adapter into its base model, and convert, verify, serve or push the result."""
 
 from qlora_helpers._lazy import lazy
 
 __all__ = [
-    "prepare",  # what a push to a model hub would send
+    "prepare",  # list what a push to a model hub would send
     "ship",  # merge, convert and verify
-    "source",  # what is exported: a run with its 16-bit base
-    "upload",  # send it
+    "source",  # a run and the 16-bit base of its adapter
+    "upload",  # push to a model hub
     "verify",  # compare exports with the adapter
 ]
 

@@ -1,7 +1,9 @@
-"""An adapter merged into its 16-bit base, tensor by tensor: a plain transformers folder that needs no PEFT.
+"""Merge an adapter into its 16-bit base model. The result is a plain transformers folder that does not need PEFT.
 
-Never into the 4-bit base that it was trained on: what 4 bits rounded away would stay lost, and the sum would be rounded
-again. The files are copied and the adapted weights overwritten where they lie, so one tensor is in memory at a time.
+An adapter is never merged into the 4-bit base that it was trained on: what 4 bits rounded away would stay lost, and the
+sum would be rounded again. The weight files are copied and the adapted weights overwritten in place, so that only one
+tensor is in memory at a time. The safetensors library would need a whole file: it cannot write a single tensor, and the
+pages of its memory-mapped files count as memory of this process.
 """
 
 import json
@@ -23,14 +25,14 @@ from qlora_helpers.models import hub, qlora, safetensors_io
 from qlora_helpers.models.safetensors_io import StoredTensor
 from qlora_helpers.runs import RunFolder
 
-PREFIX = "base_model.model."  # PEFT's, before every name of the base's
+PREFIX = "base_model.model."  # PEFT puts it before every name of the base model
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
-OTHER_KINDS = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
+UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is merged: a run, its config, the folder of its 16-bit base, and the adapter's scale alpha / r."""
+    """A run, its config, the folder of its 16-bit base model, and the adapter's scale alpha / r."""
 
     run: RunFolder
     config: Config
@@ -39,95 +41,104 @@ class Source:
 
     @property
     def bytes(self) -> int:
-        """Size of the base's weights on disk, which is the merged model's too."""
+        """Size of the base model's weights on disk, which is also the size of the merged model."""
         return sum(path.stat().st_size for path in safetensors_io.files(self.base))
 
 
 def source(run: RunFolder) -> Source:
-    """What a run's adapter is merged into, checked: the very base that it was trained on.
+    """Check that a run's adapter can be merged, and return it with the base model that it was trained on.
 
-    Raises `UserError` for a run without an adapter, for an adapter that is not this run's, and for a base that differs.
+    Raises `UserError` if the run has no adapter, if the adapter is not this run's or is not plain LoRA, or if the base
+    model differs from the one in training.
     """
     config = run.config()
     qlora.check_saved(run.adapter)
     lora = LoraConfig.from_pretrained(str(run.adapter))
-    for what, there, here in (("r", lora.r, config.rank), ("alpha", lora.lora_alpha, config.alpha)):
-        if there != here:
+    for name, saved, expected in (("r", lora.r, config.rank), ("alpha", lora.lora_alpha, config.alpha)):
+        if saved != expected:
             raise UserError(
-                f"adapter: {run.adapter} has {what} = {there}, and its run {what} = {here}. Fix: put the run's own "
-                "adapter back, or train it again."
+                f"adapter: {run.adapter} has {name} = {saved}, but its run has {name} = {expected}. Fix: restore the "
+                "run's own adapter, or train it again."
             )
-    if strange := [name for name in OTHER_KINDS if getattr(lora, name, None)]:
-        raise UserError(f"adapter: {run.adapter} is of another kind ({strange[0]}). Fix: merge it with PEFT itself.")
-    named = lora.base_model_name_or_path or config.model
-    trained_on = run.read("manifest.json").get("model", {})
-    if not hub.is_local(config) and named != config.model:
-        raise UserError(f"adapter: {run.adapter} belongs to {named}, not to {config.model}. Fix: use its own base.")
-    base = hub.folder(config, trained_on.get("revision"))
-    noted = trained_on.get("fingerprint")
-    if noted and noted != safetensors_io.fingerprint(base):
+    if unsupported := [name for name in UNSUPPORTED if getattr(lora, name, None)]:
         raise UserError(
-            f"model: the weights in {base} are not those that {run.path} was trained on. Fix: put that revision back, "
+            f"adapter: {run.adapter} sets {unsupported[0]}, which is not supported. Fix: merge it with PEFT itself."
+        )
+    base_name = lora.base_model_name_or_path or config.model
+    trained_on = run.read("manifest.json").get("model", {})
+    if not hub.is_local(config) and base_name != config.model:
+        raise UserError(
+            f"adapter: {run.adapter} belongs to {base_name}, not to {config.model}. Fix: use its own base model."
+        )
+    base = hub.folder(config, trained_on.get("revision"))
+    fingerprint = trained_on.get("fingerprint")
+    if fingerprint and fingerprint != safetensors_io.fingerprint(base):
+        raise UserError(
+            f"model: the weights in {base} are not those that {run.path} was trained on. Fix: restore that revision, "
             "or train again on this one."
         )
     return Source(run, config, base, lora.lora_alpha / lora.r)
 
 
-def merge(what: Source, out: Path) -> None:
-    """Write the merged model into the new folder `out`: weights, configs, tokenizer, chat template, model card."""
+def merge(source: Source, out: Path) -> None:
+    """Write the merged model into the new folder `out`.
+
+    The folder gets weights, configs, tokenizer, chat template, model card and the base model's license files. Raises
+    `UserError` if the adapter does not fit the base model.
+    """
     out.mkdir(parents=True)
-    _merge_weights(what, out)
-    tokenizer = hub.saved_tokenizer(what.run.adapter)
-    stops = chat_template.stops(what.config, tokenizer)
-    tokenizer.chat_template = chat_template.chat_template(what.config, tokenizer)
+    _merge_weights(source, out)
+    tokenizer = hub.saved_tokenizer(source.run.adapter)
+    stops = chat_template.stops(source.config, tokenizer)
+    tokenizer.chat_template = chat_template.chat_template(source.config, tokenizer)
     tokenizer.save_pretrained(out)
-    _write_configs(what, out, tokenizer, stops)
-    card = model_card.render(what.run, what.config, what.run.read("metrics.json"), merged=True)
+    _write_configs(source, out, tokenizer, stops)
+    card = model_card.render(source.run, source.config, source.run.read("metrics.json"), merged=True)
     files.write_text(out / "README.md", card)
     for pattern in ("LICENSE*", "NOTICE*"):
-        for path in what.base.glob(pattern):
+        for path in source.base.glob(pattern):
             shutil.copyfile(path, out / path.name)
 
 
-def _merge_weights(what: Source, out: Path) -> None:
-    for path in safetensors_io.files(what.base):
+def _merge_weights(source: Source, out: Path) -> None:
+    for path in safetensors_io.files(source.base):
         shutil.copyfile(path, out / path.name)
-    index = what.base / "model.safetensors.index.json"
+    index = source.base / "model.safetensors.index.json"
     if index.exists():
         shutil.copyfile(index, out / index.name)
-    stored = {tensor.name: tensor for tensor in safetensors_io.tensors(what.base)}
-    adapter = load_file(what.run.adapter / "adapter_model.safetensors")
+    stored = {tensor.name: tensor for tensor in safetensors_io.tensors(source.base)}
+    adapter = load_file(source.run.adapter / "adapter_model.safetensors")
     for name, value in adapter.items():
         if name.endswith(LORA_A):
-            continue  # its B brings it
-        target = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+            continue  # handled with its B
+        base_name = name.removeprefix(PREFIX).replace(".base_layer.", ".")
         if name.endswith(LORA_B):
-            place = _place(target.removesuffix(LORA_B) + ".weight", stored, what)
-            update = (value.float() @ adapter[name.removesuffix(LORA_B) + LORA_A].float()) * what.scale
-            _check_shape(place, update, what)
-            value = place.read().float() + update  # rounded once, as PEFT does
-        else:  # a bias that was trained, whole
-            place = _place(target, stored, what)
-            _check_shape(place, value, what)
-        place.overwrite(value, out / place.file.name)
+            tensor = _adapted_tensor(base_name.removesuffix(LORA_B) + ".weight", stored, source)
+            update = (value.float() @ adapter[name.removesuffix(LORA_B) + LORA_A].float()) * source.scale
+            _check_shape(tensor, update, source)
+            value = tensor.read().float() + update  # rounded once, as in PEFT
+        else:  # a trained bias replaces the base model's
+            tensor = _adapted_tensor(base_name, stored, source)
+            _check_shape(tensor, value, source)
+        tensor.overwrite(value, out / tensor.file.name)
 
 
-def _place(name: str, stored: dict[str, StoredTensor], what: Source) -> StoredTensor:
-    """Where a weight lies in the base. Some files leave the first part of a name out, as BLOOM's `transformer.`"""
-    found = stored.get(name) or stored.get(name.partition(".")[2])
-    if found is None:
+def _adapted_tensor(name: str, stored: dict[str, StoredTensor], source: Source) -> StoredTensor:
+    """Find a weight in the base model. Some files omit the first part of every name, such as BLOOM's `transformer.`."""
+    tensor = stored.get(name) or stored.get(name.partition(".")[2])
+    if tensor is None:
         raise UserError(
-            f"adapter: {what.run.adapter} adapts {name}, which {what.base} has not. Fix: use the base that it was "
-            "trained on."
+            f"adapter: {source.run.adapter} adapts {name}, which is not in {source.base}. Fix: use the base model it "
+            "was trained on."
         )
-    return found
+    return tensor
 
 
-def _check_shape(place: StoredTensor, value: torch.Tensor, what: Source) -> None:
-    if tuple(value.shape) != place.shape:
+def _check_shape(tensor: StoredTensor, value: torch.Tensor, source: Source) -> None:
+    if tuple(value.shape) != tensor.shape:
         raise UserError(
-            f"adapter: {what.run.adapter} was trained on another base: {place.name} is {_size(place.shape)} in "
-            f"{what.base}, and {_size(value.shape)} in the adapter. Fix: use the base that it was trained on."
+            f"adapter: {source.run.adapter} was trained on another base model: {tensor.name} is {_size(tensor.shape)} "
+            f"in {source.base}, but {_size(value.shape)} in the adapter. Fix: use the base model it was trained on."
         )
 
 
@@ -135,11 +146,14 @@ def _size(shape: Any) -> str:
     return " x ".join(map(str, shape))
 
 
-def _write_configs(what: Source, out: Path, tokenizer: Any, stops: list[int]) -> None:
-    """The base's configs with the end tokens of training; greedy by default, since that is what was compared."""
-    config = json.loads((what.base / "config.json").read_text("utf-8"))
-    ends = {"eos_token_id": stops if len(stops) > 1 else stops[0]}
-    ends |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+def _write_configs(source: Source, out: Path, tokenizer: Any, stops: list[int]) -> None:
+    """Write the base model's configs with the end tokens of training.
+
+    Decoding is greedy by default, because that is what was compared with the adapter.
+    """
+    config = json.loads((source.base / "config.json").read_text("utf-8"))
+    tokens = {"eos_token_id": stops if len(stops) > 1 else stops[0]}
+    tokens |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config.pop("_name_or_path", None)
-    files.write_json(out / "config.json", config | ends)
-    files.write_json(out / "generation_config.json", {"do_sample": False, **ends})
+    files.write_json(out / "config.json", config | tokens)
+    files.write_json(out / "generation_config.json", {"do_sample": False, **tokens})

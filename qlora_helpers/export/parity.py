@@ -1,15 +1,15 @@
-"""Does what is shipped answer as the adapter did? Adapter, merged folder and GGUF on the same 20 prompts.
+"""Compare exports with the adapter: adapter, merged folder and GGUF file answer the same 20 prompts.
 
-Three things go wrong in export, and all three look like a bad model: the weights are others, the question is put in
-another layout, the end of an answer is not known. Each is measured by itself.
+Three things can go wrong in an export, and all three look like a bad model: the weights differ, the prompt is formatted
+differently, or the end of an answer is not recognized. Each is measured separately.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import gguf
 import torch
@@ -23,36 +23,38 @@ from qlora_helpers.export.merge import Source
 from qlora_helpers.models import bundled, hub, qlora, safetensors_io
 
 PROMPTS = 20
-NEW_TOKENS = 32  # of each greedy answer: where two models differ, they do so early
-ROOM = 1.3  # memory that is needed to ask a model, over that of its weights
+NEW_TOKENS = 32  # per greedy answer: two models that differ do so early
+ROOM = 1.3  # memory needed to run a model, as a multiple of its weights
 
 
 @dataclass(frozen=True)
 class Limits:
     """How far an export may be from the adapter."""
 
-    kl: float  # nats a token, mean over all tokens of the adapter's answers
-    top1: float  # share of those tokens where both find the same next one the likeliest
-    texts: float  # share of answers that are equal to the letter
+    kl: float  # largest KL divergence: nats per token, mean over all tokens of the adapter's answers
+    top1: float  # smallest share of those tokens for which both rank the same next token first
+    texts: float  # smallest share of identical answers
 
 
-# Measured on SmolLM2-135M, in float32. Sound: a merge rounded once to bf16 is 6e-5 nats off, and so is its f16
-# file; 19 of 20 answers are equal, and 99.8% of the likeliest tokens. q8_0 rounds each weight to 8 bits: 1.3e-3, 14
-# of 20, 98.6%. Broken: merged into 4 bits 0.33 nats and 77%; with alpha doubled or halved, after 36 steps of
-# training, 6e-3, 3e-3. Few equal answers are asked for, since one close call changes all that follows.
-# q4_k_m, by which a model this small loses most: 0.056 nats, 1 of 20, 90.7%; in llama.cpp itself 0.059, 0 of 20,
-# 87.5%. What it is made of, the merged folder, has to be within the close limits all the same.
+# Measured on SmolLM2-135M in float32. Correct exports: a merge rounded once to bf16 is 6e-5 nats off, and so is its f16
+# file; 19 of 20 answers are identical, and 99.8% of the most likely tokens. q8_0 rounds each weight to 8 bits: 1.3e-3,
+# 14 of 20, 98.6%. Broken exports: merged into 4 bits, 0.33 nats and 77%; with alpha doubled or halved, after 36 steps
+# of training, 6e-3 and 3e-3. Few identical answers are required, because one near tie changes all tokens after it.
+# q4_k_m, from which a model this small suffers most: 0.056 nats, 1 of 20, 90.7%; in llama.cpp itself 0.059, 0 of 20,
+# 87.5%. The merged folder that it is made from must still meet the strict limits.
 LIMITS = {"merged": Limits(1e-3, 0.97, 0.7), "f16": Limits(1e-3, 0.97, 0.7), "q8_0": Limits(5e-3, 0.95, 0.4)}
 LIMITS |= {"q4_k_m": Limits(0.12, 0.82, 0.0)}
-# Models too large for float32 are asked in 16 bits, where a sound merge is 1.8e-3 nats off, with 5 of 8 answers equal
-# and 97.9% of the tokens (q8_0: 3.6e-3, 3 of 8): the sums are rounded at other places.
+# Models too large for float32 run in 16 bits. There a correct merge is 1.8e-3 nats off, with 5 of 8 answers identical
+# and 97.9% of the tokens (q8_0: 3.6e-3, 3 of 8), because the sums are rounded in other places.
 ROUNDING = Limits(4e-3, -0.03, -0.3)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One prompt to one model: its tokens, the greedy answer's, whether that ended by itself, and log-probabilities of
-    every next token of the adapter's answer.
+class Response:
+    """How one model responds to one prompt.
+
+    `answer` is greedy and has no end token; `stopped` tells whether there was one. `logprobs` are those of the next
+    token after the prompt and after each token of the adapter's answer: (tokens + 1, vocabulary).
     """
 
     prompt: list[int]
@@ -63,7 +65,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Parity:
-    """One export against the adapter."""
+    """How one export compares with the adapter."""
 
     name: str
     dtype: str
@@ -79,78 +81,85 @@ class Parity:
 
     @property
     def limits(self) -> Limits:
-        """What this export may differ by, in the arithmetic that it was asked in."""
+        """The limits for this kind of export in the dtype that it ran in."""
         exact = LIMITS[self.name]
         if self.dtype == "float32":
             return exact
         return Limits(exact.kl + ROUNDING.kl, exact.top1 + ROUNDING.top1, exact.texts + ROUNDING.texts)
 
     def problems(self) -> list[str]:
-        """What differs more than it may, in words; empty if the export is sound."""
-        limits, found = self.limits, []
-        if self.same_layout < self.prompts:
-            found.append(f"{self.prompts - self.same_layout} of {self.prompts} prompts become other tokens (template)")
+        """Describe every difference beyond the limits. Empty if the export passes."""
+        limits, n = self.limits, self.prompts
+        problems = []
+        if self.same_layout < n:
+            problems.append(f"{n - self.same_layout} of {n} prompts are tokenized differently (template)")
         if not self.same_ends:
-            found.append("the tokens that end an answer differ (stop tokens)")
+            problems.append("the end tokens differ (stop tokens)")
         if not self.kl <= limits.kl:
-            found.append(f"KL divergence {self.kl:.2g} nats a token, at most {limits.kl:g} (weights)")
+            problems.append(f"the KL divergence is {self.kl:.2g} nats per token, above {limits.kl:g} (weights)")
         if not self.top1 >= limits.top1:
-            found.append(f"the likeliest token agrees in {self.top1:.1%}, at least {limits.top1:.0%} (weights)")
-        if not self.same_texts >= limits.texts * self.prompts:
-            found.append(f"{self.same_texts} of {self.prompts} answers are equal, at least {limits.texts:.0%}")
-        # An end is one more likeliest token, and may be another as often as those: a close call is no lost end.
-        if self.same_texts - self.same_stops > (1 - limits.top1) * self.prompts:
-            found.append(f"{self.same_texts - self.same_stops} equal answers stop at another place")
-        return found
+            problems.append(f"{self.top1:.1%} of the most likely tokens agree, below {limits.top1:.0%} (weights)")
+        if not self.same_texts >= limits.texts * n:
+            problems.append(f"{self.same_texts} of {n} answers are identical, below {limits.texts:.0%}")
+        # Rounding may change the most likely token, and an end token is one of those. So as many ends may differ.
+        if self.same_texts - self.same_stops > (1 - limits.top1) * n:
+            problems.append(f"{self.same_texts - self.same_stops} identical answers end at a different token")
+        return problems
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as written to `parity.json`."""
+        """Return plain values, as written to `parity.json`."""
         return asdict(self) | {"limits": asdict(self.limits), "problems": self.problems()}
 
 
 def questions() -> list[str]:
-    """The fixed questions: the first of the project's own general ones."""
-    rows = [row for row in sources.load(_general()).rows if len(row.messages) == 2 and not row.messages[0].get("input")]
+    """Return the fixed questions: the first ones of the package's general data."""
+    config = Config.from_params(profile="cpu", dataset=str(sources.general_data()))
+    rows = [row for row in sources.load(config).rows if len(row.messages) == 2 and not row.messages[0].get("input")]
     return [row.messages[0]["content"] for row in rows[:PROMPTS]]
 
 
-def of_adapter(what: Source, device: Device, questions: Sequence[str]) -> list[Asked]:
-    """What is compared with: the adapter on its 16-bit base, asked in the layout that it was trained in."""
-    config = what.config.replace(quantization="none")
-    tokenizer = hub.saved_tokenizer(what.run.adapter)
+def adapter_responses(source: Source, device: Device, questions: Sequence[str]) -> list[Response]:
+    """Run the adapter on its 16-bit base model, with prompts in the format of training. This is the reference.
+
+    Raises `UserError` if a question does not fit the model's context.
+    """
+    config = source.config.replace(quantization="none")
+    tokenizer = hub.saved_tokenizer(source.run.adapter)
     turns = [({"role": "user", "content": question},) for question in questions]
-    asked = [prompts.tokenize([prompts.render_prompt(t, config, tokenizer)], tokenizer) for t in turns]
-    ids = [entry["input_ids"][0] for entry in asked]
-    _check_context(what, questions, ids)
-    built = qlora.load_adapter(qlora.load_base(config, device), what.run.adapter)
-    said = _answers(built, ids, chat_template.stops(config, tokenizer))
+    encoded = [prompts.tokenize([prompts.render_prompt(t, config, tokenizer)], tokenizer) for t in turns]
+    ids = [entry["input_ids"][0] for entry in encoded]
+    context = json.loads((source.base / "config.json").read_text("utf-8")).get("max_position_embeddings")
+    for question, prompt in zip(questions, ids, strict=True):
+        prompts.check_context(question, len(prompt), NEW_TOKENS, context, "ask a shorter one")
+    model = qlora.load_adapter(qlora.load_base(config, device), source.run.adapter)
+    answers = _answers(model, ids, chat_template.stops(config, tokenizer))
     return [
-        Asked(prompt, answer, stopped, _logprobs(built, prompt, answer))
-        for prompt, (answer, stopped) in zip(ids, said, strict=True)
+        Response(prompt, answer, stopped, _logprobs(model, prompt, answer))
+        for prompt, (answer, stopped) in zip(ids, answers, strict=True)
     ]
 
 
 def compare(
-    name: str, export: Path, reference: list[Asked], questions: Sequence[str], device: Device, ends: list[int]
+    name: str, export: Path, reference: list[Response], questions: Sequence[str], device: Device, ends: list[int]
 ) -> Parity:
-    """One export, loaded and asked as anyone would: by its own tokenizer, chat template and end tokens.
+    """Load an export as any program would, with its own tokenizer, chat template and end tokens, and compare it.
 
-    `export` is a merged folder or a GGUF file, `name` the key of its limits, `ends` the tokens that end an answer.
+    `export` is a merged folder or a GGUF file, `name` selects its limits, and `ends` are the expected end tokens.
     """
-    loaded, tokenizer, own_ends = _load(export, device)
+    model, tokenizer, own_ends = _load(export, device)
     ids = [_prompt(tokenizer, question) for question in questions]
-    said = _answers(loaded, ids, own_ends)
-    asked = (
-        Asked(prompt, answer, stopped, _logprobs(loaded, r.prompt, r.answer))
-        for r, prompt, (answer, stopped) in zip(reference, ids, said, strict=True)
+    answers = _answers(model, ids, own_ends)
+    responses = (
+        Response(prompt, answer, stopped, _logprobs(model, r.prompt, r.answer))
+        for r, prompt, (answer, stopped) in zip(reference, ids, answers, strict=True)
     )
-    return judge(name, device.dtype, reference, asked, set(own_ends) == set(ends))
+    return judge(name, device.dtype, reference, responses, set(own_ends) == set(ends))
 
 
-def judge(name: str, dtype: str, reference: list[Asked], export: Iterable[Asked], same_ends: bool) -> Parity:
-    """What an export said against what the adapter said to the same questions, whatever program asked it.
+def judge(name: str, dtype: str, reference: list[Response], export: Iterable[Response], same_ends: bool) -> Parity:
+    """Compare an export's responses with the adapter's to the same questions, whatever program produced them.
 
-    The log-probabilities of both are those after the adapter's tokens, `dtype` the arithmetic of the export's.
+    Both have log-probabilities for the adapter's tokens. `dtype` is the compute dtype of the export.
     """
     layouts, equal, ended, kl, agree = [], [], [], [], []
     for r, e in zip(reference, export, strict=True):
@@ -176,16 +185,16 @@ def judge(name: str, dtype: str, reference: list[Asked], export: Iterable[Asked]
 
 
 def check(parity: Parity) -> None:
-    """Raise `UserError` with what differs, if it differs more than it may."""
+    """Raise `UserError` if an export differs from the adapter by more than its limits."""
     if problems := parity.problems():
         raise UserError(
-            f"export: the {parity.name} model does not answer as its adapter does: {'; '.join(problems)}. Fix: export "
-            "again from the run's own files; if it stays so, do not ship it."
+            f"export: the {parity.name} model does not answer like its adapter: {'; '.join(problems)}. Fix: export "
+            "again from the run's own files; if the problem remains, do not ship the model."
         )
 
 
 def table(compared: Sequence[Parity]) -> str:
-    """Every export against the adapter, as Markdown."""
+    """Return a Markdown table with a row for each export."""
     lines = ["| export | same tokens | same ends | equal answers | top-1 | KL mean | KL max | verdict |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for p in compared:
@@ -198,95 +207,95 @@ def table(compared: Sequence[Parity]) -> str:
 
 
 def choose_device(base: Path) -> Device:
-    """Where both models are asked: in float32 if memory allows, which leaves rounding out, else in 16 bits.
+    """Choose device and dtype: float32 if memory allows, which rules out rounding, else 16 bits.
 
-    Raises `UserError` if not even that fits.
+    Raises `UserError` if not even 16 bits fit.
     """
     weights = sum(torch.Size(tensor.shape).numel() for tensor in safetensors_io.tensors(base))
     first = detect()
-    places = [first] if first.kind == "cpu" else [first, _computer(first)]
+    devices = [first] if first.kind == "cpu" else [first, _cpu(first)]
     for dtype, size in (("float32", 4), (first.dtype, 2)):
-        for place in places:
-            if place.free_gib > ROOM * weights * size / GIB:
-                return replace(place, dtype=dtype)
+        for device in devices:
+            if device.free_gib > ROOM * weights * size / GIB:
+                return replace(device, dtype=dtype)
     raise UserError(
         f"parity: {weights / 1e9:.1f} billion weights need {ROOM * weights * 2 / GIB:.0f} GiB of memory. "
         "Fix: close other programs, or export on a machine with more memory."
     )
 
 
-def _computer(gpu: Device) -> Device:
+def _cpu(gpu: Device) -> Device:
     import psutil
 
     memory = psutil.virtual_memory()
     return replace(gpu, kind="cpu", name="CPU", memory_gib=memory.total / GIB, free_gib=memory.available / GIB)
 
 
-def _general() -> Config:
-    return Config.from_params(profile="cpu", dataset=str(sources.general_data()))
-
-
-def _check_context(what: Source, questions: Sequence[str], ids: list[list[int]]) -> None:
-    context = json.loads((what.base / "config.json").read_text("utf-8")).get("max_position_embeddings")
-    for question, prompt in zip(questions, ids, strict=True):
-        prompts.check_context(question, len(prompt), NEW_TOKENS, context, "ask a shorter one")
-
-
 def _load(export: Path, device: Device) -> tuple[Any, Any, list[int]]:
-    """Model, tokenizer and end tokens, from nothing but the export itself."""
+    """Load model, tokenizer and end tokens from the export alone."""
     options: dict[str, Any] = {"dtype": getattr(torch, device.dtype)}
     options["device_map"] = {"": 0} if device.kind == "cuda" else None
     if export.is_dir():
-        loaded = AutoModelForCausalLM.from_pretrained(export, use_safetensors=True, **options)
-        found = loaded.generation_config.eos_token_id
-        ends = found if isinstance(found, list) else [found]
-        return loaded.eval(), hub.saved_tokenizer(export), [end for end in ends if end is not None]
+        model = AutoModelForCausalLM.from_pretrained(export, use_safetensors=True, **options)
+        eos = model.generation_config.eos_token_id
+        ends = eos if isinstance(eos, list) else [eos]
+        return model.eval(), hub.saved_tokenizer(export), [end for end in ends if end is not None]
     source: dict[str, Any] = {"pretrained_model_name_or_path": export.parent, "gguf_file": export.name}
-    with patch.object(modeling_gguf_pytorch_utils, "tqdm", lambda steps, **_: steps):  # its bar knows no off switch
-        loaded = AutoModelForCausalLM.from_pretrained(**source, **options, **bundled.unpacked())
-    fields = gguf.GGUFReader(export).fields  # a server ends at both of them; transformers knows the first alone
+    with _no_gguf_progress_bar():
+        model = AutoModelForCausalLM.from_pretrained(**source, **options, **bundled.unpacked())
+    fields = gguf.GGUFReader(export).fields  # servers stop at both end tokens; transformers reads only the first
     keys = [f"tokenizer.ggml.{key}_token_id" for key in ("eos", "eot")]
     ends = [int(fields[key].contents()) for key in keys if key in fields]
-    return loaded.eval(), gguf_tokenizer(export), ends
+    return model.eval(), gguf_tokenizer(export), ends
+
+
+@contextmanager
+def _no_gguf_progress_bar() -> Iterator[None]:
+    """Hide the bar of transformers' GGUF reader, which ignores `transformers.utils.logging.disable_progress_bar`."""
+    reader: Any = modeling_gguf_pytorch_utils
+    progress_bar = reader.tqdm
+    reader.tqdm = lambda steps, **_: steps
+    try:
+        yield
+    finally:
+        reader.tqdm = progress_bar
 
 
 def gguf_tokenizer(file: Path) -> Any:
-    """A GGUF file's tokenizer as transformers reads it, with a start token where the file says so: older versions pass
-    that over.
-    """
+    """Return a GGUF file's tokenizer as transformers reads it, with a start token if the file asks for one."""
     fields = gguf.GGUFReader(file).fields
     tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    tokenizer.add_bos_token = bool(fields["tokenizer.ggml.add_bos_token"].contents())
+    tokenizer.add_bos_token = bool(fields["tokenizer.ggml.add_bos_token"].contents())  # ignored by older versions
     return tokenizer
 
 
 def _prompt(tokenizer: Any, question: str) -> list[int]:
-    if not tokenizer.chat_template:  # a server then sends the text as it is
+    if not tokenizer.chat_template:  # a server then sends the text unchanged
         return tokenizer(question)["input_ids"]
     turns = [{"role": "user", "content": question}]
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
-def _answers(loaded: Any, ids: list[list[int]], ends: list[int]) -> list[tuple[list[int], bool]]:
-    """Greedy answers, less their end token, and whether they had one."""
+def _answers(model: Any, ids: list[list[int]], ends: list[int]) -> list[tuple[list[int], bool]]:
+    """Return greedy answers without their end token, and whether they had one."""
     longest = max(map(len, ids))
-    batch = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in ids], device=loaded.device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in ids], device=loaded.device)
+    batch = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in ids], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in ids], device=model.device)
     with torch.inference_mode():
-        output = loaded.generate(
+        output = model.generate(
             input_ids=batch, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False,
             eos_token_id=ends or [-1], pad_token_id=0,
         )  # fmt: skip
-    found = []
-    for said in output[:, longest:].tolist():
-        end = next((place for place, token in enumerate(said) if token in ends), None)
-        found.append((said[:end], end is not None))
-    return found
+    answers = []
+    for tokens in output[:, longest:].tolist():
+        end = next((place for place, token in enumerate(tokens) if token in ends), None)
+        answers.append((tokens[:end], end is not None))
+    return answers
 
 
-def _logprobs(loaded: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    """Log-probabilities of the next token after the prompt and after each of the answer: (tokens + 1, vocabulary)."""
-    ids = torch.tensor([prompt + answer], device=loaded.device)
+def _logprobs(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """Log-probabilities of the next token after the prompt and each token of the answer: (tokens + 1, vocabulary)."""
+    ids = torch.tensor([prompt + answer], device=model.device)
     with torch.inference_mode():
-        logits = loaded(input_ids=ids).logits[0, len(prompt) - 1 :]
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 :]
     return torch.log_softmax(logits.float(), dim=-1).cpu()

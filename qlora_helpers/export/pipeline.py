@@ -1,4 +1,4 @@
-"""From a run to what people talk to: merged, as a GGUF if asked for, and only if it answers as the adapter did."""
+"""Export a run: merge it, convert it to GGUF on request, and keep the result only if it answers like the adapter."""
 
 import hashlib
 import shutil
@@ -15,38 +15,38 @@ from qlora_helpers.export.parity import Parity
 from qlora_helpers.models import hub
 from qlora_helpers.runs import GGUF, MERGED, RunFolder
 
-SPARE = 2**28  # bytes for tokenizer, cards and the file system itself
-SHARE = {
-    "f16": 1.0,
-    "q8_0": 0.55,
-    "q4_k_m": 1.4,
-}  # of the disk a GGUF takes in that of 16-bit weights, while it is made
+SPARE = 2**28  # bytes for the tokenizer, model cards and the file system
+# Disk space that a GGUF file takes while it is written, as a multiple of the 16-bit weights.
+SHARE = {"f16": 1.0, "q8_0": 0.55, "q4_k_m": 1.4}
 
 
 def ship(run: RunFolder, out: Path, kind: str | None = None) -> list[Parity]:
-    """Merge a run's adapter into `out/merged`, write `out/gguf` if a `kind` is given (f16, q8_0 or q4_k_m), and compare
-    both with the adapter. `out` appears whole, or not at all; the comparison is in `out/parity.json`.
+    """Export a run to the folder `out` and return how each export compares with the adapter.
 
-    Raises `UserError` for what cannot be merged or written, too little disk, or an export that answers otherwise.
+    The adapter is merged into `out/merged`. With a `kind` (f16, q8_0 or q4_k_m), a GGUF file is written to `out/gguf`.
+    The comparison is saved as `out/parity.json`. `out` appears only when it is complete and every export passes; if
+    it already holds the same export, nothing is written.
+
+    Raises `UserError` if the run cannot be merged or written, if the disk is too small, or if an export does not
+    answer like the adapter.
     """
     if kind is not None:
         gguf.check_kind(kind)
-    what = merge.source(run)
+    source = merge.source(run)
     if kind:
-        gguf.check(what.base)
-    identity = _identity(what, kind)
+        gguf.check(source.base)
+    identity = _identity(source, kind)
     if out.exists() and any(out.iterdir()):
-        return _again(out, identity)
-    _check_disk(what, out, kind)
+        return _read_existing(out, identity)
+    _check_disk(source, out, kind)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         made = Path(scratch) / out.name
-        exports = _write(what, made, kind)
-        compared = verify(what, exports)
-        for found in compared:
-            parity.check(found)
+        compared = verify(source, _write(source, made, kind))
+        for result in compared:
+            parity.check(result)
         files.write_json(
-            made / "parity.json", {"identity": identity, "exports": [found.to_dict() for found in compared]}
+            made / "parity.json", {"identity": identity, "exports": [result.to_dict() for result in compared]}
         )
         if out.exists():
             out.rmdir()
@@ -54,51 +54,54 @@ def ship(run: RunFolder, out: Path, kind: str | None = None) -> list[Parity]:
     return compared
 
 
-def verify(what: Source, exports: dict[str, Path]) -> list[Parity]:
-    """Each export, a merged folder or a GGUF file, against the adapter on its 16-bit base, on the fixed prompts."""
-    device = parity.choose_device(what.base)
+def verify(source: Source, exports: dict[str, Path]) -> list[Parity]:
+    """Compare merged folders or GGUF files with the adapter on its 16-bit base model, on the fixed prompts.
+
+    `exports` maps names of `parity.LIMITS` to paths.
+    """
+    device = parity.choose_device(source.base)
     questions = parity.questions()
-    reference = parity.of_adapter(what, device, questions)
-    ends = chat_template.stops(what.config, hub.saved_tokenizer(what.run.adapter))
+    reference = parity.adapter_responses(source, device, questions)
+    ends = chat_template.stops(source.config, hub.saved_tokenizer(source.run.adapter))
     return [parity.compare(name, path, reference, questions, device, ends) for name, path in exports.items()]
 
 
-def _write(what: Source, made: Path, kind: str | None) -> dict[str, Path]:
-    merge.merge(what, made / MERGED)
+def _write(source: Source, made: Path, kind: str | None) -> dict[str, Path]:
+    merge.merge(source, made / MERGED)
     exports = {MERGED: made / MERGED}
     if kind:
         exports[kind] = made / GGUF / f"model-{kind}.gguf"
         exports[kind].parent.mkdir()
         gguf.write(made / MERGED, exports[kind], kind)
-        tokenizer = hub.saved_tokenizer(what.run.adapter)
-        text = chat_template.modelfile(what.config, tokenizer, exports[kind].name)
+        tokenizer = hub.saved_tokenizer(source.run.adapter)
+        text = chat_template.modelfile(source.config, tokenizer, exports[kind].name)
         files.write_text(made / GGUF / "Modelfile", text)
     return exports
 
 
-def _identity(what: Source, kind: str | None) -> dict[str, Any]:
-    with (what.run.adapter / "adapter_model.safetensors").open("rb") as file:
+def _identity(source: Source, kind: str | None) -> dict[str, Any]:
+    with (source.run.adapter / "adapter_model.safetensors").open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"run": what.run.name, "adapter_sha256": digest, "model": hub.public_name(what.config), "gguf": kind}
+    return {"run": source.run.name, "adapter_sha256": digest, "model": hub.public_name(source.config), "gguf": kind}
 
 
-def _again(out: Path, identity: dict[str, Any]) -> list[Parity]:
-    """The comparison of an equal export that is there already; another one is not overwritten."""
-    there = RunFolder(out).read("parity.json") if (out / "parity.json").exists() else {}
-    if there.get("identity") != identity:
-        raise UserError(f"export: {out} holds something else. Fix: choose another folder, or delete that one.")
-    print(f"{out} is there already: nothing to export.")
-    extra = ("limits", "problems")
-    return [Parity(**{k: v for k, v in found.items() if k not in extra}) for found in there["exports"]]
+def _read_existing(out: Path, identity: dict[str, Any]) -> list[Parity]:
+    """Return the comparison of an export that was made before. Raises `UserError` if `out` holds anything else."""
+    saved = RunFolder(out).read("parity.json") if (out / "parity.json").exists() else {}
+    if saved.get("identity") != identity:
+        raise UserError(f"export: {out} contains something else. Fix: choose another folder, or delete it.")
+    print(f"{out} already exists: nothing to export.")
+    derived = ("limits", "problems")
+    return [Parity(**{k: v for k, v in export.items() if k not in derived}) for export in saved["exports"]]
 
 
-def _check_disk(what: Source, out: Path, kind: str | None) -> None:
-    """Raise `UserError` before anything is written, if it would not fit."""
-    there = next(path for path in (out, *out.parents) if path.exists())
-    need = what.bytes * (1 + (SHARE[kind] if kind else 0)) + SPARE
-    free = shutil.disk_usage(there).free
-    if free < need:
+def _check_disk(source: Source, out: Path, kind: str | None) -> None:
+    """Raise `UserError` if the export does not fit on the disk."""
+    existing = next(path for path in (out, *out.parents) if path.exists())
+    needed = source.bytes * (1 + (SHARE[kind] if kind else 0)) + SPARE
+    free = shutil.disk_usage(existing).free
+    if free < needed:
         raise UserError(
-            f"disk: {out} needs {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free. Fix: make room, or choose a "
-            "folder on another disk."
+            f"disk: {out} needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free. Fix: free some space, or "
+            "choose a folder on another disk."
         )

@@ -1,6 +1,6 @@
-"""A run's adapter, or an exported folder, onto a model hub: shown first, and sent if that is asked for.
+"""Push a run's adapter or an exported folder to a model hub. The push is listed first, and sent only on request.
 
-Files are named one by one: a run folder also holds rows, checkpoints, logs and locks, and these stay here.
+Files are selected by name: a run folder also holds rows, checkpoints, logs and locks, which are never sent.
 """
 
 import json
@@ -25,88 +25,102 @@ OF_MERGED = (
     *VOCABULARY, "README.md", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 OF_GGUF = ("model-*.gguf", "Modelfile")
-UNREAD = (".safetensors", ".gguf", "tokenizer.json", "tokenizer.model", *VOCABULARY)  # weights, and the base's words
+# Not searched for tokens and paths: weights, and the base model's vocabulary.
+UNCHECKED = (".safetensors", ".gguf", "tokenizer.json", "tokenizer.model", *VOCABULARY)
 
 Content = Path | bytes
 
 
 @dataclass(frozen=True)
 class Push:
-    """What goes where: each file's name there, and what it holds. Printed, it is the dry run."""
+    """Files to push and where: `files` maps each name on the hub to its content. `str` is the dry run."""
 
     repository: str
     public: bool
     files: Mapping[str, Content]
 
     def __str__(self) -> str:
-        seen = "public" if self.public else "private"
+        visibility = "public" if self.public else "private"
         sizes = {name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in self.files.items()}
         lines = [f"{size:>15,}  {name}" for name, size in sizes.items()]
-        total = f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files, to {self.repository} ({seen})"
+        total = f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files, to {self.repository} ({visibility})"
         return "\n".join([*lines, total, "", "README.md:", "", _read(self.files["README.md"])])
 
 
 def prepare(source: Path, repository: str, public: bool = False) -> Push:
-    """What a push of a run folder or an exported one would send to `repository`, such as NAME/MODEL. Nothing is sent.
+    """List what a push of a run folder or an exported folder would send to `repository`, such as NAME/MODEL.
 
-    Raises `UserError` for a folder that is neither, an unsound export, a name that no hub takes, and a file that names
-    a folder of this machine or holds a token.
+    Nothing is sent. Raises `UserError` if `source` is neither, if an export failed its comparison, if the hub does not
+    allow the name, or if a file names a folder of this machine or contains a token.
     """
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(repository)
-    except HFValidationError:
-        repository = ""
-    if repository.count("/") != 1:
-        raise UserError("push: a repository is called NAME/MODEL. Fix: pass your name on the hub and the model's.")
+    _check_name(repository)
     if (source / "manifest.json").exists():
         files = _of_run(RunFolder(source))
     elif (source / "parity.json").exists():
         files = _of_export(source)
     else:
-        raise UserError(f"push: {source} is neither a run folder nor an exported one. Fix: pass one of these.")
+        raise UserError(
+            f"push: {source} is neither a run folder nor an exported folder. Fix: pass a finished run, or a folder "
+            "that the export command wrote."
+        )
     _check_clean(files, source)
     return Push(repository, public, files)
 
 
 def upload(push: Push) -> str:
-    """Send it as one commit; the repository is made, private unless `public`. Returns the commit's address.
+    """Send a push as one commit and return the commit's URL. The repository is created if it does not exist.
 
-    The token comes from `HF_TOKEN`, Colab's secrets or `hf auth login`, by the hub's own library. Raises `UserError`
-    without one, for a repository that is public unasked, and for whatever the hub refuses.
+    The token comes from `HF_TOKEN`, Colab's secrets or `hf auth login`, and is read by the hub's own library. Raises
+    `UserError` if there is no token, if the repository is public although `public` is false, and for every error of
+    the hub.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
     if not get_token():
-        raise UserError("push: there is no token. Fix: put one that may write into HF_TOKEN, or into Colab's secrets.")
+        raise UserError("push: no token found. Fix: store a token with write access in HF_TOKEN or in Colab's secrets.")
     api = HfApi()
     try:
         api.create_repo(push.repository, private=not push.public, exist_ok=True)
         if not push.public and not api.model_info(push.repository).private:
             raise UserError(
-                f"push: {push.repository} is there already, and public. Fix: choose another name, or ask for public."
+                f"push: {push.repository} already exists and is public. Fix: choose another name, or push with "
+                "public=True (--public)."
             )
         files = [CommitOperationAdd(name, content) for name, content in push.files.items()]
         return api.create_commit(push.repository, files, commit_message="Push from qlora_helpers").commit_url
     except UserError:
         raise
-    except Exception as error:  # of many kinds: those of a lost connection change with the client below the library
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    except Exception as error:  # of many types: those of a lost connection depend on the library's HTTP client
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
-            f"push: {push.repository} could not be written ({why}). Fix: check the name, the connection, and that the "
-            "token may write there."
+            f"push: {push.repository} could not be written ({reason}). Fix: check the name, the connection, and that "
+            "the token has write access."
         ) from None
 
 
+def _check_name(repository: str) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+        valid = repository.count("/") == 1
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise UserError(
+            f"push: '{repository}' is not a repository name. Fix: pass NAME/MODEL: your name on the hub, and the "
+            "model's."
+        )
+
+
 def _of_run(run: RunFolder) -> dict[str, Content]:
-    """The adapter and its tokenizer, with the card, the base's name and the chat template written for others."""
+    """Adapter and tokenizer, with a model card, the base model's public name and the chat template of training."""
     config, metrics = run.config(), run.read("metrics.json")
     qlora.check_saved(run.adapter)
     settings: dict[str, Any] = run.read("adapter/adapter_config.json")
     settings["base_model_name_or_path"] = hub.public_name(config)
     template = chat_template.chat_template(config, hub.saved_tokenizer(run.adapter))
-    files = _named(run.adapter, OF_ADAPTER)
+    files = _matching(run.adapter, OF_ADAPTER)
     files["adapter_config.json"] = json.dumps(settings, indent=1).encode()
     files["chat_template.jinja"] = template.encode()
     files["README.md"] = model_card.render(run, config, metrics).encode()
@@ -114,36 +128,40 @@ def _of_run(run: RunFolder) -> dict[str, Content]:
 
 
 def _of_export(folder: Path) -> dict[str, Content]:
-    """The merged model as it lies there, the GGUF file below it, and what the comparison with the adapter said."""
+    """The merged model, its GGUF file if there is one, and the comparison with the adapter."""
     compared = RunFolder(folder).read("parity.json")["exports"]
-    if broken := [found["name"] for found in compared if found["problems"]]:
-        raise UserError(f"push: the {broken[0]} model in {folder} is not sound. Fix: export the run again.")
-    files = _named(folder / MERGED, OF_MERGED)
-    files |= {f"{GGUF}/{name}": content for name, content in _named(folder / GGUF, OF_GGUF).items()}
+    if failed := [export["name"] for export in compared if export["problems"]]:
+        raise UserError(
+            f"push: the {failed[0]} model in {folder} does not answer like its adapter. Fix: export the run again."
+        )
+    files = _matching(folder / MERGED, OF_MERGED)
+    files |= {f"{GGUF}/{name}": content for name, content in _matching(folder / GGUF, OF_GGUF).items()}
     missing = {"README.md", "config.json"} - files.keys()
     if missing:
         raise UserError(f"push: {folder / MERGED} has no {min(missing)}. Fix: export the run again.")
     return {**files, "parity.json": folder / "parity.json"}
 
 
-def _named(folder: Path, patterns: tuple[str, ...]) -> dict[str, Content]:
-    found = {path.name: path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    return dict(sorted(found.items()))
+def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Content]:
+    matches = {path.name: path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return dict(sorted(matches.items()))
 
 
 def _check_clean(contents: Mapping[str, Content], source: Path) -> None:
-    """Raise `UserError` for a file that tells of this machine, or holds the token."""
+    """Raise `UserError` if a file names a folder of this machine or contains the token."""
     from huggingface_hub import get_token
 
     folders = {path for path in (Path.home(), source.resolve(), source.resolve().parent, files.ROOT) if path.parts[1:]}
     for name, content in contents.items():
-        if name.endswith(UNREAD):
+        if name.endswith(UNCHECKED):
             continue
         text = _read(content)
         if (token := get_token()) and token in text:
-            raise UserError(f"push: {name} holds the token. Fix: take it out, and revoke it: a file has seen it.")
-        if told := [str(folder) for folder in folders if str(folder) in text]:
-            raise UserError(f"push: {name} names {told[0]}, a folder of this machine. Fix: take that line out.")
+            raise UserError(
+                f"push: {name} contains the token. Fix: remove it, and revoke the token: it has been written to a file."
+            )
+        if named := [str(folder) for folder in folders if str(folder) in text]:
+            raise UserError(f"push: {name} names {named[0]}, a folder of this machine. Fix: remove that line.")
 
 
 def _read(content: Content) -> str:

@@ -1,14 +1,14 @@
-"""Where weights come from, the base model in 4 bits, and the adapter on it."""
+"""Model files, the base model in 4 bits, and the LoRA adapter."""
 
 from qlora_helpers._lazy import lazy
 
 __all__ = [
-    "attach_lora",  # a new adapter on a base model
-    "load_adapter",  # a saved adapter on a base model
-    "load_adapters",  # several adapters on one base model, switched on one at a time
-    "load_base",  # base model, quantized and frozen
-    "load_tokenizer",  # tokenizer of a config's model
-    "weight_table",  # what is stored, in which dtype, and how large it is
+    "attach_lora",  # add a new adapter to a base model
+    "load_adapter",  # load a saved adapter onto a base model
+    "load_adapters",  # load several adapters onto one base model and switch between them
+    "load_base",  # load the base model, quantized and frozen
+    "load_tokenizer",  # load the tokenizer of the configured model
+    "weight_table",  # dtype and size of the stored weights
 ]
 
 __getattr__ = lazy(

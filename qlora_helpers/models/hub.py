@@ -1,4 +1,4 @@
-"""Where model files come from: the embedded model, a folder, or a model hub at a pinned revision."""
+"""Locate model files: the bundled model, a local folder, or a model hub at a pinned revision."""
 
 import socket
 from functools import cache
@@ -11,16 +11,16 @@ from qlora_helpers.config import EMBEDDED_MODEL, Config
 from qlora_helpers.errors import UserError
 from qlora_helpers.models import bundled
 
-WANTED = ["*.safetensors", "*.json", "LICENSE*", "NOTICE*"]  # no code, and no weights in a format that can hold some
+DOWNLOADED = ["*.safetensors", "*.json", "LICENSE*", "NOTICE*"]  # no code, and no weight formats that can contain code
 
 
 def is_local(config: Config) -> bool:
-    """Whether the model is the embedded one or a folder: such a model has no revision."""
+    """Whether the model is the bundled one or a local folder. Such a model has no revision."""
     return config.model == EMBEDDED_MODEL or Path(config.model).expanduser().is_dir()
 
 
 def public_id(config: Config) -> str | None:
-    """The model's id on the hub, which tells readers what it is; None for a folder of this machine."""
+    """Return the model's hub id, or None for a local folder."""
     if config.model == EMBEDDED_MODEL:
         return bundled.ORIGIN
     known = not is_local(config) and config.model.count("/") < 2 and not config.model.startswith(("~", ".", "/"))
@@ -28,14 +28,15 @@ def public_id(config: Config) -> str | None:
 
 
 def public_name(config: Config) -> str:
-    """The model in words that say nothing of this machine: its id on the hub, or its folder's own name."""
+    """Return a name for the model that reveals no local path: its hub id, or the last part of its folder's path."""
     return public_id(config) or Path(config.model).name
 
 
 def license(config: Config, revision: str | None = None) -> dict[str, str]:
-    """The base model's license as its card has it: `license`, and its name and link if it is none of the common ones.
+    """Return the base model's license as stated in its model card.
 
-    Empty if the card cannot be had, or says nothing.
+    The keys are `license` and, for a license that is not one of the hub's common ones, `license_name` and
+    `license_link`. Returns an empty dict if the card is unavailable or states no license.
     """
     from huggingface_hub import ModelCard, hf_hub_download
 
@@ -47,66 +48,68 @@ def license(config: Config, revision: str | None = None) -> dict[str, str]:
         else:
             options: dict[str, Any] = {"revision": revision or config.revision, "local_files_only": not reachable()}
             path = Path(hf_hub_download(config.model, "README.md", **options))
-        said = ModelCard(path.read_text("utf-8"), ignore_metadata_errors=True).data.to_dict()
+        card = ModelCard(path.read_text("utf-8"), ignore_metadata_errors=True).data.to_dict()
     except (OSError, ValueError):
         return {}
     keys = ("license", "license_name", "license_link")
-    return {key: str(said[key]) for key in keys if said.get(key)} if said.get("license") else {}
+    return {key: str(card[key]) for key in keys if card.get(key)} if card.get("license") else {}
 
 
 def from_pretrained(loader: Any, config: Config, **options: Any) -> Any:
-    """`loader.from_pretrained` for the config's model. Raises `UserError` if it cannot be had.
+    """Call `loader.from_pretrained` for the configured model. Raises `UserError` if the model cannot be loaded.
 
-    Code that comes with a model is never run: without the option, the libraries would ask, and take yes for an answer.
-    A token for gated models is the library's matter: it looks into `HF_TOKEN` and Colab's secrets by itself.
+    Code that comes with a model is never run. `trust_remote_code=False` is passed explicitly because the libraries
+    would otherwise prompt the user and run the code if the answer is yes. Tokens for gated models are left to
+    `huggingface_hub`, which looks in `HF_TOKEN` and in Colab's secrets.
     """
     options["trust_remote_code"] = False
     source: str | Path = config.model
     if config.model == EMBEDDED_MODEL:
-        source = _embedded_folder()
+        source = _bundled_folder()
     elif is_local(config):
         source = Path(config.model).expanduser()
     else:
         options |= {"revision": config.revision, "local_files_only": not reachable()}
     try:
         return loader.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:  # ValueError: a folder that holds no model
-        raise _not_there(config, error) from None
+    except (OSError, ValueError) as error:  # ValueError: the folder contains no model
+        raise _load_error(config, error) from None
 
 
 def folder(config: Config, revision: str | None = None) -> Path:
-    """The model's files on this machine, at `revision` if it comes from the hub: fetched if need be, not loaded.
+    """Return the local folder that contains the model's files. Downloads them if necessary, but does not load them.
 
-    Raises `UserError` if they cannot be had.
+    `revision` applies to hub models only and defaults to the configured one. Raises `UserError` if the files are
+    unavailable.
     """
     if config.model == EMBEDDED_MODEL:
-        return _embedded_folder()
+        return _bundled_folder()
     if is_local(config):
         return Path(config.model).expanduser()
     from huggingface_hub import snapshot_download
 
-    options: dict[str, Any] = {"revision": revision or config.revision, "allow_patterns": WANTED}
+    options: dict[str, Any] = {"revision": revision or config.revision, "allow_patterns": DOWNLOADED}
     try:
         return Path(snapshot_download(config.model, local_files_only=not reachable(), **options))
     except (OSError, ValueError) as error:
-        raise _not_there(config, error, revision) from None
+        raise _load_error(config, error, revision) from None
 
 
-def _not_there(config: Config, error: Exception, revision: str | None = None) -> UserError:
-    why = str(error).strip().splitlines()[0].rstrip(".")
+def _load_error(config: Config, error: Exception, revision: str | None = None) -> UserError:
+    reason = str(error).strip().splitlines()[0].rstrip(".")
     at = f" at revision {revision}" if revision else ""
     return UserError(
-        f"model: '{config.model}'{at} is neither a model folder nor to be had from the hub ({why}). Fix: check the "
+        f"model: '{config.model}'{at} is neither a model folder nor available on the hub ({reason}). Fix: check the "
         f"name and the connection, or pass model=FOLDER, or model={EMBEDDED_MODEL}."
     )
 
 
 @cache
 def reachable() -> bool:
-    """Whether the hub answers: without this look, the libraries try for most of a minute before they say so."""
+    """Whether the hub answers within 5 s. Without this check, the libraries retry for most of a minute."""
     from huggingface_hub import constants
 
-    if getproxies():  # a proxy looks names up itself
+    if getproxies():  # the proxy resolves host names
         return True
     try:
         socket.create_connection((urlsplit(constants.ENDPOINT).hostname, 443), timeout=5).close()
@@ -116,13 +119,17 @@ def reachable() -> bool:
 
 
 @cache
-def _embedded_folder() -> Path:
-    """Checked once a process: it is 270 MB to hash."""
+def _bundled_folder() -> Path:
+    """Return the bundled model's folder. Verified once per process, because that hashes 270 MB."""
     return bundled.fetch()
 
 
 def load_tokenizer(config: Config) -> Any:
-    """The model's own tokenizer. Its padding token only fills: labels and attention mask leave padding out."""
+    """Load the tokenizer of the configured model.
+
+    A tokenizer without a padding token pads with its end token. This is safe because the labels and the attention mask
+    exclude padding.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = from_pretrained(AutoTokenizer, config)
@@ -132,7 +139,7 @@ def load_tokenizer(config: Config) -> Any:
 
 
 def saved_tokenizer(folder: Path) -> Any:
-    """The tokenizer that was saved into a folder, beside an adapter or a merged model. No code of it is run."""
+    """Load the tokenizer saved next to an adapter or a merged model. Code in the folder is not run."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -1,4 +1,4 @@
-"""The base model, in 4 bits or 16, and the adapter on it: what is frozen, what is trained, what each part weighs."""
+"""Load the base model in 4 or 16 bits, attach LoRA adapters, and report what is trained and how large each part is."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,14 +21,16 @@ from qlora_helpers.models.hub import from_pretrained
 
 ALL_LINEAR = ("all-linear",)
 
-hf_logging.disable_progress_bar()  # the bar for reading a file; downloads keep theirs
+hf_logging.disable_progress_bar()  # hides the bar for reading weights; downloads keep theirs
 
 
 def load_base(config: Config, device: Device) -> Any:
-    """The frozen base, stored as `config.quantization` says, computing in the device's dtype.
+    """Load the frozen base model, quantized as `config.quantization` says and computing in the device's dtype.
 
-    What is not packed in 4 bits is stored in 16. Where products are in float32, as on most CPUs, those weights are
-    converted once, here: same values, and no conversion at every use.
+    Weights that are not quantized to 4 bits are stored in 16 bits. If the device computes in float32, as most CPUs do,
+    these weights are converted once, here. Their values stay the same, and no conversion is needed at each use.
+
+    Raises `UserError` if the model cannot be loaded.
     """
     keep_freed_memory(device)
     dtype = getattr(torch, device.dtype)
@@ -56,7 +58,7 @@ def load_base(config: Config, device: Device) -> Any:
 
 
 def _compute_in(base: Any, dtype: torch.dtype) -> None:
-    """Convert what is not packed, and let packed weights unpack to `dtype` at once."""
+    """Convert unquantized weights to `dtype`, and make quantized weights dequantize directly to `dtype`."""
     for module in base.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             packed: Any = module.weight
@@ -67,9 +69,9 @@ def _compute_in(base: Any, dtype: torch.dtype) -> None:
 
 
 def attach_lora(base: Any, config: Config) -> Any:
-    """Put a fresh adapter on the base. The seed is set first, so equal seeds give equal first weights.
+    """Attach a new LoRA adapter to the base model. The same `config.seed` gives the same initial weights.
 
-    Raises `UserError` if the model has no layer of an asked-for name.
+    Raises `UserError` if the model has no linear layer with one of the names in `config.target_modules`.
     """
     check_targets(base, config)
     targets = "all-linear" if config.target_modules == ALL_LINEAR else list(config.target_modules)
@@ -90,7 +92,7 @@ def attach_lora(base: Any, config: Config) -> Any:
 
 
 def keep_biases(model: Any) -> None:
-    """Biases to float32, and to stay there: those of an adapter that has some would else be rounded to 16 bits."""
+    """Convert all biases to float32 and keep them there. Otherwise trained biases would be rounded to 16 bits."""
     for module in model.modules():
         if isinstance(getattr(module, "bias", None), torch.nn.Parameter):
             module.bias.data = module.bias.data.float()
@@ -99,12 +101,14 @@ def keep_biases(model: Any) -> None:
 
 
 class TrainedBias(bnb.nn.Linear4bit):
-    """A 4-bit layer whose bias is trained. The library's own casts the bias to 16 bits in place at every call: bf16 is
-    too coarse for small steps, and the fp16 gradient scaler refuses it.
+    """A 4-bit linear layer with a trainable bias.
+
+    bitsandbytes casts the bias to 16 bits in place at every call. bfloat16 is too coarse for small update steps, and
+    the fp16 gradient scaler rejects a 16-bit bias.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The library's product, and the bias in float32 until it is added."""
+        """Multiply as bitsandbytes does, then add the bias, which stays in float32 until the addition."""
         bias: Any = self.bias
         self.bias = None  # type: ignore[assignment]
         try:
@@ -114,7 +118,7 @@ class TrainedBias(bnb.nn.Linear4bit):
 
 
 def check_targets(base: Any, config: Config) -> None:
-    """Raise `UserError` if the model has no linear layer of an asked-for name; lists those it has."""
+    """Raise `UserError` if a name in `config.target_modules` matches no linear layer. The message lists valid names."""
     if config.target_modules == ALL_LINEAR:
         return
     head = base.get_output_embeddings()
@@ -132,8 +136,9 @@ def check_targets(base: Any, config: Config) -> None:
 
 
 def save_biases(model: Any, folder: Path) -> None:
-    """Put trained biases into the adapter that was saved in `folder` a moment ago, where they are missing: PEFT up to
-    0.20 looks for those of `lora_only` under a name that they no longer have.
+    """Add trained biases that are missing from the adapter just saved in `folder`.
+
+    PEFT up to 0.20 omits the biases of `bias="lora_only"`, because it looks for them under outdated names.
     """
     file = folder / "adapter_model.safetensors"
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")}
@@ -142,7 +147,10 @@ def save_biases(model: Any, folder: Path) -> None:
 
 
 def load_adapter(base: Any, adapter: Path) -> Any:
-    """A saved adapter on the base it was trained on, ready for answers and losses."""
+    """Load a saved adapter onto the base model it was trained on, in evaluation mode.
+
+    Raises `UserError` if the folder contains no adapter.
+    """
     check_saved(adapter)
     if LoraConfig.from_pretrained(str(adapter)).bias != "none":
         keep_biases(base)
@@ -151,14 +159,14 @@ def load_adapter(base: Any, adapter: Path) -> Any:
 
 @dataclass(frozen=True)
 class Adapters:
-    """One base in memory with several adapters on it, of which one at a time works, or none."""
+    """A base model in memory with several adapters, of which at most one is active at a time."""
 
     model: Any
-    names: dict[str, str]  # what PEFT calls each: its own names may hold no dot
+    names: dict[str, str]  # name of each adapter inside PEFT, which allows no dots in names
 
     @contextmanager
     def use(self, name: str | None) -> Iterator[Any]:
-        """The model with the adapter `name`, or the base alone for None, for the length of a `with`."""
+        """Context manager: activate the adapter `name`, or no adapter if `name` is None, and yield the model."""
         if name is None:
             with self.model.disable_adapter():
                 yield self.model
@@ -168,17 +176,18 @@ class Adapters:
 
 
 def load_adapters(base: Any, adapters: dict[str, Path]) -> Adapters:
-    """Saved adapters by name on the one base they were trained on, ready for answers and losses.
+    """Load several saved adapters onto the base model they were trained on, in evaluation mode.
 
-    Raises `UserError` for one that also trained biases: they are the base's own, so it could not be switched off.
+    Raises `UserError` if a folder contains no adapter, or if an adapter includes trained biases: these replace the
+    base model's biases, so the adapter could not be switched off.
     """
     for path in adapters.values():
         check_saved(path)
         bias = getattr(PeftConfig.from_pretrained(str(path)), "bias", "none")
         if bias != "none":
             raise UserError(
-                f"adapter: {path} holds biases of the base too (bias={bias}), which stay when another adapter is "
-                "switched on. Fix: ask it alone, or train it with bias=none."
+                f"adapter: {path} includes trained biases of the base model (bias={bias}), which would stay active "
+                "after switching to another adapter. Fix: load it alone, or train it with bias=none."
             )
     names = {name: f"adapter_{number}" for number, name in enumerate(adapters)}
     (first, path), *others = adapters.items()
@@ -189,52 +198,56 @@ def load_adapters(base: Any, adapters: dict[str, Path]) -> Adapters:
 
 
 def check_saved(adapter: Path) -> None:
-    """Raise `UserError` if the folder holds no adapter."""
+    """Raise `UserError` if the folder contains no adapter."""
     if not (adapter / "adapter_model.safetensors").exists():
-        raise UserError(f"adapter: {adapter} holds none. Fix: run the notebook that trains it to its end.")
+        raise UserError(f"adapter: {adapter} holds none. Fix: run the notebook that trains it to the end.")
 
 
 def train_in_float32(model: Any) -> None:
-    """Trainable weights to float32. The fp16 gradient scaler has no kernel for bf16, to which TRL casts them."""
+    """Convert trainable weights to float32.
+
+    TRL casts them to bfloat16, for which the fp16 gradient scaler has no kernel.
+    """
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
 def trainable_per_layer(model: Any) -> dict[str, int]:
-    """Trainable parameters by the layer they sit on, such as `q_proj`, summed over the blocks."""
+    """Count trainable parameters per layer name, such as `q_proj`, summed over all transformer blocks."""
     counts: dict[str, int] = defaultdict(int)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            owner = name.split(".lora_")[0] if ".lora_" in name else name.rsplit(".", 1)[0]
-            counts[owner.rsplit(".", 1)[-1]] += parameter.numel()
+            layer = name.split(".lora_")[0] if ".lora_" in name else name.rsplit(".", 1)[0]
+            counts[layer.rsplit(".", 1)[-1]] += parameter.numel()
     return dict(counts)
 
 
 def weight_table(model: Any) -> list[dict[str, Any]]:
-    """Parameters and bytes as stored, by module class; 4-bit weights count with their quantization constants.
+    """Return parameters and stored bytes per module class, largest first.
 
-    Frozen weights that are not packed count in the dtype they were loaded in, not in that of the products: see
-    `load_base`.
+    Each row has the keys `module`, `parameters` and `bytes`. The bytes of 4-bit weights include their quantization
+    constants. Frozen unquantized weights count in the dtype they were loaded in, which can be smaller than the compute
+    dtype: see `load_base`.
     """
-    stored = model.config.dtype.itemsize
+    itemsize = model.config.dtype.itemsize
     table: dict[str, dict[str, Any]] = {}
     output = model.get_output_embeddings()
     seen: set[int] = set()
     for module in model.modules():
         label = "output head" if module is output else type(module).__name__
         for parameter in module.parameters(recurse=False):
-            if id(parameter) in seen:  # an output head may share the embeddings' weights
+            if id(parameter) in seen:  # the output head may share the embedding weights
                 continue
             seen.add(id(parameter))
             row = table.setdefault(label, {"module": label, "parameters": 0, "bytes": 0})
             row["parameters"] += true_size(parameter)
-            row["bytes"] += _stored_bytes(parameter, stored)
+            row["bytes"] += _stored_bytes(parameter, itemsize)
     return sorted(table.values(), key=lambda row: -row["bytes"])
 
 
 def round_trip(weight: torch.Tensor, quantization: str, double_quant: bool) -> torch.Tensor:
-    """A weight matrix after going to 4 bits and back, in float32."""
+    """Quantize a weight matrix to 4 bits and dequantize it to float32."""
     packed, state = bnb.functional.quantize_4bit(
         weight.float().contiguous(), quant_type=quantization, compress_statistics=double_quant
     )
@@ -242,12 +255,15 @@ def round_trip(weight: torch.Tensor, quantization: str, double_quant: bool) -> t
 
 
 def four_bit_levels(quantization: str) -> list[float]:
-    """The 16 values a 4-bit weight can take, as shares of the largest weight in its block of 64."""
+    """Return the 16 values of a 4-bit weight in ascending order, relative to the largest absolute weight in its block.
+
+    A block has 64 weights.
+    """
     return sorted(bnb.functional.get_4bit_type(quantization, device="cpu").tolist())
 
 
 def true_size(parameter: Any) -> int:
-    """Number of weights: a 4-bit tensor packs two in a byte."""
+    """Return the number of weights in a parameter. A 4-bit tensor stores two of them per byte."""
     state = getattr(parameter, "quant_state", None)
     return state.shape.numel() if state is not None else parameter.numel()
 
@@ -264,8 +280,10 @@ def _stored_bytes(parameter: Any, itemsize: int) -> int:
 
 
 def _keep_trainable_on_cpu(base: Any) -> None:
-    """On CPUs with AVX512_BF16, bitsandbytes repacks 4-bit weights at the first evaluation, on a path without
-    gradients: training would go on without learning. This keeps the path that has them.
+    """Keep bitsandbytes on a code path with gradients.
+
+    On CPUs with AVX512_BF16, bitsandbytes repacks 4-bit weights at the first evaluation for a path without gradients.
+    Training would then continue without learning anything.
     """
     for module in base.modules():
         if isinstance(module, bnb.nn.Linear4bit):

@@ -1,4 +1,4 @@
-"""Weights on disk, tensor by tensor: what a safetensors folder holds, never a whole model in memory."""
+"""Read and overwrite safetensors weights one tensor at a time, so that no whole model has to fit in memory."""
 
 import hashlib
 import json
@@ -12,12 +12,12 @@ import torch
 from qlora_helpers.errors import UserError
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-PLACES, BLOCK = 64, 2**16  # what a fingerprint reads of a file: 4 MiB
+PLACES, BLOCK = 64, 2**16  # a fingerprint reads 64 blocks of 64 KiB per file: 4 MiB
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file: its name, and the bytes of the file it fills."""
+    """A tensor in a safetensors file, stored in the bytes from `begin` up to `end` of the file."""
 
     file: Path
     name: str
@@ -27,14 +27,14 @@ class StoredTensor:
     end: int
 
     def read(self) -> torch.Tensor:
-        """The tensor. Plain reading: the pages of a mapped file would count as this process's memory."""
+        """Read the tensor. The file is not memory-mapped, because mapped pages count as memory of this process."""
         with self.file.open("rb") as file:
             file.seek(self.begin)
             raw = bytearray(file.read(self.end - self.begin))
         return torch.frombuffer(raw, dtype=self.dtype).reshape(self.shape)
 
     def overwrite(self, value: torch.Tensor, file: Path) -> None:
-        """Put `value`, rounded to the stored type, where this tensor lies in `file`, a copy of its own file."""
+        """Write `value`, rounded to the stored dtype, to this tensor's place in `file`, a copy of the original file."""
         raw = value.to(self.dtype).contiguous().view(torch.uint8).numpy().tobytes()
         with file.open("r+b") as target:
             target.seek(self.begin)
@@ -42,7 +42,7 @@ class StoredTensor:
 
 
 def files(folder: Path) -> list[Path]:
-    """The weight files of a model folder. Raises `UserError` if one is missing."""
+    """Return the weight files of a model folder. Raises `UserError` if one is missing."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
@@ -51,16 +51,18 @@ def files(folder: Path) -> list[Path]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(
-            f"model: {folder} has no {missing[0]}. Fix: get the whole model as safetensors, then run again."
+            f"model: {folder} has no {missing[0]}. Fix: download the complete model as safetensors, then run again."
         )
     return [folder / name for name in names]
 
 
 def tensors(folder: Path) -> Iterator[StoredTensor]:
-    """Every tensor of a model folder, in the order in which it is stored.
+    """Yield every tensor of a model folder in storage order.
 
-    The format: 8 bytes of length, a JSON header of that length, the data (github.com/huggingface/safetensors). Raises
-    `UserError` for weights that are not plain 16-bit or 32-bit numbers.
+    A safetensors file has 8 bytes that give the header's length, a JSON header, then the data
+    (github.com/huggingface/safetensors).
+
+    Raises `UserError` for weights that are not plain 16-bit or 32-bit floats.
     """
     for path in files(folder):
         with path.open("rb") as file:
@@ -70,15 +72,18 @@ def tensors(folder: Path) -> Iterator[StoredTensor]:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             if entry["dtype"] not in PLAIN:
                 raise UserError(
-                    f"model: {name} of {path} is stored as {entry['dtype']}, not as plain 16-bit numbers. Fix: train "
-                    "on the model's 16-bit release; a merge into packed weights changes the answers."
+                    f"model: {name} in {path} is stored as {entry['dtype']}, not as plain 16-bit numbers. Fix: train "
+                    "on the model's 16-bit release; merging into quantized weights changes the answers."
                 )
             begin, end = (8 + length + offset for offset in entry["data_offsets"])
             yield StoredTensor(path, name, PLAIN[entry["dtype"]], tuple(entry["shape"]), begin, end)
 
 
 def fingerprint(folder: Path) -> str:
-    """Tells weights from other weights of the same shape: sizes, and what lies at 64 places of each file."""
+    """Return a hash that tells weights of the same shape apart, from the size and 64 samples of each file.
+
+    The samples are spaced evenly. The hash has 16 hex digits.
+    """
     digest = hashlib.sha256()
     for path in files(folder):
         size = path.stat().st_size

@@ -1,13 +1,13 @@
-"""Will a run fit into memory, and how long will it take?"""
+"""Memory and time of a run, planned before anything is downloaded."""
 
 from qlora_helpers._lazy import lazy
 
 __all__ = [
-    "by_method",  # the same for full fine-tuning, LoRA and QLoRA
-    "device_for",  # this machine, with the dtype that suits a config's model
+    "by_method",  # plans of the same run as full fine-tuning, LoRA and QLoRA
+    "device_for",  # this machine, with the dtype chosen for a config's model
     "estimate",  # rough training time, in words
-    "fastest_split",  # how to split a batch so that it fits
-    "plan_memory",  # peak memory of a run, by part
+    "fastest_split",  # fastest split of a batch that fits
+    "plan_memory",  # peak memory of a run by part, and whether it fits
 ]
 
 __getattr__ = lazy(

@@ -1,4 +1,4 @@
-"""A model's shape from its config alone: layers, widths, parameters. Neither torch nor weights are needed."""
+"""Shape of a model from its config: layers, widths, parameter counts. Needs neither torch nor the weights."""
 
 import json
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ FAMILIES = (*LLAMA_LIKE, "bloom")
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear layer of a block. `reads` names its input: layers that read the same tensor share it."""
+    """One linear layer of a block. `reads` names its input; layers that read the same tensor share it in memory."""
 
     name: str
     n_in: int
@@ -25,13 +25,17 @@ class Linear:
 
     @property
     def weights(self) -> int:
-        """Weights without the bias."""
+        """Number of weights, without the bias."""
         return self.n_in * self.n_out
 
 
 @dataclass(frozen=True)
 class Shape:
-    """All that memory depends on. `norm_weights` and `norm_biases` are those of a block; `outer_` ones lie outside."""
+    """Everything about a model that its memory depends on.
+
+    `norm_weights` and `norm_biases` count the norms of one block, `outer_weights` and `outer_biases` those outside the
+    blocks.
+    """
 
     name: str
     family: str
@@ -52,37 +56,37 @@ class Shape:
 
     @property
     def linear_weights(self) -> int:
-        """Weights that 4-bit storage packs: every linear layer but the output head."""
+        """Number of weights that are quantized: those of every linear layer except the output head."""
         return self.layers * sum(linear.weights for linear in self.linears)
 
     @property
     def embeddings(self) -> int:
-        """Weights of the embeddings, and of the output head where it is not the same matrix."""
+        """Number of weights of the embeddings, and of the output head unless the two are tied."""
         return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
     @property
     def biases(self) -> int:
-        """All biases of the model, those of its norms included."""
+        """Number of biases of the model, including those of its norms."""
         per_block = sum(linear.n_out for linear in self.linears if linear.bias) + self.norm_biases
         return self.layers * per_block + self.outer_biases
 
     @property
     def norms(self) -> int:
-        """Weights of the norms, without their biases."""
+        """Number of weights of the norms, without their biases."""
         return self.layers * self.norm_weights + self.outer_weights
 
     @property
     def parameters(self) -> int:
-        """All parameters of the model, a shared matrix counted once."""
+        """Number of parameters of the model. A tied matrix counts once."""
         return self.linear_weights + self.embeddings + self.norms + self.biases
 
     @property
     def usual_targets(self) -> tuple[str, ...]:
-        """Layers that get an adapter if nothing else is said: queries and values, as in the LoRA paper."""
+        """Default layers for an adapter: queries and values, as in the LoRA paper (Hu et al., 2021)."""
         return ("query_key_value",) if self.family == "bloom" else ("q_proj", "v_proj")
 
     def targets(self, names: tuple[str, ...]) -> tuple[Linear, ...]:
-        """The linear layers of a block that get an adapter; raises `UserError` for a name that no layer has."""
+        """Return the linear layers of a block that get an adapter. Raises `UserError` for a name that no layer has."""
         if names == ("all-linear",):
             return self.linears
         known_names = [linear.name for linear in self.linears]
@@ -102,12 +106,12 @@ def _known() -> dict[str, dict[str, Any]]:
 
 
 def known_models() -> list[str]:
-    """Short names of the models whose config is known offline."""
+    """Return the short names of the models whose config is known offline."""
     return list(_known())
 
 
 def known(name: str) -> dict[str, Any] | None:
-    """The config of a model that is known offline, by its short name or its name on the hub."""
+    """Return the config of a model that is known offline, by its short name or hub id, or None."""
     for short, entry in _known().items():
         if name == short or name in entry["names"]:
             return dict(entry["config"])
@@ -115,9 +119,9 @@ def known(name: str) -> dict[str, Any] | None:
 
 
 def load(model: str, revision: str = "main") -> Shape:
-    """The shape of a model: one that is known offline, a folder with a `config.json`, such a file, or a hub id.
+    """Return the shape of a model: one known offline, a folder with a `config.json`, such a file, or a hub id.
 
-    Raises `UserError` if there is no config to be had, or none that is understood.
+    Raises `UserError` if the config cannot be loaded or its model type is not supported.
     """
     path = Path(model).expanduser()
     if (config := known(model)) is None:
@@ -129,7 +133,7 @@ def load(model: str, revision: str = "main") -> Shape:
         except (OSError, ValueError) as error:
             raise UserError(f"config: {file} cannot be read ({error}). Fix: pass a model's config.json.") from None
     if not isinstance(config, dict):
-        raise UserError(f"config: {model} holds no model's config. Fix: pass a model's config.json.")
+        raise UserError(f"config: {model} does not contain a model's config. Fix: pass a model's config.json.")
     return from_config(model, config)
 
 
@@ -139,30 +143,36 @@ def _from_hub(model: str, revision: str) -> Path:
     try:
         from huggingface_hub import hf_hub_download
 
-        found = hf_hub_download(model, "config.json", revision=revision, local_files_only=not hub.reachable())
-        return Path(found)
+        path = hf_hub_download(model, "config.json", revision=revision, local_files_only=not hub.reachable())
+        return Path(path)
     except (OSError, ValueError) as error:
         why = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(
-            f"model: no config of '{model}' is to be had ({why}). Fix: pass a folder or a config.json, or one of "
+            f"model: cannot load the config of '{model}' ({why}). Fix: pass a folder or a config.json, or one of "
             f"{', '.join(_known())}."
         ) from None
 
 
 def from_config(name: str, config: dict[str, Any]) -> Shape:
-    """Read a model's `config.json`. Raises `UserError` for a kind of model that is not known, or a missing key."""
+    """Return the shape that a model's `config.json` describes.
+
+    Raises `UserError` for an unsupported model type or a missing key.
+    """
     kind = config.get("model_type")
     if kind not in FAMILIES:
-        raise UserError(f"config: '{kind}' is no model type that the plan knows. Known: {', '.join(FAMILIES)}.")
+        raise UserError(f"config: model type '{kind}' is not supported by the plan. Supported: {', '.join(FAMILIES)}.")
     return _bloom(name, config) if kind == "bloom" else _llama(name, config)
 
 
 def _count(name: str, config: dict[str, Any], *keys: str, default: int | None = None) -> int:
-    """The first of `keys` that the config has, a whole number above zero."""
-    found = next((config[key] for key in keys if config.get(key) is not None), default)
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        raise UserError(f"config: {name} has {keys[0]} = {found!r}. Fix: pass the model's own config.json.")
-    return found
+    """Return the value of the first of `keys` that the config has. Raises `UserError` unless it is a positive int."""
+    value = next((config[key] for key in keys if config.get(key) is not None), default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(
+            f"config: {name} has {keys[0]} = {value!r} instead of a positive integer. "
+            "Fix: pass the model's own config.json."
+        )
+    return value
 
 
 def _llama(name: str, config: dict[str, Any]) -> Shape:
@@ -214,7 +224,7 @@ def _bloom(name: str, config: dict[str, Any]) -> Shape:
         kv_heads=heads,
         head_dim=hidden // heads,
         vocabulary=_count(name, config, "vocab_size"),
-        positions=None,  # ALiBi: no table of positions
+        positions=None,  # ALiBi has no position embeddings
         tied=bool(config.get("tie_word_embeddings", True)),
         linears=(
             Linear("query_key_value", hidden, 3 * hidden, True, "normed"),

@@ -1,4 +1,4 @@
-"""The dtype a run computes in. On a GPU its generation decides; on a CPU two candidates are timed, once per machine."""
+"""Compute dtype of a run. A GPU's generation decides; on a CPU two candidates are timed, once per machine."""
 
 from qlora_helpers import cpu_speed
 from qlora_helpers.config import Config
@@ -8,13 +8,13 @@ from qlora_helpers.planning import architectures
 
 
 def device_for(config: Config) -> Device:
-    """This machine, computing in the dtype that suits the config's model on it.
+    """Return this machine with the compute dtype for the config's model.
 
-    Without a GPU, trained biases need float32: they are float32 themselves, and no autocast joins the two.
+    Trained biases need float32 on a CPU: they are float32 themselves, and there is no autocast to mix the two dtypes.
     """
     device = detect("auto" if profile() != "cpu" else "float32")
     if device.kind == "cpu" and config.bias != "none":
-        return device.computing_in("float32", "biases are trained, which a CPU does in float32")
+        return device.computing_in("float32", "trained biases need float32 on a CPU")
     if config.compute_dtype != "auto":
         return device.computing_in(config.compute_dtype)
     if device.kind == "cuda":
@@ -23,7 +23,7 @@ def device_for(config: Config) -> Device:
 
 
 def as_begun(device: Device, dtype: str | None) -> Device:
-    """`device`, computing in the dtype in which a run began, if it has begun: another one would make it another run.
+    """Return `device` with the dtype that a run began in, if it has begun. Another dtype would make it another run.
 
     Prints a line if that dtype is slow here. Raises `UserError` if this GPU only emulates it.
     """
@@ -32,12 +32,12 @@ def as_begun(device: Device, dtype: str | None) -> Device:
     if device.kind == "cpu":
         speed = cpu_speed.lookup(*cpu_speed.USUAL_SIZE)
         if getattr(speed, dtype, 0.0) * cpu_speed.WORTHWHILE < getattr(speed, device.dtype, 0.0):
-            print(f"This run began in {dtype} and stays in it, which is slow here ({speed.reason}).")
+            print(f"This run began in {dtype} and keeps it, although it is slow here ({speed.reason}).")
     return device.computing_in(dtype, f"the run began in {dtype}")
 
 
 def product_size(config: Config) -> tuple[int, int]:
-    """Hidden and intermediate size of the config's model; the embedded model's for one whose shape is not known."""
+    """Return the hidden and intermediate size of the config's model, or of the bundled model if they are unknown."""
     try:
         shape = architectures.load(config.model, config.revision)
     except UserError:

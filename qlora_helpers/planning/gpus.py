@@ -1,14 +1,15 @@
-"""GPUs that a plan can be made for by name: their memory and their speed."""
+"""GPUs that a plan accepts by name: their memory and speed."""
 
 from dataclasses import dataclass
 
-CONTEXT_GIB = 0.6  # CUDA itself: seen on an H100
+CONTEXT_GIB = 0.6  # GiB of the CUDA context, as measured on an H100
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU: `memory` in GiB as its driver shows it, the `context` that CUDA itself takes of that, and `tflops`,
-    dense 16-bit products with 32-bit sums in 10^12 a second, as NVIDIA's data sheets say.
+    """One GPU. `memory` is in GiB as shown by the driver, `context` the GiB of it that the CUDA context takes.
+
+    `tflops` is the speed of dense 16-bit products with 32-bit accumulation in TFLOP/s, from NVIDIA's data sheets.
     """
 
     memory: float
@@ -16,7 +17,7 @@ class Gpu:
     tflops: float
 
 
-# The H100's memory was seen; of a T4's, torch can have 14.56; the others are as nvidia-smi lists them.
+# The memory of the H100 was measured; torch can use 14.56 GiB of a T4; the others are as listed by nvidia-smi.
 GPUS = {
     "t4": Gpu(14.74, 0.18, 65),
     "l4": Gpu(22.49, CONTEXT_GIB, 121),
@@ -28,7 +29,7 @@ GPUS = {
 
 
 def of_memory(memory: float) -> Gpu:
-    """A card with so much memory: a known one, or one as fast as the known one that is nearest in size."""
+    """Return a GPU with `memory` GiB: a known one, or one as fast as the known GPU with the most similar memory."""
     nearest = min(GPUS.values(), key=lambda gpu: abs(gpu.memory - memory))
     known = abs(nearest.memory - memory) < 0.1
     return Gpu(memory, nearest.context if known else CONTEXT_GIB, nearest.tflops)

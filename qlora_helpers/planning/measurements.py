@@ -1,4 +1,4 @@
-"""What `benchmarks/memory.py` saw on a GPU, beside what the plan says: `data/memory_*.jsonl`, a line a setting."""
+"""Memory that `benchmarks/memory.py` measured on a GPU, compared with the plan: `data/memory_*.jsonl`."""
 
 from statistics import median
 from typing import Any
@@ -10,16 +10,16 @@ from qlora_helpers.planning import architectures, memory
 
 MOMENTS = ("train", "heldout", "answers")
 SETTINGS = ("model", "quantization", "double_quant", "rank", "bias", "batch_size", "max_length", "optimizer")
-HELDOUT_ROWS, ANSWERS, NEW_TOKENS = 8, 16, 32  # of each setting's evaluation, whatever a run of its own would choose
+HELDOUT_ROWS, ANSWERS, NEW_TOKENS = 8, 16, 32  # fixed sizes of each setting's evaluation
 
 
 def read(name: str) -> list[dict[str, Any]]:
-    """The measured settings of one table: `settings`, `reproduction` or `speed`."""
+    """Return the measured settings of one table: `settings`, `reproduction` or `speed`."""
     return files.read_jsonl(sources.own_data(f"memory_{name}_measured.jsonl"))
 
 
 def config_of(setting: dict[str, Any]) -> Config:
-    """The run that a setting describes."""
+    """Return the config of the run that a setting describes."""
     targets = {"q,v": architectures.load(setting["model"]).usual_targets, "all": ("all-linear",)}[setting["targets"]]
     return Config.from_params(
         profile="gpu",
@@ -32,7 +32,7 @@ def config_of(setting: dict[str, Any]) -> Config:
 
 
 def predicted(setting: dict[str, Any]) -> dict[str, float]:
-    """Peak reserved memory in GiB of training, of held-out losses and of answers, by the plan."""
+    """Return the planned peak of reserved memory in GiB: in training, for held-out losses, and for answers."""
     workload = memory.workload_of(config_of(setting))
     parts = {
         "train": memory.training_parts(workload),
@@ -43,18 +43,18 @@ def predicted(setting: dict[str, Any]) -> dict[str, float]:
 
 
 def peaks(line: dict[str, Any], moments: tuple[str, ...] = MOMENTS) -> tuple[float, float]:
-    """Planned and measured peak over `moments`, in GiB."""
+    """Return the planned and the measured peak over `moments`, in GiB."""
     planned = predicted(line)
     return max(planned[moment] for moment in moments), max(line[f"{moment}_reserved"] for moment in moments)
 
 
 def error(line: dict[str, Any], moments: tuple[str, ...] = MOMENTS) -> float:
-    """How far the planned peak over `moments` is off the measured one, as a share of that; above zero: too much."""
-    planned, seen = peaks(line, moments)
-    return planned / seen - 1
+    """Return the relative error of the planned peak over `moments`. Above zero, the plan is too high."""
+    planned, measured = peaks(line, moments)
+    return planned / measured - 1
 
 
 def score(lines: list[dict[str, Any]], moments: tuple[str, ...] = MOMENTS) -> dict[str, float]:
-    """Number of settings, and the median and the worst size of the error."""
-    off = [abs(error(line, moments)) for line in lines]
-    return {"settings": len(off), "median": median(off), "worst": max(off)}
+    """Return the number of settings, and the median and the largest absolute error."""
+    errors = [abs(error(line, moments)) for line in lines]
+    return {"settings": len(errors), "median": median(errors), "worst": max(errors)}

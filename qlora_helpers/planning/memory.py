@@ -1,7 +1,7 @@
-"""Peak memory of a run by part, from the model's config alone: arithmetic, without torch and without weights.
+"""Peak memory of a run by part, computed from the model's config, without torch and without weights.
 
-What a part holds was read from the tensors alive at the peak of real runs; `benchmarks/memory.py` measures whole runs,
-and `benchmarks/README.md` says how far off the arithmetic is. All sizes are bytes.
+The content of each part was read from the tensors alive at the peak of real runs. `benchmarks/memory.py` measures whole
+runs, and `docs/results.md` lists the errors of the plan. All sizes are in bytes.
 """
 
 from collections.abc import Callable
@@ -19,22 +19,23 @@ HALF, FULL = 2, 4  # bytes of bf16 or fp16, and of float32
 BLOCK = 64  # weights that share a 4-bit scale
 NESTED = 256  # scales that share a second scale, with double quantization
 BLOCK_8BIT = 256  # optimizer values that share a scale in 8-bit AdamW
-LOSS_COPIES = 3  # float32 matrices of tokens x words at the loss: log-softmax, its gradient, the logits' gradient
+LOSS_COPIES = 3  # float32 matrices of tokens x vocabulary at the loss: log-softmax, its gradient, the logits' gradient
 WORKSPACE = 64 * 2**20  # cuBLAS, forward and backward
-EVALUATION_LOGITS = 512  # tokens whose logits `evaluation` holds at once: x 49,152 words x 4 bytes is 96 MiB
-MOST_ROWS, MOST_ANSWERS = 8, 128  # more rows at once are no faster; answers cost as many steps for 1 as for all
+EVALUATION_LOGITS = 512  # tokens whose logits `evaluation` keeps at once: x 49,152 words x 4 bytes is 96 MiB
+MOST_ROWS, MOST_ANSWERS = 8, 128  # more rows at once are not faster; a batch of answers takes as many steps as one
 
-# What the allocator reserves over what is used: least squares over the measured settings that are not kept for the
-# score. First of one float32 matrix of tokens x words, whose holes are not filled again; then of the activations.
+# Memory that the allocator reserves beyond what is used, as fractions fitted by least squares to the measured settings
+# that are not held back for scoring. The first is of one float32 matrix of tokens x vocabulary, whose gaps are not
+# filled again, the second of the activations.
 SPARE = (0.51, 0.05)
-SPARE_CHECKPOINTING = (0.95, 0.31)  # blocks that are made again lie between those that stay
-SPARE_EVALUATION = (0.28, 0.05)  # without gradients: of what comes and goes, and of keys and values
-SPARE_PACKED = 0.03  # of 4-bit weights, which lie where 16-bit ones passed through
+SPARE_CHECKPOINTING = (0.95, 0.31)  # recomputed blocks lie between those that stay
+SPARE_EVALUATION = (0.28, 0.05)  # without gradients: of temporary tensors, and of keys and values
+SPARE_PACKED = 0.03  # of 4-bit weights, which lie in gaps left by the 16-bit weights they were made from
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One run as far as memory is concerned. `tokens` of a forward pass: every row counts as long as rows may be."""
+    """The properties of a run that its memory depends on. Every row counts with the maximum length."""
 
     shape: Shape
     config: Config
@@ -42,17 +43,17 @@ class Workload:
 
     @property
     def rows(self) -> int:
-        """Rows of a forward pass."""
+        """Rows per forward pass."""
         return self.config.batch_size
 
     @property
     def tokens(self) -> int:
-        """Tokens of a forward pass."""
+        """Tokens per forward pass."""
         return self.rows * self.config.max_length
 
     @property
     def adapted(self) -> tuple[Linear, ...]:
-        """Layers of a block with an adapter."""
+        """Layers of a block that have an adapter."""
         return () if self.full else self.shape.targets(self.config.target_modules)
 
     @property
@@ -62,17 +63,17 @@ class Workload:
 
 
 def method_of(config: Config) -> str:
-    """What a config's own run is: qlora with the base in 4 bits, else lora."""
+    """Return the method of a config: qlora if the base model is quantized, else lora."""
     return "lora" if config.quantization == "none" else "qlora"
 
 
 def workload_of(config: Config, method: str | None = None) -> Workload:
-    """What a run of `config` holds, or of the same settings with another method.
+    """Return the workload of a run of `config`, or of the same settings with another method.
 
-    Raises `UserError` for a model whose config is not to be had, and for settings that the model cannot have.
+    Raises `UserError` if the model's config cannot be loaded, or if a setting is impossible for the model.
     """
     if method not in (None, *METHODS):
-        raise UserError(f"method: there is no '{method}'.{nearest(str(method), METHODS)}")
+        raise UserError(f"unknown method '{method}'.{nearest(str(method), METHODS)}")
     shape = architectures.load(config.model, config.revision)
     if (method or method_of(config)) != "qlora":
         config = config.replace(quantization="none")
@@ -81,16 +82,17 @@ def workload_of(config: Config, method: str | None = None) -> Workload:
     workload = Workload(shape, config, method == "full")
     widths = [min(linear.n_in, linear.n_out) for linear in workload.adapted]
     if config.rank > min(widths, default=config.rank):
-        raise UserError(f"rank: {config.rank} is above the width of an adapted layer. Fix: {min(widths)} or less.")
+        raise UserError(f"rank: {config.rank} exceeds the width of an adapted layer. Fix: use {min(widths)} or less.")
     if shape.positions and config.max_length > shape.positions:
         raise UserError(
-            f"max_length: {config.max_length} is above the {shape.positions} positions of {shape.name}. Fix: less."
+            f"max_length: {config.max_length} exceeds the {shape.positions} positions of {shape.name}. "
+            f"Fix: use {shape.positions} or less."
         )
     return workload
 
 
 def training_parts(workload: Workload) -> dict[str, float]:
-    """Bytes by part at the worst moment of a step: the loss, a block's backward pass, or the optimizer's own step."""
+    """Return bytes by part at the peak of a step: at the loss, in a block's backward pass, or in the optimizer step."""
     moments = (_at_loss(workload), _in_backward(workload), _at_step(workload))
     worst = max(moments, key=lambda parts: sum(parts.values()))
     of_loss, of_rest = SPARE_CHECKPOINTING if workload.config.gradient_checkpointing else SPARE
@@ -99,7 +101,7 @@ def training_parts(workload: Workload) -> dict[str, float]:
 
 
 def static_parts(workload: Workload) -> dict[str, float]:
-    """Bytes that stay through the run: the model as stored, and what is trained."""
+    """Return bytes by part that stay allocated during the whole run: the stored model and the trained weights."""
     shape, trained_biases = workload.shape, _trained_biases(workload)
     linear = shape.linear_weights
     if workload.full:
@@ -117,7 +119,7 @@ def static_parts(workload: Workload) -> dict[str, float]:
 
 
 def trained_parameters(workload: Workload) -> int:
-    """Parameters that the optimizer moves."""
+    """Return the number of parameters that the optimizer updates."""
     return workload.shape.parameters if workload.full else _adapter(workload) + _trained_biases(workload)
 
 
@@ -135,7 +137,7 @@ def _trained_biases(workload: Workload) -> int:
 
 
 def _optimizer(workload: Workload) -> float:
-    """AdamW's two moments. Paged ones move to the CPU's memory when the GPU's is short: they do not count."""
+    """Bytes of AdamW's two moments. Paged moments move to CPU memory when GPU memory is short, so they count as 0."""
     if workload.config.optimizer.startswith("paged"):
         return 0.0
     each = (1 + FULL / BLOCK_8BIT) if workload.config.optimizer == "adamw_8bit" else (HALF if workload.full else FULL)
@@ -151,7 +153,7 @@ def _base(workload: Workload) -> dict[str, float]:
 
 
 def _at_loss(workload: Workload) -> dict[str, float]:
-    """Forward pass done: everything saved for the backward pass is there, and the loss goes back to the logits."""
+    """After the forward pass: everything saved for the backward pass exists, and the logits get their gradient."""
     between = _gradients(workload) if workload.config.gradient_accumulation > 1 else 0.0
     return {
         **_base(workload),
@@ -163,7 +165,7 @@ def _at_loss(workload: Workload) -> dict[str, float]:
 
 
 def _in_backward(workload: Workload) -> dict[str, float]:
-    """The last block's turn: its own tensors once more if they are recomputed, and one layer's weights in 16 bits."""
+    """Backward pass of the last block: its own tensors again if recomputed, and one layer's weights in 16 bits."""
     again = _block(workload) if workload.config.gradient_checkpointing else 0.0
     widest = max(linear.weights for linear in workload.shape.linears)
     dequantized = HALF * widest if workload.packed else 0.0
@@ -179,13 +181,13 @@ def _in_backward(workload: Workload) -> dict[str, float]:
 
 
 def _at_step(workload: Workload) -> dict[str, float]:
-    """Gradients are complete, and AdamW holds one more copy of what it moves while it divides."""
+    """Optimizer step: all gradients exist, and AdamW's division needs one more copy of the trained parameters."""
     copy = _gradients(workload) if workload.config.optimizer == "adamw_torch" else 0.0
     return {**_base(workload), "gradients": _gradients(workload), "workspace": WORKSPACE + copy}
 
 
 def _saved(workload: Workload) -> float:
-    """Bytes kept for the backward pass, over all blocks."""
+    """Bytes saved for the backward pass, over all blocks."""
     shape = workload.shape
     last_norm = FULL * shape.hidden * workload.tokens
     if workload.config.gradient_checkpointing:
@@ -200,16 +202,16 @@ def _block(workload: Workload) -> float:
 
 
 def _llama_block(workload: Workload) -> float:
-    """Per token: two norms in float32; queries, keys, values and what they give; gate, activated gate, gated."""
+    """Bytes per token: two norms in float32; queries, keys, values, attention output; gate, its activation, product."""
     shape = workload.shape
     queries = shape.heads * shape.head_dim
-    keys = queries if workload.rows > 1 else shape.kv_heads * shape.head_dim  # with padding, keys are repeated per head
+    keys = queries if workload.rows > 1 else shape.kv_heads * shape.head_dim  # padding: keys are repeated per head
     return 2 * FULL * (shape.hidden + 1) + HALF * (2 * queries + 2 * keys + 3 * shape.intermediate) + FULL * shape.heads
 
 
 def _bloom_block(workload: Workload) -> float:
-    """Per token: attention weights over the row in float32 and in 16 bits, queries, keys and values, the residual
-    stream twice in float32, and what goes into the activation: in float32 behind a 4-bit layer.
+    """Bytes per token: attention weights over the row in float32 and in 16 bits, queries, keys and values, the residual
+    stream twice in float32, and the input of the activation, which is in float32 after a 4-bit layer.
     """
     shape = workload.shape
     attention = (FULL + HALF) * shape.heads * workload.config.max_length
@@ -218,7 +220,7 @@ def _bloom_block(workload: Workload) -> float:
 
 
 def _adapter_inputs(workload: Workload) -> float:
-    """Per token: what each adapter reads after its dropout, the dropout's mask, and the r values between A and B."""
+    """Bytes per token: each adapter's input after dropout, the dropout mask, and the r values between A and B."""
     if workload.full:
         read = {linear.reads: linear.n_in for linear in workload.shape.linears}
         return float(HALF * sum(n_in for reads, n_in in read.items() if reads != "attended"))
@@ -230,25 +232,26 @@ def _adapter_inputs(workload: Workload) -> float:
 
 
 def _attention_mask(workload: Workload) -> float:
-    """One 16-bit mask a block, where rows are padded to one length."""
+    """Bytes of one 16-bit mask per block, needed when rows are padded to the same length."""
     if workload.shape.family == "bloom" or workload.rows == 1:
         return 0.0
     return float(HALF * workload.rows * workload.config.max_length**2)
 
 
 def evaluation_parts(workload: Workload) -> dict[str, float]:
-    """Bytes by part at the worst moment of an evaluation: held-out losses, or answers."""
-    losses, said = heldout_parts(workload, rows_at_once(workload)), answer_parts(workload, answers_at_once(workload))
-    return max(losses, said, key=lambda parts: sum(parts.values()))
+    """Return bytes by part at the peak of an evaluation: during held-out losses or during answers."""
+    losses = heldout_parts(workload, rows_at_once(workload))
+    answers = answer_parts(workload, answers_at_once(workload))
+    return max(losses, answers, key=lambda parts: sum(parts.values()))
 
 
 def rows_at_once(workload: Workload) -> int:
-    """Held-out rows that go through the model together: so many that training needs more memory."""
+    """Return how many held-out rows to evaluate in one batch: at most as many as need no more memory than training."""
     return _most(workload, heldout_parts, MOST_ROWS)
 
 
 def answers_at_once(workload: Workload) -> int:
-    """Questions that are answered together: so many that training needs more memory."""
+    """Return how many questions to answer in one batch: at most as many as need no more memory than training."""
     return _most(workload, answer_parts, MOST_ANSWERS)
 
 
@@ -260,7 +263,7 @@ def _most(workload: Workload, parts: Callable[[Workload, int], dict[str, float]]
 
 
 def heldout_parts(workload: Workload, rows: int) -> dict[str, float]:
-    """Bytes by part while the losses of `rows` held-out rows are taken."""
+    """Return bytes by part while the losses of `rows` held-out rows are computed."""
     tokens = rows * workload.config.max_length
     logits = min(EVALUATION_LOGITS, tokens) * workload.shape.vocabulary * 2 * FULL
     kept = HALF * 2 * workload.shape.hidden * tokens
@@ -268,28 +271,30 @@ def heldout_parts(workload: Workload, rows: int) -> dict[str, float]:
 
 
 def answer_parts(workload: Workload, number: int) -> dict[str, float]:
-    """Bytes by part while `number` questions are answered: the questions, half as long as rows may be, go through at
-    once; the keys and values of all that was read and said stay.
+    """Return bytes by part while `number` questions are answered in one batch.
+
+    The questions, taken as half the maximum length, pass through the model at once. The keys and values of all
+    question and answer tokens stay.
     """
     shape = workload.shape
-    asked, said = number * workload.config.max_length // 2, number * workload.config.max_new_tokens
+    read, written = number * workload.config.max_length // 2, number * workload.config.max_new_tokens
     width = FULL if shape.family == "bloom" and workload.packed else HALF
-    cache = 2.0 * width * shape.layers * shape.kv_heads * shape.head_dim * (asked + said)
-    parts = _passing_through(workload, asked, number, 0.0)
+    cache = 2.0 * width * shape.layers * shape.kv_heads * shape.head_dim * (read + written)
+    parts = _passing_through(workload, read, number, 0.0)
     return {**parts, "keys and values": cache, "fragmentation": parts["fragmentation"] + SPARE_EVALUATION[1] * cache}
 
 
 def _passing_through(workload: Workload, tokens: int, rows: int, logits: float) -> dict[str, float]:
-    """One block's forward pass without anything saved; behind it, the logits."""
+    """Bytes by part of one block's forward pass without gradients, or of the logits after it, if those are larger."""
     shape = workload.shape
-    if shape.family == "bloom":  # float32; the activation is computed in steps, each a tensor
+    if shape.family == "bloom":  # float32; each step of the activation is a tensor of its own
         widest = (2 * FULL + HALF) * shape.heads * tokens / rows + 8 * FULL * shape.hidden
         block = tokens * max(widest, 4 * FULL * shape.intermediate + 2 * FULL * shape.hidden)
     else:
         wide = {linear.name for linear in workload.adapted} & {
             "gate_proj",
             "up_proj",
-        }  # one more for the adapter's output
+        }  # these need one more tensor, for the adapter's output
         block = tokens * (HALF * (4 if wide else 3) * shape.intermediate + 2 * FULL * shape.hidden)
     static = static_parts(workload)
     spare = SPARE_EVALUATION[0] * max(block, logits) + (SPARE_PACKED * sum(static.values()) if workload.packed else 0)

@@ -1,4 +1,4 @@
-"""From peak memory to an answer: does the run fit, what to change first, and the fastest split of a batch that fits."""
+"""Decide whether a run fits, what to change first, and which split of the batch is the fastest that fits."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,12 +11,12 @@ from qlora_helpers.planning import architectures, gpus, memory, step_time
 from qlora_helpers.planning.gpus import CONTEXT_GIB, GPUS, Gpu
 from qlora_helpers.planning.memory import GIB, METHODS
 
-TIGHT = 0.9  # of the card: nearer to its end than this, the arithmetic's own error decides
+TIGHT = 0.9  # fraction of the GPU's memory above which the error of the plan may decide
 
 
 @dataclass(frozen=True)
 class Advice:
-    """One change: what it saves at the peak, and how long a step then takes against now."""
+    """One change of settings: GiB saved at the peak, and the time of a step as a multiple of the current one."""
 
     change: str
     saves_gib: float
@@ -30,9 +30,9 @@ class Advice:
 
 @dataclass(frozen=True)
 class Plan:
-    """Peak memory of one run, in GiB by part, in training and in evaluation, and whether the device has it.
+    """Peak memory of one run in GiB, by part, in training and in evaluation, and whether it fits the device.
 
-    `context` is what CUDA takes on the card outside torch. `memory` is the card's, None if no device was named.
+    `context` is the GPU memory that CUDA takes outside torch. `memory` is that of the GPU, None if no device was given.
     """
 
     model: str
@@ -47,22 +47,22 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """The most that torch takes, in training or in evaluation."""
+        """Peak of the memory that torch reserves, in training or in evaluation."""
         return max(sum(self.training.values()), sum(self.evaluation.values()))
 
     @property
     def total(self) -> float:
-        """Peak of the whole run on the card, CUDA's own share included."""
+        """Peak memory of the run on the GPU, including the CUDA context."""
         return self.peak + self.context
 
     @property
     def fits(self) -> bool:
-        """Whether the device has so much; with no device named, nothing says that it has not."""
+        """Whether the run fits the device. True if no device was given."""
         return self.memory is None or self.total <= self.memory
 
     @property
     def verdict(self) -> str:
-        """Fits, tight, or does not fit."""
+        """fits, tight, does not fit, or no device named."""
         if self.memory is None:
             return "no device named"
         if not self.fits:
@@ -75,7 +75,7 @@ class Plan:
         return f"{self.verdict}: {self.total:.2f} GiB" + (f" of {self.memory:.2f}" if self.memory else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, GiB rounded to megabytes."""
+        """Return plain values, with GiB rounded to three decimals."""
         return {
             "model": self.model,
             "parameters": self.parameters,
@@ -93,11 +93,11 @@ class Plan:
 
 
 def plan_memory(config: Config, device: Device | str | float | None = None, method: str | None = None) -> Plan:
-    """Peak memory of `config` on `device`: a `Device`, a card's name such as t4, or GiB; no device, no verdict.
+    """Plan the peak memory of `config` on `device`: a `Device`, a GPU's name such as t4, or its memory in GiB.
 
-    `method` is qlora, lora or full; if None, as the config says. Full fine-tuning keeps weights, gradients and AdamW's
-    moments in 16 bits, 8 bytes a parameter. Every row counts as long as rows may be. Raises `UserError` for a model
-    without config and for settings that the model cannot have.
+    Without a device there is no verdict. `method` is qlora, lora or full; None means the config's own. Full fine-tuning
+    keeps weights, gradients and AdamW's moments in 16 bits, 8 bytes per parameter. Every row counts with the maximum
+    length. Raises `UserError` if the model's config cannot be loaded, or if a setting is impossible for the model.
     """
     workload = memory.workload_of(config, method)
     gpu = None if device is None else gpu_of(device, config)
@@ -118,13 +118,15 @@ def plan_memory(config: Config, device: Device | str | float | None = None, meth
 
 
 def by_method(config: Config, device: Device | str | float | None = None) -> dict[str, Plan]:
-    """The same run as full fine-tuning, LoRA and QLoRA."""
+    """Return plans of the same run as QLoRA, LoRA and full fine-tuning."""
     return {method: plan_memory(config, device, method) for method in METHODS}
 
 
 def fastest_split(config: Config, device: Device | str | float) -> Config:
-    """The same effective batch, split and checkpointed as it is fastest among the splits that fit; those that are tight
-    come after the others. If none fits, the one that takes least: the run will say so.
+    """Return the config with its effective batch split, and checkpointing set, in the fastest way that fits.
+
+    Splits whose verdict is tight are used only if no other fits. If none fits, return the one that needs the least
+    memory; the run will report that it does not fit.
     """
     gpu = gpu_of(device, config)
     order = {"fits": 0, "tight": 1}
@@ -136,19 +138,22 @@ def fastest_split(config: Config, device: Device | str | float) -> Config:
 
 
 def preset_on(preset: str, model: str | None, **params: Any) -> Config:
-    """A published run, or its recipe on another model: then on that model's usual layers, if none are named."""
+    """Return a preset, or its settings with another model: then with that model's default layers, unless given."""
     if model is not None:
         params = {"target_modules": architectures.load(model).usual_targets, **params, "model": model}
     return Config.preset(preset, **params)
 
 
 def nearest_fit(config: Config, device: Device | str | float) -> Config | None:
-    """The first setting that fits when the batch is split, then the base packed, then rows cut shorter; if any does."""
+    """Return the first config that fits when splitting the batch, then quantizing the base model, then halving rows.
+
+    Returns None if none fits with rows of 64 tokens or more.
+    """
     while config.max_length >= 64:
         for stored in dict.fromkeys((config.quantization, "nf4")):
-            found = fastest_split(config.replace(quantization=stored), device)
-            if plan_memory(found, device).fits:
-                return found
+            candidate = fastest_split(config.replace(quantization=stored), device)
+            if plan_memory(candidate, device).fits:
+                return candidate
         config = config.replace(max_length=config.max_length // 2)
     return None
 
@@ -164,14 +169,17 @@ def _splits(config: Config) -> Iterator[Config]:
 
 
 def gpu_of(device: Device | str | float, config: Config) -> Gpu:
-    """The card that is meant. A run that is held to less memory has less."""
+    """Return the GPU that `device` stands for, with less memory if the config limits it.
+
+    Raises `UserError` for an unknown name or a memory that is not positive.
+    """
     if isinstance(device, str):
         if device not in GPUS:
-            raise UserError(f"device: there is no '{device}'.{nearest(device, GPUS)}")
+            raise UserError(f"unknown device '{device}'.{nearest(device, GPUS)}")
         return GPUS[device]
     total = device.memory_gib if isinstance(device, Device) else device
     if not total > 0:
-        raise UserError(f"memory: {total:g} GiB is no budget. Fix: the card's memory, such as 16.")
+        raise UserError(f"memory: {total:g} GiB is not positive. Fix: pass the GPU's memory, such as 16.")
     gpu = gpus.of_memory(total)
     if isinstance(device, Device) and config.memory_limit_gib is not None:
         return replace(gpu, memory=min(total, config.memory_limit_gib + gpu.context))
@@ -183,19 +191,19 @@ def _gib(parts: dict[str, float]) -> dict[str, float]:
 
 
 def _advice(config: Config, plan: Plan, gpu: Gpu) -> list[Advice]:
-    """Changes that save something, those first that save most for the time they cost."""
-    found, now = [], step_time.seconds(config, gpu)
+    """Return changes that save memory, best ratio of memory saved to time lost first."""
+    advice, now = [], step_time.seconds(config, gpu)
     for change, settings in _changes(config):
         changed = config.replace(**settings)
         saved = plan.peak - plan_memory(changed).peak
         if saved > 0.01 * plan.total:
-            found.append(Advice(change, saved, step_time.seconds(changed, gpu) / now, settings))
-    return sorted(found, key=lambda item: -item.saves_gib / (max(item.time, 1) - 0.9))
+            advice.append(Advice(change, saved, step_time.seconds(changed, gpu) / now, settings))
+    return sorted(advice, key=lambda item: -item.saves_gib / (max(item.time, 1) - 0.9))
 
 
 def _changes(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
     if config.quantization == "none":
-        yield "quantization=nf4, the base in 4 bits", {"quantization": "nf4"}
+        yield "quantization=nf4, the base model in 4 bits", {"quantization": "nf4"}
     if not config.gradient_checkpointing:
         yield "gradient_checkpointing=true", {"gradient_checkpointing": True}
     if config.batch_size > 1 and config.batch_size % 2 == 0:
@@ -205,6 +213,6 @@ def _changes(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "optimizer=paged_adamw_8bit", {"optimizer": "paged_adamw_8bit"}
     if config.max_length >= 128:
         length = config.max_length // 2
-        yield f"max_length={length}, longer rows are cut", {"max_length": length}
+        yield f"max_length={length}, longer rows are truncated", {"max_length": length}
     if config.bias != "none":
         yield "bias=none", {"bias": "none"}

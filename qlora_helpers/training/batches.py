@@ -1,7 +1,7 @@
-"""Training batches for a CPU: the model computes no padding, and logits only where a token is trained.
+"""Training batches for a CPU: rows are packed without padding, and logits are computed only for trained tokens.
 
-Everything still goes through the model's own forward pass and its own loss. A GPU uses TRL's padded batches: there a
-step costs the same time with or without the padding.
+Every batch still goes through the model's own forward pass and loss. On a GPU, TRL's padded batches are used: there a
+step takes the same time with or without padding.
 """
 
 import inspect
@@ -17,47 +17,50 @@ from qlora_helpers.device import Device
 Features = list[dict[str, list[int]]]
 Batch = dict[str, Any]  # keyword arguments of the model
 Collator = Callable[[Features], Batch]
-# What a token costs beside its logits, in units of width x layers operations. A block has about 12 x width^2 weights.
-# Attention takes so much for each token that a line is long: forward, and 2.5 times that backward, at half the speed of
-# large products. The causal kernel skips half of it; with a mask nothing is skipped.
+# Cost of a token without its logits, in units of width x layers operations. A block has about 12 x width^2 weights. The
+# cost of attention is MASKED or CAUSAL times the length of the line: a forward pass, and a backward pass of 2.5 times
+# that, at half the speed of large products. The causal kernel skips half of it; a mask skips nothing.
 BLOCK_WEIGHTS, MASKED, CAUSAL = 12, 6, 3
-ROWS_OF_CHECK = (11, 7, 11)  # tokens of the rows with which a shortcut is checked: two, and another first one
-TOLERANCE = 1e-4  # nats that a shortcut may be from the plain forward pass, in float32
-LEAK = 1e-6  # share of the loss by which another row may move it: exactly 0 is expected
-ROUNDING = 0.01  # share of the loss that rounding to 16 bits may add to that: 0.2% was seen
+CHECK_LENGTHS = (11, 7, 11)  # tokens of the rows that check a collator: two rows, and another first row
+TOLERANCE = 1e-4  # nats by which a collator's loss may differ from that of the plain forward pass, in float32
+LEAK = 1e-6  # share of the loss by which another row may change it; exactly 0 is expected
+ROUNDING = 0.01  # share of the loss that rounding to 16 bits may add to TOLERANCE; 0.2% was measured
 
 
 @dataclass(frozen=True)
-class Lines:
-    """A collator that lays the rows of a batch end to end on one or more lines, with little or no padding.
+class PackedRows:
+    """Collator that packs the rows of a batch end to end into one or more lines, with little or no padding.
 
-    Positions start again at every row, and transformers keeps rows apart by them: no row attends to another. One line
-    has no padding, but attention is quadratic in its length; a line per row is the usual padded batch. The number of
-    lines is the one that costs least. Logits are computed at trained positions only.
+    Positions restart at 0 in every row. transformers derives the row boundaries from them, so no row attends to
+    another. A single line has no padding, but attention is quadratic in its length; one line per row is the usual
+    padded batch. The cheapest number of lines is chosen. Logits are computed only at trained positions.
 
-    `width` is the model's hidden size, `layers` its blocks, `words` its vocabulary.
+    The three sizes are those of the model: its hidden size, number of blocks and vocabulary size.
     """
 
-    width: int
+    hidden_size: int
     layers: int
-    words: int
+    vocabulary: int
 
     def __call__(self, features: Features) -> Batch:
-        """A batch as keyword arguments of the model."""
-        layouts = [deal(features, number) for number in range(1, len(features) + 1)]
-        return on_lines(min(layouts, key=self.cost))
+        """Return a batch as keyword arguments of the model."""
+        packings = [split_rows(features, number) for number in range(1, len(features) + 1)]
+        return collate_lines(min(packings, key=self.cost))
 
     def cost(self, lines: list[Features]) -> float:
-        """Time of a step on these lines, in units of `width` x `layers` operations."""
+        """Estimate the time of a step on these lines, in units of `hidden_size` x `layers` operations."""
         length = max(map(_length, lines))
         area = length * len(lines)
         attention = MASKED if any(len(line) > 1 for line in lines) else CAUSAL
-        logits = len(_trained_columns(lines)) * len(lines) * self.words / self.layers
-        return BLOCK_WEIGHTS * self.width * area + logits + attention * area * length
+        logits = len(_trained_columns(lines)) * len(lines) * self.vocabulary / self.layers
+        return BLOCK_WEIGHTS * self.hidden_size * area + logits + attention * area * length
 
 
-def deal(features: Features, number: int) -> list[Features]:
-    """The rows on so many lines of nearly equal length: the longest row first, each to the shortest line."""
+def split_rows(features: Features, number: int) -> list[Features]:
+    """Distribute the rows over `number` lines of nearly equal length.
+
+    The longest row comes first; each row goes to the line that is shortest so far.
+    """
     lines: list[Features] = [[] for _ in range(number)]
     for row in sorted(features, key=lambda row: -len(row["input_ids"])):
         min(lines, key=_length).append(row)
@@ -69,18 +72,18 @@ def _length(line: Features) -> int:
 
 
 def _trained_columns(lines: list[Features]) -> set[int]:
-    """Columns whose next token is trained on any line."""
-    found: set[int] = set()
+    """Return the columns whose next token is trained in any line."""
+    columns: set[int] = set()
     for line in lines:
         start = 0
         for row in line:
-            found |= {start + place for place, label in enumerate(row["labels"][1:]) if label != IGNORE}
+            columns |= {start + place for place, label in enumerate(row["labels"][1:]) if label != IGNORE}
             start += len(row["input_ids"])
-    return found
+    return columns
 
 
-def on_lines(lines: list[Features]) -> Batch:
-    """Lines filled up on the right to the longest: shape (lines, tokens). `position_ids` start at 0 in every row."""
+def collate_lines(lines: list[Features]) -> Batch:
+    """Pad the lines on the right to the longest one: (lines, tokens). `position_ids` start at 0 in every row."""
     longest = max(map(_length, lines))
     ids, labels, positions = [], [], []
     for line in lines:
@@ -88,64 +91,65 @@ def on_lines(lines: list[Features]) -> Batch:
         ids.append([token for row in line for token in row["input_ids"]] + [0] * gap)
         labels.append([label for row in line for label in (IGNORE, *row["labels"][1:])] + [IGNORE] * gap)
         positions.append([place for row in line for place in range(len(row["input_ids"]))] + list(range(gap)))
-    # The filling comes last and is not trained on: causal attention alone keeps it out of everything that counts. So
-    # one row on each line needs neither positions nor a mask.
-    own = {"position_ids": torch.tensor(positions)} if any(len(line) > 1 for line in lines) else {}
+    # Padding comes last and is not trained, so causal attention keeps it out of the loss. If every line holds one row,
+    # neither positions nor a mask are needed.
+    own_positions = {"position_ids": torch.tensor(positions)} if any(len(line) > 1 for line in lines) else {}
     columns = torch.tensor(sorted(_trained_columns(lines)), dtype=torch.long)
-    whole = torch.tensor(labels)
-    following = torch.nn.functional.pad(whole[:, 1:], (0, 1), value=IGNORE)[:, columns]
+    all_labels = torch.tensor(labels)
+    shifted = torch.nn.functional.pad(all_labels[:, 1:], (0, 1), value=IGNORE)[:, columns]
     return {
         "input_ids": torch.tensor(ids),
-        "labels": whole,
-        "shift_labels": following,
+        "labels": all_labels,
+        "shift_labels": shifted,
         "logits_to_keep": columns,
-        # With a cache, transformers would take the positions for those of one row, and let the rows see each other.
+        # With a cache, transformers would treat the line as a single row, and the rows would attend to each other.
         "use_cache": False,
-        **own,
+        **own_positions,
     }
 
 
 def flat(features: Features) -> Batch:
-    """All rows on one line."""
-    return on_lines([features])
+    """Collate all rows into a single line."""
+    return collate_lines([features])
 
 
 def padded(features: Features) -> Batch:
-    """Every row on a line of its own, filled up to the longest."""
-    return on_lines([[row] for row in features])
+    """Collate every row into its own line, padded to the longest."""
+    return collate_lines([[row] for row in features])
 
 
 def collator(model: Any, device: Device) -> Collator | None:
-    """The cheapest collator under which `model` computes the same loss; None for TRL's own.
+    """Return the cheapest collator with which `model` computes the same loss, or None for TRL's own collator.
 
-    The check runs two short rows through the model: see `same_loss`.
+    The check runs short rows through the model; see `same_loss`.
     """
     if device.kind != "cpu" or not _takes_columns(model):
         return None
     rounding = 0.0 if device.dtype == "float32" else ROUNDING
     if same_loss(model, flat, rounding):
         text = model.config.get_text_config()
-        return Lines(text.hidden_size, text.num_hidden_layers, text.vocab_size)
+        return PackedRows(text.hidden_size, text.num_hidden_layers, text.vocab_size)
     return padded if same_loss(model, padded, rounding) else None
 
 
 def _takes_columns(model: Any) -> bool:
-    """Whether the model's forward pass can leave out logits, and takes labels that are shifted already."""
+    """Whether the model's forward pass can skip logits and accepts labels that are already shifted."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    known = inspect.signature(inner.forward).parameters
-    takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-    return "logits_to_keep" in known and takes_more
+    parameters = inspect.signature(inner.forward).parameters
+    accepts_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return "logits_to_keep" in parameters and accepts_any
 
 
 def same_loss(model: Any, collate: Collator, rounding: float = 0.0) -> bool:
-    """Whether the batch that `collate` makes of two rows gives the mean of the model's own losses over each row by
-    itself, and whether another first row leaves the loss of the second as it was.
+    """Whether `model` computes the same loss on batches from `collate` as on each row separately.
 
-    The first may be off by `TOLERANCE` nats and the share `rounding` of the loss. The second test finds models that
-    carry a state from one row to the next; it is exact in any dtype, since what is masked counts as zero.
+    Two properties are checked. The loss of a batch of two rows must be the mean over the tokens of both, within
+    `TOLERANCE` nats plus the share `rounding` of the loss. And the loss of the second row must not depend on the first
+    one, which finds models that carry state from one row to the next. The second check is exact in any dtype, because
+    masked tokens contribute zero.
     """
-    words = model.config.get_text_config().vocab_size
-    first, second, other = (_row(size, step, words) for step, size in zip((31, 37, 41), ROWS_OF_CHECK, strict=True))
+    vocabulary = model.config.get_text_config().vocab_size
+    first, second, other = (_row(n, step, vocabulary) for step, n in zip((31, 37, 41), CHECK_LENGTHS, strict=True))
     was_training = model.training
     model.eval()
     try:
@@ -153,7 +157,7 @@ def same_loss(model: Any, collate: Collator, rounding: float = 0.0) -> bool:
             rows = (torch.tensor([ids]) for ids in (first, second))
             plain = [model(input_ids=row, labels=row).loss.item() for row in rows]
             together = _loss(model, collate([_trained(first), _trained(second)]))
-            after = [_loss(model, collate([_silent(row), _trained(second)])) for row in (first, other)]
+            after = [_loss(model, collate([_untrained(row), _trained(second)])) for row in (first, other)]
     finally:
         model.train(was_training)
     counts = [len(first) - 1, len(second) - 1]  # the first token of a row is not predicted
@@ -161,15 +165,15 @@ def same_loss(model: Any, collate: Collator, rounding: float = 0.0) -> bool:
     return abs(together - own) <= TOLERANCE + rounding * own and abs(after[0] - after[1]) <= LEAK * own
 
 
-def _row(size: int, step: int, words: int) -> list[int]:
-    return [(7 + step * place * (place + 1)) % words for place in range(size)]
+def _row(length: int, step: int, vocabulary: int) -> list[int]:
+    return [(7 + step * place * (place + 1)) % vocabulary for place in range(length)]
 
 
 def _trained(ids: list[int]) -> dict[str, list[int]]:
     return {"input_ids": ids, "labels": ids}
 
 
-def _silent(ids: list[int]) -> dict[str, list[int]]:
+def _untrained(ids: list[int]) -> dict[str, list[int]]:
     return {"input_ids": ids, "labels": [IGNORE] * len(ids)}
 
 

@@ -1,4 +1,4 @@
-"""What a run does beside training: its log, its copy on Google Drive, its best checkpoint, its progress, its figure."""
+"""Trainer callbacks: log, copy to Google Drive, best checkpoint, progress bar and live figure."""
 
 import contextlib
 import html
@@ -23,39 +23,39 @@ REDRAW_SECONDS = 2.0
 
 
 class LogWriter(TrainerCallback):
-    """`log.jsonl`, a line a step. After a restart the lines past the checkpoint are dropped."""
+    """Writes `log.jsonl`, one line per step. After a restart, lines after the checkpoint are dropped."""
 
     def __init__(self, path: Path, base_loss: float) -> None:
         self.path, self.base_loss = path, base_loss
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the file with the loss before training, and what an earlier part of this run logged."""
+        """Start the file with the loss before training and the steps before an interruption."""
         first = {"step": 0, "epoch": 0.0, "eval_loss": self.base_loss}
         files.write_jsonl(self.path, [first, *filter(_is_step, state.log_history)])
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Add the newest line."""
+        """Append the latest line."""
         if _is_step(state.log_history[-1]):
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(state.log_history[-1]) + "\n")
 
 
 class CopyToDrive(TrainerCallback):
-    """Brings the run on Google Drive up to date when a checkpoint is whole."""
+    """Copies the run to Google Drive after every checkpoint."""
 
     def __init__(self, mirror: drive.Mirror) -> None:
         self.mirror = mirror
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The checkpoint is sealed: copy it."""
+        """Copy the run; the checkpoint is complete."""
         self.mirror.push()
 
 
 class SaveBest(TrainerCallback):
-    """Saves a checkpoint whenever the held-out loss is a new low, so that the best one is there at the end."""
+    """Saves a checkpoint at every new minimum of the held-out loss, so that the best one is kept."""
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Compare with the best so far, which the trainer notes only after this."""
+        """Compare with the best loss so far, which the trainer updates only after this call."""
         control.should_save |= state.best_metric is None or metrics["eval_loss"] < state.best_metric
 
 
@@ -65,7 +65,7 @@ def _is_step(line: dict[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Bar:
-    """One moment of a run: HTML in a notebook, a line anywhere else."""
+    """Progress of a run at one moment: HTML in a notebook, one line of text elsewhere."""
 
     step: int
     steps: int
@@ -90,7 +90,7 @@ class Bar:
 
 
 class Progress(TrainerCallback):
-    """Shows the run where it is watched. In place of the library's own bar, which prints a line a step to a file."""
+    """Shows the progress of a run. It replaces transformers' own bar, which prints a line per step to a file."""
 
     def __init__(self) -> None:
         self._began, self._first_step, self._shown = 0.0, 0, 0.0
@@ -99,19 +99,19 @@ class Progress(TrainerCallback):
         self._ended = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Time runs from here: a run that was cut off begins somewhere in the middle."""
+        """Start the clock. A resumed run does not start at step 0."""
         self._began = self._shown = time.monotonic()
         self._first_step = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Note the losses; show them, if the last time is long enough ago."""
+        """Store the losses, and show them unless they were shown a moment ago."""
         self._losses |= logs or {}
         watched = in_notebook() or sys.stdout.isatty()
         if time.monotonic() - self._shown >= (REFRESH_SECONDS if watched else LINE_SECONDS):
             self._show(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the end behind."""
+        """Show the final state."""
         self._show(state)
         if not in_notebook() and sys.stdout.isatty():
             print()
@@ -129,12 +129,12 @@ class Progress(TrainerCallback):
                 self._handle = display(bar, display_id=True)
             else:
                 self._handle.update(bar)
-        elif not self._ended:  # what is measured afterwards has no line of its own
+        elif not self._ended:  # measurements after training get no line
             print(f"\r\x1b[K{bar}" if sys.stdout.isatty() else bar, end="" if sys.stdout.isatty() else "\n", flush=True)
 
 
 class LiveLoss(TrainerCallback):
-    """The run so far, redrawn in one place of a notebook while it trains; outside one, nothing."""
+    """Draws the loss curves of a run in a notebook, updated in place while it trains. Does nothing elsewhere."""
 
     def __init__(self, run: RunFolder) -> None:
         self.run = run
@@ -142,15 +142,15 @@ class LiveLoss(TrainerCallback):
         self._shown = -math.inf
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Redraw, if the last time is long enough ago."""
+        """Redraw, unless the figure was drawn a moment ago."""
         self._show(state)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Redraw; always at the last step, since an evaluation may come after the end of training."""
+        """Redraw, always at the last step: an evaluation may follow the end of training."""
         self._show(state, always=state.global_step >= state.max_steps)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the whole curve behind."""
+        """Draw the complete curves."""
         self._show(state, always=True)
 
     def _show(self, state: Any, always: bool = False) -> None:
@@ -158,9 +158,9 @@ class LiveLoss(TrainerCallback):
         if not in_notebook() or (now - self._shown < REDRAW_SECONDS and not always):
             return
         self._shown = now
-        # The file has the loss before training; for the rest it may lag a line behind.
+        # The file has the loss before training. For later steps it may lag by a line.
         logged = []
-        with contextlib.suppress(OSError):  # not there yet, or on a Drive that is gone
+        with contextlib.suppress(OSError):  # not written yet, or on a Drive that is no longer mounted
             logged = self.run.log()
         first = [line for line in logged if line["step"] == 0]
         figure = plots.loss_curves({"this run": [*first, *state.log_history]})

@@ -1,4 +1,4 @@
-"""What stops a run that only looks like one: each check says what is wrong and how to mend it."""
+"""Checks that stop a run which would learn or measure nothing. Each says what is wrong and how to fix it."""
 
 import contextlib
 import errno
@@ -17,65 +17,67 @@ from qlora_helpers.data import cleaning
 from qlora_helpers.data.cleaning import Data
 from qlora_helpers.errors import UserError
 
-ZERO_STEPS = 3  # a single step without gradient may be a row's own fault
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-SPARE = 2**20  # bytes: a disk with less is full, whatever the library that wrote to it says
+ZERO_STEPS = 3  # consecutive steps: a single step without gradient may be due to its rows
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+SPARE = 2**20  # bytes; a disk with less free space is full, whatever error the writing library raises
 
 
 class Guard(TrainerCallback):
-    """Stops a run whose loss or gradients say that nothing is learned."""
+    """Stops a run whose loss or gradients show that it learns nothing."""
 
     def __init__(self) -> None:
         self._without_gradient = 0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Look at a step's loss and at the norm of its gradients."""
+        """Check the loss and the gradient norm of a step. Raises `UserError` with the step."""
         logs = logs or {}
         loss, norm = logs.get("loss"), logs.get("grad_norm")
         if loss is not None and (loss == 0 or not math.isfinite(loss)):
             raise UserError(
-                f"training: the loss at step {state.global_step} is {loss}. Fix: a lower learning_rate if it is nan, "
-                "or a look at the label viewer if it is 0: no token may be trained."
+                f"training: the loss at step {state.global_step} is {loss}. Fix: lower learning_rate if it is not "
+                "finite; if it is 0, check in the label viewer that any token is trained."
             )
         if norm is not None:
             self._without_gradient = self._without_gradient + 1 if norm == 0 else 0
         if self._without_gradient == ZERO_STEPS:
             raise UserError(
                 f"training: the gradients of {ZERO_STEPS} steps up to step {state.global_step} are zero: the adapter "
-                "learns nothing. Fix: run notebook 01, which proves the 4-bit arithmetic; if it passes, try "
+                "learns nothing. Fix: run notebook 01, which checks the 4-bit kernels; if it passes, try "
                 "quantization=none or other target_modules."
             )
 
 
 def check_rows(data: Data) -> None:
-    """Raise `UserError`, with the row's id, if a row has no token to learn or to be measured on, or if a held-out row
-    is trained on. Cleaning drops such rows; this looks at what it is handed, whoever made it.
+    """Raise `UserError` with the row's id if a row has no trained token, or if a held-out row is also trained on.
+
+    Cleaning drops such rows. This checks data from any source.
     """
     for where, examples in (("training", data.trained_on), ("held-out", data.heldout)):
         empty = next((example.row for example in examples if not example.trained), None)
         if empty:
             raise UserError(
                 f"labels: {where} row {empty.id} ({empty.origin}) has no trained token: its label mask is empty. "
-                "Fix: a larger max_length, or rows from cleaning.prepare, which drops such rows."
+                "Fix: increase max_length, or use cleaning.prepare, which drops such rows."
             )
     cleaning.check_no_leak(data)
 
 
 def check_moved(model: Any) -> None:
-    """Raise `UserError` if the adapter is where it began, which is lora_B = 0, or holds no numbers."""
+    """Raise `UserError` if the adapter still has its initial weights, lora_B = 0, or weights that are not finite."""
     largest = [p.detach().abs().max() for name, p in model.named_parameters() if "lora_B" in name]
     if not all(torch.isfinite(value) for value in largest):
-        raise UserError("training: the adapter holds nan or infinity. Fix: a lower learning_rate.")
+        raise UserError("training: the adapter contains nan or infinity. Fix: lower learning_rate.")
     if not any(value > 0 for value in largest):
         raise UserError(
-            "training: the adapter has not moved from its first weights. Fix: more steps or a higher learning_rate."
+            "training: the adapter still has its initial weights. Fix: train for more steps, or raise learning_rate."
         )
 
 
 @contextlib.contextmanager
 def unchanged(model: Any) -> Iterator[None]:
-    """What is done inside must leave training as it was: the model's mode, its weights, which of them are trained, and
-    the random numbers to come. Raises `UserError` with what changed.
+    """Check that the body of a `with` statement does not affect training. Raises `UserError` with what changed.
+
+    The model's mode, its weights, which of them are trained, and the random state must stay the same.
     """
     before = _state(model)
     yield
@@ -83,14 +85,16 @@ def unchanged(model: Any) -> Iterator[None]:
     changed = [name for name in before if not _equal(before[name], after[name])]
     if changed:
         raise UserError(
-            f"evaluation: it changed {', '.join(changed)}: the run after it is another one. Fix: whatever measures "
-            "must work on a copy and restore the model's mode and the random state."
+            f"evaluation: it changed {', '.join(changed)}, which affects the rest of the run. Fix: let the evaluation "
+            "work on a copy, and restore the model's mode and the random state."
         )
 
 
 def _state(model: Any) -> dict[str, list[Any]]:
-    """Adapter weights by value; those of the base by place and form, since they are large and 4-bit libraries repack
-    them as a whole.
+    """Return everything that an evaluation must not change.
+
+    Adapter weights are compared by value. Base weights are compared by address, shape and dtype, because they are large
+    and 4-bit libraries repack whole tensors.
     """
     named = list(model.named_parameters())
     generators = [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
@@ -110,17 +114,18 @@ def _equal(a: list[Any], b: list[Any]) -> bool:
 
 @contextlib.contextmanager
 def full_disk_as_user_error(folder: Path) -> Iterator[None]:
-    """A disk that is full while `folder` is written becomes a `UserError`; a checkpoint that is whole stays whole.
+    """Raise `UserError` if the body of a `with` statement fails because the disk of `folder` is full.
 
-    The libraries raise OSError, RuntimeError or an error of their own for it, so free space decides.
+    Complete checkpoints stay complete. Libraries report a full disk as OSError, RuntimeError or an error of their own,
+    so the free space decides.
     """
     try:
         yield
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in NO_ROOM
+        full = isinstance(error, OSError) and error.errno in DISK_FULL
         if isinstance(error, UserError) or not (full or shutil.disk_usage(folder).free < SPARE):
             raise
         raise UserError(
-            f"disk: {folder} is full, and the run cannot go on. What was saved is whole. "
-            "Fix: free some space, and run again: it goes on from the last checkpoint."
+            f"disk: {folder} is full, and the run cannot continue. Saved checkpoints are complete. "
+            "Fix: free some space and run again; training resumes from the last checkpoint."
         ) from None

@@ -1,4 +1,4 @@
-"""A run and its GPU's memory: the split of the batch that fits, and what happens when memory runs out all the same."""
+"""GPU memory of a run: choose a batch size that fits, and handle running out of memory."""
 
 import gc
 
@@ -10,64 +10,69 @@ from qlora_helpers.runs import RunFolder
 
 
 def choose_split(config: Config, device: Device) -> Config:
-    """With `auto_batch` on a GPU, the fastest split of the effective batch that the plan says fits; else as it is."""
+    """Return `config` with the fastest batch size and gradient accumulation that fit, according to the plan.
+
+    The effective batch size stays the same. Without `auto_batch`, or on a CPU, nothing changes.
+    """
     if not config.auto_batch or device.kind != "cuda":
         return config
     try:
-        found = plan.fastest_split(config, device)
+        fastest = plan.fastest_split(config, device)
     except UserError as error:
-        print(f"auto_batch: not planned, so as published: {_split(config)}. {error}")
+        print(f"auto_batch: memory cannot be planned, so as published: {_split(config)}. {error}")
         return config
-    words = plan.plan_memory(found, device).words
-    print(f"auto_batch: {_split(found)} {words}. As published: {_split(config)} (auto_batch=false).")
-    return found
+    words = plan.plan_memory(fastest, device).words
+    print(f"auto_batch: {_split(fastest)} {words}. As published: {_split(config)} (auto_batch=false).")
+    return fastest
 
 
 def announce(config: Config, device: Device) -> None:
-    """On a GPU, before the weights are loaded: whether the plan says that they and the run fit, else what to change."""
+    """On a GPU, print whether the run fits according to the plan, and if not, what to change. Loads no weights."""
     if device.kind != "cuda":
         return
     try:
-        found = plan.plan_memory(config, device)
+        planned = plan.plan_memory(config, device)
     except UserError as error:
         print(f"Memory is not planned: {error}")
         return
-    print(*["Memory: " + found.words, *(f"- {advice}" for advice in found.advice)], sep="\n")
+    print(*["Memory: " + planned.words, *(f"- {advice}" for advice in planned.advice)], sep="\n")
 
 
 def is_oom_error(error: RuntimeError) -> bool:
-    """Whether the GPU ran out of memory: torch says so with an error of its own, CUDA and cuBLAS in words."""
+    """Whether the GPU ran out of memory: torch has an error class for it, CUDA and cuBLAS only a message."""
     import torch
 
-    words = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-    return isinstance(error, torch.cuda.OutOfMemoryError) or any(word in str(error) for word in words)
+    messages = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(message in str(error) for message in messages)
 
 
 def shrink(config: Config, device: Device, run: RunFolder, seen_gib: float) -> Config:
-    """What to go on with after the GPU ran out of memory: half the batch and twice the passes, or checkpointing.
+    """Return the config to continue with after the GPU ran out of memory.
 
-    The effective batch and the steps stay what they were. Raises `UserError`, with what was planned, the `seen_gib`
-    that were reserved and the nearest setting that fits, if `on_oom` is stop or nothing is left to shrink.
+    The batch size is at least halved, with more gradient accumulation; at a batch size of 1, gradient checkpointing is
+    turned on. The effective batch size and the number of steps stay the same. Raises `UserError` if `on_oom` is stop or
+    nothing is left to shrink; the message has the planned memory, the `seen_gib` that were reserved, and the nearest
+    config that fits.
     """
     seen = f"{seen_gib:.1f} GiB were reserved"
     if config.on_oom == "shrink":
         if config.batch_size > 1:
             smaller = next(size for size in range(config.batch_size // 2, 0, -1) if config.effective_batch % size == 0)
             passes = config.effective_batch // smaller
-            found = config.replace(batch_size=smaller, gradient_accumulation=passes)
+            changed = config.replace(batch_size=smaller, gradient_accumulation=passes)
         else:
-            found = config.replace(gradient_checkpointing=True)
-        if found != config:
-            print(f"Out of GPU memory: {seen}. Going on with {_split(found)}: the same steps.")
-            return found
+            changed = config.replace(gradient_checkpointing=True)
+        if changed != config:
+            print(f"Out of GPU memory: {seen}. Continuing with {_split(changed)}; the steps stay the same.")
+            return changed
     raise UserError(
         f"memory: the GPU ran out: {_planned(config, device)}, {seen}. Fix: {_fix(config, device)}. What "
-        f"was saved stays in {run.path}."
+        f"was saved is in {run.path}."
     )
 
 
 def free(device: Device) -> None:
-    """Give the memory of a run that failed back to the GPU."""
+    """Release the GPU memory of a failed run."""
     gc.collect()
     forget_peak(device)
 
@@ -79,14 +84,14 @@ def _split(config: Config) -> str:
 
 def _planned(config: Config, device: Device) -> str:
     try:
-        found = plan.plan_memory(config, device)
+        planned = plan.plan_memory(config, device)
     except UserError as error:
         return f"not planned ({error})"
-    return f"{found.total:.1f} of {found.memory:.1f} GiB were planned"
+    return f"{planned.total:.1f} of {planned.memory:.1f} GiB were planned"
 
 
 def _fix(config: Config, device: Device) -> str:
-    """The nearest setting that fits and takes less than what ran out, as parameters."""
+    """Advice: the nearest config that fits and needs less memory than this one, as parameters."""
     last = ["on_oom=shrink"] if config.on_oom == "stop" else []
     try:
         fitting = plan.nearest_fit(config, device)

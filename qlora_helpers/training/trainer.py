@@ -1,4 +1,4 @@
-"""One run: TRL's SFTTrainer, configured; taken up where it was cut off; its results saved."""
+"""One run: configure TRL's SFTTrainer, continue an interrupted run, save the results."""
 
 import math
 import time
@@ -18,6 +18,7 @@ from qlora_helpers.data import cleaning
 from qlora_helpers.data.cleaning import Data
 from qlora_helpers.device import Device, forget_peak, limit_memory, peak_memory_gib
 from qlora_helpers.evaluation import losses, model_card
+from qlora_helpers.evaluation.context import RunContext
 from qlora_helpers.evaluation.losses import RowLoss
 from qlora_helpers.models import hub, safetensors_io
 from qlora_helpers.models.qlora import attach_lora, check_targets, load_base, save_biases, train_in_float32
@@ -27,29 +28,29 @@ from qlora_helpers.training import batches, checks, oom
 from qlora_helpers.training.callbacks import CopyToDrive, LogWriter, Progress, SaveBest
 from qlora_helpers.training.checks import Guard
 
-FP16_SCALE = 1024.0  # the default, 65536, overflows at first: the scaler would skip the first steps
+FP16_SCALE = 1024.0  # the default, 65536, overflows at first, and the scaler would skip the first steps
 
 
 def train(
     config: Config, data: Data, tokenizer: Any, run: RunFolder, callbacks: Sequence[TrainerCallback] = ()
 ) -> RunFolder:
-    """Train `config` into `run` and return it, complete. A complete run is left as it is; one that was cut off goes on.
+    """Train `config` into `run` and return it, finished. An interrupted run continues from its last checkpoint.
 
     Raises `UserError` if another process uses the folder, if it holds another run, or if training goes wrong in a
-    way that the result would not show: see `guard`.
+    way that its result would not show: see `checks`.
     """
-    run_identity = cleaning.identity(config, data)
+    identity = cleaning.identity(config, data)
     checks.check_rows(data)
     mirror = drive.mirror(run)
     if mirror and not run.finished:
-        runs.check_free(run, config, run_identity)
-        mirror.pull(run_identity)
+        runs.check_free(run, config, identity)
+        mirror.pull(identity)
         train(config, data, tokenizer, mirror.here, [*callbacks, CopyToDrive(mirror)])
         return mirror.finish()
     with runs.lock(run), checks.full_disk_as_user_error(run.path):
-        runs.check_free(run, config, run_identity)
+        runs.check_free(run, config, identity)
         if run.finished:
-            print(f"{run.path} is complete: nothing to train.")
+            print(f"{run.path} is finished: nothing to train.")
             return run
         device = compute_dtype.as_begun(compute_dtype.device_for(config), run.compute_dtype())
         limit_memory(device, config.memory_limit_gib)
@@ -57,35 +58,32 @@ def train(
         oom.announce(config, device)
         while True:
             try:
-                _attempt(config, data, tokenizer, device, run, callbacks)
+                _attempt(RunContext(config, data, tokenizer, device, run), callbacks)
                 return run
             except RuntimeError as error:
                 if not oom.is_oom_error(error):
                     raise
             seen = peak_memory_gib(device)
-            oom.free(device)  # only here is the traceback gone that kept the tensors alive
+            oom.free(device)  # the traceback, which kept the tensors alive, is gone only here
             config = oom.shrink(config, device, run, seen)
 
 
-def _attempt(
-    config: Config, data: Data, tokenizer: Any, device: Device, run: RunFolder, callbacks: Sequence[TrainerCallback]
-) -> None:
-    """The run from its last checkpoint to its end, with one split of the batch."""
-    run_identity = cleaning.identity(config, data)
-    base = load_base(config, device)
+def _attempt(context: RunContext, callbacks: Sequence[TrainerCallback]) -> None:
+    """Train from the last checkpoint to the end, with one split of the batch."""
+    config, run = context.config, context.run
+    base = load_base(config, context.device)
     check_targets(base, config)
-    files.write_json(run / "config.json", {"identity": run_identity, "config": config.to_dict()})
-    base_losses = losses.baseline(base, config, data, tokenizer, device, run.path.parent)
-    _write_manifest(run, config, device, data, base)
-    model = attach_lora(base, config)
-    trainer = build_trainer(model, config, data, tokenizer, device, run, callbacks)
+    files.write_json(run / "config.json", {"identity": context.identity, "config": config.to_dict()})
+    base_losses = losses.baseline(base, context)
+    _write_manifest(context, base)
+    trainer = build_trainer(attach_lora(base, config), context, callbacks)
     trainer.add_callback(LogWriter(run / "log.jsonl", losses.mean_loss(base_losses)))
-    _fit(trainer, run, run_identity)
-    _save_results(trainer, config, data, tokenizer, device, run, base_losses)
+    _fit(trainer, context)
+    _save_results(trainer, context, base_losses)
 
 
 class QloraTrainer(SFTTrainer):
-    """SFTTrainer with five changes, each of a few lines; the training loop is the library's."""
+    """SFTTrainer with small changes to logging, evaluation and checkpoints. The training loop is the library's."""
 
     device_: Device
     heldout: list[Any]
@@ -103,7 +101,7 @@ class QloraTrainer(SFTTrainer):
         return Trainer.compute_loss(self, model, inputs, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Time the arithmetic alone: evaluation and saving are not training."""
+        """Run a step and add its time: evaluation and saving do not count as training."""
         started = time.perf_counter()
         loss = super().training_step(*args, **kwargs)
         if self.device_.kind == "cuda":
@@ -112,14 +110,14 @@ class QloraTrainer(SFTTrainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Each step's line also says how long it took, and the most memory so far; both outlast a restart."""
+        """Add the seconds of the step and the peak memory so far to its log line, so that both survive a restart."""
         if "loss" in logs:
             logs["seconds"], self._seconds = self._seconds, 0.0
             logs["peak_gib"] = round(max(self.peak_gib, peak_memory_gib(self.device_)), 3)
         Trainer.log(self, logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Held-out loss per trained token, from the one function that measures it everywhere."""
+        """Held-out loss per trained token, by the function that measures it everywhere."""
         self.measure()
         self.heldout_step = self.state.global_step
         metrics = {"eval_loss": losses.mean_loss(self.heldout_rows)}
@@ -128,14 +126,14 @@ class QloraTrainer(SFTTrainer):
         return metrics
 
     def measure(self) -> None:
-        """Losses of the held-out rows with the weights as they are."""
+        """Measure the held-out rows with the current weights."""
         self.eval_seconds = 0.0
         with self.evaluating(), checks.unchanged(self.model):
             self.heldout_rows = losses.heldout_losses(self.model, self.heldout, self.device_, self.rows_at_once)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Count time and memory of the inside as evaluation's, and the memory before as training's."""
+        """Count time and memory inside the context as evaluation, and the memory before it as training."""
         self.peak_gib = max(self.peak_gib, peak_memory_gib(self.device_))
         forget_peak(self.device_)
         started = time.perf_counter()
@@ -145,46 +143,39 @@ class QloraTrainer(SFTTrainer):
         forget_peak(self.device_)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """The library's checkpoint without TRL's model card, sealed when it is whole."""
+        """Save the library's checkpoint without TRL's model card, and seal it."""
         Trainer._save_checkpoint(self, model, trial)
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         save_biases(self.model, folder)
         runs.seal(folder, self.identity)
 
 
-def build_trainer(
-    model: Any,
-    config: Config,
-    data: Data,
-    tokenizer: Any,
-    device: Device,
-    run: RunFolder,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> QloraTrainer:
-    """The trainer for this run. Labels are ours, so TRL's own templating and masking have nothing to do."""
+def build_trainer(model: Any, context: RunContext, callbacks: Sequence[TrainerCallback] = ()) -> QloraTrainer:
+    """The trainer of a run. Rows are tokenized and labeled already, so TRL applies no template and no mask."""
+    config, data, device = context.config, context.data, context.device
     rows = [{"input_ids": example.input_ids, "labels": example.labels} for example in data.trained_on]
     callbacks = [Guard(), Progress(), *callbacks]
     if config.keep_best:
         callbacks.append(SaveBest())
     if config.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
-    for settings in (model.config, model.generation_config):  # the library would do so too, with a warning
-        settings.pad_token_id = tokenizer.pad_token_id
+    for settings in (model.config, model.generation_config):  # the library would do this too, with a warning
+        settings.pad_token_id = context.tokenizer.pad_token_id
     trainer = QloraTrainer(
         model=model,
-        args=_arguments(config, len(rows), device, run),
+        args=_arguments(config, len(rows), device, context.run),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows[:1]),  # never read: `evaluate` measures the held-out rows
-        processing_class=tokenizer,
+        processing_class=context.tokenizer,
         data_collator=batches.collator(model, device),
         callbacks=callbacks,
     )
-    trainer.remove_callback(PrinterCallback)  # what the library has in place of its bar: a line a step
+    trainer.remove_callback(PrinterCallback)  # without its bar, the library prints a line for every step
     train_in_float32(model)
     if device.kind == "cuda" and device.dtype == "float16":
         trainer.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=FP16_SCALE)
     trainer.rows_at_once, _ = losses.eval_batch_sizes(config, device)
-    trainer.device_, trainer.heldout, trainer.identity = device, data.heldout, cleaning.identity(config, data)
+    trainer.device_, trainer.heldout, trainer.identity = device, data.heldout, context.identity
     return trainer
 
 
@@ -192,7 +183,7 @@ def _arguments(config: Config, n_rows: int, device: Device, run: RunFolder) -> S
     steps = config.steps(n_rows)
     eval_steps = min(config.eval_steps or steps // config.epochs, steps)
     save_steps = config.save_steps
-    if config.keep_best:  # the library wants evaluations and checkpoints in step; SaveBest adds what lies between
+    if config.keep_best:  # the library wants a checkpoint at each evaluation; SaveBest adds those between
         save_steps = math.ceil(save_steps / eval_steps) * eval_steps
     return SFTConfig(
         output_dir=str(run / "checkpoints"),
@@ -216,77 +207,71 @@ def _arguments(config: Config, n_rows: int, device: Device, run: RunFolder) -> S
         greater_is_better=False,
         logging_steps=1,
         disable_tqdm=True,  # see Progress
-        logging_nan_inf_filter=False,  # the filter would hide a loss that is no number
+        logging_nan_inf_filter=False,  # the filter would hide a NaN loss
         include_num_input_tokens_seen="non_padding",
         bf16=device.kind == "cuda" and device.dtype == "bfloat16",
         fp16=device.kind == "cuda" and device.dtype == "float16",
         use_cpu=device.kind == "cpu",
         dataloader_pin_memory=device.kind == "cuda",
-        max_length=None,  # rows are cut already
+        max_length=None,  # rows are truncated already
         seed=config.seed,
         report_to="none",
     )
 
 
-def _write_manifest(run: RunFolder, config: Config, device: Device, data: Data, base: Any) -> None:
-    content = runs.manifest(config, device, data.to_manifest())
+def _write_manifest(context: RunContext, base: Any) -> None:
+    config, run = context.config, context.run
+    content = runs.manifest(config, context.device, context.data.to_manifest())
     content["model"] = {
         "name": config.model,
         "revision": None if hub.is_local(config) else getattr(base.config, "_commit_hash", None) or config.revision,
         "fingerprint": safetensors_io.fingerprint(hub.folder(config)) if hub.is_local(config) else None,
     }
-    content["baseline"] = losses.baseline_folder(config, data, device, run.path.parent).name
+    content["baseline"] = losses.baseline_folder(config, context.data, context.device, run.path.parent).name
     files.write_json(run / "manifest.json", content)
 
 
-def _fit(trainer: QloraTrainer, run: RunFolder, run_identity: dict[str, str]) -> None:
-    """Train to the end, from the last whole checkpoint if there is one."""
-    checkpoint = runs.last_checkpoint(run, run_identity)
+def _fit(trainer: QloraTrainer, context: RunContext) -> None:
+    """Train to the end, from the last complete checkpoint if there is one."""
+    checkpoint = runs.last_checkpoint(context.run, context.identity)
     if checkpoint:
-        print(f"Going on from {checkpoint.name}.")
+        print(f"Resuming from {checkpoint.name}.")
     forget_peak(trainer.device_)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     checks.check_moved(trainer.model)
 
 
-def _save_results(
-    trainer: QloraTrainer,
-    config: Config,
-    data: Data,
-    tokenizer: Any,
-    device: Device,
-    run: RunFolder,
-    base_losses: list[RowLoss],
-) -> None:
-    """Adapter, tokenizer, model card, answers and losses; `metrics.json` last, since it says that all is there."""
+def _save_results(trainer: QloraTrainer, context: RunContext, base_losses: list[RowLoss]) -> None:
+    """Save losses, answers, adapter, tokenizer and model card; `metrics.json` last, as the sign that all is there."""
+    run, config = context.run, context.config
     model: Any = trainer.model
-    if config.keep_best:  # the best weights are back: measured, but no step of their own in the log
+    if config.keep_best:  # the best weights are loaded again: measure them, without a line in the log
         trainer.measure()
     elif trainer.heldout_step != trainer.state.global_step:
         trainer.evaluate()
     files.write_jsonl(run / "heldout_losses.jsonl", losses.to_rows(trainer.heldout_rows))
-    print("Trained. Now it answers the held-out questions.", flush=True)
+    print("Training is done. Answering the held-out questions …", flush=True)
     with trainer.evaluating():
-        losses.measure_answers(model, config, data, tokenizer, device, run)
-    metrics = _metrics(trainer, config, data, base_losses)
+        losses.measure_answers(model, context, run)
+    metrics = _metrics(trainer, context, base_losses)
     model.save_pretrained(run.adapter)
     save_biases(model, run.adapter)
-    tokenizer.save_pretrained(run.adapter)
+    context.tokenizer.save_pretrained(run.adapter)
     files.write_text(run.adapter / "README.md", model_card.render(run, config, metrics))
     files.write_json(run / "metrics.json", metrics)
 
 
-def _metrics(trainer: QloraTrainer, config: Config, data: Data, base_losses: list[RowLoss]) -> dict[str, Any]:
-    """What `metrics.json` holds. Seconds and memory of training are those of its steps alone."""
+def _metrics(trainer: QloraTrainer, context: RunContext, base_losses: list[RowLoss]) -> dict[str, Any]:
+    """Content of `metrics.json`. Seconds and memory of training count its steps only."""
     model: Any = trainer.model
     state, device = trainer.state, trainer.device_
     steps = [line for line in state.log_history if "loss" in line]
     seconds = sum(line["seconds"] for line in steps)
     return {
-        "train_rows": len(data.train),
-        "rehearsal_rows": len(data.rehearsal),
+        "train_rows": len(context.data.train),
+        "rehearsal_rows": len(context.data.rehearsal),
         "steps": state.global_step,
-        "epochs": config.epochs,
+        "epochs": context.config.epochs,
         "train_loss": sum(line["loss"] for line in steps) / len(steps),
         "eval_loss": losses.mean_loss(trainer.heldout_rows),
         "base_eval_loss": losses.mean_loss(base_losses),
@@ -296,7 +281,7 @@ def _metrics(trainer: QloraTrainer, config: Config, data: Data, base_losses: lis
         "peak_memory_gib": max(line["peak_gib"] for line in steps),
         "eval_seconds": round(trainer.eval_seconds, 2),
         "eval_peak_memory_gib": round(trainer.eval_peak_gib, 3),
-        "seed": config.seed,
+        "seed": context.config.seed,
         "device": device.name,
         "compute_dtype": device.dtype,
     }

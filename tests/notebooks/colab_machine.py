@@ -1,4 +1,4 @@
-"""A stand-in for a Colab machine: a virtual environment that only claims to hold Colab's packages."""
+"""A stand-in for a Colab machine: a virtual environment with the metadata, but not the code, of Colab's packages."""
 
 import json
 import os
@@ -10,30 +10,30 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LIST = ROOT / "tests" / "colab" / "packages.txt"
-# What lies on PYTHONPATH would count as installed.
+# Packages on PYTHONPATH would count as installed.
 ENV = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 def normal(name):
-    """A package's name as pip compares it."""
+    """Normalize a package name like pip."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def packages():
-    """Name and version of everything in the list; the version is empty where the list has none."""
+    """Return name and version of each package in the list. The version is empty if the list has none."""
     lines = [line for line in LIST.read_text("utf-8").splitlines() if not line.startswith("#")]
     return {normal(line.split("==")[0]): line.partition("==")[2].split("+")[0] for line in lines}
 
 
 def python_version():
-    """Colab's Python, such as 3.13."""
+    """Return Colab's Python version, such as 3.13."""
     return re.search(r"^# python (.+)$", LIST.read_text("utf-8"), re.MULTILINE)[1]
 
 
 def make(folder, requirements):
-    """Make the environment and return its Python. `requirements` are what the packages that matter ask for, by name.
+    """Create the environment and return its Python. `requirements` maps package names to what they require.
 
-    It is Colab's Python where this machine has it, else the one that runs the tests.
+    It uses Colab's Python version if this machine has it, else the Python that runs the tests.
     """
     wanted = shutil.which(f"python{python_version()}")
     works = wanted and subprocess.run([wanted, "-c", ""], capture_output=True).returncode == 0
@@ -52,7 +52,7 @@ def make(folder, requirements):
 
 
 def would_install(python, *words):
-    """What `pip install WORDS` would install there, as pip's own resolver says: its report."""
+    """Return what `pip install WORDS` would install in that environment, from the report of pip's own resolver."""
     pip = [str(python), "-m", "pip", "install", "--dry-run", "--quiet", "--report", "-"]
     done = subprocess.run([*pip, *words], capture_output=True, text=True, env=ENV)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""Each notebook alone in an empty work folder, and a run that is killed and goes on: minutes each."""
+"""Each notebook alone in an empty work folder, and killed runs that resume. Each test takes minutes."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def test_each_notebook_runs_alone(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_with_the_same_adapter(tmp_path):
+def test_killed_run_resumes_and_ends_with_the_same_adapter(tmp_path):
     adapters = []
     for kill in (False, True):
         folder = tmp_path / f"kill-{kill}"
@@ -51,7 +51,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_adapter(tmp_path):
             os.killpg(run.pid, signal.SIGKILL)
             run.wait()
             assert not (folder / "work" / "exp1" / "metrics.json").exists()
-            time.sleep(2)  # the kernel, in a group of its own, notices that its parent is gone
+            time.sleep(2)  # the kernel, in its own process group, notices that its parent is gone
             run = papermill("05_train_exp1", folder, **params)
         _, stderr = run.communicate()
         assert run.returncode == 0, stderr[-2000:]
@@ -62,16 +62,16 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_adapter(tmp_path):
 
 
 def cells_up_to_training(**params):
-    """Notebook 05's code up to the cell that trains, with parameters as a reader would write them."""
+    """Return notebook 05's code cells up to the one that trains, with changed parameters."""
     cells = [c for c in nbformat.read(ROOT / "notebooks" / "05_train_exp1.ipynb", 4).cells if c.cell_type == "code"]
-    last = next(number for number, cell in enumerate(cells) if "training.train(" in cell.source)
+    last = next(number for number, cell in enumerate(cells) if "trainer.train(" in cell.source)
     changed = "\n".join(f"{name} = {value!r}" for name, value in params.items())
     return [cell.source + ("\n" + changed if "Parameters" in cell.source else "") for cell in cells[: last + 1]]
 
 
 @pytest.mark.slow
-def test_a_restarted_kernel_goes_on(tmp_path, model_folder):
-    """The button of the front end, pressed in the middle of a run; then all cells once more, and the same adapter."""
+def test_run_resumes_after_a_kernel_restart(tmp_path, model_folder):
+    """The kernel is restarted midway and all cells run again. The adapter must be the same."""
     params = {"profile": "cpu", "model": str(model_folder), "n_samples": 48, "n_heldout": 4, "epochs": 8}
     adapters = []
     for restart in (False, True):
@@ -90,13 +90,13 @@ def test_a_restarted_kernel_goes_on(tmp_path, model_folder):
                 client.stop_channels()
                 kernel.restart_kernel(now=True)
                 assert not (work / "exp1" / "metrics.json").exists()
-            client, said = ready(kernel), []
+            client, messages = ready(kernel), []
             for cell in cells:
-                reply = client.execute_interactive(cell, output_hook=said.append, timeout=600)
+                reply = client.execute_interactive(cell, output_hook=messages.append, timeout=600)
                 assert reply["content"]["status"] == "ok", reply["content"]
             client.stop_channels()
-            words = "".join(message["content"].get("text", "") for message in said)
-            assert ("Going on from checkpoint-" in words) == restart
+            output = "".join(message["content"].get("text", "") for message in messages)
+            assert ("Resuming from checkpoint-" in output) == restart
         finally:
             kernel.shutdown_kernel(now=True)
         adapters.append((work / "exp1" / "adapter" / "adapter_model.safetensors").read_bytes())
@@ -104,7 +104,7 @@ def test_a_restarted_kernel_goes_on(tmp_path, model_folder):
 
 
 def ready(kernel):
-    """A client of a kernel that answers."""
+    """Return a client of the kernel, once the kernel answers."""
     client = kernel.client()
     client.start_channels()
     client.wait_for_ready(timeout=60)

@@ -1,4 +1,4 @@
-"""Notebooks as a person sees them: JupyterLab in a real Chromium, with the widgets alive. Needs requirements-full.txt."""
+"""Notebooks in JupyterLab in a real Chromium, with live widgets. Needs requirements-full.txt."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 MISSING = [name for name in ("jupyterlab", "playwright") if importlib.util.find_spec(name) is None]
 ROOT = Path(__file__).parents[2]
-SECONDS = 60  # for a server or a cell on a busy machine: a limit, not an expectation
+SECONDS = 60  # limit for a server or a cell on a busy machine
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,14 +36,14 @@ from pathlib import Path
 from qlora_helpers import Config, runs
 from qlora_helpers.data import cleaning
 from qlora_helpers.models import hub
-from qlora_helpers.training import live, trainer
+from qlora_helpers.training import callbacks, trainer
 config = Config.from_params(
     profile="cpu", model=MODEL, n_samples=16, n_heldout=6, max_length=64, learning_rate=0.01, max_new_tokens=8
 )
 tokenizer = hub.load_tokenizer(config)
 data = cleaning.prepare(config, tokenizer)
 run = runs.RunFolder(Path("run").absolute())
-run = trainer.train(config, data, tokenizer, run, callbacks=[live.LiveLoss(run)])
+run = trainer.train(config, data, tokenizer, run, callbacks=[callbacks.LiveLoss(run)])
 """
 CHAT = """
 from pathlib import Path
@@ -56,7 +56,7 @@ panel.show(loaded, ["What is <b class='nasty'>rain</b>?"], new_tokens=400)
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """A JupyterLab of its own on a free port; yields its folder, and its address with the token."""
+    """A separate JupyterLab on a free port. Yields its folder, and a URL template with the token."""
     home = tmp_path_factory.mktemp("lab")
     folder, runtime = home / "notebooks", home / "runtime"
     folder.mkdir()
@@ -71,14 +71,14 @@ def lab(tmp_path_factory):
         )
     try:
         until = time.monotonic() + SECONDS
-        while not (found := list(runtime.glob("jpserver-*.json"))):
+        while not (descriptions := list(runtime.glob("jpserver-*.json"))):
             assert server.poll() is None, (home / "log").read_text()
             assert time.monotonic() < until, (home / "log").read_text()
             time.sleep(0.2)
-        facts = json.loads(found[0].read_text())
-        yield folder, f"{facts['url']}doc/tree/{{}}?token={facts['token']}"
+        server_info = json.loads(descriptions[0].read_text())
+        yield folder, f"{server_info['url']}doc/tree/{{}}?token={server_info['token']}"
     finally:
-        server.terminate()  # it ends its kernels
+        server.terminate()  # this also stops its kernels
         server.wait(SECONDS)
 
 
@@ -94,9 +94,9 @@ def browser():
 
 @contextmanager
 def running(lab, browser, name, code):
-    """A notebook of one cell, opened by a person who runs it."""
+    """Open a notebook with one cell, run it as a person would, and yield the page."""
     folder, address = lab
-    kernel = {"name": "python3", "display_name": "Python 3"}  # without one, JupyterLab asks which
+    kernel = {"name": "python3", "display_name": "Python 3"}  # without it, JupyterLab asks for a kernel
     notebook = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell(code.strip())], metadata={"kernelspec": kernel}
     )
@@ -113,7 +113,7 @@ def running(lab, browser, name, code):
         page.close()
 
 
-def test_a_click_on_a_question_shows_its_answers(lab, browser):
+def test_selecting_a_question_shows_its_answers(lab, browser):
     with running(lab, browser, "picker", PICKER) as page:
         choice, answers = page.locator(".jp-OutputArea select"), page.locator(".jp-OutputArea table")
         choice.wait_for()
@@ -121,45 +121,45 @@ def test_a_click_on_a_question_shows_its_answers(lab, browser):
         assert "plain 0" in answers.inner_text()
         choice.select_option(index=7)
         page.get_by_text("plain 7").wait_for()
-        assert answers.count() == 1  # the picker, and not also the table for where no widget runs
+        assert answers.count() == 1  # the picker, without the table of stored notebooks
         assert "plain 0" not in answers.inner_text()
         assert "<b class='nasty'>bold</b> & $x$" in answers.inner_text()
         assert page.locator(".nasty").count() == 0
         assert page.title() != "broken out"
 
 
-def test_training_leaves_one_bar_and_one_figure(lab, browser, model_folder):
-    """However often both were redrawn, and nothing else: no warning, no line a step."""
+def test_training_shows_one_progress_bar_and_one_figure(lab, browser, model_folder):
+    """Both are updated in place, and nothing else is printed: no warnings, no line per step."""
     code = TRAINING.replace("MODEL", repr(str(model_folder)))
     with running(lab, browser, "training", code) as page:
         page.get_by_text("step 4 of 4").wait_for()
-        page.get_by_text("[1]:", exact=True).first.wait_for()  # the cell is done
+        page.get_by_text("[1]:", exact=True).first.wait_for()  # the cell has finished
         assert page.locator(".jp-OutputArea progress").count() == 1
         assert page.locator(".jp-OutputArea progress").evaluate("bar => bar.value / bar.max") == 1
         assert page.locator(".jp-OutputArea img").count() == 1
         assert page.locator(".jp-OutputArea [data-mime-type*=stderr]").all_inner_texts() == []
 
 
-def test_a_chat_is_stopped_in_the_middle_and_cleared_in_the_middle(lab, browser, make_run):
+def test_chat_is_stopped_and_cleared_midway(lab, browser, make_run):
     with running(lab, browser, "chat", CHAT.replace("RUN", repr(str(make_run().path)))) as page:
         answers = page.locator(".jp-OutputArea .tex2jax_ignore")
         play, stop = (page.locator(f".widget-play button:has(i.fa-{name})") for name in ("play", "stop"))
-        rests, grows = page.get_by_text("Write a question."), page.get_by_text("■ stops the answers.")
+        idle, growing = page.get_by_text("Write a question."), page.get_by_text("■ stops the answers.")
         play.click()
-        grows.wait_for()
+        growing.wait_for()
         stop.click()
-        rests.wait_for()
-        said = answers.all_inner_texts()
-        assert len(said) == 2
-        assert all("What is <b class='nasty'>rain</b>?" in text for text in said)
+        idle.wait_for()
+        texts = answers.all_inner_texts()
+        assert len(texts) == 2
+        assert all("What is <b class='nasty'>rain</b>?" in text for text in texts)
         page.wait_for_timeout(1000)
-        assert answers.all_inner_texts() == said
+        assert answers.all_inner_texts() == texts
         page.get_by_placeholder("your question").fill("And snow?")
         play.click()
-        grows.wait_for()
+        growing.wait_for()
         assert all("And snow?" in text for text in answers.all_inner_texts())
         page.get_by_role("button", name="clear").click()
-        rests.wait_for()
+        idle.wait_for()
         page.wait_for_timeout(1000)
         assert [text.strip() for text in answers.all_inner_texts()] == ["base", "exp1"]
         assert page.get_by_text("error:").count() == 0

@@ -1,4 +1,4 @@
-"""Installing on Colab changes nothing that is there: by what packages ask for, and by pip's own resolver."""
+"""Installing on Colab changes no package that Colab has, by the packages' requirements and by pip's resolver."""
 
 import importlib.metadata
 import importlib.util
@@ -16,66 +16,66 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = colab_machine.ROOT
-THERE = colab_machine.packages()
+ON_COLAB = colab_machine.packages()
 PYTHON = colab_machine.python_version()
 BOOTSTRAP = nbformat.read(ROOT / "notebooks" / "01_install.ipynb", as_version=4).cells[2].source
 
 
 def own_requirements():
-    """What requirements.txt asks for."""
+    """Return the requirements in requirements.txt."""
     lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text("utf-8").splitlines()]
     return [Requirement(line) for line in lines if line]
 
 
-def needs(requirement, asked_extras=frozenset({""})):
-    """What a package that Colab lacks asks for, on Colab's Python: as installed here, which is where pip ends too."""
-    there = {"python_version": PYTHON, "python_full_version": f"{PYTHON}.0", "sys_platform": "linux"}
+def needs(requirement, extras=frozenset({""})):
+    """Yield the requirements, on Colab's Python, of a package that Colab lacks. The version installed here is used."""
+    environment = {"python_version": PYTHON, "python_full_version": f"{PYTHON}.0", "sys_platform": "linux"}
     for line in importlib.metadata.requires(requirement.name) or []:
         need = Requirement(line)
-        if need.marker is None or any(need.marker.evaluate(there | {"extra": extra}) for extra in asked_extras):
+        if need.marker is None or any(need.marker.evaluate(environment | {"extra": extra}) for extra in extras):
             yield need
 
 
-def clashes(requirements):
-    """Requirements, whoever asks for them, that a package of the list does not meet."""
-    found, seen, queue = [], set(), [("requirements.txt", need) for need in requirements]
+def conflicts(requirements):
+    """Return all direct and indirect requirements that a package on Colab does not meet."""
+    conflicts, seen, queue = [], set(), [("requirements.txt", need) for need in requirements]
     while queue:
         who, need = queue.pop()
         name = colab_machine.normal(need.name)
-        if name in THERE:
-            if THERE[name] and not need.specifier.contains(THERE[name], prereleases=True):
-                found.append(f"{who} asks for {need}, Colab has {THERE[name]}")
+        if name in ON_COLAB:
+            if ON_COLAB[name] and not need.specifier.contains(ON_COLAB[name], prereleases=True):
+                conflicts.append(f"{who} requires {need}, Colab has {ON_COLAB[name]}")
         elif name not in seen:
             seen.add(name)
             queue += [(name, more) for more in needs(need, frozenset({"", *need.extras}))]
-    return found
+    return conflicts
 
 
-def test_the_list_is_dated_and_whole():
+def test_package_list_is_dated_and_complete():
     text = colab_machine.LIST.read_text("utf-8")
     assert "# as of 20" in text
-    assert len(THERE) > 500
-    assert {"torch", "numpy", "transformers", "pyarrow"} <= set(THERE)
-    assert not {"trl", "bitsandbytes", "papermill"} & set(THERE)
+    assert len(ON_COLAB) > 500
+    assert {"torch", "numpy", "transformers", "pyarrow"} <= set(ON_COLAB)
+    assert not {"trl", "bitsandbytes", "papermill"} & set(ON_COLAB)
 
 
-def test_nothing_that_is_asked_for_changes_colab():
-    assert clashes(own_requirements()) == []
+def test_requirements_do_not_change_colab():
+    assert conflicts(own_requirements()) == []
 
 
-@pytest.mark.parametrize("asked", ["trl>=1.0", "datasets>=4.7", "torch>=2.12"])
-def test_what_would_change_colab_is_found(asked, monkeypatch):
+@pytest.mark.parametrize("requirement", ["trl>=1.0", "datasets>=4.7", "torch>=2.12"])
+def test_requirement_that_changes_colab_is_detected(requirement, monkeypatch):
     newer = ["datasets>=4.7", "torch; extra == 'x'"]
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: newer if name == "trl" else [])
-    assert len(clashes([Requirement(asked)])) == 1
+    assert len(conflicts([Requirement(requirement)])) == 1
 
 
-def test_the_list_is_made_of_what_colab_publishes():
+def test_package_list_is_converted_from_colabs_files():
     spec = importlib.util.spec_from_file_location("colab_list", ROOT / "tooling" / "colab_list.py")
     colab_list = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(colab_list)
     freeze = (
-        "# a remark\nnumpy==2.1.3\ntorch==2.11.0+cu128\n"
+        "# a comment\nnumpy==2.1.3\ntorch==2.11.0+cu128\n"
         "cuvs-cu12 @ https://host/cuvs-cu12/cuvs_cu12-26.2.0-cp313-cp313-manylinux_2_24_x86_64.whl\n"
         "en_core @ https://host/3.7/en_core-3.8.0-py3-none-any.whl#sha256=19\n"
         "google-colab @ file:///dist/google_colab-1.0.0.tar.gz\n"
@@ -90,9 +90,9 @@ def test_the_list_is_made_of_what_colab_publishes():
 
 @pytest.fixture
 def bootstrap(monkeypatch, tmp_path):
-    """Run the bootstrap cell where `/content` is a folder of the test's, and return what it would run."""
+    """Function that runs the bootstrap cell with another folder for `/content`, and returns its commands."""
 
-    def run_it(colab=True, installed=False, wheels=()):
+    def run_cell(colab=True, installed=False, wheels=()):
         for name in [name for name in os.environ if name.startswith("COLAB_")]:
             monkeypatch.delenv(name)
         if colab:
@@ -105,15 +105,15 @@ def bootstrap(monkeypatch, tmp_path):
         exec(BOOTSTRAP.replace('"/content/', f'"{tmp_path}/'), {})
         return ran
 
-    return run_it
+    return run_cell
 
 
-def test_the_bootstrap_does_nothing_elsewhere_or_twice(bootstrap):
+def test_bootstrap_does_nothing_elsewhere_or_twice(bootstrap):
     assert bootstrap(colab=False) == []
     assert bootstrap(installed=True) == []
 
 
-def test_the_bootstrap_installs_from_the_repository(bootstrap):
+def test_bootstrap_installs_from_the_repository(bootstrap):
     ((words, check),) = bootstrap()
     assert check
     assert words[:4] == [sys.executable, "-m", "pip", "install"]
@@ -121,7 +121,7 @@ def test_the_bootstrap_installs_from_the_repository(bootstrap):
     assert not {"-U", "--upgrade", "--no-deps", "--force-reinstall"} & set(words)
 
 
-def test_the_bootstrap_finds_an_uploaded_wheel(bootstrap, tmp_path):
+def test_bootstrap_finds_an_uploaded_wheel(bootstrap, tmp_path):
     wheels = ["qlora_helpers-0.1.0-py3-none-any.whl", "qlora_helpers-0.2.0-py3-none-any.whl", "other-1.0.whl"]
     ((words, _),) = bootstrap(wheels=wheels)
     assert words[-1] == str(tmp_path / wheels[1])
@@ -129,23 +129,25 @@ def test_the_bootstrap_finds_an_uploaded_wheel(bootstrap, tmp_path):
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
-    """The stand-in. The packages that requirements.txt names ask for what they really ask for; torch for nothing, since
-    Colab's is another build than the index's.
+    """The stand-in for a Colab machine.
+
+    The packages in requirements.txt have their real requirements, except torch, of which Colab has another build than
+    the package index.
     """
-    named = {colab_machine.normal(need.name) for need in own_requirements()} & set(THERE) - {"torch"}
-    pins = [f"{name}=={THERE[name]}" for name in sorted(named)]
+    named = {colab_machine.normal(need.name) for need in own_requirements()} & set(ON_COLAB) - {"torch"}
+    pins = [f"{name}=={ON_COLAB[name]}" for name in sorted(named)]
     bare = tmp_path_factory.mktemp("bare") / "venv"
     python = colab_machine.make(bare, {})
-    found = colab_machine.would_install(python, "--ignore-installed", "--no-deps", *pins)
-    asked = {colab_machine.normal(entry["name"]): entry.get("requires_dist", []) for entry in found}
-    assert set(asked) == named
-    return colab_machine.make(tmp_path_factory.mktemp("colab") / "venv", asked)
+    report = colab_machine.would_install(python, "--ignore-installed", "--no-deps", *pins)
+    requirements = {colab_machine.normal(entry["name"]): entry.get("requires_dist", []) for entry in report}
+    assert set(requirements) == named
+    return colab_machine.make(tmp_path_factory.mktemp("colab") / "venv", requirements)
 
 
 def check_only_new(installed):
-    """Packages to be installed are new to Colab, and none that is there forbids them."""
+    """Check that all packages to install are new to Colab, and return their names."""
     names = {colab_machine.normal(entry["name"]) for entry in installed}
-    assert not names & set(THERE)
+    assert not names & set(ON_COLAB)
     return names
 
 
@@ -157,16 +159,16 @@ def test_pip_would_only_add_packages_for_the_requirements(machine):
 
 @pytest.mark.slow
 def test_pip_would_change_packages_for_another_trl(machine):
-    """The stand-in notices what it is for: a newer trl asks for newer datasets than Colab has."""
+    """The stand-in detects a change: a newer trl requires newer datasets than Colab has."""
     with pytest.raises(AssertionError):
         check_only_new(colab_machine.would_install(machine, "trl==1.15.0"))
 
 
 @pytest.mark.slow
-def test_the_bootstrap_with_an_uploaded_wheel_would_only_add_packages(machine, monkeypatch, tmp_path):
-    """The cell as it stands, with Colab's Python, and pip asked to say what it would do."""
-    beside = shutil.ignore_patterns(".*", "runs", "results", "build", "*.egg-info")
-    source = shutil.copytree(ROOT, tmp_path / "source", ignore=beside)
+def test_bootstrap_with_an_uploaded_wheel_would_only_add_packages(machine, monkeypatch, tmp_path):
+    """The real cell runs with Colab's Python and a dry run of pip."""
+    ignored = shutil.ignore_patterns(".*", "runs", "results", "build", "*.egg-info")
+    source = shutil.copytree(ROOT, tmp_path / "source", ignore=ignored)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
     subprocess.run(build, check=True)
     (wheel,) = tmp_path.glob("*.whl")

@@ -34,8 +34,8 @@ def test_order_of_cells(notebook, request):
     assert kinds == ["markdown", "markdown", "code", "markdown", "code"]
     assert notebook.cells[0].source.startswith(f"# {request.node.callspec.id[:2]} · ")
     assert "colab-badge" in notebook.cells[0].source
-    for word in ("You will see", "It needs", "leaves behind", "behind", "min"):
-        assert word.split()[-1] in notebook.cells[1].source
+    for phrase in ("**You will see**", "**You need**", "**It writes**", " min"):
+        assert phrase in notebook.cells[1].source
     assert "parameters" in notebook.cells[4].metadata.tags
     assert "notebook.resolve(globals()" in notebook.cells[5].source + notebook.cells[6].source
 

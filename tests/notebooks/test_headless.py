@@ -1,4 +1,4 @@
-"""Headless: a notebook that fails is named with its cell and takes no other down, and few lines are printed."""
+"""Batches without a front end: a failing notebook is named with its cell, does not stop others, and prints little."""
 
 from types import SimpleNamespace
 
@@ -22,7 +22,10 @@ RESULT = {"seed": 0, "steps": 1, "base_eval_loss": 2.0, "eval_loss": 1.0, "secon
 
 @pytest.fixture
 def batch(tmp_path, monkeypatch):
-    """A batch over a notebook 05 that fails with 8 and with 9 rows; returns what the command returns."""
+    """Function that runs a batch and returns its exit code.
+
+    A stand-in replaces notebook 05. It fails with 8 and with 9 rows.
+    """
     cells = [
         nbformat.v4.new_code_cell("# Parameters\nn_samples: int = 1  # rows", metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(f"RESULT = {RESULT!r}"),
@@ -35,7 +38,7 @@ def batch(tmp_path, monkeypatch):
     nbformat.write(notebook, tmp_path / "notebooks" / "05_train_exp1.ipynb")
     monkeypatch.setattr(series, "notebooks_folder", lambda: tmp_path / "notebooks")
 
-    def run_it(*samples):
+    def run_batch(*samples):
         runs = [RunFolder(tmp_path / "out" / f"n{n}") for n in samples]
         needed = [
             SimpleNamespace(
@@ -53,28 +56,28 @@ def batch(tmp_path, monkeypatch):
         monkeypatch.setattr(series, "run_batch", batch_of_these)
         return __main__.main(["batch", "--samples", "4", "--out", str(tmp_path / "out")])
 
-    return run_it
+    return run_batch
 
 
-def test_failures_are_named_and_take_nobody_down(batch, tmp_path, capsys):
+def test_failures_are_named_and_do_not_stop_other_runs(batch, tmp_path, capsys):
     assert batch(4, 8, 9, 12) == 2
-    said = capsys.readouterr()
+    captured = capsys.readouterr()
     assert [path.parent.name for path in sorted((tmp_path / "out").glob("*/metrics.json"))] == ["n12", "n4"]
-    failed = [line for line in said.out.splitlines() if "failed" in line]
+    failed = [line for line in captured.out.splitlines() if "failed" in line]
     assert len(failed) == 2
     assert failed[0].startswith("[2/4] n8: failed: notebook 05_train_exp1, cell 4: ValueError: like no other.")
     assert str(tmp_path / "out" / "n8" / "notebook.ipynb") in failed[0]
     assert failed[1] == "[3/4] n9: failed: rows: too few. Fix: more. (Notebook 05_train_exp1, cell 4.)"
-    assert said.err.count("\n") == 1
-    assert "2 of 4 runs failed (n8, n9)" in said.err
+    assert captured.err.count("\n") == 1
+    assert "2 of 4 runs failed (n8, n9)" in captured.err
     executed = nbformat.read(tmp_path / "out" / "n8" / "notebook.ipynb", as_version=4)
     assert any(output.output_type == "error" for cell in executed.cells for output in cell.get("outputs", []))
 
 
-def test_where_nobody_watches_a_notebook_is_two_lines(batch, capsys):
+def test_unwatched_notebook_prints_two_lines(batch, capsys):
     assert batch(4, 5) == 0
-    said = capsys.readouterr()
-    lines = said.out.split("| run |")[0].strip().splitlines()
+    captured = capsys.readouterr()
+    lines = captured.out.split("| run |")[0].strip().splitlines()
     assert [line.split(": ")[0] for line in lines] == ["[1/2] n4", "[1/2] n4", "[2/2] n5", "[2/2] n5"]
     assert [line.split(": ")[1].split(" in ")[0] for line in lines] == ["begins", "done", "begins", "done"]
-    assert "\r" not in said.out + said.err
+    assert "\r" not in captured.out + captured.err

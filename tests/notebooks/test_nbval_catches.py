@@ -1,4 +1,4 @@
-"""nbval on the stored notebook 02 must turn red when the package does the wrong thing."""
+"""nbval on the stored notebook 02 must fail when the package has a fault."""
 
 import os
 import shutil
@@ -16,15 +16,15 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_a_fault_replaces_is_there(fault):
-    """Fast, so that a line that moves is noticed before the long tests are run."""
+def test_line_that_a_fault_replaces_exists(fault):
+    """A fast test, so that a changed line is noticed before the slow tests run."""
     name, right, _ = FAULTS[fault]
     assert (ROOT / "qlora_helpers" / name).read_text("utf-8").count(right) == 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [None, *FAULTS])
-def test_a_planted_fault_turns_nbval_red(tmp_path, fault):
+def test_planted_fault_fails_nbval(tmp_path, fault):
     for part in ("qlora_helpers", "data", "notebooks", "conftest.py", "pyproject.toml"):
         source = ROOT / part
         if source.is_dir():

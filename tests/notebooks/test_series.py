@@ -1,4 +1,4 @@
-"""The series and the batch, executed for real through the command line on the embedded model."""
+"""The series and the batch, executed for real through the command line on the bundled model."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def read(path):
 
 @pytest.fixture(scope="module")
 def series(tmp_path_factory):
-    """All seven notebooks with 8 and 16 rows, run from a folder that is not the project's."""
+    """All seven notebooks with 8 and 16 rows, run from a folder outside the project."""
     out = tmp_path_factory.mktemp("series") / "out"
     words = ["qlora_helpers", "run", "--profile", "cpu", "--samples", 8, 16, "--epochs", 1, "--n-heldout", 16]
     done = command(*words, "--out", out, cwd=out.parent)
@@ -40,7 +40,7 @@ def series(tmp_path_factory):
     return out, words, done.stdout
 
 
-def test_run_folders_are_whole(series):
+def test_run_folders_are_complete(series):
     out, _, _ = series
     for name, rows, steps in (("exp1", 8, 2), ("exp2", 16, 4)):
         metrics = read(out / name / "metrics.json")
@@ -54,7 +54,7 @@ def test_run_folders_are_whole(series):
             assert (out / name / file).stat().st_size > 0
 
 
-def test_metrics_differ_with_the_rows_and_data_nests(series):
+def test_metrics_differ_and_training_rows_are_nested(series):
     out, _, _ = series
     first, second = (read(out / name / "metrics.json") for name in ("exp1", "exp2"))
     assert first["eval_loss"] != second["eval_loss"]
@@ -81,8 +81,8 @@ def test_comparison_and_report(series):
         assert prompt in report
 
 
-def test_notebook_03_measures_the_base_for_the_others(series):
-    """Three ways to store it have losses; the one that is trained on has answers too, and no pass was made twice."""
+def test_notebook_03_evaluates_the_base_model_for_later_notebooks(series):
+    """Three ways to store it have losses. The one that is trained on also has answers. Nothing is computed twice."""
     out, _, _ = series
     bases = sorted(out.glob("base-*"))
     assert len([base for base in bases if (base / "heldout_losses.jsonl").exists()]) == len(bases) == 3
@@ -92,15 +92,15 @@ def test_notebook_03_measures_the_base_for_the_others(series):
     assert losses.stat().st_mtime_ns < run.stat().st_mtime_ns
 
 
-def test_the_series_says_how_long_it_took(series):
+def test_series_reports_its_duration(series):
     out, _, stdout = series
-    noted = read(out / "series.json")
-    assert list(noted["seconds"]) == list(SERIES)
-    assert noted["total"] == pytest.approx(sum(noted["seconds"].values()), abs=0.1)
-    assert f"Notebooks: 7 done in {noted['total']:.0f} s on {noted['device']['name']}" in stdout
+    recorded = read(out / "series.json")
+    assert list(recorded["seconds"]) == list(SERIES)
+    assert recorded["total"] == pytest.approx(sum(recorded["seconds"].values()), abs=0.1)
+    assert f"Notebooks: 7 done in {recorded['total']:.0f} s on {recorded['device']['name']}" in stdout
 
 
-def test_run_again_reuses_and_another_config_is_refused(series):
+def test_another_config_is_refused_and_the_run_is_kept(series):
     out, words, _ = series
     before = (out / "exp1" / "metrics.json").stat().st_mtime_ns
     refused = command(*words[:5], 12, 16, *words[7:], "--out", out, cwd=out.parent)
@@ -110,7 +110,7 @@ def test_run_again_reuses_and_another_config_is_refused(series):
     assert (out / "exp1" / "metrics.json").stat().st_mtime_ns == before
 
 
-def test_batch_reuses_what_is_complete(tmp_path):
+def test_batch_reuses_finished_runs(tmp_path):
     words = ["qlora_helpers", "batch", "--profile", "cpu", "--seeds", 0, "--epochs", 1, "--save-steps", 1]
     words += ["--n-heldout", 8, "--out", tmp_path / "batch"]
     first = command(*words, "--samples", 4, cwd=tmp_path)
@@ -126,8 +126,8 @@ def test_batch_reuses_what_is_complete(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_batch_that_is_killed_goes_on(tmp_path, model_folder):
-    """The tiny model, for real: papermill, kernels, and a SIGKILL in the middle of the second of three runs."""
+def test_killed_batch_resumes(tmp_path, model_folder):
+    """papermill and kernels on the tiny model, with a SIGKILL during the second of three runs."""
     out = tmp_path / "batch"
     words = [sys.executable, "-m", "qlora_helpers", "batch", "--profile", "cpu", "--model", model_folder, "--out", out]
     words += ["--samples", 4, 24, "--learning-rates", 0.001, "--epochs", 10, "--save-steps", 5, "--n-heldout", 8]
@@ -140,12 +140,12 @@ def test_a_batch_that_is_killed_goes_on(tmp_path, model_folder):
     killed.wait()
     assert not (out / "n24-seed0" / "metrics.json").exists()
     stamp = (out / "n4-seed0" / "metrics.json").stat().st_mtime_ns
-    time.sleep(2)  # the kernel, in a group of its own, notices that its parent is gone
+    time.sleep(2)  # the kernel, in its own process group, notices that its parent is gone
     done = command(*words[2:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "n4-seed0: complete, not run again" in done.stdout
     assert (out / "n4-seed0" / "metrics.json").stat().st_mtime_ns == stamp
-    assert "Going on from checkpoint-" in (out / "n24-seed0" / "notebook.ipynb").read_text("utf-8")
+    assert "Resuming from checkpoint-" in (out / "n24-seed0" / "notebook.ipynb").read_text("utf-8")
     for name in ("n24-seed0", "n24-lr0.001-seed0"):
         log = [json.loads(line) for line in (out / name / "log.jsonl").read_text().splitlines()]
         assert [line["step"] for line in log if "loss" in line] == list(range(1, 61))
@@ -153,7 +153,7 @@ def test_a_batch_that_is_killed_goes_on(tmp_path, model_folder):
     assert rates == [2e-4, 1e-3]
 
 
-def test_papermill_from_outside_checks_names_and_types(tmp_path):
+def test_papermill_checks_names_and_types_of_parameters(tmp_path):
     notebook = ROOT / "notebooks" / "02_load_data.ipynb"
     for wrong, named in ((["-p", "n_sampels", "8"], "Did you mean 'n_samples'?"),
                          (["-r", "learning_rate", "2e-4"], "write 2.0e-4")):  # fmt: skip

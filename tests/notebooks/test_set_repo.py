@@ -1,4 +1,4 @@
-"""One command names the owner's repository everywhere; nothing else in the files changes."""
+"""One command writes the owner's repository into all files and changes nothing else."""
 
 import re
 import shutil
@@ -13,7 +13,7 @@ NAMED = re.compile(r"github(?:\.com)?/([\w.-]+/[\w.-]+?)(?=/blob/|\\?\")")
 
 
 def places(folder):
-    """Every repository that a badge or a bootstrap cell names, by file."""
+    """Return the repositories in the badges and bootstrap cells of each file."""
     files = [folder / "README.md", *sorted((folder / "notebooks").glob("*.ipynb"))]
     return {path.name: NAMED.findall(path.read_text("utf-8")) for path in files}
 
@@ -30,15 +30,17 @@ def set_repo(url, folder):
     return subprocess.run(words, capture_output=True, text=True)
 
 
-def test_all_places_name_one_repository():
+def test_all_files_name_the_same_repository():
     named = places(ROOT)
     assert len({name for names in named.values() for name in names}) == 1
     assert named.pop("README.md")
     assert all(len(names) == 2 for names in named.values())  # badge and bootstrap
 
 
-@pytest.mark.parametrize("url", ["https://github.com/some-one/my.qlora_2", "https://github.com/some-one/my.qlora_2.git"])
-def test_the_command_writes_all_places_and_nothing_else(copy, url):
+@pytest.mark.parametrize(
+    "url", ["https://github.com/some-one/my.qlora_2", "https://github.com/some-one/my.qlora_2.git"]
+)
+def test_command_changes_the_repository_and_nothing_else(copy, url):
     before = places(copy)
     done = set_repo(url, copy)
     assert done.returncode == 0, done.stderr
@@ -50,8 +52,10 @@ def test_the_command_writes_all_places_and_nothing_else(copy, url):
         assert path.read_bytes() == original.read_bytes()
 
 
-@pytest.mark.parametrize("url", ["", "github.com/a/b", "https://github.com/a", "https://github.com/a/b/tree/main", "x y"])
-def test_what_is_no_repository_is_refused(copy, url):
+@pytest.mark.parametrize(
+    "url", ["", "github.com/a/b", "https://github.com/a", "https://github.com/a/b/tree/main", "x y"]
+)
+def test_invalid_repository_is_refused(copy, url):
     done = set_repo(url, copy)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1

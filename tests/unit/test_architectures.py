@@ -1,4 +1,4 @@
-"""Shapes of models from their configs, against the models themselves."""
+"""Shapes of models computed from their configs, compared with the real models."""
 
 import json
 
@@ -16,7 +16,7 @@ def test_parameters_are_those_of_the_real_architecture(name):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**architectures.known(name))
-    config.num_hidden_layers = 2  # the blocks are alike; building eighty on the meta device takes seconds
+    config.num_hidden_layers = 2  # all blocks are alike, and building eighty on the meta device takes seconds
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     small = architectures.from_config(name, {**config.to_dict(), "n_layer": 2})
@@ -67,17 +67,17 @@ def test_a_folder_a_file_and_the_hub(tmp_path, model_folder, monkeypatch):
     from qlora_helpers.models import hub
 
     monkeypatch.setattr(hub, "reachable", lambda: False)
-    with pytest.raises(UserError, match="no config of 'someone/else' is to be had"):
+    with pytest.raises(UserError, match="cannot load the config of 'someone/else'"):
         architectures.load("someone/else")
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{}", "'None' is no model type"),
-        ('{"model_type": "mamba"}', "'mamba' is no model type that the plan knows. Known: llama"),
+        ("{}", "model type 'None' is not supported"),
+        ('{"model_type": "mamba"}', "model type 'mamba' is not supported by the plan. Supported: llama"),
         ('{"model_type": "llama", "hidden_size": 8}', "has intermediate_size = None"),
-        ("[1]", "holds no model's config"),
+        ("[1]", "does not contain a model's config"),
         ("{", "cannot be read"),
     ],
 )
@@ -101,6 +101,6 @@ VALUES = st.one_of(
 def test_any_config_gives_a_shape_or_one_line(kind, rest):
     try:
         shape = architectures.from_config("any", {"model_type": kind, **json.loads(json.dumps(rest))})
-    except UserError:  # one line by construction
+    except UserError:  # always one line
         return
     assert shape.parameters > 0

@@ -1,5 +1,7 @@
-"""Malformed parameters, data files and run folders through the command line's own `main`, in one process: success, or
-exit code 2 with one line; never a traceback, a hang, or a lost file. The examples are the same on every run.
+"""Malformed parameters, data files and run folders as input for the command line's `main`, in one process.
+
+The result must be success, or exit code 2 and a one-line error; never a traceback, a hang or a lost file. The examples
+are the same in every test run.
 """
 
 import hashlib
@@ -17,13 +19,13 @@ from qlora_helpers import __main__
 from qlora_helpers.experiments import matrix, series
 from qlora_helpers.models import hub
 
-SECONDS = 120  # a command that takes longer hangs
-FEW_AND_ALL = [15, pytest.param(170, marks=pytest.mark.slow)]  # of each of three kinds: 510 in all
+SECONDS = 120  # a command that takes longer counts as hanging
+FEW_AND_ALL = [15, pytest.param(170, marks=pytest.mark.slow)]  # examples for each of three tests: 510 in total
 
 
 @pytest.fixture(scope="module")
 def trained(config, tokenizer, tmp_path_factory):
-    """Two complete runs and their base, small and read again and again."""
+    """Two small finished runs and their baseline, trained once and then only read."""
     folder = tmp_path_factory.mktemp("trained")
     configs = {f"exp{n}": config.replace(n_samples=4 * n, n_heldout=4, n_answers=2) for n in (1, 2)}
     matrix.train_missing(matrix.plan_runs(configs, folder))
@@ -34,8 +36,9 @@ def trained(config, tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capfd):
-    """`main(argv)` in a folder of its own, and a check of what came of it. Notebooks are not executed: what this is
-    about comes before them.
+    """Run `main(argv)` in its own folder and check the outcome. Returns the exit code.
+
+    Notebooks are not executed, because these tests are about what happens before.
     """
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("QLORA_WORKDIR", raising=False)
@@ -49,16 +52,16 @@ def command(tmp_path, monkeypatch, capfd):
         signal.alarm(SECONDS)
         try:
             code = __main__.main([str(word) for word in argv])
-        except SystemExit as end:  # --help and --version end so
+        except SystemExit as end:  # raised by --help and --version
             code = end.code
         finally:
             signal.alarm(0)
-        said = capfd.readouterr()
-        errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
-        assert code in (0, 2), said.err
-        assert "Traceback" not in said.out + said.err
-        assert len(errors) == (code == 2), said.err
-        assert code == 0 or said.err.splitlines()[-1] == errors[0]
+        printed = capfd.readouterr()
+        errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+        assert code in (0, 2), printed.err
+        assert "Traceback" not in printed.out + printed.err
+        assert len(errors) == (code == 2), printed.err
+        assert code == 0 or printed.err.splitlines()[-1] == errors[0]
         assert {path: fingerprint(path) for path in keep} == before
         return code
 
@@ -66,17 +69,17 @@ def command(tmp_path, monkeypatch, capfd):
 
 
 def fingerprint(path):
-    """What a file, or a folder's files, hold; folders and locks alone are nothing to lose."""
+    """Hash the content of a file, or of all files in a folder except locks."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    found = [(str(file), file.read_bytes()) for file in files if file.is_file() and file.name != ".lock"]
-    return hashlib.sha256(repr(found).encode()).hexdigest()
+    contents = [(str(file), file.read_bytes()) for file in files if file.is_file() and file.name != ".lock"]
+    return hashlib.sha256(repr(contents).encode()).hexdigest()
 
 
 def try_all(number, strategy, check):
-    """`check` with as many examples, whatever fixtures it uses."""
-    healthy = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
-    quiet = hypothesis_settings(max_examples=number, suppress_health_check=healthy)
-    quiet(given(strategy)(check))()
+    """Run `check` with `number` examples of the strategy."""
+    suppressed = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+    settings = hypothesis_settings(max_examples=number, suppress_health_check=suppressed)
+    settings(given(strategy)(check))()
 
 
 NUMBERS = ("", " ", "-1", "0", "1", "8", "1e3", "2e-4", "nan", "inf", "10" * 30, "None", "true")
@@ -101,7 +104,7 @@ def test_malformed_parameters(command, number, config, tmp_path, monkeypatch):
     )
     shutil.copytree(config.model, tmp_path / "model")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("not to be lost")
+    (tmp_path / "out" / "mine.txt").write_text("must not be lost")
     monkeypatch.chdir(tmp_path)
     base = {"data": ["data", "rows.jsonl"], "compare": ["compare", "out"]}
 
@@ -185,16 +188,18 @@ def test_malformed_data_files(command, number, config, tmp_path):
 
 @st.composite
 def damages(draw):
-    """Which file of a run folder, by number, and what happens to it."""
-    how = draw(st.sampled_from(["gone", "empty", "cut", "replace", "a folder", "other json", "one value", "one value"]))
+    """Draw a file of a run folder, by number, and the damage to it."""
+    how = draw(
+        st.sampled_from(["missing", "empty", "cut", "replace", "a folder", "other json", "one value", "one value"])
+    )
     return draw(st.integers(0, 99)), how, draw(st.integers(0, 10**6)), draw(st.binary(max_size=6)), draw(values)
 
 
 def spoil(file, how, place, extra, value):
-    """Do it to the file."""
+    """Damage the file."""
     content = file.read_bytes()
     place %= max(len(content), 1)
-    if how in ("gone", "a folder"):
+    if how in ("missing", "a folder"):
         file.unlink()
         if how == "a folder":
             file.mkdir()
@@ -210,7 +215,7 @@ def spoil(file, how, place, extra, value):
 
 @pytest.mark.parametrize("number", FEW_AND_ALL)
 def test_malformed_run_folders(command, number, trained, tmp_path):
-    """The report on two runs of which one file is damaged, and a batch into their folder."""
+    """Compare two runs of which one file is damaged, then run a batch in their folder."""
     names = sorted(
         str(path.relative_to(trained))
         for path in trained.rglob("*")
@@ -234,12 +239,12 @@ def test_malformed_run_folders(command, number, trained, tmp_path):
 
 
 @pytest.mark.parametrize("damaged", [{}, {"train_rows": 4, "steps": "many"}, {"eval_loss": {}}])
-def test_metrics_that_lack_values_or_hold_others_are_named(command, trained, tmp_path, damaged):
+def test_incomplete_or_invalid_metrics_are_an_error(command, trained, tmp_path, damaged):
     folder = shutil.copytree(trained, tmp_path / "runs")
     (folder / "exp2" / "metrics.json").write_text(json.dumps(damaged), "utf-8")
     assert command("compare", folder / "exp1", folder / "exp2", "--out", tmp_path / "out", keep=[folder]) == 2
     assert not (tmp_path / "out").exists()
 
 
-def test_there_are_five_hundred():
+def test_there_are_500_examples():
     assert 3 * FEW_AND_ALL[1].values[0] >= 500

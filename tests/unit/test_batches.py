@@ -1,4 +1,4 @@
-"""Batches without padding: the model's own loss and gradients where that holds, and TRL's batches elsewhere."""
+"""Batches without padding: same loss and gradients as the model's own where possible, TRL's batches elsewhere."""
 
 import dataclasses
 
@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_helpers.data.cleaning import prepare
 from qlora_helpers.data.prompts import IGNORE
+from qlora_helpers.evaluation.context import RunContext
 from qlora_helpers.models import qlora
 from qlora_helpers.runs import RunFolder
 from qlora_helpers.training import batches, trainer
@@ -17,38 +18,38 @@ from qlora_helpers.training import batches, trainer
 TINY = {
     "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 64, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    "initializer_range": 0.3,  # far from even odds, so that a wrong token or position shows
+    "initializer_range": 0.3,  # far from uniform predictions, so that a wrong token or position shows
 }  # fmt: skip
 FAMILIES = {
     "llama": {},
     "mistral": {},
     "qwen2": {},
     "qwen3": {"head_dim": 8},
-    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8},  # caps its logits after the head
-    "granite": {"logits_scaling": 8.0},  # divides them
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8},  # soft-caps its logits
+    "granite": {"logits_scaling": 8.0},  # scales its logits
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},  # learned positions, shifted by two
     "gpt_neox": {},
-    "bloom": {"n_head": 4, "n_layer": 2},  # ALiBi: distances, no positions
-    "lfm2": {"layer_types": ["conv", "full_attention"]},  # carries a state from token to token
+    "bloom": {"n_head": 4, "n_layer": 2},  # ALiBi: distances instead of positions
+    "lfm2": {"layer_types": ["conv", "full_attention"]},  # carries state from token to token
     "mamba": {"state_size": 4},
 }
 
 
 def tiny(family):
-    """A random model of a family, in float32."""
+    """Create a random model of a family in float32."""
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **TINY | FAMILIES[family])).float()
 
 
-def rows_of(*lengths, silent=0):
-    """Rows of some lengths whose first `silent` tokens are not trained."""
+def rows_of(*lengths, untrained=0):
+    """Create rows of these lengths; the first `untrained` tokens of each are not trained."""
     generator = torch.Generator().manual_seed(sum(lengths))
     ids = [torch.randint(3, 97, (length,), generator=generator).tolist() for length in lengths]
-    return [{"input_ids": row, "labels": [IGNORE] * silent + row[silent:]} for row in ids]
+    return [{"input_ids": row, "labels": [IGNORE] * untrained + row[untrained:]} for row in ids]
 
 
 def plain(built, features):
-    """Mean loss over the trained tokens, each row by itself through the model's own forward pass."""
+    """Mean loss over the trained tokens, with each row in a separate forward pass of the model."""
     sums, count = 0.0, 0
     for row in features:
         trained = sum(label != IGNORE for label in row["labels"][1:])
@@ -58,10 +59,10 @@ def plain(built, features):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_chosen_batches_give_each_familys_own_loss(family, device):
-    """Whatever is chosen, the loss is the model's own; a family for which no shortcut is right keeps TRL's batches."""
+def test_chosen_collator_gives_each_familys_own_loss(family, device):
+    """The chosen collator keeps the model's own loss. Families for which none does keep TRL's batches."""
     built = tiny(family).eval()
-    features = rows_of(9, 17, 4, 12, silent=2)
+    features = rows_of(9, 17, 4, 12, untrained=2)
     own = plain(built, features)
     chosen = batches.collator(built, device)
     if chosen is not None:
@@ -71,19 +72,19 @@ def test_the_chosen_batches_give_each_familys_own_loss(family, device):
             assert built(**candidate(features)).loss.item() == pytest.approx(own.item(), abs=1e-4)
 
 
-def test_llama_rows_are_laid_end_to_end(device):
-    assert isinstance(batches.collator(tiny("llama"), device), batches.Lines)
+def test_llama_rows_are_packed(device):
+    assert isinstance(batches.collator(tiny("llama"), device), batches.PackedRows)
 
 
 @pytest.mark.parametrize("family", ["lfm2", "bloom"])
-def test_a_family_that_would_mix_rows_is_not_flattened(family, device):
+def test_family_that_would_mix_rows_is_not_packed(family, device):
     built = tiny(family)
     assert not batches._takes_columns(built) or not batches.same_loss(built, batches.flat)
-    assert not isinstance(batches.collator(built, device), batches.Lines)
+    assert not isinstance(batches.collator(built, device), batches.PackedRows)
 
 
-def test_a_state_that_passes_from_row_to_row_is_noticed(device):
-    """A llama whose positions run on sees the first row from the second: the check has to fail."""
+def test_state_leaking_between_rows_is_detected(device):
+    """With continuous positions, a Llama's second row attends to the first, so the check must fail."""
     built = tiny("llama")
 
     def leaking(features):
@@ -94,7 +95,7 @@ def test_a_state_that_passes_from_row_to_row_is_noticed(device):
     assert not batches.same_loss(built, leaking)
 
 
-def test_a_loss_over_other_tokens_is_noticed(device):
+def test_loss_over_other_tokens_is_detected(device):
     built = tiny("llama")
 
     def one_too_few(features):
@@ -105,25 +106,25 @@ def test_a_loss_over_other_tokens_is_noticed(device):
     assert not batches.same_loss(built, one_too_few)
 
 
-def test_gradients_are_those_of_the_plain_path():
+def test_gradients_equal_those_of_the_plain_forward_pass():
     built = tiny("llama")
-    features = rows_of(9, 17, 4, 12, silent=3)
-    found = []
+    features = rows_of(9, 17, 4, 12, untrained=3)
+    gradients = []
     for loss in (plain(built, features), built(**batches.flat(features)).loss, built(**batches.padded(features)).loss):
         built.zero_grad()
         loss.backward()
-        found.append(torch.cat([p.grad.flatten() for p in built.parameters()]))
-    assert torch.allclose(found[1], found[0], rtol=1e-4, atol=1e-6)
-    assert torch.allclose(found[2], found[0], rtol=1e-4, atol=1e-6)
+        gradients.append(torch.cat([p.grad.flatten() for p in built.parameters()]))
+    assert torch.allclose(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+    assert torch.allclose(gradients[2], gradients[0], rtol=1e-4, atol=1e-6)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=6), st.integers(0, 1))
-def test_no_token_is_lost_and_none_is_counted_twice(lengths, silent):
-    features = rows_of(*lengths, silent=silent)
+def test_every_trained_token_counts_once(lengths, untrained):
+    features = rows_of(*lengths, untrained=untrained)
     for batch in (batches.flat(features), batches.padded(features)):
-        wanted = sum(label != IGNORE for row in features for label in row["labels"][1:])
-        assert int((batch["shift_labels"] != IGNORE).sum()) == int((batch["labels"] != IGNORE).sum()) == wanted
+        trained = sum(label != IGNORE for row in features for label in row["labels"][1:])
+        assert int((batch["shift_labels"] != IGNORE).sum()) == int((batch["labels"] != IGNORE).sum()) == trained
     assert batches.flat(features)["input_ids"].shape == (1, sum(lengths))
 
 
@@ -131,34 +132,36 @@ def test_no_token_is_lost_and_none_is_counted_twice(lengths, silent):
     ("lengths", "shape"),
     [([60] * 4, (4, 60)), ([60, 5, 5, 5], (1, 75)), ([40, 6, 36, 5], (2, 45)), ([30], (1, 30))],
 )
-def test_lines_are_as_many_as_cost_least(lengths, shape):
-    """Rows that are alike lie side by side; a long one and short ones on one line, where attention costs little."""
-    batch = batches.Lines(width=16, layers=2, words=97)(rows_of(*lengths))
+def test_cheapest_number_of_lines_is_chosen(lengths, shape):
+    """Rows of similar length get one line each. A long row and short rows share a line if attention stays cheap."""
+    batch = batches.PackedRows(hidden_size=16, layers=2, vocabulary=97)(rows_of(*lengths))
     assert tuple(batch["input_ids"].shape) == shape
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_any_number_of_lines_gives_the_same_loss(number):
     built = tiny("llama").eval()
-    features = rows_of(9, 17, 4, 12, silent=2)
-    batch = batches.on_lines(batches.deal(features, number))
+    features = rows_of(9, 17, 4, 12, untrained=2)
+    batch = batches.collate_lines(batches.split_rows(features, number))
     assert batch["input_ids"].shape[0] == number
     assert built(**batch).loss.item() == pytest.approx(plain(built, features).item(), abs=1e-5)
 
 
-def test_a_gpu_keeps_trls_batches(device):
+def test_gpu_keeps_trls_batches(device):
     assert batches.collator(tiny("llama"), dataclasses.replace(device, kind="cuda")) is None
 
 
-def test_a_run_takes_the_same_steps_as_on_trls_batches(config, tokenizer, device, tmp_path, monkeypatch):
-    """Step by step within 1e-3 of the plain path; without dropout, which would draw other numbers for other shapes."""
+def test_run_takes_the_same_steps_as_with_trls_batches(config, tokenizer, device, tmp_path, monkeypatch):
+    """Losses agree within 1e-3 at every step. Dropout is off, because it would draw other numbers for other shapes."""
     own = config.replace(dropout=0.0, n_samples=16, learning_rate=0.01)
     data = prepare(own, tokenizer)
     losses = []
     for number, collate in enumerate((batches.collator, lambda model, device: None)):
         monkeypatch.setattr(batches, "collator", collate)
         built = qlora.attach_lora(qlora.load_base(own, device), own)
-        ready = trainer.build_trainer(built, own, data, tokenizer, device, RunFolder(tmp_path / str(number)))
+        ready = trainer.build_trainer(
+            built, RunContext(own, data, tokenizer, device, RunFolder(tmp_path / str(number)))
+        )
         ready.train()
         losses.append([line["loss"] for line in ready.state.log_history if "loss" in line])
     assert len(losses[0]) == 4

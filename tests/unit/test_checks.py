@@ -1,4 +1,4 @@
-"""Runs that would learn nothing, or measure nothing, each with its fault planted: they stop, and say why."""
+"""Runs that would learn or measure nothing stop with the reason. Each test plants one fault."""
 
 import dataclasses
 import errno
@@ -29,22 +29,22 @@ def data(config, tokenizer):
 
 @pytest.fixture
 def train(config, data, tokenizer, tmp_path):
-    """Train into a fresh folder; what is handed over may be planted."""
+    """Train into a new folder, with rows or settings changed by the test."""
 
-    def run_it(rows=data, **changes):
+    def run_training(rows=data, **changes):
         return trainer.train(config.replace(**changes), rows, tokenizer, RunFolder(tmp_path / "run"))
 
-    return run_it
+    return run_training
 
 
 def plant_loss(monkeypatch, change):
-    """Let the library's loss come out as `change` makes it."""
-    honest = Trainer.compute_loss
-    monkeypatch.setattr(Trainer, "compute_loss", lambda *args, **kwargs: change(honest(*args, **kwargs)))
+    """Apply `change` to the loss that the library computes."""
+    original = Trainer.compute_loss
+    monkeypatch.setattr(Trainer, "compute_loss", lambda *args, **kwargs: change(original(*args, **kwargs)))
 
 
 @pytest.mark.parametrize(("factor", "shown"), [(0.0, "0.0"), (float("nan"), "nan"), (float("inf"), "inf")])
-def test_a_loss_that_is_zero_or_no_number_stops_at_its_first_step(train, monkeypatch, factor, shown):
+def test_loss_that_is_zero_or_not_finite_stops_at_the_first_step(train, monkeypatch, factor, shown):
     plant_loss(monkeypatch, lambda loss: loss * factor)
     with pytest.raises(UserError, match=f"loss at step 1 is {shown}.*Fix"):
         train()
@@ -52,24 +52,24 @@ def test_a_loss_that_is_zero_or_no_number_stops_at_its_first_step(train, monkeyp
 
 @pytest.mark.parametrize("clip", [1.0, 0.0])
 def test_three_steps_without_a_gradient_stop(train, monkeypatch, clip):
-    """The loss looks as ever: only its way back is cut, as repacked 4-bit weights do it."""
+    """The loss is unchanged, but detached from the weights, as repacked 4-bit weights do it."""
     plant_loss(monkeypatch, lambda loss: loss * 0 + loss.detach())
     with pytest.raises(UserError, match=r"gradients of 3 steps up to step 3 are zero.*Fix"):
         train(max_grad_norm=clip)
 
 
-def test_steps_without_a_gradient_between_others_do_not_stop(train, monkeypatch):
+def test_isolated_steps_without_a_gradient_do_not_stop(train, monkeypatch):
     calls = iter(range(4))
     plant_loss(monkeypatch, lambda loss: loss * 0 + loss.detach() if next(calls) != 2 else loss)
     assert train().finished
 
 
-def test_an_adapter_that_does_not_move_stops(train):
-    with pytest.raises(UserError, match=r"not moved.*Fix"):
+def test_adapter_that_does_not_change_stops(train):
+    with pytest.raises(UserError, match=r"still has its initial weights.*Fix"):
         train(learning_rate=0.0)
 
 
-def test_an_adapter_of_no_numbers_stops():
+def test_adapter_that_is_not_finite_stops():
     layer = torch.nn.Module()
     layer.lora_B = torch.nn.Parameter(torch.tensor([1.0, float("nan")]))
     with pytest.raises(UserError, match=r"nan or infinity.*Fix"):
@@ -106,7 +106,7 @@ def repack(model):
 
 
 @pytest.mark.parametrize(
-    ("fault", "says"),
+    ("fault", "named"),
     [
         (draw, "random state"),
         (draw_plain, "random state"),
@@ -117,22 +117,22 @@ def repack(model):
         (repack, "base's weights"),
     ],
 )
-def test_an_evaluation_that_changes_training_stops(train, monkeypatch, fault, says):
-    honest = losses.heldout_losses
+def test_evaluation_that_affects_training_stops(train, monkeypatch, fault, named):
+    original = losses.heldout_losses
 
     def meddle(model, *args, **kwargs):
-        measured = honest(model, *args, **kwargs)
-        if model.training:  # the base is measured before training, where nothing can be spoiled
+        measured = original(model, *args, **kwargs)
+        if model.training:  # the base model is evaluated before training, where nothing is affected
             fault(model)
         return measured
 
     monkeypatch.setattr(losses, "heldout_losses", meddle)
-    with pytest.raises(UserError, match=f"evaluation: it changed .*{says}.*Fix"):
+    with pytest.raises(UserError, match=f"evaluation: it changed .*{named}.*Fix"):
         train()
 
 
 @pytest.mark.parametrize("where", ["train", "heldout"])
-def test_a_row_with_an_empty_label_mask_is_named(train, data, where, tmp_path):
+def test_row_with_an_empty_label_mask_is_named(train, data, where, tmp_path):
     rows = getattr(data, where)
     masked = dataclasses.replace(rows[1], labels=[IGNORE] * len(rows[1].labels))
     planted = dataclasses.replace(data, **{where: [rows[0], masked, *rows[2:]]})
@@ -141,7 +141,7 @@ def test_a_row_with_an_empty_label_mask_is_named(train, data, where, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_heldout_row_that_is_trained_on_stops(train, data, tmp_path):
+def test_heldout_row_that_is_trained_on_stops(train, data, tmp_path):
     planted = dataclasses.replace(data, train=[*data.train[1:], data.heldout[0]])
     with pytest.raises(UserError, match=r"1 of its rows are also trained on.*Fix"):
         train(planted)
@@ -149,14 +149,14 @@ def test_a_heldout_row_that_is_trained_on_stops(train, data, tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(train, monkeypatch, number, tmp_path):
-    """The disk is full while the second checkpoint is written."""
-    honest = Trainer._save_checkpoint
+def test_full_disk_is_a_one_line_error_and_the_run_resumes(train, monkeypatch, number, tmp_path):
+    """The disk fills up while the second checkpoint is written."""
+    original = Trainer._save_checkpoint
 
     def full(self, *args):
         if self.state.global_step == 4:
             raise OSError(number, "No space left on device")
-        honest(self, *args)
+        original(self, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_save_checkpoint", full)
@@ -166,13 +166,13 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_afterwards(train, monkeypat
     assert train().finished
 
 
-def test_other_errors_stay_what_they_are(tmp_path):
+def test_other_errors_are_not_changed(tmp_path):
     with pytest.raises(RuntimeError, match="something else"), checks.full_disk_as_user_error(tmp_path):
         raise RuntimeError("something else")
 
 
-def test_a_library_that_does_not_say_disk_full(tmp_path, monkeypatch):
-    """torch's writer only says that it failed: the free space tells."""
+def test_full_disk_is_recognized_by_its_free_space(tmp_path, monkeypatch):
+    """torch's writer reports only that it failed."""
     usage = checks.shutil._ntuple_diskusage(100, 100, 0)
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="is full"), checks.full_disk_as_user_error(tmp_path):

@@ -1,4 +1,4 @@
-"""The benchmark's two made models are what it says, and its verdicts follow from the intervals."""
+"""The two derived models of the claims benchmark, and its verdicts, which follow from the intervals."""
 
 import importlib.util
 import json
@@ -30,12 +30,12 @@ def logits(built):
         return built(input_ids=torch.arange(40)[None]).logits
 
 
-def test_zero_biases_change_nothing_and_can_be_trained(original, tokenizer, config, device, tmp_path):
+def test_zero_biases_keep_the_logits_and_can_be_trained(original, tokenizer, config, device, tmp_path):
     folder = claims.with_biases(original, tokenizer, tmp_path / "made")
     made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     assert torch.equal(logits(made), logits(original))
     own = config.replace(model=str(folder))
-    # a block: q 64, k 32, v 32, o 64, gate 128, up 128, down 64; the adapter is on q and v; two blocks
+    # Biases per block: q 64, k 32, v 32, o 64, gate 128, up 128, down 64. There are two blocks; q and v are adapted.
     for bias, count in (("none", 0), ("lora_only", 2 * (64 + 32)), ("all", 2 * 512)):
         built = qlora.attach_lora(qlora.load_base(own, device), own.replace(bias=bias))
         trained = {n: p for n, p in built.named_parameters() if p.requires_grad and n.endswith("bias")}
@@ -43,23 +43,20 @@ def test_zero_biases_change_nothing_and_can_be_trained(original, tokenizer, conf
         ids = torch.arange(40)[None]
         logits(built.eval())  # an evaluation before the step
         built.train()(input_ids=ids, labels=ids).loss.backward()
-        assert all(
-            p.grad.abs().sum() > 0 for n, p in trained.items() if "k_proj" not in n
-        )  # softmax takes no bias of k
+        # A bias of k has no gradient: it shifts all attention scores alike, and softmax ignores that.
+        assert all(p.grad.abs().sum() > 0 for n, p in trained.items() if "k_proj" not in n)
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_the_smaller_model_lacks_the_block_that_is_missed_least(
-    original, tokenizer, config, tmp_path, monkeypatch, turned
-):
-    """As cut by hand, whichever of the two blocks that is; the original is left whole."""
+def test_smaller_model_lacks_the_block_that_matters_least(original, tokenizer, config, tmp_path, monkeypatch, turned):
+    """It equals a model cut by hand, whichever of the two blocks is removed; the original is not changed."""
     monkeypatch.setattr(claims, "LEFT_OUT", 1)
     examples = cleaning.prepare(config.replace(n_samples=4), tokenizer).train
     blocks = torch.nn.ModuleList(list(original.model.layers)[:: -1 if turned else 1])
     for number, block in enumerate(blocks):
         block.self_attn.layer_idx = number
     original.model.layers = blocks
-    whole, by_hand = logits(original), {}
+    unchanged, by_hand = logits(original), {}
     for block in blocks:
         original.model.layers = torch.nn.ModuleList([block])
         rows = losses.heldout_losses(original, examples, detect("bfloat16"))
@@ -69,16 +66,16 @@ def test_the_smaller_model_lacks_the_block_that_is_missed_least(
     made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     assert torch.equal(logits(made), by_hand[min(by_hand)])
     assert not torch.equal(logits(made), by_hand[max(by_hand)])
-    assert torch.equal(logits(original), whole)
+    assert torch.equal(logits(original), unchanged)
 
 
-def test_a_claim_is_judged_by_its_interval(tmp_path):
-    """Every arm's losses are its base's plus a shift that is the same but for noise."""
+def test_claims_are_judged_by_their_intervals(tmp_path):
+    """The losses of every arm are those of the base model plus a constant shift and noise."""
     shifts = {
         claims.RANK_14: -0.3, claims.RANK_20: -0.3, claims.LORA_ONLY: -0.2, claims.ALL: -0.4, claims.BAD: 0.5,
         claims.SMALL: 0.1, comparison.BASE: 0.0,
     }  # fmt: skip
-    found = {}
+    trained = {}
     for number, (name, shift) in enumerate(shifts.items()):
         run = RunFolder(tmp_path / ("base" if name == comparison.BASE else str(number)))
         noise = [0.02 * (-1) ** (row // (number % 3 + 1)) for row in range(12)]
@@ -88,20 +85,20 @@ def test_a_claim_is_judged_by_its_interval(tmp_path):
         files.write_jsonl(run / "heldout_losses.jsonl", rows)
         files.write_json(run / "manifest.json", {"baseline": "base"})
         if name != comparison.BASE:
-            found[name] = [run]
-    judged = claims.judge(found, tmp_path)
+            trained[name] = [run]
+    judged = claims.judge(trained, tmp_path)
     assert [claim for claim, _, _ in judged] == [claim for claim, *_ in claims.CLAIMS]
     assert [word for _, _, word in judged] == [
         "contradicted", "confirmed", "contradicted", "confirmed", "contradicted", "confirmed", "not distinguishable",
     ]  # fmt: skip
 
 
-def test_the_recorded_verdicts_follow_from_the_recorded_losses():
+def test_recorded_verdicts_follow_from_the_recorded_losses():
     folder = ROOT / "results" / "h100-claims"
     arms = (claims.RANK_14, claims.RANK_20, claims.LORA_ONLY, claims.ALL, claims.BAD, claims.SMALL)
-    places = {name: name.replace(",", "").replace(" ", "-") for name in arms}
-    found = {name: [RunFolder(folder / f"{place}{seed}") for seed in ("", "-seed1")] for name, place in places.items()}
-    judged = [{"claim": c, **gap.to_dict(), "claim_is": word} for c, gap, word in claims.judge(found, folder)]
+    slugs = {name: name.replace(",", "").replace(" ", "-") for name in arms}
+    trained = {name: [RunFolder(folder / f"{slug}{seed}") for seed in ("", "-seed1")] for name, slug in slugs.items()}
+    judged = [{"claim": c, **gap.to_dict(), "claim_is": word} for c, gap, word in claims.judge(trained, folder)]
     recorded = json.loads((folder / "claims.json").read_text("utf-8"))
     assert [line["text"] for line in judged] == [line["text"] for line in recorded]
     assert [line["claim_is"] for line in judged] == [line["claim_is"] for line in recorded]

@@ -1,24 +1,39 @@
-"""What is dropped and why, and a split that depends on words only."""
+"""Which rows are dropped and why, and a split that depends only on the text of the rows."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 
 from qlora_helpers import Config, UserError
-from qlora_helpers.data import cleaning
+from qlora_helpers.data import cleaning, prompts
 
 ROWS = [{"instruction": f"Question number {i}?", "output": f"Answer {i}."} for i in range(40)]
 
 
 @pytest.fixture
 def prepare(tokenizer, write_rows):
-    """Write rows to a file, clean and split them."""
+    """Write rows to a file, then clean and split them."""
 
     def run(rows=ROWS, **settings):
         wanted = {"n_samples": 8, "n_heldout": 10, "max_length": 64, **settings}
         return cleaning.prepare(Config(dataset=write_rows(rows), **wanted), tokenizer)
 
     return run
+
+
+@pytest.fixture
+def tokenized(monkeypatch):
+    """Count how often each text is tokenized."""
+    counts = Counter()
+    tokenize = prompts.tokenize
+
+    def count(texts, tokenizer, **options):
+        counts.update(texts)
+        return tokenize(texts, tokenizer, **options)
+
+    monkeypatch.setattr(prompts, "tokenize", count)
+    return counts
 
 
 def ids(examples):
@@ -35,7 +50,7 @@ def test_heldout_rows_are_never_trained_on(prepare):
     assert not set(ids(data.train)) & set(ids(data.heldout))
 
 
-def test_fewer_rows_are_the_first_of_more(prepare):
+def test_a_smaller_sample_is_the_start_of_a_larger_one(prepare):
     few, more = prepare(n_samples=8), prepare(n_samples=16)
     assert ids(few.train) == ids(more.train)[:8]
     assert len(more.train) == 16
@@ -58,22 +73,22 @@ def test_rows_added_to_the_file_keep_the_others_order(prepare):
     assert [i for i in everything if i in old] == ids(before.heldout) + ids(before.train)
 
 
-def test_another_data_seed_gives_another_split(prepare):
+def test_a_different_data_seed_gives_a_different_split(prepare):
     assert set(ids(prepare(data_seed=0).heldout)) != set(ids(prepare(data_seed=1).heldout))
 
 
-def test_the_training_seed_does_not_touch_the_split(prepare):
+def test_the_training_seed_does_not_affect_the_split(prepare):
     assert ids(prepare(seed=0).heldout) == ids(prepare(seed=1).heldout)
 
 
-def test_equal_rows_count_once_and_other_answers_to_a_prompt_stay(prepare):
+def test_duplicates_are_dropped_but_a_different_answer_to_the_same_prompt_is_kept(prepare):
     other = {"instruction": "QUESTION  number 3?", "output": "It is something else altogether, as was shown."}
     data = prepare([*ROWS, ROWS[3], other], n_samples=None, n_heldout=2)
     assert reasons(data) == ["same row twice"]
     assert len(data.train + data.heldout) == 41
 
 
-def test_an_input_makes_another_prompt(prepare):
+def test_a_different_input_makes_a_different_prompt(prepare):
     data = prepare([*ROWS, ROWS[3] | {"input": "with this"}], n_samples=None)
     assert not data.dropped
 
@@ -142,14 +157,14 @@ def test_every_dropped_row_is_kept_with_its_reason(prepare, row, reason):
     assert len(data.train + data.heldout) == 40
     (drop,) = data.dropped
     kept = drop["row"]
-    if reason == "nearly the same as another row":  # which of the two comes first is the split's choice
+    if reason == "nearly the same as another row":  # the order of the split decides which of the two is kept
         assert kept["output"] in ("Answer, 7!", "Answer 7.")
     else:
         assert str(kept["instruction"]).strip() == row["instruction"]
 
 
 def test_labels_may_repeat(prepare):
-    """Where the answers are few they are classes, not slips."""
+    """If there are few distinct answers, they are class labels rather than mistakes."""
     rows = [
         {"instruction": f"Which sign has {i} - 20?", "output": "negative" if i < 20 else "positive"} for i in range(40)
     ]
@@ -161,18 +176,18 @@ def test_prompts_like_a_heldout_one_are_taken_out_of_training(prepare):
     heldout = prepare(rows, n_samples=None).heldout[0].row
     close = {
         "instruction": heldout.messages[0]["content"].upper() + " Now",
-        "output": "Nothing of it.",
+        "output": "Something else.",
     }
     data = prepare([*rows, close], n_samples=None)
     assert reasons(data) == ["prompt nearly the same as a held-out one"]
-    (twin,) = data.cleaned.twins
-    assert 0.7 <= twin.similarity <= 1
+    (match,) = data.cleaned.near_duplicates
+    assert 0.7 <= match.similarity <= 1
     assert len(data.train) == 30
 
 
 def test_rehearsal_is_mixed_in_and_counted_apart(prepare, write_rows):
     second = [{"instruction": f"General question {i}?", "output": f"General answer {i}."} for i in range(20)]
-    second.append(ROWS[0])  # may be held out
+    second.append(ROWS[0])  # can be a held-out row
     path = write_rows(second, "second.jsonl")
     plain = prepare(n_samples=20)
     data = prepare(n_samples=20, rehearsal=0.2, rehearsal_dataset=path)
@@ -196,4 +211,49 @@ def test_a_heldout_row_is_not_rehearsed(prepare, write_rows):
     second = [{"instruction": f"General question {i}?", "output": f"General answer {i}."} for i in range(4)]
     path = write_rows([heldout, *second], "second.jsonl")
     data = prepare(n_samples=20, rehearsal=0.2, rehearsal_dataset=path)
-    assert {row.row.messages[0]["content"] for row in data.rehearsal} == {row["instruction"] for row in second}
+    assert {example.row.messages[0]["content"] for example in data.rehearsal} == {row["instruction"] for row in second}
+
+
+@pytest.mark.parametrize("settings", [{}, {"n_samples": None}, {"template": "auto", "n_heldout": 2}])
+def test_each_row_is_tokenized_once(prepare, tokenized, settings):
+    data = prepare(**settings)
+    assert len(tokenized) == len(ROWS) == data.cleaned.rows_read
+    assert set(tokenized.values()) == {1}
+
+
+def test_each_rehearsal_row_is_tokenized_once(prepare, write_rows, tokenized):
+    second = [{"instruction": f"General question {i}?", "output": f"General answer {i}."} for i in range(20)]
+    data = prepare(n_samples=20, rehearsal=0.2, rehearsal_dataset=write_rows(second, "second.jsonl"))
+    assert len(data.rehearsal) == 4
+    assert len(tokenized) == len(ROWS) + len(second)
+    assert set(tokenized.values()) == {1}
+
+
+@pytest.fixture
+def small(write_rows):
+    """A config with 8 training rows and 10 held-out rows."""
+    return Config(dataset=write_rows(ROWS), n_samples=8, n_heldout=10, max_length=64)
+
+
+def test_a_larger_selection_tokenizes_only_the_additional_rows(small, tokenizer, tokenized):
+    cleaned = cleaning.clean(small, tokenizer)
+    assert sorted(cleaned.examples) == sorted(item.row.id for item in cleaned.heldout + cleaned.train[:8])
+    tokenized.clear()
+    few = cleaning.select(cleaned, small, tokenizer)
+    assert not tokenized
+    more = cleaning.select(cleaned, small.replace(n_samples=12), tokenizer)
+    assert tokenized.total() == 4
+    assert more.train[:8] == few.train
+
+
+def test_kept_rows_are_not_used_for_another_encoding(small, tokenizer):
+    cleaned = cleaning.clean(small, tokenizer)
+    shorter = small.replace(max_length=16)
+    want = list(prompts.encode([item.row for item in cleaned.train[:8]], shorter, tokenizer))
+    assert cleaning.select(cleaned, shorter, tokenizer).train == want
+
+
+def test_encoded_rows_are_not_kept_if_the_split_depends_on_the_number_of_rows(small, tokenizer):
+    cleaned = cleaning.clean(small, tokenizer, lambda usable: usable // 10)
+    assert len(cleaned.heldout) == 4
+    assert cleaned.examples == {}

@@ -230,7 +230,7 @@ def test_other_heldout_sets_are_refused_with_their_fingerprints(trained, config,
 
 
 def test_only_another_seed_of_the_same_recipe_and_data_is_a_seed(trained, tmp_path):
-    """A copy is no second seed, and two runs called exp1 are not one experiment."""
+    """A copy is not a second seed, and two runs called exp1 are not one experiment."""
     _, found, _ = trained
     first, second = found["exp1"]
     other = RunFolder(shutil.copytree(found["exp2"][0].path, tmp_path / "elsewhere" / "exp1"))

@@ -1,4 +1,4 @@
-"""Names, types, ranges and layers of the config."""
+"""Config: names, types, ranges, and the order of its layers."""
 
 import dataclasses
 import re
@@ -75,7 +75,7 @@ PUBLISHED = {
 
 
 def refusal(**params):
-    """The message that these parameters are refused with."""
+    """Return the message of the error that these parameters raise."""
     with pytest.raises(UserError) as caught:
         Config.from_params(**{"profile": "cpu", **params})
     return str(caught.value)
@@ -141,7 +141,7 @@ def test_t4_computes_in_float16():
     assert config.memory_limit_gib < 15
 
 
-def test_an_unknown_name_is_met_with_the_nearest():
+def test_an_unknown_name_suggests_the_nearest():
     assert "'learning_rate'" in refusal(learning_rte=1e-3)
     assert "'tinyllama-guanaco-100'" in refusal(preset="tinylama-guanaco-100")
     assert "'cpu'" in refusal(profile="cpus")
@@ -213,7 +213,7 @@ def test_identity_changes_with_the_result(changes):
 def test_shown_resolved():
     assert "learning_rate" in str(Config())
     assert "q_proj, v_proj" in str(Config())
-    assert max(len(line) for line in str(Config()).splitlines()) <= 102  # a browser breaks longer ones anywhere
+    assert max(len(line) for line in str(Config()).splitlines()) <= 102  # a browser breaks longer lines
     for field in dataclasses.fields(Config):
         assert field.metadata["help"] in str(Config())
 
@@ -254,7 +254,7 @@ def test_importing_the_package_does_not_import_torch():
 
 
 def test_a_pinned_revision_belongs_to_its_own_model_and_data():
-    """Another model has no such commit, and a manifest that named it would lie."""
+    """Another model has no such commit, so a manifest that names it would be wrong."""
     pinned = Config.preset("tinyllama-guanaco-100")
     other = Config.preset("tinyllama-guanaco-100", model="other/model", dataset="other/rows")
     same = Config.preset("tinyllama-guanaco-100", model=pinned.model)

@@ -1,4 +1,4 @@
-"""The dtype a run computes in: measured on a CPU, the same for all runs of a machine, kept by a run."""
+"""Compute dtype: measured on a CPU, the same for all runs on a machine, and kept by a run that is resumed."""
 
 import dataclasses
 import json
@@ -13,6 +13,7 @@ from qlora_helpers.cpu_speed import CpuSpeed
 from qlora_helpers.data.cleaning import prepare
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import comparison
+from qlora_helpers.evaluation.context import RunContext
 from qlora_helpers.experiments import matrix
 from qlora_helpers.models import hub, qlora
 from qlora_helpers.planning import architectures, compute_dtype
@@ -23,13 +24,13 @@ FAST, SLOW = CpuSpeed(float32=100, bfloat16=300), CpuSpeed(float32=100, bfloat16
 
 @pytest.fixture(scope="session")
 def config(config):
-    """The tiny model's, with the dtype left to the machine."""
+    """Config of the tiny model, with the dtype chosen for the machine."""
     return config.replace(compute_dtype="auto")
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty store of measured speeds."""
+    """Path of an empty store of measured speeds."""
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
     cpu_speed.lookup.cache_clear()
     yield tmp_path / "qlora_helpers" / cpu_speed.STORE
@@ -38,7 +39,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def measured(cache, monkeypatch):
-    """Choose what the probe finds."""
+    """Return a function that sets the measured speed."""
 
     def choose(speed):
         cpu_speed.lookup.cache_clear()
@@ -52,13 +53,13 @@ def measured(cache, monkeypatch):
     ("float32", "bfloat16", "dtype"),
     [(100, 3, "float32"), (100, 119, "float32"), (100, 120, "bfloat16"), (100, 400, "bfloat16")],
 )
-def test_bfloat16_has_to_be_a_fifth_faster(float32, bfloat16, dtype):
+def test_bfloat16_must_be_a_fifth_faster(float32, bfloat16, dtype):
     speed = CpuSpeed(float32=float32, bfloat16=bfloat16)
     assert speed.dtype == dtype
     assert f"{bfloat16} GFLOP/s in bfloat16, {float32} in float32" in speed.reason
 
 
-def test_the_probe_times_both_dtypes_forward_and_backward(monkeypatch):
+def test_both_dtypes_are_timed_forward_and_backward(monkeypatch):
     grad, linear, seen = torch.autograd.grad, torch.nn.functional.linear, []
     monkeypatch.setattr(torch.autograd, "grad", lambda *a: seen.append(("backward", a[0].dtype)) or grad(*a))
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *a: seen.append(("forward", a[0].dtype)) or linear(*a))
@@ -68,8 +69,8 @@ def test_the_probe_times_both_dtypes_forward_and_backward(monkeypatch):
     assert speed.bfloat16 > 0
 
 
-def test_a_hopeless_candidate_is_looked_at_once(monkeypatch):
-    """Without instructions for bfloat16, a product of the full size would take seconds."""
+def test_a_hopelessly_slow_dtype_is_timed_once(monkeypatch):
+    """Without bfloat16 instructions, a product of the full size would take seconds."""
     asked = []
 
     def seconds(dtype, tokens, *size):
@@ -134,9 +135,9 @@ def test_the_models_own_size_is_measured(config, cache, monkeypatch):
     assert asked == [(64, 128)]
 
 
-# What bfloat16 and float32 store is the same; only the products differ.
+# The stored weights are the same in bfloat16 and float32; only the products differ.
 @pytest.mark.parametrize("speed", [FAST, SLOW])
-def test_the_same_base_in_either_arithmetic(config, measured, speed):
+def test_the_same_base_in_either_dtype(config, measured, speed):
     measured(speed)
     here = compute_dtype.device_for(config)
     base = qlora.load_base(config, here)
@@ -152,8 +153,8 @@ def test_the_same_base_in_either_arithmetic(config, measured, speed):
 
 
 @pytest.mark.parametrize("speed", [FAST, SLOW])
-def test_three_steps_in_either_arithmetic(config, tokenizer, measured, tmp_path, speed):
-    """The run trains, and its manifest says in what it computed, and why."""
+def test_three_steps_in_either_dtype(config, tokenizer, measured, tmp_path, speed):
+    """The run trains, and its manifest contains the compute dtype and the reason for it."""
     measured(speed)
     own = config.replace(n_samples=12, few_shot=False, n_answers=1)
     run = trainer.train(own, prepare(own, tokenizer), tokenizer, runs.RunFolder(tmp_path / "run"))
@@ -167,7 +168,7 @@ def test_three_steps_in_either_arithmetic(config, tokenizer, measured, tmp_path,
 
 @pytest.fixture(scope="module")
 def wide_model(tokenizer, tmp_path_factory):
-    """One random block of the embedded model's widths."""
+    """One random block with the widths of the bundled model."""
     torch.manual_seed(0)
     shape = architectures.known("smollm2-135m") | {"num_hidden_layers": 1, "vocab_size": len(tokenizer)}
     folder = tmp_path_factory.mktemp("wide")
@@ -176,8 +177,8 @@ def wide_model(tokenizer, tmp_path_factory):
     return folder
 
 
-def test_three_steps_at_the_embedded_models_widths(config, tokenizer, wide_model, tmp_path, monkeypatch):
-    """float32 and bfloat16 train alike: the same losses, but for rounding."""
+def test_three_steps_at_the_bundled_models_widths(config, tokenizer, wide_model, tmp_path, monkeypatch):
+    """Training in float32 and in bfloat16 gives the same losses up to rounding."""
     monkeypatch.setattr(trainer.QloraTrainer, "evaluate", lambda self, *args, **kwargs: {"eval_loss": 0.0})
     small = config.replace(model=str(wide_model), n_samples=3, batch_size=1, dropout=0.0)
     losses = []
@@ -185,7 +186,7 @@ def test_three_steps_at_the_embedded_models_widths(config, tokenizer, wide_model
         own = small.replace(compute_dtype=dtype)
         here, data = compute_dtype.device_for(own), prepare(own, tokenizer)
         built = qlora.attach_lora(qlora.load_base(own, here), own)
-        ready = trainer.build_trainer(built, own, data, tokenizer, here, runs.RunFolder(tmp_path / dtype))
+        ready = trainer.build_trainer(built, RunContext(own, data, tokenizer, here, runs.RunFolder(tmp_path / dtype)))
         ready.train()
         lines = [line for line in ready.state.log_history if "loss" in line]
         assert all(line["grad_norm"] > 0 for line in lines)
@@ -195,8 +196,8 @@ def test_three_steps_at_the_embedded_models_widths(config, tokenizer, wide_model
     assert losses[0] != losses[1]
 
 
-def test_a_run_stays_in_the_arithmetic_it_began_in(config, tokenizer, measured, tmp_path, monkeypatch, capsys):
-    """Begun on a machine with fast bfloat16, moved to one without."""
+def test_a_run_keeps_the_dtype_it_began_in(config, tokenizer, measured, tmp_path, monkeypatch, capsys):
+    """A run that begins on a machine with fast bfloat16 and moves to one without."""
     own = config.replace(n_samples=12, few_shot=False, n_answers=1, save_steps=1)
     data, run = prepare(own, tokenizer), runs.RunFolder(tmp_path / "run")
     save = trainer.QloraTrainer._save_checkpoint
@@ -213,10 +214,10 @@ def test_a_run_stays_in_the_arithmetic_it_began_in(config, tokenizer, measured, 
     measured(SLOW)
     trainer.train(own, data, tokenizer, run)
     assert run.read("metrics.json")["compute_dtype"] == "bfloat16"
-    assert "began in bfloat16 and stays in it, which is slow here" in capsys.readouterr().out
+    assert "began in bfloat16 and keeps it, although it is slow here" in capsys.readouterr().out
 
 
-def test_runs_in_two_arithmetics_are_not_compared(config, tokenizer, measured, tmp_path):
+def test_runs_in_two_dtypes_are_not_compared(config, tokenizer, measured, tmp_path):
     folders = {}
     for name, speed in (("exp1", FAST), ("exp2", SLOW)):
         measured(speed)
@@ -225,11 +226,11 @@ def test_runs_in_two_arithmetics_are_not_compared(config, tokenizer, measured, t
     with pytest.raises(UserError, match=r"different dtypes \(exp1: bfloat16, exp2: float32\).*Fix: .*compute_dtype"):
         comparison.compare(folders)
     bases = sorted(path.name for path in tmp_path.glob("base-*"))
-    assert len(bases) == 2  # the base was measured in both
+    assert len(bases) == 2  # the base model was measured in both
 
 
 def test_missing_runs_say_how_long_they_take_here(config, measured, tmp_path):
-    """By the speed that was measured: a machine that is a hundred times slower says a hundred times as long."""
+    """The time follows from the measured speed: a slower machine needs longer."""
     words = []
     for speed in (FAST, CpuSpeed(float32=0.01, bfloat16=0.01)):
         measured(speed)
@@ -242,7 +243,7 @@ def test_missing_runs_say_how_long_they_take_here(config, measured, tmp_path):
 
 @pytest.fixture
 def amd(monkeypatch):
-    """A machine on which torch.cuda means an AMD card."""
+    """A machine on which torch.cuda is an AMD GPU."""
 
     def claim(architecture):
         facts = SimpleNamespace(gcnArchName=f"{architecture}:sramecc+:xnack-")
@@ -250,7 +251,7 @@ def amd(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (9, 4))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *a: facts)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "AMD card")
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "AMD GPU")
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *a: (8 * 2**30, 16 * 2**30))
 
     return claim
@@ -266,7 +267,7 @@ def amd(monkeypatch):
         ("gfx906", "float16"),
     ],
 )
-def test_an_amd_cards_capability_is_not_nvidias(amd, architecture, dtype):
+def test_an_amd_gpus_capability_is_not_nvidias(amd, architecture, dtype):
     amd(architecture)
     found = device.detect()
     assert (found.dtype, found.capability) == (dtype, None)
@@ -274,7 +275,7 @@ def test_an_amd_cards_capability_is_not_nvidias(amd, architecture, dtype):
 
 
 def test_apple_silicon_uses_its_cpu(config, measured, monkeypatch):
-    """Metal is there, CUDA is not, /proc is not: nothing asks for either."""
+    """Metal is available, CUDA and /proc are not, and nothing fails."""
     measured(SLOW)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(cpu_speed.Path, "exists", lambda self: False)

@@ -1,4 +1,4 @@
-"""`python -m qlora_helpers data`: five files that add up from anything that may be rows, one line for what is none."""
+"""`python -m qlora_helpers data` writes five consistent files, or prints a one-line error for unusable input."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ ROWS = [{"instruction": f"Question number {i}?", "input": "", "output": f"Answer
 
 @pytest.fixture
 def data(model_folder, tmp_path, capsys):
-    """Run the command into `tmp_path/out`; returns exit code and what was printed."""
+    """Run the command with the output folder `tmp_path/out`. Returns the exit code, stdout and stderr."""
 
     def run(source, *options):
         words = ["data", str(source), "--out", str(tmp_path / "out"), "--model", str(model_folder), *options]
@@ -30,7 +30,7 @@ def parts(folder):
     return [read_jsonl(folder / name) for name in FILES[:3]]
 
 
-def test_rows_in_are_rows_out(data, write_rows, tmp_path):
+def test_every_row_read_is_written_once(data, write_rows, tmp_path):
     bad = [{"instruction": None, "output": "x"}, {"other": 1}, ROWS[0], {"instruction": "Long?", "output": "w " * 900}]
     code, out, _ = data(write_rows([*ROWS, *bad]))
     assert code == 0
@@ -54,22 +54,22 @@ def test_rows_in_are_rows_out(data, write_rows, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(FILES)
 
 
-def test_the_report_shows_what_it_found(data, write_rows, tmp_path):
+def test_the_report_shows_each_section_and_escapes_text(data, write_rows, tmp_path):
     twin = {"instruction": "Question, number 3?", "output": "Answer 3!"}
     evil = {"instruction": "A | pipe and <script>alert(1)</script>\x1b[31m", "output": "`code` *bold* indeed"}
     data(write_rows([*ROWS, twin, evil]), "--template", "guanaco", "--n-heldout", "2")
     report = (tmp_path / "out" / "report.md").read_text()
-    for heading in ("## Rows", "## Lengths", "## Quality", "## Duplicates", "## Rows to look at"):
+    for heading in ("## Rows", "## Lengths", "## Quality", "## Near duplicates", "## Sample rows"):
         assert heading in report
     assert "dropped: nearly the same as another row" in report
     assert "█" in report
     assert "<script" not in report
     assert "\x1b" not in report
-    assert "was taught with its own chat template" in report
+    assert "was trained with its own chat template" in report
 
 
 def test_the_fingerprints_do_not_depend_on_order_or_files(data, write_rows, tmp_path):
-    found = []
+    fingerprints = []
     for number, rows in enumerate((ROWS, ROWS[::-1])):
         folder = tmp_path / f"in{number}"
         folder.mkdir()
@@ -77,16 +77,16 @@ def test_the_fingerprints_do_not_depend_on_order_or_files(data, write_rows, tmp_
             shutil.move(write_rows(rows[15 * part : 15 * part + 15]), folder / f"{name}.jsonl")
         data(folder, "--n-heldout", "5")
         report = json.loads((tmp_path / "out" / "report.json").read_text())
-        found.append({key: report[key] for key in report if key.endswith("fingerprint")})
-    assert found[0] == found[1]
-    assert found[0] == {  # the same on every machine and Python
+        fingerprints.append({key: report[key] for key in report if key.endswith("fingerprint")})
+    assert fingerprints[0] == fingerprints[1]
+    assert fingerprints[0] == {  # the same on every machine and Python
         "source_fingerprint": "0583fcbd4f2e38ec",
         "train_fingerprint": "a549c6f31ee8fa95",
         "heldout_fingerprint": "bfca1e4051d22901",
     }
 
 
-def test_what_was_written_can_be_read_again(data, write_rows, tmp_path):
+def test_the_written_rows_can_be_read_again(data, write_rows, tmp_path):
     data(write_rows(ROWS))
     train = json.loads((tmp_path / "out" / "report.json").read_text())["train_fingerprint"]
     shutil.copy(tmp_path / "out" / "train.jsonl", tmp_path / "again.jsonl")
@@ -101,13 +101,13 @@ def test_what_was_written_can_be_read_again(data, write_rows, tmp_path):
         (b'{"instruction": "a question", "output": "an answer"}\n', (), "0 usable rows are left"),
         (b"\xff\xfe", (), "not UTF-8 on line 1"),
         (b"", (), "is empty"),
-        (b'{"a": 1}', (), "lacks the needed columns"),
+        (b'{"a": 1}', (), "lacks the required columns"),
         (b'{"a": 1}', ("--max-tokens", "0"), "max_length: 0 is too small"),
         (b'{"a": 1}', ("--near-duplicates", "0.1"), "near_duplicates: 0.1 is too small"),
         (b'{"a": 1}', ("--near-duplicate", "0.7"), "Did you mean '--near-duplicates'?"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(data, tmp_path, content, options, says):
+def test_bad_input_gives_a_one_line_error_and_no_files(data, tmp_path, content, options, says):
     (tmp_path / "in.jsonl").write_bytes(content)
     code, _, err = data(tmp_path / "in.jsonl", *options)
     assert code == 2
@@ -116,8 +116,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(data, tmp_path, content, optio
     assert not (tmp_path / "out").exists()
 
 
-def test_odd_but_readable_files(data, tmp_path):
-    """A line of 20 MB, a BOM, Windows line ends, escaped NULs, nested nulls and a date of a Parquet file."""
+def test_unusual_but_readable_files(data, tmp_path):
+    """A line of 20 MB, a BOM, Windows line endings, an escaped NUL, nested nulls and half a surrogate pair."""
     lines = [json.dumps(row) for row in ROWS]
     lines.append(json.dumps({"instruction": "Huge?", "output": "x" * 20_000_000}))
     lines.append('{"instruction": "Nul\\u0000?", "output": "Yes, there is one."}')
@@ -136,7 +136,7 @@ def test_odd_but_readable_files(data, tmp_path):
     assert "34  read" in out
 
 
-def test_sample_data_lose_nothing(data):
+def test_no_row_of_the_sample_data_is_dropped(data):
     code, out, _ = data(sources.sample_data(), "--max-tokens", "4000")
     assert code == 0
     assert "dropped" not in out

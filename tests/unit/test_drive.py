@@ -1,4 +1,4 @@
-"""A run on Google Drive: written here, copied whole; a Drive that drops or fills costs nothing that was saved."""
+"""A run on Google Drive is written locally and then copied; if Drive disconnects or fills up, nothing saved is lost."""
 
 import errno
 import shutil
@@ -16,7 +16,7 @@ from qlora_helpers.training import trainer
 
 
 class Interrupt(TrainerCallback):
-    """The session ends when a step begins."""
+    """Ends the session when a step begins."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 5:
@@ -35,7 +35,7 @@ def config(config):
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """Drive and this machine's own disk, as folders of the test's."""
+    """Drive and the local disk, as temporary folders."""
     monkeypatch.setattr(runs, "DRIVE", tmp_path / "drive" / "MyDrive")
     monkeypatch.setattr(drive, "HERE", tmp_path / "content")
     runs.DRIVE.mkdir(parents=True)
@@ -44,7 +44,7 @@ def machine(tmp_path, monkeypatch):
 
 @pytest.fixture
 def train(machine, config, tokenizer):
-    """Train into a folder on Drive."""
+    """Return a function that trains into a folder on Drive."""
 
     def run_it(callbacks=(), folder=None, **changes):
         settings = config.replace(**changes)
@@ -56,7 +56,7 @@ def train(machine, config, tokenizer):
 
 @pytest.fixture
 def fail(monkeypatch):
-    """From now on, or from the `after`th copy on, nothing can be written to Drive; half of a file may arrive."""
+    """Return a function that makes every copy to Drive fail after the first `after`, with half of a file written."""
 
     def fail_with(number, after=0):
         copies, honest = iter(range(after)), shutil.copy2
@@ -81,7 +81,7 @@ def whole_checkpoints(run):
 
 
 def parts():
-    """Copies that were cut off."""
+    """Return the interrupted copies on Drive."""
     return [path for path in runs.DRIVE.rglob("*") if path.name.endswith("-part")]
 
 
@@ -99,16 +99,16 @@ def test_a_run_on_drive_is_the_run_it_would_be_elsewhere(train, machine):
     assert len(run.log()) == len(plain.log())
 
 
-def test_another_machine_goes_on_where_the_first_one_ended(train, machine, capsys):
+def test_another_machine_resumes_where_the_first_one_stopped(train, machine, capsys):
     with pytest.raises(KeyboardInterrupt):
         train([Interrupt()])
     shutil.rmtree(drive.HERE)  # the machine is gone
     run = train()
-    assert "Going on from checkpoint-4" in capsys.readouterr().out
+    assert "Resuming from checkpoint-4" in capsys.readouterr().out
     assert adapter(run) == adapter(train(folder=machine / "elsewhere" / "exp1"))
 
 
-def test_a_copy_that_was_cut_off_is_not_taken_for_a_checkpoint(train, machine):
+def test_an_interrupted_copy_is_not_used_as_a_checkpoint(train, machine):
     with pytest.raises(KeyboardInterrupt):
         train([Interrupt()])
     shutil.rmtree(drive.HERE)
@@ -121,8 +121,8 @@ def test_a_copy_that_was_cut_off_is_not_taken_for_a_checkpoint(train, machine):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOTCONN, errno.EIO])
-def test_a_drive_that_fails_in_the_middle_costs_nothing(train, fail, capsys, number, monkeypatch):
-    """Training goes on here. On a Drive that is gone, what was half copied cannot be removed either."""
+def test_a_drive_that_fails_during_a_run_loses_nothing(train, fail, capsys, number, monkeypatch):
+    """Training continues locally. On a disconnected Drive, partial copies cannot be removed either."""
     fail(number, after=40)
     gone = number == errno.ENOTCONN
     if gone:
@@ -130,7 +130,7 @@ def test_a_drive_that_fails_in_the_middle_costs_nothing(train, fail, capsys, num
     run = train()
     said = capsys.readouterr().out
     there = RunFolder(runs.DRIVE / "qlora_runs" / "exp1")
-    lines = [line for line in said.splitlines() if "could not be brought up to date" in line]
+    lines = [line for line in said.splitlines() if "could not be updated" in line]
     assert lines
     assert all("Fix" in line and str(run.path) in line for line in lines)
     assert run.path == drive.HERE / "qlora_runs" / "exp1"
@@ -143,7 +143,7 @@ def test_a_drive_that_fails_in_the_middle_costs_nothing(train, fail, capsys, num
     assert bool(parts()) == gone
 
 
-def test_when_drive_is_back_the_same_cell_only_copies(train):
+def test_when_drive_is_back_the_run_is_only_copied(train):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drive, "_copy_changed", lambda *args: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
         assert train().path == drive.HERE / "qlora_runs" / "exp1"
@@ -167,7 +167,7 @@ def test_another_configs_run_on_drive_is_refused(train):
 
 @pytest.fixture
 def colab(monkeypatch, machine):
-    """Colab's module, which mounts, or fails to."""
+    """A stand-in for Colab's module, which mounts Drive or fails to."""
     asked = []
     module = types.SimpleNamespace(mount=asked.append)
     monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
@@ -178,7 +178,7 @@ def colab(monkeypatch, machine):
 
 
 def resolve(**params):
-    """What a notebook's parameters come to."""
+    """Resolve a notebook's parameters."""
     return notebook.resolve({"__annotations__": dict.fromkeys(params), "profile": "cpu", **params})
 
 

@@ -1,4 +1,4 @@
-"""What is shipped: GGUF files that transformers loads back, and the gate that no broken export passes."""
+"""Exports: transformers loads the GGUF files back, and broken exports are detected and not written."""
 
 import dataclasses
 import json
@@ -22,42 +22,42 @@ from qlora_helpers.models import bundled, hub, qlora, safetensors_io
 
 @pytest.fixture(scope="module")
 def run(make_run, tokenizer, model_folder, tmp_path_factory):
-    """A run on the tiny Llama in bf16, with weights so large that 4 bits show."""
+    """A run on the tiny Llama in bf16, with weights large enough that 4-bit rounding shows."""
     folder = tmp_path_factory.mktemp("ship")
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
     torch.manual_seed(2)
     for name, p in base.named_parameters():
         if p.dim() == 2 and "proj" in name:
             p.data.normal_(std=0.2)
-    words = base.model.embed_tokens.weight.data.normal_(std=3)
-    base.lm_head.weight.data = 0.1 * words.roll(1, dims=0)  # each word has a likely next one, as in a real model
+    embeddings = base.model.embed_tokens.weight.data.normal_(std=3)
+    base.lm_head.weight.data = 0.1 * embeddings.roll(1, dims=0)  # each token has a likely successor, as in a real model
     base.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return make_run(folder)
 
 
 @pytest.fixture(scope="module")
-def what(run):
+def source(run):
     return merge.source(run)
 
 
 @pytest.fixture(scope="module")
 def shipped(run, tmp_path_factory):
-    """A sound export of each kind, and what the gate said of it."""
+    """A correct export of each kind, and its comparison with the adapter."""
     folder = tmp_path_factory.mktemp("out")
-    return {kind: (folder / kind, pipeline.ship(run, folder / kind, kind)) for kind in export_gguf.OWN}
+    return {kind: (folder / kind, pipeline.ship(run, folder / kind, kind)) for kind in export_gguf.WRITABLE}
 
 
-def logits(loaded, ids):
+def logprobs(model, ids):
     with torch.no_grad():
-        return torch.log_softmax(loaded.eval()(input_ids=torch.tensor([ids])).logits.float(), -1)
+        return torch.log_softmax(model.eval()(input_ids=torch.tensor([ids])).logits.float(), -1)
 
 
 @pytest.mark.parametrize(("kind", "most"), [("f16", 1e-3), ("q8_0", 0.5)])
 def test_transformers_loads_the_gguf_back(shipped, kind, most):
     out, _ = shipped[kind]
-    source = {"pretrained_model_name_or_path": out / "gguf", "gguf_file": f"model-{kind}.gguf"}
-    back = AutoModelForCausalLM.from_pretrained(**source, **bundled.unpacked(), dtype=torch.float32)
+    files = {"pretrained_model_name_or_path": out / "gguf", "gguf_file": f"model-{kind}.gguf"}
+    back = AutoModelForCausalLM.from_pretrained(**files, **bundled.unpacked(), dtype=torch.float32)
     merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
     want = AutoTokenizer.from_pretrained(out / "merged")
     got = parity.gguf_tokenizer(out / "gguf" / f"model-{kind}.gguf")
@@ -66,13 +66,13 @@ def test_transformers_loads_the_gguf_back(shipped, kind, most):
     assert got(text)["input_ids"] == ids
     assert got.chat_template == want.chat_template
     assert back.config.eos_token_id == want.eos_token_id
-    assert (logits(back, ids) - logits(merged, ids)).abs().max() < most
-    sizes = {t.tensor_type.name for t in gguf.GGUFReader(out / "gguf" / f"model-{kind}.gguf").tensors}
-    assert sizes == {"F32", kind.upper()}
+    assert (logprobs(back, ids) - logprobs(merged, ids)).abs().max() < most
+    types = {t.tensor_type.name for t in gguf.GGUFReader(out / "gguf" / f"model-{kind}.gguf").tensors}
+    assert types == {"F32", kind.upper()}
 
 
 def sentencepiece_like():
-    """A tokenizer of Llama 2's kind: words with a mark before them, and bytes for what no word covers."""
+    """A tokenizer like Llama 2's: tokens with a word-start marker, and byte tokens as a fallback."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import LlamaTokenizer
 
@@ -86,7 +86,7 @@ def sentencepiece_like():
     return LlamaTokenizer(vocab={name: place for place, name in enumerate(names)}, merges=merges)
 
 
-def test_a_tokenizer_of_llama_2s_kind_comes_back(tmp_path, shipped, config):
+def test_llama2_like_tokenizer_is_read_back(tmp_path, shipped, config):
     merged = tmp_path / "merged"
     shutil.copytree(shipped["f16"][0] / "merged", merged)
     want = sentencepiece_like()
@@ -103,27 +103,26 @@ def test_a_tokenizer_of_llama_2s_kind_comes_back(tmp_path, shipped, config):
     )
     score = dict(zip(names, scores, strict=True))
     ranks = [score[token] for token in dict.fromkeys(merge.replace(" ", "") for merge in merges)]
-    assert ranks == sorted(
-        set(ranks), reverse=True
-    )  # llama.cpp merges by score alone: an earlier merge has a better one
+    # llama.cpp merges by score alone, so an earlier merge has a higher score.
+    assert ranks == sorted(set(ranks), reverse=True)
     assert kinds.count(gguf.TokenType.BYTE) == 256
 
 
-def test_sound_exports_pass_and_are_written_whole(shipped, run):
+def test_correct_exports_pass_and_are_complete(shipped, run):
     for kind, (out, compared) in shipped.items():
-        assert [found.name for found in compared] == ["merged", kind]
-        assert all(found.problems() == [] and found.prompts == 20 for found in compared)
+        assert [result.name for result in compared] == ["merged", kind]
+        assert all(result.problems() == [] and result.prompts == 20 for result in compared)
         assert sorted(path.name for path in out.iterdir()) == ["gguf", "merged", "parity.json"]
         assert not [path for path in out.parent.iterdir() if path.name.startswith(".")]
         assert json.loads((out / "parity.json").read_text())["exports"][0]["problems"] == []
 
 
-def planted(what, tmp_path, fault):
-    """A merged folder with one fault."""
+def planted(source, tmp_path, fault):
+    """Write a merged folder with one fault."""
     out = tmp_path / "merged"
-    merge.merge(dataclasses.replace(what, scale=2 * what.scale) if fault == "alpha" else what, out)
+    merge.merge(dataclasses.replace(source, scale=2 * source.scale) if fault == "alpha" else source, out)
     if fault == "four bits":
-        base = {tensor.name: tensor.read().float() for tensor in safetensors_io.tensors(what.base)}
+        base = {tensor.name: tensor.read().float() for tensor in safetensors_io.tensors(source.base)}
         for tensor in safetensors_io.tensors(out):
             if "_proj" in tensor.name:
                 update = tensor.read().float() - base[tensor.name]
@@ -140,29 +139,29 @@ def planted(what, tmp_path, fault):
 FAULTS = {
     "four bits": "KL divergence",
     "alpha": "KL divergence",
-    "template": "prompts become other tokens",
-    "stop": "end an answer differ",
+    "template": "prompts are tokenized differently",
+    "stop": "the end tokens differ",
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_caught_and_named(what, tmp_path, fault):
-    (found,) = pipeline.verify(what, {"merged": planted(what, tmp_path, fault)})
+def test_planted_fault_is_detected_and_named(source, tmp_path, fault):
+    (result,) = pipeline.verify(source, {"merged": planted(source, tmp_path, fault)})
     with pytest.raises(UserError, match=FAULTS[fault]):
-        parity.check(found)
+        parity.check(result)
     other = [problem for name, problem in FAULTS.items() if FAULTS[name] != FAULTS[fault]]
-    if fault in ("template", "stop"):  # the weights are sound, and the gate says so
-        assert not [p for p in found.problems() if any(o in p for o in other)]
+    if fault in ("template", "stop"):  # the weights are correct, so no other problem is reported
+        assert not [p for p in result.problems() if any(o in p for o in other)]
 
 
-def test_sixteen_bit_arithmetic_has_room_for_its_rounding(shipped):
-    sound = shipped["f16"][1][0]
-    noisy = dataclasses.replace(sound, kl=2e-3, top1=0.96, same_texts=12, same_stops=12)
+def test_limits_in_16_bits_allow_for_rounding(shipped):
+    exact = shipped["f16"][1][0]
+    noisy = dataclasses.replace(exact, kl=2e-3, top1=0.96, same_texts=12, same_stops=12)
     assert len(noisy.problems()) == 3
     assert dataclasses.replace(noisy, dtype="bfloat16").problems() == []
 
 
-def test_one_close_call_at_an_end_is_no_lost_end_where_weights_are_rounded(shipped):
+def test_one_different_end_is_allowed_where_weights_are_rounded(shipped):
     merged, packed = shipped["q8_0"][1]
     assert len(dataclasses.replace(merged, same_texts=20, same_stops=19).problems()) == 1
     assert dataclasses.replace(packed, same_texts=20, same_stops=19).problems() == []
@@ -170,49 +169,49 @@ def test_one_close_call_at_an_end_is_no_lost_end_where_weights_are_rounded(shipp
 
 
 @pytest.mark.parametrize("fault", ["template", "stop"])
-def test_a_gguf_without_template_or_stop_is_caught(what, tmp_path, monkeypatch, fault):
+def test_gguf_without_template_or_end_token_is_detected(source, tmp_path, monkeypatch, fault):
     name = {"template": "add_chat_template", "stop": "add_eos_token_id"}[fault]
     monkeypatch.setattr(gguf.GGUFWriter, name, lambda *_: None)
-    merge.merge(what, tmp_path / "merged")
+    merge.merge(source, tmp_path / "merged")
     export_gguf.write(tmp_path / "merged", tmp_path / "model.gguf", "f16")
-    (found,) = pipeline.verify(what, {"f16": tmp_path / "model.gguf"})
+    (result,) = pipeline.verify(source, {"f16": tmp_path / "model.gguf"})
     with pytest.raises(UserError, match=FAULTS[fault]):
-        parity.check(found)
+        parity.check(result)
 
 
-def test_a_broken_export_leaves_nothing_behind(run, tmp_path, monkeypatch):
+def test_broken_export_writes_nothing(run, tmp_path, monkeypatch):
     monkeypatch.setattr(export_gguf, "_permuted", lambda name, weight, config: weight)
-    with pytest.raises(UserError, match="the f16 model does not answer as its adapter does"):
+    with pytest.raises(UserError, match="the f16 model does not answer like its adapter"):
         pipeline.ship(run, tmp_path / "out", "f16")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_answer_that_ends_ends_in_every_export(what, tmp_path, shipped):
-    """With an end token that is likely, so that some answers do end; and the fault is then seen in the answers too."""
+def test_answers_end_at_the_same_token_in_every_export(source, tmp_path, shipped):
+    """A frequent token becomes the end token, so that some answers end. Without it, the answers differ."""
     out, _ = shipped["f16"]
-    device, questions = parity.choose_device(what.base), parity.questions()
-    likely = parity.of_adapter(what, device, questions)
-    common = max({t for asked in likely for t in asked.answer}, key=lambda t: sum(t in a.answer for a in likely))
+    device, questions = parity.choose_device(source.base), parity.questions()
+    responses = parity.adapter_responses(source, device, questions)
+    tokens = {token for response in responses for token in response.answer}
+    common = max(tokens, key=lambda token: sum(token in response.answer for response in responses))
     reference = []
-    for asked in likely:  # as if that token were the end
-        place = asked.answer.index(common) if common in asked.answer else None
-        kept = asked.answer[:place]
-        reference.append(
-            dataclasses.replace(asked, answer=kept, stopped=place is not None, logprobs=asked.logprobs[: len(kept) + 1])
-        )
+    for r in responses:
+        place = r.answer.index(common) if common in r.answer else None
+        kept = r.answer[:place]
+        cut = {"answer": kept, "stopped": place is not None, "logprobs": r.logprobs[: len(kept) + 1]}
+        reference.append(dataclasses.replace(r, **cut))
     content = json.loads((out / "merged" / "generation_config.json").read_text()) | {"eos_token_id": common}
     shutil.copytree(out / "merged", tmp_path / "merged")
     (tmp_path / "merged" / "generation_config.json").write_text(json.dumps(content))
-    found = parity.compare("merged", tmp_path / "merged", reference, questions, device, [common])
-    assert any(asked.stopped for asked in reference)
-    assert found.problems() == []
-    lost = parity.compare("merged", out / "merged", reference, questions, device, [common])
-    assert "stop at another place" in " ".join(lost.problems())
+    result = parity.compare("merged", tmp_path / "merged", reference, questions, device, [common])
+    assert any(response.stopped for response in reference)
+    assert result.problems() == []
+    without_end = parity.compare("merged", out / "merged", reference, questions, device, [common])
+    assert "end at a different token" in " ".join(without_end.problems())
 
 
 @pytest.mark.parametrize("template", ["guanaco", "instruction", "auto"])
-def test_the_modelfile_asks_in_the_layout_of_training(config, tokenizer, make_row, template):
-    """Go's template language is read as Jinja's, of which the Modelfile uses the common part."""
+def test_modelfile_writes_the_format_of_training(config, tokenizer, make_row, template):
+    """The Modelfile's Go template is translated to Jinja; it uses only what both languages share."""
     own = config.replace(template=template)
     text = chat_template.modelfile(own, tokenizer, "model-f16.gguf")
     go = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)[1]
@@ -233,7 +232,7 @@ def test_the_modelfile_asks_in_the_layout_of_training(config, tokenizer, make_ro
     got = jinja2.Environment(keep_trailing_newline=True).from_string(go).render(messages=row.messages)
     assert got == prompts.render_prompt(row.messages, own, tokenizer)
     assert 'PARAMETER stop "</s>"' in text
-    assert "PARAMETER repeat_penalty 1.0" in text  # else the answers are not those that were compared
+    assert "PARAMETER repeat_penalty 1.0" in text  # otherwise Ollama would give other answers than those compared
     assert "FROM ./model-f16.gguf" in text
 
 
@@ -244,39 +243,40 @@ def change(path, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "bloom"}, "family 'bloom' cannot be written"),
+        ({"model_type": "bloom"}, "family 'bloom' is not supported"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "scaled as 'llama3'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "scaled as 'linear'"),
         ({"attention_bias": True}, "linear layers with biases"),
     ],
 )
-def test_a_model_that_no_gguf_is_written_of(what, tmp_path, changes, message):
-    merge.merge(what, tmp_path / "merged")
+def test_unsupported_model_is_refused(source, tmp_path, changes, message):
+    merge.merge(source, tmp_path / "merged")
     change(tmp_path / "merged" / "config.json", **changes)
     with pytest.raises(UserError, match=message + r".*Fix"):
         export_gguf.write(tmp_path / "merged", tmp_path / "model.gguf", "f16")
     assert not (tmp_path / "model.gguf").exists()
 
 
-def test_too_little_disk_is_said_before_anything_is_written(run, tmp_path, monkeypatch):
+def test_full_disk_is_reported_before_anything_is_written(run, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(UserError, match=r"needs 0.\d GB, and 0.0 GB are free. Fix"):
+    with pytest.raises(UserError, match=r"needs 0.\d GB, but only 0.0 GB are free. Fix"):
         pipeline.ship(run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_prompt_longer_than_the_context(what, device):
+def test_prompt_longer_than_the_context_is_refused(source, device):
     with pytest.raises(UserError, match=r"context of 512 has to hold 32 of the answer too. Fix"):
-        parity.of_adapter(what, device, ["why? " * 500])
+        parity.adapter_responses(source, device, ["why? " * 500])
 
 
-def test_the_command(run, shipped, capsys):
+def test_export_command(run, shipped, capsys):
     out = shipped["q8_0"][0]
     assert main(["export", str(run.path), "--out", str(out), "--gguf", "q8_0"]) == 0
-    said = capsys.readouterr().out
-    assert "nothing to export" in said
-    assert "| q8_0 |" in said
+    output = capsys.readouterr().out
+    assert "nothing to export" in output
+    assert "| q8_0 |" in output
     assert main(["export", str(run.path), "--out", str(out), "--gguf", "f16"]) == 2
-    assert "holds something else. Fix" in capsys.readouterr().err
+    assert "contains something else. Fix" in capsys.readouterr().err
     assert main(["export", str(run.path), "--out", "x", "--gguf", "q8"]) == 2
     assert "Did you mean 'q8_0'?" in capsys.readouterr().err
     assert main(["export", str(Path("no") / "run"), "--out", "x"]) == 2

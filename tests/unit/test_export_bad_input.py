@@ -1,4 +1,4 @@
-"""What cannot be shipped is said in one line, with its mend, and leaves nothing behind."""
+"""Runs that cannot be exported raise a one-line error with a fix, and nothing is written."""
 
 import json
 import re
@@ -20,7 +20,7 @@ def run(make_run):
 
 @pytest.fixture
 def copy(run, tmp_path):
-    """The run, to be broken."""
+    """A copy of the run, to be broken."""
     return RunFolder(shutil.copytree(run.path, tmp_path / "exp1"))
 
 
@@ -38,7 +38,7 @@ def without_adapter(run, tmp_path, monkeypatch):
 
 
 def other_base(run, tmp_path, monkeypatch):
-    """Of the same shape, so that the sum would be possible, and nonsense."""
+    """Another base model of the same shape: merging into it would work, but give nonsense."""
     base = shutil.copytree(run.config().model, tmp_path / "base")
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\x80\xbf")
@@ -50,7 +50,7 @@ def other_name(run, tmp_path, monkeypatch):
 
 
 def other_revision(run, tmp_path, monkeypatch):
-    """The hub's cache holds another commit than the one that was trained on, and the hub cannot be asked."""
+    """The hub's cache holds another commit than the one in training, and the hub is unreachable."""
     cache = tmp_path / "cache" / "models--someone--model"
     shutil.copytree(run.config().model, cache / "snapshots" / CACHED)
     (cache / "refs").mkdir()
@@ -88,16 +88,16 @@ CASES = [
     (other_base, "q8_0", "model: the weights in .* are not those that .* was trained on"),
     (other_name, "q8_0", "adapter: .* belongs to .*, not to someone/else"),
     (other_revision, "q8_0", f"model: 'someone/model' at revision {TRAINED_ON} is neither"),
-    (full_disk, "q8_0", "disk: .* needs 0.3 GB, and 0.0 GB are free"),
-    (no_llama_cpp, "q4_k_m", "gguf: q4_k_m is made by llama.cpp, which is not installed"),
-    (nothing, "q4_0", "gguf: 'q4_0' cannot be written. Did you mean 'q[48]_"),
-    (configured(model_type="bloom"), "f16", "gguf: a model of the family 'bloom' cannot be written"),
-    (configured(rope_parameters={"rope_type": "yarn"}), "f16", "gguf: positions scaled as 'yarn' cannot be written"),
+    (full_disk, "q8_0", "disk: .* needs 0.3 GB, but only 0.0 GB are free"),
+    (no_llama_cpp, "q4_k_m", "gguf: q4_k_m needs llama.cpp, which is not installed"),
+    (nothing, "q4_0", "gguf: unknown kind 'q4_0'. Did you mean 'q[48]_"),
+    (configured(model_type="bloom"), "f16", "gguf: model family 'bloom' is not supported"),
+    (configured(rope_parameters={"rope_type": "yarn"}), "f16", "gguf: rotary positions scaled as 'yarn'"),
 ]
 
 
 @pytest.mark.parametrize(("plant", "kind", "message"), CASES)
-def test_one_line_and_nothing_written(copy, tmp_path, monkeypatch, capfd, plant, kind, message):
+def test_one_line_error_and_nothing_written(copy, tmp_path, monkeypatch, capfd, plant, kind, message):
     plant(copy, tmp_path, monkeypatch)
     out = tmp_path / "new" / "shipped"
     capfd.readouterr()

@@ -1,4 +1,4 @@
-"""Rows that nobody here wrote: set QLORA_TEST_ROWS to files (separated by `:`) to run them through the data path."""
+"""Tests on your own rows: set QLORA_TEST_ROWS to one or more files, separated by `:`."""
 
 import os
 from pathlib import Path
@@ -11,10 +11,10 @@ from qlora_helpers.data import cleaning, prompts
 FILES = [name for name in os.environ.get("QLORA_TEST_ROWS", "").split(os.pathsep) if name]
 
 
-@pytest.mark.skipif(not FILES, reason="set QLORA_TEST_ROWS=FILE[:FILE…] to test on rows of your own")
+@pytest.mark.skipif(not FILES, reason="set QLORA_TEST_ROWS=FILE[:FILE…] to test on your own rows")
 @pytest.mark.parametrize("name", FILES, ids=lambda name: Path(name).stem)
 @pytest.mark.parametrize("template", ["guanaco", "instruction", "auto"])
-def test_rows_come_out_whole(name, template, tokenizer):
+def test_every_row_is_counted_and_its_answers_are_trained(name, template, tokenizer):
     config = Config.from_params(profile="cpu", dataset=name, template=template, n_samples=50, max_length=4096)
     data = cleaning.prepare(config, tokenizer)
     counts = data.counts()

@@ -1,4 +1,4 @@
-"""Disks that are really full: small ones in memory, which only root may mount."""
+"""Disks that are really full: small ones in memory, which only root can mount."""
 
 import subprocess
 
@@ -12,7 +12,7 @@ from qlora_helpers.training import trainer
 
 @pytest.fixture
 def disk(tmp_path):
-    """A disk of so many KiB; asked again, it grows."""
+    """Return a function that mounts a disk of the given size in KiB, or grows it when called again."""
     where = tmp_path / "disk"
     where.mkdir()
     mounted = []
@@ -42,7 +42,9 @@ def train(config, tokenizer):
 @pytest.mark.slow
 @pytest.mark.parametrize("kib", [60, 120, 180, 240, 300, 360, 420, 480])
 def test_a_full_disk_is_one_line_wherever_it_fills(disk, train, tmp_path, kib):
-    """In the first file, in a checkpoint, at the end: given room, the run goes on and ends like any other."""
+    """The disk fills up in the first file, in a checkpoint or at the end. With more space, the run resumes and ends
+    with the same adapter as any other.
+    """
     where = disk(kib)
     with pytest.raises(UserError, match=r"disk: .* is full.*Fix"):
         train(where / "run")

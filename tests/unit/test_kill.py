@@ -1,7 +1,7 @@
-"""A run that is killed, wherever it is, goes on when it is started again, and ends with the same adapter to the bit.
+"""A run that is killed at any point resumes when it is started again, and ends with the same adapter, bit for bit.
 
-The runs are real processes, killed as a process group. They come from a fork server that has imported everything, so
-that thirty of them take minutes.
+The runs are real processes, killed as a process group. A fork server that has imported everything starts them, so that
+thirty of them take only minutes.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ SERVER.set_forkserver_preload(["qlora_helpers.training.trainer"])
 
 
 def work(config, tokenizer_folder, folder, said):
-    """One process: train into `folder`, as the leader of a group of its own; what it prints goes to the file `said`."""
+    """Train into `folder` as the leader of a new process group, with all output in the file `said`."""
     os.setsid()
     with open(said, "w", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         import torch
@@ -42,7 +42,7 @@ def work(config, tokenizer_folder, folder, said):
 
 @pytest.fixture(scope="module")
 def start(config, tmp_path_factory):
-    """Start a run of 24 steps that saves each of them; returns its process and where its words go."""
+    """Return a function that starts a run of 24 steps, each with a checkpoint, and returns its process and output."""
     config = config.replace(epochs=6, eval_steps=24, save_steps=1)
     number = iter(range(1000))
 
@@ -56,7 +56,7 @@ def start(config, tmp_path_factory):
 
 
 def finish(start, folder):
-    """Run to the end; returns what was said."""
+    """Run to the end and return the output."""
     process, said = start(folder)
     process.join(300)
     assert process.exitcode == 0, said.read_text()
@@ -65,7 +65,7 @@ def finish(start, folder):
 
 @pytest.fixture(scope="module")
 def whole(start, tmp_path_factory):
-    """The adapter of a run that nobody disturbs, and the seconds from the first line of its log to its end."""
+    """The adapter of an undisturbed run, and the seconds from the first line of its log to its end."""
     run = RunFolder(tmp_path_factory.mktemp("whole") / "run")
     process, said = start(run.path)
     while not (run / "log.jsonl").exists():
@@ -82,7 +82,7 @@ def adapter(run):
 
 
 def kill(start, run, wait, how=signal.SIGKILL):
-    """Start a run and kill its group `wait` seconds after training began; True if it was not too late."""
+    """Start a run and kill its group `wait` seconds after training began. Returns whether that interrupted it."""
     process, said = start(run.path)
     while not (run / "log.jsonl").exists():
         assert process.is_alive(), said.read_text()
@@ -97,24 +97,24 @@ def kill(start, run, wait, how=signal.SIGKILL):
 
 @pytest.mark.slow
 def test_thirty_kills(start, whole, tmp_path):
-    """At random moments of a run, from its first step to its last file."""
+    """Kill runs at random moments, from the first step to the last file."""
     want, seconds = whole
     moments, killed, past_zero, while_saving = random.Random(0), 0, 0, 0
     for number in range(10 * KILLS):
         run = RunFolder(tmp_path / f"run{number}")
         if not kill(start, run, moments.uniform(0, seconds)):
-            continue  # it was complete before the moment came
+            continue  # the run finished before the kill
         killed += 1
         sealed = {path.parent.name for path in (run / "checkpoints").glob("*/complete.json")}
         half = {path.name for path in (run / "checkpoints").glob("checkpoint-*")} - sealed
         words = finish(start, run.path)
         assert adapter(run) == want
         assert len([line for line in run.log() if "loss" in line]) == 24
-        past_zero += "Going on from checkpoint-" in words
+        past_zero += "Resuming from checkpoint-" in words
         newest = max(half, key=lambda name: int(name.split("-")[1]), default="checkpoint-0")
         if all(int(newest.split("-")[1]) > int(name.split("-")[1]) for name in sealed) and half:
             while_saving += 1
-            assert f"{newest} is not whole" in words
+            assert f"{newest} is incomplete" in words
         if killed == KILLS:
             break
     print(f"{killed} kills, {past_zero} went on past step 0, {while_saving} while a checkpoint was written")
@@ -125,7 +125,7 @@ def test_thirty_kills(start, whole, tmp_path):
 
 @pytest.mark.slow
 def test_one_run_killed_again_and_again(start, whole, tmp_path):
-    """Each part ends before its next checkpoints are rotated away, and something always stays to go on from."""
+    """Four kills in a row, also while checkpoints are rotated: one to resume from always remains."""
     want, seconds = whole
     run = RunFolder(tmp_path / "run")
     for _ in range(4):
@@ -136,17 +136,17 @@ def test_one_run_killed_again_and_again(start, whole, tmp_path):
 
 @pytest.mark.slow
 def test_sigterm(start, whole, tmp_path):
-    """What a machine that is taken away sends first."""
+    """SIGTERM is what a machine sends first when it is taken away."""
     want, seconds = whole
     run = RunFolder(tmp_path / "run")
     assert kill(start, run, seconds / 2, signal.SIGTERM)
-    assert "Going on from checkpoint-" in finish(start, run.path)
+    assert "Resuming from checkpoint-" in finish(start, run.path)
     assert adapter(run) == want
 
 
 @pytest.mark.slow
 def test_two_processes_never_write_one_folder(start, tmp_path):
-    """Five at once: one trains, the others are turned away with one line and touch nothing."""
+    """Of five processes at once, one trains; the others stop with a one-line error and change nothing."""
     processes = [start(tmp_path / "run") for _ in range(5)]
     for process, _ in processes:
         process.join(300)

@@ -5,7 +5,7 @@ import pytest
 
 from qlora_helpers import UserError
 from qlora_helpers.evaluation import learning_curve
-from qlora_helpers.evaluation.comparison import Arm, Difference
+from qlora_helpers.evaluation.differences import Arm, Difference
 from qlora_helpers.evaluation.learning_curve import Curve
 from qlora_helpers.evaluation.losses import RowLoss
 
@@ -92,7 +92,7 @@ def test_what_doubling_buys_in_words(slope, words):
 
 @pytest.mark.parametrize(
     ("bend", "words"),
-    [(0.03, "buys less than"), (-0.03, "buys more than"), (0.0, "cannot be ruled out")],
+    [(0.03, "brings less than"), (-0.03, "brings more than"), (0.0, "may bring as much")],
 )
 def test_a_bend_is_told(bend, words):
     assert words in str(noisy(-0.2, bend)).splitlines()[2]
@@ -118,7 +118,7 @@ def difference(name, value, reach):
 def test_the_largest_difference_that_is_one_mattered_most():
     small, large, unsure = difference("rank 8", -0.1, 0.05), difference("rank 2", 0.2, 0.1), difference("x", -0.9, 1)
     assert learning_curve.largest_effect([small, unsure, large]).startswith(
-        "Mattered most: rank 2 is worse than the base set"
+        "Largest effect: rank 2 is worse than the base set"
     )
     assert learning_curve.largest_effect([unsure]) == "None of the 1 settings is distinguishable from the base setting."
-    assert learning_curve.largest_effect([]) == "No knob was turned."
+    assert learning_curve.largest_effect([]) == "No setting was changed."

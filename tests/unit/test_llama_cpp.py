@@ -1,7 +1,7 @@
-"""The GGUF files in a real llama.cpp: the same tokens, the same answers, the same end, on the embedded model.
+"""GGUF files of the bundled model in a real llama.cpp: same tokens, same answers, same end.
 
-transformers reads these files too, and forgives what llama.cpp does not: it takes no notice of how a file says that
-text is split, or whether a start token is added.
+transformers reads these files too, but it ignores two fields that llama.cpp uses: the pre-tokenizer, and whether a
+start token is added.
 """
 
 import importlib.util
@@ -35,11 +35,12 @@ def base():
 
 @pytest.fixture(scope="module", params=["guanaco", "auto"])
 def made(request, base, make_run, tmp_path_factory):
-    """In each layout: the merged folder of a run on the embedded model, and what its adapter answers."""
-    what = merge.source(make_run(base, words=hub.saved_tokenizer(base), template=request.param))
+    """For two prompt formats: the merged folder of a run on the bundled model, and its adapter's responses."""
+    source = merge.source(make_run(base, words=hub.saved_tokenizer(base), template=request.param))
     merged = tmp_path_factory.mktemp(request.param) / "merged"
-    merge.merge(what, merged)
-    return request.param, merged, parity.of_adapter(what, parity.choose_device(base), parity.prompts())
+    merge.merge(source, merged)
+    reference = parity.adapter_responses(source, parity.choose_device(base), parity.questions())
+    return request.param, merged, reference
 
 
 def opened(path):
@@ -48,66 +49,68 @@ def opened(path):
     return llama_cpp.Llama(str(path), n_ctx=512, logits_all=True, n_threads=1, n_threads_batch=1, verbose=False)
 
 
-def asked_by_llama_cpp(llama, reference):
-    """Each question as its server asks it, by the file's own template, tokens and ends; and the text that it sends."""
-    for question, r in zip(parity.prompts(), reference, strict=True):
+def llama_cpp_responses(llama, reference):
+    """Yield a response and its text for each question, as llama.cpp's server formats, tokenizes and ends it."""
+    for question, r in zip(parity.questions(), reference, strict=True):
         turns = [{"role": "user", "content": question}]
-        said = llama.create_chat_completion(  # one more than compared: what it makes last, it does not read
-            turns, temperature=0.0, max_tokens=parity.NEW_TOKENS + 1
-        )
+        # One token more than compared, because the last generated token is not in `input_ids`.
+        completion = llama.create_chat_completion(turns, temperature=0.0, max_tokens=parity.NEW_TOKENS + 1)
         ids = llama.input_ids[: llama.n_tokens].tolist()
-        prompt = ids[: said["usage"]["prompt_tokens"]]
+        prompt = ids[: completion["usage"]["prompt_tokens"]]
         answer = ids[len(prompt) :]
-        stopped = said["choices"][0]["finish_reason"] == "stop" and len(answer) < parity.NEW_TOKENS
+        choice = completion["choices"][0]
+        stopped = choice["finish_reason"] == "stop" and len(answer) < parity.NEW_TOKENS
         llama.reset()
         llama.eval(r.prompt + r.answer)
         scores = torch.from_numpy(np.array(llama.scores[len(r.prompt) - 1 : llama.n_tokens]))
         llama.reset()
         logprobs = torch.log_softmax(scores.float(), -1)
-        yield parity.Asked(prompt, answer, stopped, logprobs), said["choices"][0]["message"]["content"]
+        yield parity.Response(prompt, answer, stopped, logprobs), choice["message"]["content"]
 
 
 @pytest.mark.parametrize("kind", gguf.KINDS)
-def test_llama_cpp_answers_as_the_adapter_does(made, tmp_path, kind):
+def test_llama_cpp_answers_like_the_adapter(made, tmp_path, kind):
     template, merged, reference = made
     gguf.write(merged, tmp_path / "model.gguf", kind)
     llama = opened(tmp_path / "model.gguf")
-    asked, texts = zip(*asked_by_llama_cpp(llama, reference), strict=True)
-    found = parity.judge(kind, "bfloat16", reference, asked, same_ends=True)  # its products round to 16 bits, or to 8
-    print(found)
-    assert found.problems() == []
+    responses, texts = zip(*llama_cpp_responses(llama, reference), strict=True)
+    result = parity.judge(kind, "bfloat16", reference, responses, same_ends=True)  # llama.cpp rounds to 16 or 8 bits
+    print(result)
+    assert result.problems() == []
     tokenizer = hub.saved_tokenizer(merged)
-    for said, text in zip(asked, texts, strict=True):
+    for response, text in zip(responses, texts, strict=True):
         assert "<|im_end|>" not in text
-        if said.stopped:
-            assert tokenizer.decode(said.answer) == text
+        if response.stopped:
+            assert tokenizer.decode(response.answer) == text
     if template == "auto":
-        assert any(said.stopped for said in asked)
+        assert any(response.stopped for response in responses)
     for text in TEXTS:
         assert llama.tokenize(text.encode(), add_bos=True, special=True) == tokenizer(text)["input_ids"]
 
 
-def test_the_command_makes_q4_k_m(make_run, base, tmp_path, capfd):
+def test_export_command_writes_q4_k_m(make_run, base, tmp_path, capfd):
     run = make_run(base, words=hub.saved_tokenizer(base))
     assert main(["export", str(run.path), "--out", str(tmp_path / "out"), "--gguf", "q4_k_m"]) == 0
-    said = capfd.readouterr()
-    assert "| q4_k_m | 20 of 20 |" in said.out
-    assert "llama_model_quantize" not in said.err
+    captured = capfd.readouterr()
+    assert "| q4_k_m | 20 of 20 |" in captured.out
+    assert "llama_model_quantize" not in captured.err
     files = sorted(path.name for path in (tmp_path / "out" / "gguf").iterdir())
     assert files == ["Modelfile", "model-q4_k_m.gguf"]
 
 
-@pytest.mark.skipif(bool(serve._lacking(serve.LLAMA_CPP)), reason="its server is not installed: requirements-full.txt")
-def test_openais_client_gets_llama_cpps_own_answer(made, tmp_path, serving):
+@pytest.mark.skipif(
+    bool(serve._missing_package(serve.LLAMA_CPP)), reason="llama.cpp's server is missing: see requirements-full.txt"
+)
+def test_openai_client_gets_the_same_answer_as_llama_cpp(made, tmp_path, serving):
     _, merged, _ = made
     gguf.write(merged, tmp_path / "mine.gguf", "f16")
     question = [{"role": "user", "content": "How do computers store data?"}]
-    asked = {"messages": question, "temperature": 0.0, "max_tokens": 24}
-    said = opened(tmp_path / "mine.gguf").create_chat_completion(**asked)["choices"][0]["message"]["content"]
-    own = {**asked, "extra_body": {"repeat_penalty": 1.0}}  # its default is 1.1: see what the command prints
+    request = {"messages": question, "temperature": 0.0, "max_tokens": 24}
+    answer = opened(tmp_path / "mine.gguf").create_chat_completion(**request)["choices"][0]["message"]["content"]
+    own = {**request, "extra_body": {"repeat_penalty": 1.0}}  # the server's default is 1.1
     with serving(tmp_path / "mine.gguf", "/v1/models") as (name, ask):
         assert name == "mine"
-        assert ask(**own) == [said]
+        assert ask(**own) == [answer]
         pieces = ask(**own, stream=True)
-    assert "".join(pieces) == said
+    assert "".join(pieces) == answer
     assert len(pieces) > 3

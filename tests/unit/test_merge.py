@@ -1,4 +1,4 @@
-"""An adapter merged into its 16-bit base: the same numbers as PEFT's, and a folder that needs no PEFT."""
+"""Merging an adapter into its 16-bit base gives the same weights as PEFT, in a folder that does not need PEFT."""
 
 import json
 import shutil
@@ -16,21 +16,21 @@ from qlora_helpers.runs import RunFolder
 
 @pytest.fixture(scope="session")
 def bases(model_folder, tmp_path_factory):
-    """The tiny Llama in 32 and 16 bits, in shards, with a tied head; and a BLOOM, which has biases."""
-    found = {}
+    """The tiny Llama in 32 and 16 bits, in shards, and with a tied head; and a BLOOM, which has biases."""
+    folders = {}
     for name, dtype, tied, shard in (
         ("f32", torch.float32, False, "1GB"),
         ("bf16", torch.bfloat16, False, "1GB"),
         ("fp16 in shards", torch.float16, False, "100KB"),
         ("tied", torch.bfloat16, True, "1GB"),
     ):
-        folder = found[name] = tmp_path_factory.mktemp("base")
+        folder = folders[name] = tmp_path_factory.mktemp("base")
         llama = AutoModelForCausalLM.from_pretrained(model_folder, dtype=dtype, tie_word_embeddings=tied)
         llama.save_pretrained(folder, max_shard_size=shard)
-    folder = found["bloom"] = tmp_path_factory.mktemp("bloom")
+    folder = folders["bloom"] = tmp_path_factory.mktemp("bloom")
     torch.manual_seed(0)
     BloomForCausalLM(BloomConfig(vocab_size=1000, hidden_size=32, n_layer=2, n_head=4)).save_pretrained(folder)
-    return found
+    return folders
 
 
 CASES = [
@@ -44,7 +44,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("base", "changes"), CASES)
-def test_equals_what_peft_merges(make_run, bases, tmp_path, base, changes):
+def test_merge_equals_pefts(make_run, bases, tmp_path, base, changes):
     run = make_run(bases[base], **changes)
     merge.merge(merge.source(run), tmp_path / "merged")
     plain = AutoModelForCausalLM.from_pretrained(bases[base], dtype="auto")
@@ -64,25 +64,25 @@ TURNS = [('What\'s "x"?\n{{ x }}', "A {% name %}."), ("Ünd 😀 12?", "Yes.", "
 
 @pytest.mark.parametrize("template", LAYOUTS)
 @pytest.mark.parametrize("turns", TURNS)
-def test_the_chat_template_writes_the_layout_of_training(config, tokenizer, make_row, template, turns):
+def test_chat_template_writes_the_format_of_training(config, tokenizer, make_row, template, turns):
     own = config.replace(template=template, system="Be 'brief'.\n😀" if template == "auto" else None, max_length=500)
     row = make_row(*turns, given="" if template == "auto" else "of y")
     (example,) = prompts.encode([row], own, tokenizer)
     text = chat_template.chat_template(own, tokenizer)
     got = tokenizer.apply_chat_template(list(row.messages), chat_template=text)["input_ids"]
     assert got == example.input_ids
-    asked = tokenizer.apply_chat_template(list(row.messages[:1]), chat_template=text, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(list(row.messages[:1]), chat_template=text, add_generation_prompt=True)
     want = prompts.render_prompt(row.messages[:1], own, tokenizer)
-    assert asked["input_ids"] == prompts.tokenize([want], tokenizer)["input_ids"][0]
+    assert prompt["input_ids"] == prompts.tokenize([want], tokenizer)["input_ids"][0]
 
 
-def test_a_template_that_knows_no_system_turn_says_so(config, tokenizer):
+def test_template_without_system_turn_raises(config, tokenizer):
     text = chat_template.chat_template(config, tokenizer)
     with pytest.raises(Exception, match="turns of user and assistant only"):
         tokenizer.apply_chat_template([{"role": "system", "content": "x"}], chat_template=text)
 
 
-def test_the_folder_is_plain_transformers(make_run, bases, tmp_path):
+def test_merged_folder_loads_in_plain_transformers(make_run, bases, tmp_path):
     (bases["bf16"] / "LICENSE").write_text("free")
     out = tmp_path / "merged"
     merge.merge(merge.source(make_run(bases["bf16"])), out)
@@ -97,7 +97,7 @@ def test_the_folder_is_plain_transformers(make_run, bases, tmp_path):
 
 
 def broken(run, tmp_path, name, **changes):
-    """A copy of the run with one of its files changed."""
+    """Copy the run and change one of its files."""
     copy = RunFolder(tmp_path / "broken")
     shutil.copytree(run.path, copy.path)
     content = json.loads((copy / name).read_text("utf-8"))
@@ -107,23 +107,23 @@ def broken(run, tmp_path, name, **changes):
     return copy
 
 
-def test_a_run_without_an_adapter(make_run, tmp_path):
+def test_run_without_adapter_is_refused(make_run, tmp_path):
     copy = broken(make_run(), tmp_path, "config.json")
     (copy.adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"holds none. Fix"):
         merge.source(copy)
 
 
-def test_an_adapter_of_another_base(make_run, bases, tmp_path):
+def test_adapter_of_another_base_is_refused(make_run, bases, tmp_path):
     copy = broken(make_run(), tmp_path, "config.json", model=str(bases["bloom"]))
     with pytest.raises(UserError, match=r"not those that .* was trained on. Fix"):
         merge.source(copy)
-    (copy / "manifest.json").write_text('{"model": {}}')  # of a run that noted no fingerprint
-    with pytest.raises(UserError, match=r"adapts .*, which .* has not. Fix"):
+    (copy / "manifest.json").write_text('{"model": {}}')  # a run without a recorded fingerprint
+    with pytest.raises(UserError, match=r"adapts .*, which is not in .*\. Fix"):
         merge.merge(merge.source(copy), tmp_path / "merged")
 
 
-def test_an_adapter_of_a_base_of_another_width(make_run, tmp_path, model_folder):
+def test_adapter_of_a_base_with_another_width_is_refused(make_run, tmp_path, model_folder):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = LlamaConfig.from_pretrained(model_folder)
@@ -135,7 +135,7 @@ def test_an_adapter_of_a_base_of_another_width(make_run, tmp_path, model_folder)
         merge.merge(merge.source(copy), tmp_path / "merged")
 
 
-def test_a_base_whose_weights_changed(make_run, bases, tmp_path):
+def test_base_with_changed_weights_is_refused(make_run, bases, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(bases["bf16"], base)
     run = make_run(base)
@@ -146,13 +146,13 @@ def test_a_base_whose_weights_changed(make_run, bases, tmp_path):
         merge.source(run)
 
 
-def test_another_scale_than_the_runs(make_run, tmp_path):
+def test_adapter_with_another_scale_is_refused(make_run, tmp_path):
     copy = broken(make_run(), tmp_path, "adapter/adapter_config.json", lora_alpha=64)
-    with pytest.raises(UserError, match=r"alpha = 64, and its run alpha = 8. Fix"):
+    with pytest.raises(UserError, match=r"alpha = 64, but its run has alpha = 8. Fix"):
         merge.source(copy)
 
 
-def test_a_base_in_four_bits_is_refused(make_run, config, tmp_path, device):
+def test_base_in_4_bits_is_refused(make_run, config, tmp_path, device):
     packed = qlora.load_base(config, device)
     packed.save_pretrained(tmp_path / "packed")
     copy = broken(make_run(), tmp_path, "config.json", model=str(tmp_path / "packed"))
@@ -161,17 +161,22 @@ def test_a_base_in_four_bits_is_refused(make_run, config, tmp_path, device):
         merge.merge(merge.source(copy), tmp_path / "merged")
 
 
-def test_a_hub_id_takes_the_commit_of_training(make_run, monkeypatch, tmp_path, bases):
-    """The branch may have moved since: what is fetched is the commit in the manifest."""
+def test_hub_model_is_fetched_at_the_commit_of_training(make_run, monkeypatch, tmp_path, bases):
+    """The branch may have moved since then, so the commit in the manifest is fetched."""
     run = make_run()
     own = {"config": run.config().to_dict() | {"model": "someone/model", "revision": "main"}, "identity": {}}
     files.write_json(run / "config.json", own)
     files.write_json(run / "manifest.json", {"model": {"revision": "c0ffee", "fingerprint": None}})
-    asked = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **o: asked.append((a, o["revision"])) or "x")
+    requested = []
+
+    def download(*args, revision, **options):
+        requested.append((args, revision))
+        return "x"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(UserError, match=r"belongs to .*, not to someone/model"):
         merge.source(run)
     content = json.loads((run.adapter / "adapter_config.json").read_text("utf-8"))
     files.write_json(run.adapter / "adapter_config.json", content | {"base_model_name_or_path": "someone/model"})
     merge.source(run)
-    assert asked == [(("someone/model",), "c0ffee")]
+    assert requested == [(("someone/model",), "c0ffee")]

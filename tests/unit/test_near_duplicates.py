@@ -1,4 +1,4 @@
-"""Near duplicates: planted edits are found, and rows that only look alike are left alone."""
+"""Near duplicates: planted edits are detected, and texts that only look similar are not."""
 
 import json
 import random
@@ -14,7 +14,7 @@ STRANGERS = ["harbour", "violin", "quickly", "copper", "seventeen", "winter", "l
 
 
 def rows():
-    """Question and answer of the sample conversations, as one text each."""
+    """Return each sample conversation as one text."""
     lines = sample_data().read_text("utf-8").splitlines()
     return ["\n".join(turn["content"] for turn in parse_guanaco(json.loads(line)["text"])) for line in lines]
 
@@ -40,8 +40,8 @@ EDITS = {
 }
 
 
-def found(texts):
-    """Numbers of the texts that an index takes for near duplicates of an earlier one."""
+def matches(texts):
+    """Return the positions of the texts that the index considers near duplicates of an earlier text."""
     index = Index(0.7)
     return {number for number, text in enumerate(texts) if index.first_like(text) is not None}
 
@@ -49,20 +49,20 @@ def found(texts):
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("part", ["whole", "short"])
 def test_planted_edits_are_found_and_nothing_else(edit, part):
-    """Half of the rows get a twin; the rest must stay single. Short rows: two or three sentences of the answer."""
+    """Half of the rows get an edited copy; no other row may match. Short rows are the first three sentences of a row."""
     rng = random.Random(1)
     originals = rows() if part == "whole" else [" ".join(re.split(r"(?<=[.!?])\s+", text)[:3]) for text in rows()]
     originals = list(dict.fromkeys(text for text in originals if len(re.split(r"(?<=[.!?])\s+", text)) > 2))
-    twins = [EDITS[edit](text, rng) for text in originals[::2]]
-    hits = found([*originals, *twins])
-    planted = set(range(len(originals), len(originals) + len(twins)))
+    copies = [EDITS[edit](text, rng) for text in originals[::2]]
+    hits = matches([*originals, *copies])
+    planted = set(range(len(originals), len(originals) + len(copies)))
     assert len(planted) > 90
     assert len(hits & planted) / len(planted) >= 0.95
     assert len(hits & planted) / len(hits) >= 0.95
 
 
-def test_other_numbers_make_another_text():
-    """All of these pairs are alike in their letters: only the numbers can tell them apart."""
+def test_texts_with_different_numbers_are_different():
+    """All of these pairs have similar letters, so that only the numbers distinguish them."""
     short = "Calculate the area of a circle whose radius is exactly {} meters, and explain each step of the way."
     story = next(text for text in rows() if len(shingles(normalize(text))) > 400).replace("{", "").replace("}", "")
     long = story + " Count to {}: {}, {}, {}, {}, {}."
@@ -74,10 +74,10 @@ def test_other_numbers_make_another_text():
     }
     for name, (texts, want) in pairs.items():
         assert jaccard(*(shingles(normalize(text)) for text in texts)) > 0.7, name
-        assert found(texts) == want, name
+        assert matches(texts) == want, name
 
 
-def test_similarity_is_jaccards():
+def test_the_similarity_is_the_jaccard_index():
     a, b = shingles("abcdef"), shingles("bcdefg")
     assert len(a) == len(b) == 3
     assert jaccard(a, b) == 2 / 4
@@ -87,21 +87,21 @@ def test_similarity_is_jaccards():
 @pytest.mark.parametrize("text", ["", "a", "?!", "日本語のテキスト", "\U0001f389"])
 def test_short_and_foreign_texts_have_shingles(text):
     assert shingles(normalize(text))
-    assert found([text, text]) == {1}
+    assert matches([text, text]) == {1}
 
 
-def test_foreign_texts_are_told_apart():
+def test_different_foreign_texts_are_different():
     russian = ["Что такое переменная в программировании?", "Как компьютеры хранят данные на диске?"]
-    assert found(russian) == set()
+    assert matches(russian) == set()
 
 
-def test_the_first_like_it_is_named_with_the_similarity():
+def test_the_first_similar_text_is_returned_with_its_similarity():
     index = Index(0.7)
     for text in ("The harbour lies to the north of the old town.", "A violin has four strings and no frets."):
         assert index.first_like(text) is None
     assert index.first_like("a violin has four strings, and no frets") == (1, 1.0)
-    number, value = index.first_like("A violin has five strings and no frets.")
+    number, similarity = index.first_like("A violin has five strings and no frets.")
     assert number == 1
-    assert 0.7 <= value < 1
+    assert 0.7 <= similarity < 1
     assert index.first_like("Copper conducts heat.", add=False) is None
     assert index.first_like("Copper conducts heat.", add=False) is None

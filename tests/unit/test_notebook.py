@@ -1,4 +1,4 @@
-"""Parameters are found, checked and split by experiment, with and without IPython's history."""
+"""Parameters of a notebook are found, checked and split by experiment, with and without IPython's history."""
 
 import pytest
 
@@ -15,7 +15,7 @@ workdir: str | None = None  # folder
 
 
 def namespace(tmp_path, *cells, history=True):
-    """What `globals()` is in a kernel after these cells."""
+    """Return what `globals()` is in a kernel after these cells."""
     names = {"workdir_of_the_test": tmp_path}
     for cell in cells:
         exec(cell, names)
@@ -48,15 +48,15 @@ def test_other_variables_are_not_parameters(tmp_path):
     assert own.config.n_samples == 4
 
 
-def test_no_parameters_is_an_error(tmp_path):
+def test_missing_parameters_are_an_error(tmp_path):
     with pytest.raises(UserError, match="none found"):
         notebook.resolve(namespace(tmp_path, "x = 1"))
 
 
-def test_a_notebook_s_own_lists_are_no_settings(tmp_path):
+def test_a_notebook_may_have_lists_that_are_not_settings(tmp_path):
     cells = [OURS, f"# Parameters\nworkdir = {str(tmp_path)!r}\nranks = [4, 8]"]
     assert notebook.resolve(namespace(tmp_path, *cells), 1, apart=["ranks"]).config.n_samples == 4
-    with pytest.raises(UserError, match="there is no 'ranks'"):
+    with pytest.raises(UserError, match="unknown parameter 'ranks'"):
         notebook.resolve(namespace(tmp_path, *cells), 1)
 
 
@@ -69,10 +69,10 @@ def test_a_notebook_s_own_lists_are_no_settings(tmp_path):
         ('"Optional[str]"', "None", True),
     ],
 )
-def test_a_notebooks_own_parameter_is_no_setting_and_has_its_type(tmp_path, kind, value, right):
+def test_a_parameter_that_is_not_a_setting_is_checked_for_its_type(tmp_path, kind, value, right):
     ours = f"{OURS}mine: {kind} = None  # of the notebook\n"
     cells = namespace(tmp_path, ours, f"# Parameters\nworkdir = {str(tmp_path)!r}\nmine = {value}")
-    with pytest.raises(UserError, match="no 'mine'"):
+    with pytest.raises(UserError, match="unknown parameter 'mine'"):
         notebook.resolve(cells | {"mine": "x"}, 1)
     if right:
         assert notebook.resolve(cells, 1, apart=["mine"]).config.n_samples == 4

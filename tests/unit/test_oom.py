@@ -1,4 +1,4 @@
-"""A run whose GPU runs out of memory in the middle: torch's own error is raised where a step begins."""
+"""Runs that exceed GPU memory midway. The tests raise torch's own error at the start of a step."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from qlora_helpers.runs import RunFolder
 from qlora_helpers.training import oom, trainer
 
 
-class RunOut(TrainerCallback):
-    """Raises once, when step 5 begins; notes the split of each step."""
+class RaiseOnce(TrainerCallback):
+    """Raises once, at the start of step 5, and records the batch size and accumulation of each step."""
 
     def __init__(self, error):
         self.error, self.splits = error, []
@@ -33,9 +33,9 @@ def eight_steps(config, tokenizer):
 @pytest.mark.parametrize(
     "error", [torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when …")]
 )
-def test_shrinking_goes_on_from_the_checkpoint_and_takes_the_same_steps(eight_steps, tokenizer, tmp_path, error):
+def test_shrunk_run_resumes_from_the_checkpoint_with_the_same_steps(eight_steps, tokenizer, tmp_path, error):
     config, data = eight_steps
-    callback = RunOut(error)
+    callback = RaiseOnce(error)
     run = trainer.train(config.replace(on_oom="shrink"), data, tokenizer, RunFolder(tmp_path / "a" / "run"), [callback])
     plain = trainer.train(config, data, tokenizer, RunFolder(tmp_path / "b" / "run"))
     assert callback.splits == [*((step, 4, 1) for step in range(6)), *((step, 2, 2) for step in range(4, 8))]
@@ -47,25 +47,23 @@ def test_shrinking_goes_on_from_the_checkpoint_and_takes_the_same_steps(eight_st
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
-def test_stopping_is_one_line_that_keeps_no_tensor_alive(eight_steps, tokenizer, tmp_path):
+def test_stopping_raises_a_one_line_error_that_holds_no_tensors(eight_steps, tokenizer, tmp_path):
     config, data = eight_steps
     run = RunFolder(tmp_path / "run")
     with pytest.raises(UserError) as caught:
-        trainer.train(config, data, tokenizer, run, [RunOut(torch.cuda.OutOfMemoryError("CUDA out of memory"))])
+        trainer.train(config, data, tokenizer, run, [RaiseOnce(torch.cuda.OutOfMemoryError("CUDA out of memory"))])
     assert str(caught.value).startswith("memory: the GPU ran out: ")
     assert caught.value.__context__ is None
     assert (run / "checkpoints" / "checkpoint-4" / "complete.json").exists()
 
 
-def test_another_runtime_error_is_not_taken_for_it(eight_steps, tokenizer, tmp_path):
+def test_other_runtime_errors_are_raised(eight_steps, tokenizer, tmp_path):
     config, data = eight_steps
-    with pytest.raises(RuntimeError, match="a fault of its own"):
-        trainer.train(
-            config, data, tokenizer, RunFolder(tmp_path / "run"), [RunOut(RuntimeError("a fault of its own"))]
-        )
+    with pytest.raises(RuntimeError, match="another error"):
+        trainer.train(config, data, tokenizer, RunFolder(tmp_path / "run"), [RaiseOnce(RuntimeError("another error"))])
 
 
-def test_running_out_in_the_answers_leaves_the_tokenizer_as_it_was(setup, config, device, tokenizer, monkeypatch):
+def test_running_out_during_answers_restores_the_tokenizer(setup, config, device, tokenizer, monkeypatch):
     model, _ = setup
     side = tokenizer.padding_side
 
@@ -78,7 +76,7 @@ def test_running_out_in_the_answers_leaves_the_tokenizer_as_it_was(setup, config
     assert tokenizer.padding_side == side
 
 
-def test_what_counts_as_running_out():
+def test_is_oom_error():
     assert oom.is_oom_error(torch.cuda.OutOfMemoryError("any"))
     assert oom.is_oom_error(RuntimeError("CUDA error: out of memory"))
     assert not oom.is_oom_error(RuntimeError("shapes do not match"))

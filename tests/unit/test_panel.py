@@ -1,4 +1,4 @@
-"""The chat panel: answers that grow, each model's own, from one base in memory; and its buttons, in a real kernel."""
+"""The chat panel: growing answers of all models from one base model in memory, and its buttons in a real kernel."""
 
 import json
 from threading import Thread
@@ -15,13 +15,13 @@ from qlora_helpers.evaluation.comparison import BASE
 from qlora_helpers.models import qlora
 from qlora_helpers.runs import RunFolder
 
-NEW = 10  # no multiple of a step
+NEW = 10  # not a multiple of a step
 QUESTIONS = ["What is <b>rain</b>?", "And snow?"]
 
 
 @pytest.fixture(scope="module")
 def make_runs(config, tmp_path_factory):
-    """Two runs on one base whose adapters do something; the second asks in the model's own chat template."""
+    """Two runs on one base model with adapters that change answers; the second uses the model's own chat template."""
 
     def make(quantization):
         small = config.replace(quantization=quantization)
@@ -41,13 +41,13 @@ def make_runs(config, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(make_runs):
+def experiments(make_runs):
     return make_runs("nf4")
 
 
 @pytest.fixture(scope="module")
-def loaded(found):
-    return side_by_side.load(found)
+def loaded(experiments):
+    return side_by_side.load(experiments)
 
 
 @pytest.fixture
@@ -59,25 +59,25 @@ def finish(steps):
     return sum(1 for _ in steps)
 
 
-def alone(found, name, ids):
-    """What `generate` says in a single call, with the base and at most one adapter in memory."""
-    run = found["exp1" if name == BASE else name][0]
+def alone(experiments, name, ids):
+    """Tokens from a single call of `generate`, with the base model and at most one adapter in memory."""
+    run = experiments["exp1" if name == BASE else name][0]
     config = run.config()
     built = qlora.load_base(config, detect(config.compute_dtype))
     built = built if name == BASE else qlora.load_adapter(built, run.adapter)
     with torch.inference_mode():
-        said = built.generate(
+        output = built.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False, pad_token_id=1
         )
-    return said[0, ids.shape[1] :].tolist()
+    return output[0, ids.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_answers_in_steps_and_in_turn_are_those_of_one_plain_call(make_runs, quantization, tokenizer):
-    """To the last token, in two rounds, with the other models answering in between."""
-    found = make_runs(quantization)
-    loaded = side_by_side.load(found)
-    talk, said = panel.Conversation(loaded, NEW), {}
+def test_answers_in_steps_equal_those_of_a_single_call(make_runs, quantization, tokenizer):
+    """Token by token, in two rounds, with the other models answering in between."""
+    experiments = make_runs(quantization)
+    loaded = side_by_side.load(experiments)
+    talk, expected = panel.Conversation(loaded, NEW), {}
     for number, question in enumerate(QUESTIONS):
         ids = {}
         for name, config in loaded.configs.items():
@@ -86,21 +86,21 @@ def test_answers_in_steps_and_in_turn_are_those_of_one_plain_call(make_runs, qua
             ids[name] = prompts.tokenize([text], tokenizer, return_tensors="pt")["input_ids"]
         assert finish(talk.ask(f"  {question}\n")) >= 3
         for name, prompt in ids.items():
-            said[name] = alone(found, name, prompt)
+            expected[name] = alone(experiments, name, prompt)
             (*_, tokens) = talk._tokens(name, prompt, 0.0)
-            assert tokens == said[name], name
+            assert tokens == expected[name], name
             assert (
                 talk.turns[name][-1]["content"]
                 == tokenizer.decode(tokens, skip_special_tokens=True).rstrip(panel.CUT).strip()
             )
             assert [turn["role"] for turn in talk.turns[name]] == ["user", "assistant"] * (number + 1)
-        assert len({str(tokens) for tokens in said.values()}) == 3
+        assert len({str(tokens) for tokens in expected.values()}) == 3
 
 
-def test_there_is_one_base_in_memory(found, monkeypatch):
+def test_only_one_base_model_is_in_memory(experiments, monkeypatch):
     loads = []
     monkeypatch.setattr(qlora, "load_base", lambda *a, load=qlora.load_base: loads.append(load(*a)) or loads[-1])
-    talk = panel.Conversation(side_by_side.load(found), NEW)
+    talk = panel.Conversation(side_by_side.load(experiments), NEW)
     finish(talk.ask("Why?"))
     (base,) = loads
     every = dict(talk.loaded.adapters.model.named_parameters())
@@ -108,16 +108,16 @@ def test_there_is_one_base_in_memory(found, monkeypatch):
     assert {p.data_ptr() for p in own} == {p.data_ptr() for n, p in base.named_parameters() if ".lora_" not in n}
 
 
-def test_an_answer_ends_where_the_model_ends_it(loaded, talk, monkeypatch):
+def test_answer_stops_at_the_end_token(loaded, talk, monkeypatch):
     ids = talk._prompt("exp1", ({"role": "user", "content": "Why?"},))
-    (*_, whole) = talk._tokens("exp1", ids, 0.0)
-    end = next(n for n, token in enumerate(whole) if n and token not in whole[:n])
-    monkeypatch.setattr(chat_template, "stops", lambda config, tokenizer: [whole[end]])
+    (*_, full) = talk._tokens("exp1", ids, 0.0)
+    end = next(n for n, token in enumerate(full) if n and token not in full[:n])
+    monkeypatch.setattr(chat_template, "stops", lambda config, tokenizer: [full[end]])
     (*_, short) = talk._tokens("exp1", ids, 0.0)
-    assert short == whole[: end + 1]
+    assert short == full[: end + 1]
 
 
-def test_temperature(talk):
+def test_sampling_follows_temperature_and_seed(talk):
     ids = talk._prompt("exp1", ({"role": "user", "content": "Why?"},))
 
     def say(seed):
@@ -128,7 +128,7 @@ def test_temperature(talk):
     assert say(0) == say(0) != say(1)
 
 
-def test_who_stops_asking_stops_the_answers(talk):
+def test_closing_the_iterator_stops_the_answers(talk):
     growing = talk.ask("Why?")
     next(growing)
     first = json.dumps(talk.turns)
@@ -139,13 +139,13 @@ def test_who_stops_asking_stops_the_answers(talk):
     assert talk.entries() == []
 
 
-def test_a_conversation_longer_than_the_context(talk):
+def test_conversation_longer_than_the_context_is_refused(talk):
     with pytest.raises(UserError, match=r"context of 512 has to hold 10 of the answer too. Fix: clear"):
         finish(talk.ask("why? " * 500))
     assert talk.entries() == []
 
 
-def test_a_row_is_read_back(talk, config, tmp_path):
+def test_exported_row_is_read_back(talk, config, tmp_path):
     answer = 'Say "no".\n\n  x = 1 < 2 & é\u2028😀'
     talk.turns["exp1"] = [
         {"role": "user", "content": "Why?"},
@@ -164,24 +164,24 @@ def test_a_row_is_read_back(talk, config, tmp_path):
 
 
 @pytest.mark.parametrize(("answer", "reason"), [(None, "no answer"), ("", "an empty turn"), ("a\ufffdb", "broken")])
-def test_no_row_that_would_be_dropped(talk, answer, reason):
+def test_row_that_loading_would_drop_is_refused(talk, answer, reason):
     if answer is not None:
         talk.turns["exp1"] = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": answer}]
-    with pytest.raises(UserError, match=f"exp1 makes none .{reason}.*Fix"):
+    with pytest.raises(UserError, match=f"exp1 is not a valid row .{reason}.*Fix"):
         talk.row("exp1")
 
 
-def test_a_click_in_another_thread_waits_for_the_step(talk, monkeypatch):
+def test_click_in_another_thread_waits_for_the_step(talk, monkeypatch):
     shown, clicks = panel.Panel(talk, "Why?"), []
     tokens = talk._tokens
 
     def clicked_in_the_middle(*args):
-        for said in tokens(*args):
+        for answer in tokens(*args):
             if not clicks:
                 clicks.append(Thread(target=shown.clear.click))
                 clicks[0].start()
                 clicks[0].join(0.5)
-            yield said
+            yield answer
 
     monkeypatch.setattr(talk, "_tokens", clicked_in_the_middle)
     shown.clock.value = 1
@@ -203,13 +203,13 @@ shown
 
 
 class Browser:
-    """A front end: it knows every widget by its kind or label, sends what a person does, and keeps what it is sent."""
+    """A front end: finds widgets by type or label, sends user actions, and stores the state that it receives."""
 
     def __init__(self, kernel, messages):
         self.kernel, self.states, self.ids = kernel, {}, {}
-        self.hear(messages)
+        self.receive(messages)
 
-    def hear(self, messages):
+    def receive(self, messages):
         for message in messages:
             content = message["content"]
             if message["msg_type"] == "comm_open":
@@ -220,12 +220,12 @@ class Browser:
                 self.states[content["comm_id"]].update(content["data"]["state"])
             assert message["msg_type"] != "error", content
 
-    def __call__(self, *done):
-        """Several things at once: (widget, what it sends). The kernel gets the next one before it is done."""
-        for name, data in done:
+    def __call__(self, *actions):
+        """Send several actions, (widget, message), without waiting for the kernel in between."""
+        for name, data in actions:
             self.state(name).update(data.get("state", {}))
-        sent = [self.kernel.send(self.ids[name], data) for name, data in done]
-        self.hear(self.kernel.until_idle(sent[-1]))
+        sent = [self.kernel.send(self.ids[name], data) for name, data in actions]
+        self.receive(self.kernel.until_idle(sent[-1]))
 
     def state(self, name):
         return self.states[self.ids[name]]
@@ -242,16 +242,16 @@ CLICK = {"method": "custom", "content": {"event": "click"}}
 
 
 @pytest.fixture(scope="module")
-def browser(kernel, found):
-    messages = kernel(CODE % str(found["exp1"][0].path))
+def browser(kernel, experiments):
+    messages = kernel(CODE % str(experiments["exp1"][0].path))
     (data,) = [m["content"]["data"] for m in messages if m["msg_type"] == "execute_result"]
     assert data[side_by_side.WIDGET]["model_id"] in [m["content"].get("comm_id") for m in messages]
     assert "running notebook" in data["text/html"]
     return Browser(kernel, messages)
 
 
-def test_the_panel_in_a_kernel(browser):
-    """Ask, watch, stop in the middle, go on, take a row, clear; with the ipywidgets that is installed."""
+def test_panel_in_a_kernel(browser):
+    """Ask, watch, stop midway, continue, export a row and clear, with the installed version of ipywidgets."""
     playing = "playing" if "playing" in browser.state("PlayModel") else "_playing"
     clock, question, row = "PlayModel", "your question", "one line for a .jsonl file: select and copy"
     assert browser.state(question)["value"] == "What is <b>rain</b>?"
@@ -263,21 +263,21 @@ def test_the_panel_in_a_kernel(browser):
     browser((clock, change(value=2)))
     second = browser.pages()
     assert second != first
-    # The browser may have counted on before it hears that it is over: that starts nothing.
+    # The Play widget may advance once more before it receives the stop. That must not start anything.
     browser((clock, change(value=0, **{playing: False})), (clock, change(value=3)), (clock, change(value=4)))
     stopped = browser.pages()
     assert stopped[:2] == second[:2]
     assert (browser.state(clock)[playing], browser.state(clock)["value"]) == (False, 0)
     browser((question, change(value="And snow?")))
-    for step in range(1, 9):  # 24 tokens in steps of 4, and one to see the end
+    for step in range(1, 9):  # 24 tokens in steps of 4, and one step that detects the end
         browser((clock, change(value=step, **{playing: True})))
         if not browser.state(clock)[playing]:
             break
     assert step == 7
     assert all("And snow?" in page for page in browser.pages()[:2])
     assert browser.state(clock)["value"] == 0
-    said = "for n, turn in enumerate(shown.conversation.turns['exp1']): turn['content'] = f'<i>{n}'"
-    browser.kernel(said)  # a random model writes half characters, and of those no row is made
+    code = "for n, turn in enumerate(shown.conversation.turns['exp1']): turn['content'] = f'<i>{n}'"
+    browser.kernel(code)  # a random model writes broken characters, which are not valid in a row
     browser(("as a row", CLICK))
     messages = json.loads(browser.state(row)["value"])["messages"]
     assert messages == [{"role": ("user", "assistant")[n % 2], "content": f"<i>{n}"} for n in range(4)]
@@ -286,25 +286,25 @@ def test_the_panel_in_a_kernel(browser):
     assert browser.state(row)["value"] == ""
 
 
-def test_the_panel_says_what_is_wrong(browser):
+def test_panel_shows_errors(browser):
     playing = "playing" if "playing" in browser.state("PlayModel") else "_playing"
     browser(("as a row", CLICK))
-    assert "exp1 makes none (no answer). Fix" in browser.pages()[-1]
+    assert "exp1 is not a valid row (no answer). Fix" in browser.pages()[-1]
     browser(("your question", change(value="why? " * 500)), ("PlayModel", change(value=1, **{playing: True})))
     assert "has to hold 24 of the answer too. Fix: clear the conversation" in browser.pages()[-1]
     assert browser.state("PlayModel")[playing] is False
     assert browser.state("your question")["value"] == "why? " * 500
     browser(("your question", change(value="")), ("PlayModel", change(value=2)))
-    assert "Fix: clear the conversation" in browser.pages()[-1]  # a late tick wipes nothing away
+    assert "Fix: clear the conversation" in browser.pages()[-1]  # a late step does not clear the message
 
 
-def test_no_person_gets_an_example_conversation(kernel, found, loaded):
-    messages = kernel(CODE % str(found["exp1"][0].path), person=False)
+def test_notebook_without_a_person_shows_an_example_conversation(kernel, experiments, loaded):
+    messages = kernel(CODE % str(experiments["exp1"][0].path), person=False)
     (data,) = [m["content"]["data"] for m in messages if m["msg_type"] == "execute_result"]
     assert set(data) == {"text/html", "text/plain"}
     assert not [m for m in messages if m["msg_type"].startswith("comm")]
     talk = panel.Conversation(loaded, 24)
     for question in QUESTIONS:
         finish(talk.ask(question))
-    entries = [{name: said for name, said in entry.items() if name != "exp2, auto"} for entry in talk.entries()]
+    entries = [{name: text for name, text in entry.items() if name != "exp2, auto"} for entry in talk.entries()]
     assert data["text/html"] == Table(entries)._repr_html_()

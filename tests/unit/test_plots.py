@@ -1,4 +1,4 @@
-"""Every figure says what it shows; overfitting is marked where it is; the live curve keeps to one place."""
+"""Figures have titles and labels, overfitting is marked where it occurs, and the live curve stays in one display."""
 
 import builtins
 import io
@@ -36,7 +36,7 @@ DATA = Data([example(20), example(64, cut=30), example(40), example(64, cut=1)],
 
 
 def log(heldout: list[float]) -> list[dict[str, float]]:
-    """A log with held-out losses at steps 0, 10, 20 and so on, as `callbacks.LogWriter` writes it."""
+    """Return a log with held-out losses at steps 0, 10, 20 and so on, as `callbacks.LogWriter` writes it."""
     lines = [{"step": 0, "epoch": 0.0, "eval_loss": heldout[0]}]
     for number, loss in enumerate(heldout[1:]):
         lines += [{"step": 10 * number + step, "loss": 2 - 0.01 * step} for step in range(1, 11)]
@@ -66,7 +66,7 @@ TABLES = {
 
 
 def arm(loss: float, spread: float = 0.0) -> Arm:
-    """Four rows of ten tokens whose losses lie around `loss`."""
+    """Return an arm with four rows of ten tokens whose losses are spread around `loss`."""
     return Arm("", [[RowLoss(str(i), 10 * (loss + spread * (i - 1.5)), 10, 0) for i in range(4)]])
 
 
@@ -91,7 +91,7 @@ FIGURES = {
 
 
 def words(figure: Figure) -> list[str]:
-    """Every text in the panels and the legends."""
+    """Return every text in the panels and the legends."""
     texts = [text for axes in figure.axes for text in axes.texts]
     texts += [text for legend in figure.legends for text in legend.get_texts()]
     return [text.get_text() for text in texts]
@@ -266,7 +266,7 @@ def test_save_keeps_the_old_file_when_drawing_fails(tmp_path) -> None:
 
 
 class FakeNotebook:
-    """Stands in for IPython's display: holds each figure that was shown, and how."""
+    """A stand-in for IPython's display that records each figure and how it was shown."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Figure]] = []
@@ -295,7 +295,7 @@ def state(lines: list[dict[str, float]], steps: int = 30) -> SimpleNamespace:
 
 
 def drawn(figure: Figure) -> tuple[list[float], list[float]]:
-    """Steps of the training and of the held-out line."""
+    """Return the steps of the training line and of the held-out line."""
     training, heldout = figure.axes[0].lines[:2]
     return list(training.get_xdata()), list(heldout.get_xdata())
 

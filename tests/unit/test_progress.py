@@ -1,4 +1,4 @@
-"""How far a run is: a bar where it is watched, few lines where it is not."""
+"""Progress of a run: a bar where someone watches, a few lines where nobody does."""
 
 import io
 import sys
@@ -15,7 +15,7 @@ STEPS = range(21, 101)
 
 
 class Screen(io.StringIO):
-    """Standard output, of a terminal or of a file."""
+    """Standard output, as a terminal or as a file."""
 
     def __init__(self, terminal):
         super().__init__()
@@ -27,7 +27,7 @@ class Screen(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time, which a test sets."""
+    """The time, which a test can set."""
     now = SimpleNamespace(seconds=100.0)
     monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: now.seconds))
     return now
@@ -35,7 +35,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def show(clock, monkeypatch):
-    """A run of 100 steps from step 20 on, 2 seconds each, as it looks on a terminal or in a file."""
+    """Return a function that shows a run of 100 steps from step 20 on, 2 s each, on a terminal or in a file."""
 
     def run_it(terminal, steps=STEPS):
         screen = Screen(terminal)
@@ -98,7 +98,7 @@ def test_durations(seconds, words):
     assert step_time.in_words(seconds) == words
 
 
-def test_a_run_without_a_screen_prints_its_end_and_no_line_a_step(config, tokenizer, tmp_path, capfd):
+def test_a_run_without_a_screen_prints_one_line_of_progress(config, tokenizer, tmp_path, capfd):
     short = config.replace(epochs=1)
     data = cleaning.prepare(short, tokenizer)
     capfd.readouterr()
@@ -106,8 +106,8 @@ def test_a_run_without_a_screen_prints_its_end_and_no_line_a_step(config, tokeni
     said = capfd.readouterr()
     assert "it/s" not in said.err
     assert said.out.count("step ") == 1
-    before, bar, after = said.out.splitlines()  # what takes long beside the steps is announced
-    assert before.startswith("First the base model")
+    before, bar, after = said.out.splitlines()  # slow work besides the steps is announced
+    assert before.startswith("Measuring the base model")
     assert bar.startswith("step 4 of 4, loss ")
-    assert after.startswith("Trained.")
+    assert after.startswith("Training is done.")
     assert "grad_norm" not in said.out

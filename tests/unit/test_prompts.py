@@ -1,4 +1,4 @@
-"""Which tokens are trained: against strings written by hand, so that the labels are not checked with their own code."""
+"""Which tokens are trained, checked against handwritten strings rather than against the code that sets the labels."""
 
 import pytest
 
@@ -26,7 +26,7 @@ CASES = {
 
 @pytest.fixture(scope="module", params=["plain", "llama3"])
 def words(request, make_tokenizer):
-    """Both kinds of tokenizer that the presets meet."""
+    """Both kinds of tokenizer that the presets use."""
     return make_tokenizer(request.param)
 
 
@@ -35,12 +35,12 @@ def encode(row, tokenizer, **settings):
 
 
 def trained_text(example, tokenizer):
-    """What the trained tokens say."""
+    """Decode the trained tokens."""
     return tokenizer.decode([i for i, label in zip(example.input_ids, example.labels, strict=True) if label != -100])
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_answers_and_their_end_are_trained_and_nothing_else(words, make_row, case):
+def test_only_answers_and_their_end_tokens_are_trained(words, make_row, case):
     (turns, given), template, want = CASES[case]
     example = encode(make_row(*turns, given=given), words, template=template)
     assert trained_text(example, words) == want
@@ -53,11 +53,11 @@ def test_answers_and_their_end_are_trained_and_nothing_else(words, make_row, cas
 def test_train_on_all_trains_every_token(words, make_row, template):
     example = encode(make_row("Hi", "Hello"), words, template=template, train_on="all")
     assert example.labels == example.input_ids
-    assert example.trained == len(example.input_ids) - 1  # nothing predicts the first
+    assert example.trained == len(example.input_ids) - 1  # the first token is never predicted
 
 
-def test_a_cut_row_trains_what_is_left_and_no_end(words, make_row):
-    row = make_row("Hi", "^~^~^~^~^~")  # no merges: a token each
+def test_a_truncated_row_trains_the_rest_and_no_end_token(words, make_row):
+    row = make_row("Hi", "^~^~^~^~^~")  # no merges: one token per character
     whole = encode(row, words)
     prompt = sum(label == -100 for label in whole.labels)
     cut = encode(row, words, max_length=prompt + 5)
@@ -68,13 +68,15 @@ def test_a_cut_row_trains_what_is_left_and_no_end(words, make_row):
     assert len(cut.input_ids) == len(cut.labels) == len(cut.offsets) == prompt + 5
 
 
-def test_a_row_cut_before_its_answer_trains_nothing(words, make_row):
-    assert encode(make_row("a question longer than eight tokens, surely so", "b"), words, max_length=8).trained == 0
+def test_a_row_truncated_before_its_answer_trains_nothing(words, make_row):
+    assert (
+        encode(make_row("a question that is certainly longer than eight tokens", "b"), words, max_length=8).trained == 0
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_answer_starts_where_the_generation_prompt_ends(words, make_row, case):
-    """Otherwise the model is asked in another way than it was taught."""
+    """Otherwise, prompts would differ from those in training."""
     (turns, given), template, _ = CASES[case]
     row = make_row(*turns, given=given)
     config = Config(template=template)
@@ -87,7 +89,7 @@ def test_the_answer_starts_where_the_generation_prompt_ends(words, make_row, cas
         assert example.labels[len(prompt_ids)] != -100
 
 
-def test_layouts_as_published(tokenizer, make_row):
+def test_the_templates_are_rendered_as_published(tokenizer, make_row):
     row = make_row("Q", "A", given="I")
     assert prompts.render(row.messages, Config(), tokenizer)[0] == "### Human: Q\n\nI### Assistant: A</s>"
     text = prompts.render(row.messages, Config(template="instruction"), tokenizer)[0]
@@ -96,8 +98,8 @@ def test_layouts_as_published(tokenizer, make_row):
     assert prompts.render(row.messages, system, tokenizer)[0].startswith("<|im_start|>system\nBe kind.</s>\n")
 
 
-def test_spaces_are_trained_whatever_the_tokenizer_says_of_them(make_row, make_tokenizer):
-    """Where offsets leave spaces out, a token of spaces only has an empty span."""
+def test_spaces_are_trained_even_if_the_offsets_exclude_them(make_row, make_tokenizer):
+    """If offsets exclude spaces, a token that consists of spaces has an empty span."""
     (turns, _), template, want = CASES["chat, code"]
     trimming = make_tokenizer("trimmed")
     example = encode(make_row(*turns), trimming, template=template)
@@ -105,7 +107,7 @@ def test_spaces_are_trained_whatever_the_tokenizer_says_of_them(make_row, make_t
     assert "".join(text for _, text in prompts.show_labels(example, trimming).pieces) == example.text
 
 
-def test_no_rows_give_no_examples(tokenizer):
+def test_without_rows_there_are_no_examples(tokenizer):
     assert list(prompts.encode([], Config(), tokenizer)) == []
 
 
@@ -117,15 +119,15 @@ def test_no_rows_give_no_examples(tokenizer):
         ("{% for m in messages %}{{ loop.length }}{{ m['content'] }}{% endfor %}", "rewrites earlier turns"),
     ],
 )
-def test_chat_templates_that_cannot_be_used(make_row, make_tokenizer, template, says):
+def test_an_unusable_chat_template_is_an_error(make_row, make_tokenizer, template, says):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=f"{says}.*Fix: "):
         encode(make_row("a", "b", "c", "d"), tokenizer, template="auto")
 
 
 @pytest.mark.parametrize("case", ["two rounds", "unicode", "code", "chat"])
-def test_label_viewer_shows_the_whole_text(words, make_row, case):
+def test_the_label_viewer_shows_the_whole_text(words, make_row, case):
     (turns, given), template, want = CASES[case]
     example = encode(make_row(*turns, given=given), words, template=template)
     pieces = prompts.show_labels(example, words).pieces
@@ -134,7 +136,7 @@ def test_label_viewer_shows_the_whole_text(words, make_row, case):
     assert [text for kind, text in pieces if kind == "end"] == ["</s>"] * (len(turns) // 2)
 
 
-def test_label_viewer_as_text_and_html(tokenizer, make_row):
+def test_the_label_viewer_as_text_and_as_html(tokenizer, make_row):
     view = prompts.show_labels(encode(make_row("Hi", "<script>alert(1)</script>\n& so on"), tokenizer), tokenizer)
     kinds = [line.split()[0] for line in repr(view).splitlines()]
     assert kinds == ["kind", "masked", "trained", "end"]
@@ -145,7 +147,7 @@ def test_label_viewer_as_text_and_html(tokenizer, make_row):
     assert all(f'title="{kind}"' in html for kind in ("masked", "trained", "end"))
 
 
-# The turns of each family of the presets, as their published templates write them.
+# The turns of each model family in the presets, as their published chat templates render them.
 FAMILIES = {
     "zephyr": (
         "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
@@ -167,7 +169,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["plain", "llama3", "trimmed"])
-def test_every_family_trains_answers_and_ends_and_starts_once(make_tokenizer, make_row, family, kind):
+def test_every_family_trains_answers_with_end_tokens_and_has_one_start_token(make_tokenizer, make_row, family, kind):
     tokenizer = make_tokenizer(kind)
     tokenizer.chat_template, want = FAMILIES[family]
     example = encode(make_row(*TWO_ROUNDS[0]), tokenizer, template="auto")
@@ -177,8 +179,8 @@ def test_every_family_trains_answers_and_ends_and_starts_once(make_tokenizer, ma
     assert not example.straddling
 
 
-def test_a_model_without_a_chat_template_has_two_layouts_left(make_tokenizer, make_row):
-    """BLOOM is one: `auto` says so, the published layouts work."""
+def test_a_model_without_a_chat_template_can_use_the_built_in_templates(make_tokenizer, make_row):
+    """Such as BLOOM: `auto` raises an error, and the published templates work."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
     assert prompts.advice(Config(), tokenizer) is None
@@ -188,13 +190,13 @@ def test_a_model_without_a_chat_template_has_two_layouts_left(make_tokenizer, ma
         encode(make_row("Hi", "Hello"), tokenizer, template="auto")
 
 
-def test_another_template_than_the_models_own_is_said_with_its_consequence(tokenizer):
-    assert "must be asked in that layout" in prompts.advice(Config(template="instruction"), tokenizer)
+def test_replacing_the_models_own_template_gives_a_warning(tokenizer):
+    assert "must be prompted in that format" in prompts.advice(Config(template="instruction"), tokenizer)
     assert prompts.advice(Config(template="auto"), tokenizer) is None
 
 
-def test_a_token_that_is_question_and_answer_in_one_is_noticed(make_row):
-    """An answer that begins in the middle of a token has no right label there."""
+def test_a_token_that_is_partly_question_and_partly_answer_is_detected(make_row):
+    """If an answer starts in the middle of a token, no label is right for that token."""
     labels, straddling = prompts._answer_labels([1, 2, 3], [(0, 4), (4, 9), (9, 12)], [(5, 12)])
     assert labels == [-100, -100, 3]
     assert straddling

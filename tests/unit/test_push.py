@@ -1,5 +1,6 @@
-"""What is pushed to a model hub: only what is named, nothing of this machine, and nothing at all unless asked for. The
-hub is a small server on this machine, spoken to by the real client.
+"""Pushing to a model hub: only selected files, nothing about this machine, and nothing at all unless requested.
+
+The hub is a small local server; the client is the real one.
 """
 
 import base64
@@ -23,14 +24,14 @@ NAME = "someone/a-model"
 
 
 class Hub(ThreadingHTTPServer):
-    """As much of the hub as a commit of small files needs; notes every request."""
+    """The part of the hub's API that a commit of small files needs. It records every request."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answer)
-        self.asked, self.files, self.private, self.refuse = [], {}, None, None
+        self.requests, self.files, self.private, self.refuse = [], {}, None, None
 
     def answer(self, path, body, token):
-        self.asked.append((path, body, token))
+        self.requests.append((path, body, token))
         if self.refuse and path.startswith(self.refuse):
             return 403, {"error": "You don't have the rights to create a model under this namespace"}
         if path == "/api/repos/create":
@@ -74,7 +75,7 @@ class Answer(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A hub that the client takes for the real one, and a token to write there."""
+    """A local hub that the client uses instead of the real one, and a token with write access."""
     made = Hub()
     threading.Thread(target=made.serve_forever, daemon=True).start()
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{made.server_port}")
@@ -87,7 +88,7 @@ def server(monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(make_run):
-    """A run with everything that a run folder holds, rows and checkpoints among it."""
+    """A run with everything that a run folder can hold, including rows and checkpoints."""
     made = make_run()
     for name in ("answers.jsonl", ".lock", "log.jsonl", "checkpoints/checkpoint-4/optimizer.pt", "notebook.ipynb",
                  "figures/loss.png", "adapter/.cache/x", "adapter/training_args.bin", "adapter/rows.json"):  # fmt: skip
@@ -119,30 +120,31 @@ MERGED = ["README.md", "chat_template.jinja", "config.json", "generation_config.
           "tokenizer_config.json"]  # fmt: skip
 
 
-def test_the_dry_run_shows_all_and_sends_nothing(run, shipped, server, capsys):
+def test_dry_run_lists_all_files_and_sends_nothing(run, shipped, server, capsys):
     for source, names in ((run.path, ADAPTER), (shipped, MERGED)):
         assert main(["push", str(source), "--to", NAME]) == 0
-        said = capsys.readouterr().out
-        lines = said.split("\n\n")[0].splitlines()
+        output = capsys.readouterr().out
+        lines = output.split("\n\n")[0].splitlines()
         assert sorted(line.split()[1] for line in lines[:-1]) == names
         assert sum(int(line.split()[0].replace(",", "")) for line in lines[:-1]) == int(
             lines[-1].split()[0].replace(",", "")
         )
         assert f"to {NAME} (private)" in lines[-1]
-        assert "library_name: " in said
-        assert "Nothing was sent" in said
-    assert server.asked == []
+        assert "library_name: " in output
+        assert "Nothing was sent" in output
+    assert server.requests == []
 
 
 @pytest.mark.parametrize("kind", ["run", "export"])
-def test_what_arrives_is_what_was_shown_and_the_token_is_in_none_of_it(run, shipped, server, capfd, kind):
+def test_listed_files_arrive_and_none_contains_the_token(run, shipped, server, capfd, kind):
     source, names = (run.path, ADAPTER) if kind == "run" else (shipped, MERGED)
     assert main(["push", str(source), "--to", NAME, "--really"]) == 0
-    said = capfd.readouterr()
+    captured = capfd.readouterr()
     assert sorted(server.files) == names
     assert server.private is True
-    assert {token for path, _, token in server.asked if NAME in path} == {f"Bearer {SECRET}"}
-    for content in [said.out.encode(), said.err.encode(), *(b for _, b, _ in server.asked), *server.files.values()]:
+    assert {token for path, _, token in server.requests if NAME in path} == {f"Bearer {SECRET}"}
+    printed = [captured.out.encode(), captured.err.encode()]
+    for content in [*printed, *(body for _, body, _ in server.requests), *server.files.values()]:
         assert SECRET.encode() not in content
     for name, content in server.files.items():
         if name.endswith((".md", "config.json", "parity.json", "Modelfile")):
@@ -150,69 +152,69 @@ def test_what_arrives_is_what_was_shown_and_the_token_is_in_none_of_it(run, ship
                 assert str(place).encode() not in content, (name, place)
     if kind == "run":
         assert json.loads(server.files["adapter_config.json"])["base_model_name_or_path"].startswith("tiny-llama")
-        assert b"### Human: " in server.files["chat_template.jinja"]  # the layout of training, not the base's
+        assert b"### Human: " in server.files["chat_template.jinja"]  # the format of training, not the base model's
     assert not [path for path in source.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
 
 
-def test_a_repository_that_is_public_unasked_is_left_alone(run, server, capfd):
+def test_existing_public_repository_is_not_written_without_public(run, server, capfd):
     server.private = False
     assert main(["push", str(run.path), "--to", NAME, "--really"]) == 2
-    assert "is there already, and public. Fix" in capfd.readouterr().err
+    assert "already exists and is public. Fix" in capfd.readouterr().err
     assert server.files == {}
     assert main(["push", str(run.path), "--to", NAME, "--really", "--public"]) == 0
     assert sorted(server.files) == ADAPTER
 
 
-def test_what_the_hub_refuses_is_one_line_without_the_token(run, server, monkeypatch, capfd):
+def test_refusal_of_the_hub_is_a_one_line_error_without_the_token(run, server, monkeypatch, capfd):
     server.refuse = "/api/repos/create"
     assert main(["push", str(run.path), "--to", NAME, "--really"]) == 2
     error = capfd.readouterr().err
     assert error.startswith(f"error: push: {NAME} could not be written (")
     assert error.count("\n") == 1
     assert SECRET not in error
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody is there
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     assert main(["push", str(run.path), "--to", NAME, "--really"]) == 2
     assert "Fix: check the name, the connection" in capfd.readouterr().err
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(run.path / "none"))
     assert main(["push", str(run.path), "--to", NAME, "--really"]) == 2
-    assert "there is no token. Fix: put one that may write into HF_TOKEN" in capfd.readouterr().err
+    assert "no token found. Fix: store a token with write access in HF_TOKEN" in capfd.readouterr().err
 
 
-def test_bad_input(run, shipped, tmp_path, server, capfd):
+def test_bad_input_is_a_one_line_error(run, shipped, tmp_path, server, capfd):
     bare = RunFolder(shutil.copytree(run.path, tmp_path / "bare"))
     (bare.adapter / "adapter_model.safetensors").unlink()
-    unsound = shutil.copytree(shipped, tmp_path / "unsound")
-    found = json.loads((unsound / "parity.json").read_text())
-    found["exports"][0]["problems"] = ["KL divergence"]
-    (unsound / "parity.json").write_text(json.dumps(found))
+    failed = shutil.copytree(shipped, tmp_path / "failed")
+    compared = json.loads((failed / "parity.json").read_text())
+    compared["exports"][0]["problems"] = ["KL divergence"]
+    (failed / "parity.json").write_text(json.dumps(compared))
     cut = RunFolder(shutil.copytree(run.path, tmp_path / "cut"))
     (cut / "metrics.json").unlink()
-    telling = shutil.copytree(shipped, tmp_path / "telling")
-    with (telling / "merged" / "README.md").open("a") as card:
+    with_path = shutil.copytree(shipped, tmp_path / "with-path")
+    with (with_path / "merged" / "README.md").open("a") as card:
         card.write(f"See {Path.home()}/notes.")
-    leaking = shutil.copytree(shipped, tmp_path / "leaking")
-    (leaking / "merged" / "config.json").write_text(f'{{"token": "{SECRET}"}}')
+    with_token = shutil.copytree(shipped, tmp_path / "with-token")
+    (with_token / "merged" / "config.json").write_text(f'{{"token": "{SECRET}"}}')
     for source, to, message in (
-        (tmp_path, NAME, "is neither a run folder nor an exported one. Fix"),
-        (run.path, "model", "a repository is called NAME/MODEL. Fix"),
-        (run.path, "a/b/c", "a repository is called NAME/MODEL. Fix"),
-        (run.path, "me/-x-", "a repository is called NAME/MODEL. Fix"),
+        (tmp_path, NAME, "is neither a run folder nor an exported folder. Fix"),
+        (run.path, "model", "'model' is not a repository name. Fix: pass NAME/MODEL"),
+        (run.path, "a/b/c", "'a/b/c' is not a repository name. Fix: pass NAME/MODEL"),
+        (run.path, "me/-x-", "'me/-x-' is not a repository name. Fix: pass NAME/MODEL"),
         (bare.path, NAME, "holds none. Fix"),
         (cut.path, NAME, "has no metrics.json. Fix"),
-        (unsound, NAME, "is not sound. Fix"),
-        (telling, NAME, f"README.md names {Path.home()}, a folder of this machine. Fix"),
-        (leaking, NAME, "config.json holds the token. Fix"),
+        (failed, NAME, "does not answer like its adapter. Fix"),
+        (with_path, NAME, f"README.md names {Path.home()}, a folder of this machine. Fix"),
+        (with_token, NAME, "config.json contains the token. Fix"),
     ):
         assert main(["push", str(source), "--to", to, "--really"]) == 2
-        said = capfd.readouterr()
-        assert message in said.err
-        assert said.err.count("\n") == 1
-        assert SECRET not in said.err
-    assert server.asked == []
+        error = capfd.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+        assert SECRET not in error
+    assert server.requests == []
 
 
-def test_the_card_has_intervals_where_the_bases_losses_lie_beside_the_run(make_run):
+def test_card_has_intervals_if_the_base_losses_are_saved(make_run):
     made = make_run()
     plain = model_card.render(made, made.config(), made.read("metrics.json"))
     assert "| 1.0000 (-1.0000) |" in plain
@@ -243,13 +245,13 @@ def test_the_card_has_intervals_where_the_bases_losses_lie_beside_the_run(make_r
          {"license": "other", "license_name": "own", "license_link": "LICENSE"}),
     ],
 )  # fmt: skip
-def test_the_licence_is_the_bases_own(config, tmp_path, header, want):
+def test_license_is_that_of_the_base_model(config, tmp_path, header, want):
     if header is not None:
         (tmp_path / "README.md").write_text(header)
     assert hub.license(config.replace(model=str(tmp_path))) == want
 
 
-def test_the_card_names_base_data_and_licence_and_no_place_of_theirs(make_run, model_folder, tmp_path):
+def test_card_names_base_data_and_license_but_no_local_path(make_run, model_folder, tmp_path):
     base = shutil.copytree(model_folder, tmp_path / "my-base")
     (base / "README.md").write_text("---\nlicense: mit\n---\n")
     made = make_run(base)
@@ -262,8 +264,8 @@ def test_the_card_names_base_data_and_licence_and_no_place_of_theirs(make_run, m
     assert "Base model: my-base.\n" in card
     assert "base_model:" not in card  # the hub takes ids only
     assert str(tmp_path) not in card
-    embedded = model_card.render(made, config.replace(model="smollm2-135m-instruct", dataset="a/b"), metrics)
+    of_bundled_model = model_card.render(made, config.replace(model="smollm2-135m-instruct", dataset="a/b"), metrics)
     for line in ("base_model: HuggingFaceTB/SmolLM2-135M-Instruct\n", "license: apache-2.0\n", "datasets: a/b\n"):
-        assert line in embedded
-    assert "not quite the original's" in embedded
+        assert line in of_bundled_model
+    assert "weights differ slightly from the original" in of_bundled_model
     assert "could not be read" in model_card.render(made, config.replace(model=str(model_folder)), metrics)

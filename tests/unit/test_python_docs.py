@@ -1,4 +1,4 @@
-"""The coding source that needs no download: rows from the documentation of the Python that runs."""
+"""The coding data set that needs no download: docstrings of the running Python."""
 
 import platform
 
@@ -25,18 +25,18 @@ def test_rows_are_questions_signatures_and_docstrings(loaded):
     assert by_name["math.gcd"]["output"] == "Greatest Common Divisor."
 
 
-def test_nothing_private_and_no_programs(loaded):
+def test_private_names_and_programs_are_excluded(loaded):
     names = [row.origin for row in loaded.rows]
     assert not any(part.startswith("_") for name in names for part in name.split(".") if part != "__init__")
     assert not {"this", "antigravity", "idlelib", "test"} & {name.split(".")[0] for name in names}
 
 
-def test_the_source_says_which_python_it_read(loaded):
+def test_the_source_name_includes_the_python_version(loaded):
     assert loaded.name == f"python-stdlib of CPython {platform.python_version()}"
 
 
 def test_there_are_enough_rows_for_the_published_experiment(tokenizer):
-    """1,080 for training and 120 held out; real duplicates and real outliers among what is dropped."""
+    """1,080 rows for training and 120 held out. The dropped rows include real duplicates and real outliers."""
     config = Config.preset("tinyllama-coding")
     assert config.dataset == "python-stdlib"
     data = cleaning.prepare(config.replace(model="tiny", template="instruction", max_length=2000), tokenizer)

@@ -1,4 +1,4 @@
-"""The base in 4 bits and the adapter on it."""
+"""The base model in 4 bits and the adapter attached to it."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from qlora_helpers.models import qlora
 
 @pytest.fixture
 def lora(config, device):
-    """Build the tiny model with an adapter; keywords change the config."""
+    """Build the tiny model with an adapter. Keyword arguments change the config."""
 
     def build(**changes):
         changed = config.replace(**changes)
@@ -20,12 +20,12 @@ def lora(config, device):
     return build
 
 
-def first_weights(built):
+def initial_weights(built):
     return {name: p.detach().clone() for name, p in built.named_parameters() if "lora_A" in name}
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-def test_only_the_adapter_is_trained_and_in_float32(config, compute):
+def test_only_the_adapter_is_trained_in_float32(config, compute):
     from qlora_helpers.device import detect
 
     built = qlora.attach_lora(qlora.load_base(config, detect(str(compute).removeprefix("torch."))), config)
@@ -35,8 +35,8 @@ def test_only_the_adapter_is_trained_and_in_float32(config, compute):
     assert all(".lora_A." in name or ".lora_B." in name for name in trained)
 
 
-def test_trainable_parameters_are_what_the_formula_says(lora):
-    # r x (in + out) a layer; hidden 64, 2 blocks, q: 64 to 64, v: 64 to 32 (two of four heads)
+def test_the_number_of_trainable_parameters(lora):
+    # r x (in + out) per layer; hidden size 64, 2 blocks, q: 64 to 64, v: 64 to 32 (2 of 4 heads)
     assert qlora.trainable_per_layer(lora(rank=4)) == {"q_proj": 2 * 4 * 128, "v_proj": 2 * 4 * 96}
     every = qlora.trainable_per_layer(lora(rank=4, target_modules=["all-linear"]))
     assert every == {
@@ -51,74 +51,74 @@ def test_trainable_parameters_are_what_the_formula_says(lora):
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "query"], ["lm_head"]])
-def test_an_unknown_target_lists_the_layers_there_are(lora, targets):
+def test_the_error_for_an_unknown_target_lists_the_layers(lora, targets):
     with pytest.raises(UserError, match=f"no linear layer '{targets[-1]}'.*down_proj.*v_proj"):
         lora(target_modules=targets)
 
 
-def test_the_seed_decides_the_first_weights(lora):
+def test_the_seed_determines_the_initial_weights(lora):
     torch.manual_seed(1)
-    one = first_weights(lora(seed=3))
+    one = initial_weights(lora(seed=3))
     torch.manual_seed(2)
-    same = first_weights(lora(seed=3))
-    other = first_weights(lora(seed=4))
+    same = initial_weights(lora(seed=3))
+    other = initial_weights(lora(seed=4))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not any(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "fp4"])
-def test_the_base_is_four_bit_frozen_and_keeps_its_gradients(config, device, quantization):
+def test_the_base_is_in_4_bits_frozen_and_passes_gradients(config, device, quantization):
     base = qlora.load_base(config.replace(quantization=quantization), device)
     layers = [m for m in base.modules() if isinstance(m, Linear4bit)]
-    assert len(layers) == 14  # seven a block; the output head stays as it is
+    assert len(layers) == 14  # seven per block; the output head is not quantized
     assert {layer.weight.quant_state.quant_type for layer in layers} == {quantization}
     assert all(layer.support_avx512bf16_for_cpu is False for layer in layers)
     assert not any(p.requires_grad for p in base.parameters())
     assert not base.training
 
 
-def test_an_unquantised_base_has_plain_layers(config, device):
+def test_an_unquantized_base_has_plain_layers(config, device):
     base = qlora.load_base(config.replace(quantization="none"), device)
     assert not any(isinstance(m, Linear4bit) for m in base.modules())
     assert {p.dtype for p in base.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", ["no/such-model", "/no/such/folder", "empty"])
-def test_a_model_that_is_not_there(config, device, tmp_path, name):
+def test_a_missing_model_is_an_error(config, device, tmp_path, name):
     source = str(tmp_path) if name == "empty" else name
     with pytest.raises(UserError, match="neither a model folder") as caught:
         qlora.load_base(config.replace(model=source), device)
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_an_adapter_that_is_not_there(tmp_path):
+def test_a_missing_adapter_is_an_error(tmp_path):
     with pytest.raises(UserError, match="holds none"):
         qlora.load_adapter(None, tmp_path)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_weight_table_accounts_for_every_parameter(config, device, quantization):
+def test_the_weight_table_includes_every_parameter(config, device, quantization):
     plain = qlora.load_base(config.replace(quantization="none"), device)
     base = qlora.load_base(config.replace(quantization=quantization), device)
     table = {row["module"]: row for row in qlora.weight_table(base)}
     want = sum(p.numel() for p in plain.parameters())
     assert sum(row["parameters"] for row in table.values()) == want
-    # Stored in 16 bits, though this device computes in float32.
+    # Stored in 16 bits, although this device computes in float32.
     assert (device.dtype, device.storage_dtype) == ("float32", "bfloat16")
     assert table["output head"]["bytes"] == 2 * table["output head"]["parameters"]
     if quantization == "nf4":
         weights = table["Linear4bit"]
-        assert 0.5 < weights["bytes"] / weights["parameters"] < 0.6  # four bits and their constants
+        assert 0.5 < weights["bytes"] / weights["parameters"] < 0.6  # 4 bits and the quantization constants
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_nf4_is_closer_than_fp4_on_normal_weights(double_quant):
+def test_nf4_has_a_smaller_error_than_fp4_on_normal_weights(double_quant):
     weight = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
     error = {q: (qlora.round_trip(weight, q, double_quant) - weight).norm() for q in ("nf4", "fp4")}
     assert 0 < error["nf4"] < error["fp4"] < 0.2 * weight.norm()
 
 
-def test_there_are_sixteen_levels():
+def test_a_4_bit_weight_has_16_levels():
     levels = qlora.four_bit_levels("nf4")
     assert len(levels) == 16
     assert (levels[0], levels[-1]) == (-1, 1)
@@ -127,7 +127,7 @@ def test_there_are_sixteen_levels():
 
 @pytest.fixture(scope="module")
 def bloom_folder(tmp_path_factory):
-    """A random BLOOM of two layers, whose linear layers and norms have biases."""
+    """A random two-layer BLOOM model, whose linear layers and norms have biases."""
     from transformers import BloomConfig, BloomForCausalLM
 
     folder = tmp_path_factory.mktemp("tiny-bloom")
@@ -138,7 +138,7 @@ def bloom_folder(tmp_path_factory):
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
-def test_trained_biases_move_in_float32_are_saved_and_come_back(bloom_folder, tmp_path, bias, quantization):
+def test_trained_biases_change_in_float32_and_are_saved_and_loaded(bloom_folder, tmp_path, bias, quantization):
     config = Config.from_params(
         profile="cpu", model=str(bloom_folder), target_modules="query_key_value", bias=bias, quantization=quantization
     )
@@ -152,7 +152,7 @@ def test_trained_biases_move_in_float32_are_saved_and_come_back(bloom_folder, tm
     biases = {name: p for name, p in trained.named_parameters() if p.requires_grad and name.endswith("bias")}
     assert len(biases) == (2 if bias == "lora_only" else 14)
     assert {p.dtype for p in biases.values()} == {torch.float32}
-    assert all(p.abs().max() > 0 for p in biases.values())  # they begin at zero, and steps of 1e-5 are not lost
+    assert all(p.abs().max() > 0 for p in biases.values())  # they start at zero, and steps of 1e-5 are not rounded away
     trained.save_pretrained(tmp_path)
     qlora.save_biases(trained, tmp_path)
     again = qlora.load_adapter(qlora.load_base(config, detect("float32")), tmp_path)
@@ -161,7 +161,7 @@ def test_trained_biases_move_in_float32_are_saved_and_come_back(bloom_folder, tm
 
 
 def test_a_4_bit_layer_adds_its_trained_bias_in_float32():
-    """The library's own layer casts the bias to the compute dtype in place, which fp16's gradient scaler refuses."""
+    """bitsandbytes casts the bias to the compute dtype in place, which the fp16 gradient scaler rejects."""
     torch.manual_seed(0)
     layer = Linear4bit(64, 64, bias=True, compute_dtype=torch.bfloat16)
     layer.weight = Params4bit(torch.randn(64, 64), requires_grad=False)

@@ -1,4 +1,4 @@
-"""Run folders: nothing half-written is believed, and no run overwrites another."""
+"""Run folders: partially written files are not trusted, and no run overwrites another."""
 
 import json
 import subprocess
@@ -102,7 +102,7 @@ def test_a_folder_asked_for_that_holds_another_configs_run_is_refused(tmp_path):
         runs.check_free(run, config.replace(rank=8))
 
 
-def test_a_complete_run_is_found_first(tmp_path):
+def test_a_finished_run_is_found_first(tmp_path):
     make_run(tmp_path, "a", ME)
     make_run(tmp_path, "b", ME, complete=True)
     assert runs.find(tmp_path, ME).name == "b"
@@ -110,7 +110,7 @@ def test_a_complete_run_is_found_first(tmp_path):
     assert runs.find(tmp_path / "none", ME) is None
 
 
-def test_a_second_process_is_turned_away(tmp_path):
+def test_a_second_process_is_refused(tmp_path):
     run = RunFolder(tmp_path / "run")
     code = (
         "import sys, pathlib; from qlora_helpers import runs, UserError\n"
@@ -145,7 +145,7 @@ def test_without_checkpoints_there_is_none(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["no seal", "half a seal", "no file", "short file"])
-def test_a_half_written_checkpoint_is_passed_over(tmp_path, capsys, damage):
+def test_an_incomplete_checkpoint_is_skipped_and_removed(tmp_path, capsys, damage):
     run = RunFolder(tmp_path)
     whole, broken = make_checkpoint(run, 2), make_checkpoint(run, 10)
     if damage == "no seal":
@@ -158,7 +158,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path, capsys, damage):
         (broken / "weights.bin").write_bytes(b"x")
     assert runs.last_checkpoint(run, ME) == whole
     assert not broken.exists()
-    assert "checkpoint-10 is not whole" in capsys.readouterr().out
+    assert "checkpoint-10 is incomplete" in capsys.readouterr().out
 
 
 def test_another_configs_checkpoint_is_refused_and_kept(tmp_path):

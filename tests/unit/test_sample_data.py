@@ -1,4 +1,4 @@
-"""The sample data is what its card says."""
+"""The sample data matches its data card."""
 
 import json
 import re
@@ -13,7 +13,7 @@ ROWS = [json.loads(line) for line in sample_data().read_text("utf-8").splitlines
 TURNS = [parse_guanaco(row["text"]) for row in ROWS]
 
 
-def test_counts_of_the_card():
+def test_the_counts_match_the_card():
     card = (Path(sample_data()).parent / "README.md").read_text("utf-8")
     assert len(ROWS) == 300
     topics = Counter(row["topic"] for row in ROWS)
@@ -28,14 +28,14 @@ def test_turns_alternate_and_end_with_an_answer():
         assert all(turn["content"] for turn in turns)
 
 
-def test_no_prompt_or_opening_comes_twice():
+def test_prompts_and_openings_are_unique():
     prompts = [turns[0]["content"] for turns in TURNS]
     assert len({prompt.casefold() for prompt in prompts}) == len(prompts)
     openings = Counter(" ".join(turns[1]["content"].casefold().split()[:4]) for turns in TURNS)
     assert max(openings.values()) == 1
 
 
-def test_the_questions_asked_of_the_models_are_not_in_it():
+def test_the_published_prompts_are_not_in_the_data():
     text = " ".join(turn["content"].casefold() for turns in TURNS for turn in turns)
     assert not any(prompt.casefold() in text for prompt in PUBLISHED_PROMPTS)
 

@@ -1,4 +1,4 @@
-"""One base and adapters switched on it answer as each would alone; a picker for people, a table for everyone else."""
+"""Adapters switched on one base model answer as each does alone. People get a picker, stored notebooks a table."""
 
 import re
 from html.parser import HTMLParser
@@ -21,8 +21,8 @@ ENTRIES = [{"prompt": f"Question {n}?", "base": f"plain {n}", "exp1": NASTY} for
 
 
 @pytest.fixture(scope="module")
-def found(config, tmp_path_factory):
-    """Two experiments on one base, of other ranks and layers; the second asks in the model's own template."""
+def experiments(config, tmp_path_factory):
+    """Two experiments on one base with different ranks and layers; the second uses the model's own chat template."""
     small = config.replace(n_samples=8, n_heldout=4, n_answers=1)
     wide = small.replace(rank=8, alpha=64, target_modules=["all-linear"], template="auto")
     folder = tmp_path_factory.mktemp("runs")
@@ -30,10 +30,10 @@ def found(config, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=["nf4", "none"])
-def parts(request, config, found, tokenizer):
-    """The base, the same base with every adapter on it, and what either sees."""
+def parts(request, config, experiments, tokenizer):
+    """The base model, the same base with every adapter loaded, and a function that computes logits."""
     own, device = config.replace(quantization=request.param), detect(config.compute_dtype)
-    paths = {name: group[0].adapter for name, group in found.items()}
+    paths = {name: group[0].adapter for name, group in experiments.items()}
     ids = tokenizer(["How do computers store data?"], return_tensors="pt")["input_ids"]
     return SimpleNamespace(
         load=lambda: qlora.load_base(own, device),
@@ -43,8 +43,8 @@ def parts(request, config, found, tokenizer):
     )
 
 
-def test_switched_adapters_are_each_alone(parts):
-    """To the last bit, in any order, and the base is itself again."""
+def test_switched_adapter_equals_that_adapter_alone(parts):
+    """Bit by bit, in any order; without an adapter, the base model is restored."""
     alone = {name: parts.logits(qlora.load_adapter(parts.load(), path)) for name, path in parts.paths.items()}
     alone[None] = parts.logits(parts.load())
     assert len({tensor.sum().item() for tensor in alone.values()}) == 3
@@ -53,7 +53,7 @@ def test_switched_adapters_are_each_alone(parts):
             assert torch.equal(parts.logits(switched), alone[name]), name
 
 
-def test_there_is_one_base_in_memory(parts):
+def test_only_one_base_model_is_in_memory(parts):
     def weights(built):
         every = {p.data_ptr(): p.nbytes for name, p in built.named_parameters() if ".lora_" not in name}
         return sum(every.values())
@@ -62,7 +62,7 @@ def test_there_is_one_base_in_memory(parts):
     assert len({name.split(".")[-2] for name, _ in parts.adapters.model.named_parameters() if ".lora_A." in name}) == 2
 
 
-def test_adapters_that_trained_biases_cannot_be_switched(config, device, tmp_path):
+def test_adapter_with_trained_biases_is_refused(config, device, tmp_path):
     built = qlora.attach_lora(qlora.load_base(config, device), config.replace(bias="lora_only"))
     built.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="bias=lora_only"):
@@ -71,34 +71,34 @@ def test_adapters_that_trained_biases_cannot_be_switched(config, device, tmp_pat
         qlora.load_adapters(None, {"exp1": tmp_path / "no"})
 
 
-def test_a_question_is_answered_by_all(found, tokenizer, monkeypatch):
-    """Each as it would answer alone, in the template it was trained in; with a single load of the base."""
+def test_all_models_answer_a_question(experiments, tokenizer, monkeypatch):
+    """Each answers as it does alone, in the prompt format of its training; the base model is loaded once."""
     loads = []
     monkeypatch.setattr(qlora, "load_base", lambda *a, load=qlora.load_base: loads.append(1) or load(*a))
     prompts = ["What is rain?", "Why?"]
-    said = side_by_side.ask(prompts, found)
+    entries = side_by_side.ask(prompts, experiments)
     assert len(loads) == 1
-    assert [list(entry) for entry in said] == [["prompt", "base", "exp1", "exp2, wide"]] * 2
-    for name, group in found.items():
+    assert [list(entry) for entry in entries] == [["prompt", "base", "exp1", "exp2, wide"]] * 2
+    for name, group in experiments.items():
         config = group[0].config()
         device = detect(config.compute_dtype)
         alone = qlora.load_adapter(qlora.load_base(config, device), group[0].adapter)
-        asked = [{"prompt": prompt, "reference": None} for prompt in prompts]
-        want = [a["answer"] for a in answers.generate(alone, tokenizer, config, device, asked)]
-        assert [entry[name] for entry in said] == want
-    assert len({said[0][name] for name in ("base", "exp1", "exp2, wide")}) == 3
+        questions = [{"prompt": prompt, "reference": None} for prompt in prompts]
+        want = [a["answer"] for a in answers.generate(alone, tokenizer, config, device, questions)]
+        assert [entry[name] for entry in entries] == want
+    assert len({entries[0][name] for name in ("base", "exp1", "exp2, wide")}) == 3
 
 
-def test_other_bases_are_refused(found, config, tmp_path):
+def test_runs_of_different_base_models_are_refused(experiments, config, tmp_path):
     other = matrix.train_missing(
         matrix.plan_runs({"plain": config.replace(quantization="none", n_samples=4, n_heldout=4)}, tmp_path)
     )
-    with pytest.raises(UserError, match="plain has another base than exp1"):
-        side_by_side.ask(["Why?"], {"exp1": found["exp1"], **other})
+    with pytest.raises(UserError, match="plain and exp1 have different base models"):
+        side_by_side.ask(["Why?"], {"exp1": experiments["exp1"], **other})
 
 
 class Seen(HTMLParser):
-    """What a browser makes of a page: its tags and its text."""
+    """The tags and the text of an HTML page."""
 
     def __init__(self, page):
         super().__init__()
@@ -112,7 +112,7 @@ class Seen(HTMLParser):
         self.text += data
 
 
-def test_the_table_shows_texts_as_they_are():
+def test_table_escapes_texts():
     table = side_by_side.show(ENTRIES)
     seen = Seen(table._repr_html_())
     assert set(seen.tags) == {"table", "tr", "th", "td", "i", "br", "p"}
@@ -135,13 +135,13 @@ def results(messages):
     return [m["content"]["data"] for m in messages if m["msg_type"] == "execute_result"]
 
 
-def test_a_person_gets_a_picker(kernel):
-    """In a real kernel, with the ipywidgets that is installed: the picked question's answers are sent to the page."""
+def test_person_gets_a_picker(kernel):
+    """A real kernel with the installed version of ipywidgets sends the answers to the selected question."""
     messages = kernel(CODE, person=True)
     (data,) = results(messages)
     opened = {m["content"]["comm_id"]: m["content"]["data"] for m in messages if m["msg_type"] == "comm_open"}
     assert data[side_by_side.WIDGET]["model_id"] in opened
-    assert "<table" in data["text/html"]  # for where the stored notebook is read
+    assert "<table" in data["text/html"]  # for readers of the stored notebook
     models = [state["state"] for state in opened.values()]
     (choice,) = (state for state in models if state["_model_name"] == "DropdownModel")
     assert choice["_options_labels"] == ["1. One <i>?", "2. Two?"]
@@ -154,14 +154,14 @@ def test_a_person_gets_a_picker(kernel):
     assert "b" not in Seen(page).tags
 
 
-def test_no_person_gets_a_table_and_no_widget(kernel):
+def test_notebook_without_a_person_gets_a_table_without_widgets(kernel):
     messages = kernel(CODE, person=False)
     (data,) = results(messages)
     assert set(data) == {"text/html", "text/plain"}
     assert not [m for m in messages if m["msg_type"].startswith("comm")]
 
 
-def test_papermill_stores_a_table_and_no_state(tmp_path):
+def test_papermill_stores_a_table_without_widget_state(tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CODE)])
     nbformat.write(notebook, tmp_path / "in.ipynb")
     papermill.execute_notebook(tmp_path / "in.ipynb", tmp_path / "out.ipynb", kernel_name="python3", progress_bar=False)
@@ -172,6 +172,6 @@ def test_papermill_stores_a_table_and_no_state(tmp_path):
     assert not re.search("widget-view", (tmp_path / "out.ipynb").read_text())
 
 
-def test_colab_gets_the_widget_alone(monkeypatch):
+def test_colab_gets_no_html_beside_the_widget(monkeypatch):
     monkeypatch.setenv("COLAB_RELEASE_TAG", "x")
     assert set(side_by_side.Picker(ENTRIES)._repr_mimebundle_()) == {side_by_side.WIDGET, "text/plain"}

@@ -1,4 +1,4 @@
-"""Rows from files: layouts, rejected rows, and what is said about a file that cannot be read."""
+"""Rows from files: schemas, rejected rows, and the errors for files that cannot be read."""
 
 import csv
 import json
@@ -17,7 +17,7 @@ GOOD = {"text": "### Human: a### Assistant: b"}
 
 
 def turns(row):
-    """A row's turns as pairs of role and text."""
+    """Return the turns of a row as pairs of role and text."""
     return [(m["role"], m["content"]) for m in row.messages]
 
 
@@ -25,8 +25,8 @@ def load(path):
     return sources.load(Config(dataset=str(path)))
 
 
-def refusal(path):
-    """The message that this data set is refused with; always one line."""
+def error_message(path):
+    """Return the message of the error for this data set, which is always one line."""
     with pytest.raises(UserError) as caught:
         load(path)
     assert len(str(caught.value).splitlines()) == 1
@@ -83,14 +83,14 @@ def test_a_bad_row_among_good_ones_is_rejected_with_its_reason(write_rows, text,
         ),
     ],
 )
-def test_other_layouts(write_rows, row, layout, user, given):
+def test_other_schemas(write_rows, row, layout, user, given):
     loaded = load(write_rows([row]))
     assert loaded.layout == layout
     assert turns(loaded.rows[0]) == [("user", user), ("assistant", "b")]
     assert loaded.rows[0].messages[0].get("input") == given
 
 
-def test_messages_leave_the_system_turn_out_and_reject_what_is_none(write_rows):
+def test_messages_omit_the_system_turn_and_invalid_ones_are_rejected(write_rows):
     system = {"role": "system", "content": "s"}
     good = [system, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     loaded = load(write_rows([{"messages": m} for m in (good, "text", [1], [{"role": []}], [{"content": "x"}])]))
@@ -104,7 +104,7 @@ def test_later_rows_without_the_columns_are_rejected(write_rows):
     assert [r["reason"] for r in loaded.rejected] == ["no column text"] * 3
 
 
-def test_json_list_bom_and_crlf_read_the_same(tmp_path):
+def test_json_lists_boms_and_crlf_give_the_same_rows(tmp_path):
     rows = [GOOD, {"text": "### Human: é🎉### Assistant: ü"}]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     files = {
@@ -121,8 +121,8 @@ def test_json_list_bom_and_crlf_read_the_same(tmp_path):
     assert read[0][1][0]["content"] == "é🎉"
 
 
-def test_every_kind_of_file_gives_the_same_rows(tmp_path):
-    """CSV quotes what it must; Parquet has types; a folder is read in the order of its files' names."""
+def test_every_file_format_gives_the_same_rows(tmp_path):
+    """CSV with quoted cells, Parquet with types, and a folder, whose files are read in the order of their names."""
     records = [
         {"instruction": 'A "quoted", line', "input": "two\nlines", "output": "é🎉"},
         {"instruction": "Second?", "input": "", "output": "Yes."},
@@ -157,19 +157,19 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
         ({"instruction": "a", "instances": [{"input": "x", "output": "b"}, {"output": "c"}]}, "a", "b"),
     ],
 )
-def test_two_more_layouts(write_rows, record, user, answer):
+def test_two_more_schemas(write_rows, record, user, answer):
     (row,) = load(write_rows([record])).rows
     assert turns(row) == [("user", user), ("assistant", answer)]
 
 
-def test_the_layout_is_what_most_rows_have(write_rows):
+def test_the_schema_is_that_of_most_rows(write_rows):
     loaded = load(write_rows([{"text": None}, {"other": 1}, GOOD, GOOD, {"prompt": "a", "completion": "b"}]))
     assert loaded.layout == "guanaco"
     assert len(loaded.rows) == 2
     assert [r["reason"] for r in loaded.rejected] == ["null where text should be", *["no column text"] * 2]
 
 
-def test_what_is_left_out_of_a_row_is_counted(write_rows):
+def test_rows_from_which_a_turn_is_left_out_are_counted(write_rows):
     asked = {"text": GOOD["text"] + "### Human: and?"}
     assert load(write_rows([GOOD, asked])).altered == {"unanswered last turn left out": 1}
     system = [
@@ -190,7 +190,7 @@ def test_what_is_left_out_of_a_row_is_counted(write_rows):
         {"question": "a", "answer": "b"},
     ],
 )
-def test_a_row_can_be_written_and_read_again(write_rows, record):
+def test_a_written_row_can_be_read_again(write_rows, record):
     (row,) = load(write_rows([record])).rows
     (again,) = load(write_rows([row.to_record()])).rows
     assert row.to_record() == record
@@ -203,7 +203,7 @@ def test_a_row_can_be_written_and_read_again(write_rows, record):
         ("a.jsonl", b"", "is empty"),
         ("a.jsonl", b" \n\n", "is empty"),
         ("a.json", b"[]", "has no rows"),
-        ("a.json", b"{}", "no list of rows"),
+        ("a.json", b"{}", "not a list of rows"),
         ("a.json", b'[\n{"text": "x"},\n{"text": \n', "line 4"),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": "x\n', "line 3"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "not UTF-8 on line 2"),
@@ -212,43 +212,43 @@ def test_a_row_can_be_written_and_read_again(write_rows, record):
         ("a.jsonl", b"[" * 100_000, "line 1"),
         ("a.jsonl", b'{"one\\ntwo": 1}', "columns"),
         ("a.csv", b"", "is empty"),
-        ("a.csv", b'text\nx\n"open', "no valid CSV on line 3"),
+        ("a.csv", b'text\nx\n"open', "not valid CSV on line 3"),
         ("a.csv", b"text\n\xff\n", "not UTF-8 on line 2"),
         ("a.csv", b"a,b\n1,2\n", "has: a, b"),
-        ("a.parquet", b"PAR1 this is none", "no readable Parquet file"),
+        ("a.parquet", b"PAR1 not a Parquet file", "not a readable Parquet file"),
         ("a.jsonl", b'{"n": ' + b"9" * 5000 + b"}", "line 1"),
-        ("a.txt", b"text\nx\n", "none of .jsonl, .json, .csv, .parquet"),
+        ("a.txt", b"text\nx\n", "not a .jsonl, .json, .csv or .parquet file"),
     ],
 )
-def test_unreadable_files_say_why_and_where(tmp_path, name, content, says):
+def test_the_error_for_an_unreadable_file_says_why_and_where(tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
-    message = refusal(tmp_path / name)
+    message = error_message(tmp_path / name)
     assert message.startswith("dataset: ")
     assert says in message
     assert "Fix: " in message
 
 
-def test_missing_file_and_no_dataset(tmp_path):
-    assert "no file" in refusal(tmp_path / "none.jsonl")
-    assert "no file of a known kind" in refusal(tmp_path)
-    with pytest.raises(UserError, match="none of its own"):
+def test_a_missing_file_or_data_set_is_an_error(tmp_path):
+    assert "does not exist" in error_message(tmp_path / "none.jsonl")
+    assert "contains no .jsonl, .json, .csv or .parquet file" in error_message(tmp_path)
+    with pytest.raises(UserError, match="does not define one"):
         sources.load(Config(dataset=None))
 
 
-def test_sample_data_is_read_whole():
+def test_the_sample_data_is_read_completely():
     loaded = sources.load(Config())
     assert len(loaded.rows) >= 128
     assert not loaded.rejected
 
 
-def test_equal_words_have_equal_ids(make_row):
+def test_rows_with_equal_text_have_equal_ids(make_row):
     assert make_row("a", "b").id == make_row("a", "b").id
     assert len({make_row("a", "b").id, make_row("a", "c").id, make_row("a", "b", given="x").id}) == 3
     assert make_row("How  ARE\nyou?", "b").prompt == make_row("how are you?", "c").prompt
 
 
-def test_half_a_surrogate_pair_does_not_end_the_load(write_rows):
-    """JSON may escape half a character. Such a row cannot be encoded, so it has to be turned away here."""
+def test_half_a_surrogate_pair_does_not_stop_loading(write_rows):
+    """JSON can contain the escape of half a surrogate pair. Such a row cannot be encoded, so it must be rejected here."""
     loaded = load(write_rows([GOOD, {"text": "### Human: \ud83d### Assistant: b"}]))
     assert len([row.id for row in loaded.rows]) + len(loaded.rejected) == 2
 
@@ -267,7 +267,7 @@ contents = st.binary() | st.lists(records.map(json.dumps) | st.text(), max_size=
 @given(contents)
 @example(b'{"one\\ntwo": 1}')
 @hypothesis_settings(max_examples=300)
-def test_any_bytes_give_rows_or_one_line(tmp_path_factory, kind, content):
+def test_any_bytes_give_rows_or_a_one_line_error(tmp_path_factory, kind, content):
     path = tmp_path_factory.getbasetemp() / f"any.{kind}"
     path.write_bytes(content)
     message = "fine"

@@ -1,4 +1,4 @@
-"""Which runs a batch plans, that complete ones are reused under any name, and that a stopped batch goes on."""
+"""A batch plans the right runs, reuses finished ones under any name, and resumes after an interruption."""
 
 from pathlib import Path
 
@@ -34,14 +34,14 @@ def test_sizes_above_the_data_give_way_to_all_there_is(config, cleaned):
     left = len(cleaned.train)
     sizes, remarks = matrix.training_sizes(config, cleaned, [8, 100_000, left + 1])
     assert sizes == [8, left]
-    assert remarks == [f"sample_counts: the data has {left} rows to train on: {left} instead of {left + 1}, 100000"]
+    assert remarks == [f"sample_counts: there are only {left} training rows: {left} instead of {left + 1}, 100000"]
     assert matrix.training_sizes(config, cleaned, [left, 8]) == ([8, left], [])
 
 
 def test_a_size_named_twice_is_run_once(config, cleaned):
     assert matrix.training_sizes(config, cleaned, [8, 4, 8]) == (
         [4, 8],
-        ["sample_counts: 8 named more than once, run once"],
+        ["sample_counts: 8 given more than once, run once"],
     )
 
 
@@ -55,12 +55,12 @@ def test_a_size_named_twice_is_run_once(config, cleaned):
         ([4, None], "expected a list of numbers"),
         ([], "expected a list of numbers"),
         ("4 8", "expected a list of numbers such as .1, 2., got '4 8'"),
-        ([8], "a curve needs two sizes or more, and 8 alone is left of 8 "),
-        ([8, 8], "a curve needs two sizes or more"),
-        ([10_000, 20_000], "alone is left of 10000, 20000"),
+        ([8], "a curve needs at least two sizes, but only 8 is left of 8 "),
+        ([8, 8], "a curve needs at least two sizes"),
+        ([10_000, 20_000], "is left of 10000, 20000"),
     ],
 )
-def test_what_is_no_list_of_sizes_is_refused(config, cleaned, asked, message):
+def test_an_invalid_list_of_sizes_is_refused(config, cleaned, asked, message):
     with pytest.raises(UserError, match=message):
         matrix.training_sizes(config, cleaned, asked)
 
@@ -72,7 +72,7 @@ def test_too_few_rows_are_counted(config, tokenizer):
 
 
 def test_equal_steps_repeat_the_smaller_sizes(config):
-    """16 rows in batches of 4 for 3 epochs are 12 steps; so are 4 rows for 12 epochs, and 9 rows for 4."""
+    """16 rows in batches of 4 for 3 epochs are 12 steps, as are 4 rows for 12 epochs and 9 rows for 4 epochs."""
     found = matrix.equal_step_settings(config.replace(epochs=3), [4, 9, 16])
     assert [(s.name, s.folder, s.config.n_samples, s.config.epochs) for s in found] == [
         ("4 rows, 12 steps", "n4-epochs12", 4, 12),
@@ -82,13 +82,13 @@ def test_equal_steps_repeat_the_smaller_sizes(config):
     assert found[-1] == matrix.size_settings(config.replace(epochs=3), [16])[0]
 
 
-def test_knobs_change_one_value_each(config):
+def test_each_setting_changes_one_value(config):
     lists = {"learning_rates": [1e-3, 0.01], "ranks": [8], "epochs_list": None, "effective_batches": [8, 6, 5]}
     base, *changed = matrix.one_at_a_time(config, 8, lists)
     assert (base.name, base.config) == ("8 rows", config.replace(n_samples=8))
     plain = base.config.to_dict()
     differ = {s.name: {k: v for k, v in s.config.to_dict().items() if v != plain[k]} for s in changed}
-    assert differ == {  # 0.01 is the base's own rate
+    assert differ == {  # 0.01 is the learning rate of the base setting
         "learning rate 0.001": {"learning_rate": 0.001},
         "rank 8": {"rank": 8},
         "effective batch 8": {"gradient_accumulation": 2},
@@ -98,7 +98,7 @@ def test_knobs_change_one_value_each(config):
     assert [s.folder for s in changed][:3] == ["n8-lr0.001", "n8-rank8", "n8-batch8"]
 
 
-def test_nothing_to_turn_needs_no_base(config):
+def test_without_changes_there_are_no_settings(config):
     assert matrix.one_at_a_time(config, 8, dict.fromkeys(matrix.SETTINGS)) == []
     assert matrix.one_at_a_time(config, 8, {"ranks": [config.rank]}) == []
 
@@ -109,8 +109,8 @@ def test_nothing_to_turn_needs_no_base(config):
         ({"ranks": [0]}, "rank: 0 is too small"),
         ({"ranks": 8}, "ranks: expected a list"),
         ({"learning_rates": ["2e-4"]}, "in YAML write 2.0e-4"),
-        ({"effective_batches": [0]}, "effective_batches: 0 is no number of rows"),
-        ({"effective_batches": [2.5]}, "effective_batches: 2.5 is no number of rows"),
+        ({"effective_batches": [0]}, "effective_batches: expected a number of rows, got 0"),
+        ({"effective_batches": [2.5]}, "effective_batches: expected a number of rows, got 2.5"),
         ({"epochs_list": [None]}, "epochs_list: expected a list"),
     ],
 )
@@ -120,7 +120,7 @@ def test_bad_values_are_refused(config, lists, message):
 
 
 def test_every_run_is_planned_once(config, cleaned, tokenizer, tmp_path):
-    """8 rows are a point of the curve and what the rank is changed from."""
+    """The run on 8 rows is a point of the curve and also the base setting for the ranks."""
     needed = planned(config, cleaned, tokenizer, tmp_path, seeds=[3, 4], ranks=[8])
     assert [item.name for item in needed] == [
         "n4-seed3", "n4-seed4", "n8-seed3", "n8-seed4", "n8-rank8-seed3", "n8-rank8-seed4",
@@ -139,7 +139,7 @@ class Stopped(Exception):
 
 @pytest.fixture
 def batch(config, cleaned, tokenizer, monkeypatch):
-    """`series.train` with notebook 05 replaced by what it does; `stop_at` cuts the batch off before that run."""
+    """`series.train` with notebook 05 replaced by its work. `stop_at` interrupts the batch before that run."""
 
     def run(folder, stop_at=None, **plan):
         started = []
@@ -170,14 +170,14 @@ def batch(config, cleaned, tokenizer, monkeypatch):
     return run
 
 
-def test_a_stopped_batch_goes_on_and_reuses_runs_under_any_name(batch, config, cleaned, tokenizer, tmp_path, capsys):
+def test_an_interrupted_batch_resumes_and_reuses_finished_runs(batch, config, cleaned, tokenizer, tmp_path, capsys):
     assert batch(tmp_path, stop_at=1) == (["n4-seed0"], None)
     (tmp_path / "n4-seed0").rename(tmp_path / "exp1")
     needed = planned(config.replace(n_answers=2), cleaned, tokenizer, tmp_path, ranks=[8])
     absent, minutes = matrix.missing_runs(needed)
     assert [item.name for item in absent] == ["n8-seed0", "n8-rank8-seed0"]
-    assert minutes.startswith("about 70 s")  # two starts of 35 s: the steps of so small a model take no time
-    half = tmp_path / "half"  # cut off in the middle: its config is there, its metrics are not
+    assert minutes.startswith("about 70 s")  # two starts of 35 s; the steps of such a small model take no time
+    half = tmp_path / "half"  # an interrupted run, with its config but without metrics
     half.mkdir()
     files.write_json(
         half / "config.json",
@@ -197,7 +197,7 @@ def test_a_stopped_batch_goes_on_and_reuses_runs_under_any_name(batch, config, c
 
 
 def _curve_of(found):
-    """What notebook 09 makes of the runs agrees with what their folders say."""
+    """Check that the curve of notebook 09 agrees with the metrics in the run folders."""
     sizes = {name: found[name] for name in ("4 rows", "8 rows")}
     line = learning_curve.build("equal epochs", sizes)
     losses = [found[name][0].read("metrics.json")["eval_loss"] for name in sizes]
@@ -210,11 +210,11 @@ def _curve_of(found):
     changed = found["rank 8"][0].read("metrics.json")["eval_loss"]
     assert turned.value == pytest.approx(changed - losses[1])
     assert learning_curve.compare_settings({}) == []
-    assert len(comparison.compare(sizes)["differences"]) == 5
+    assert len(comparison.compare(sizes).differences) == 5
 
 
 def test_the_batch_command_refuses_a_folder_of_another_run(config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(series, "execute", lambda *args: pytest.fail("nothing is to be run"))
+    monkeypatch.setattr(series, "execute", lambda *args: pytest.fail("a notebook was executed"))
     out = tmp_path / "out"
     words = ["batch", "--profile", "cpu", "--model", config.model, "--samples", "4", "8", "--out", str(out)]
     for wrong in (["--ranks", "0"], ["--effective-batches", "0"], ["--n-heldout", "100000"]):

@@ -1,5 +1,7 @@
-"""A T4's arithmetic, simulated: capability 7.5 is claimed, the model computes in fp16 on the CPU, and every tensor that
-an operator sees is looked at. The library's loop needs a GPU for its own autocast: its settings are checked.
+"""Training in the dtypes of a T4, simulated on a CPU.
+
+torch reports compute capability 7.5, the model computes in fp16, and the tests check the dtype of every tensor that an
+operator sees. The library's training loop needs a GPU for its autocast, so only its settings are checked.
 """
 
 import contextlib
@@ -13,16 +15,17 @@ from torch.utils._pytree import tree_leaves
 
 from qlora_helpers import UserError, device
 from qlora_helpers.data import cleaning
+from qlora_helpers.evaluation.context import RunContext
 from qlora_helpers.models import qlora
 from qlora_helpers.runs import RunFolder
 from qlora_helpers.training import trainer
 
 ALLOWED = {torch.float16, torch.float32, torch.uint8, torch.int64, torch.int32, torch.bool}
-ALLOWED |= {torch.float64}  # the scaler inverts its scale in it, and the evaluation adds up in it: single numbers
+ALLOWED |= {torch.float64}  # scalars only: the inverse of the loss scale, and sums of the evaluation
 
 
 class Seen(TorchDispatchMode):
-    """Notes the dtype of every tensor that goes into an operator or comes out of one."""
+    """Records the dtypes of all inputs and outputs of operators."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +41,7 @@ class Seen(TorchDispatchMode):
 
 @contextlib.contextmanager
 def claimed():
-    """Torch claims a T4, and that it supports bf16: it emulates it."""
+    """Make torch report a T4, including its claim to support bf16, which it only emulates."""
     with pytest.MonkeyPatch.context() as claim:
         claim.setattr(torch.cuda, "is_available", lambda: True)
         claim.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
@@ -50,45 +53,45 @@ def claimed():
 
 @pytest.fixture
 def t4():
-    """What `detect` says of a T4, while it is claimed."""
+    """The device that `detect` returns while torch reports a T4."""
     with claimed():
         yield device.detect()
 
 
 @pytest.fixture
 def ready(config, tokenizer, tmp_path):
-    """The trainer as for a T4, on the CPU. TRL has done what it does to a 4-bit model's adapter."""
+    """A trainer for a T4, on the CPU. TRL has already processed the 4-bit model's adapter."""
     with claimed():
         here = dataclasses.replace(device.detect(), kind="cpu")
     settings = config.replace(compute_dtype="float16", target_modules="all-linear")
     built = qlora.attach_lora(qlora.load_base(settings, here), settings)
     data = cleaning.prepare(settings, tokenizer)
-    return trainer.build_trainer(built, settings, data, tokenizer, here, RunFolder(tmp_path / "run"))
+    return trainer.build_trainer(built, RunContext(settings, data, tokenizer, here, RunFolder(tmp_path / "run")))
 
 
-def test_the_device(t4):
+def test_device_and_profile(t4):
     assert (t4.dtype, device.profile()) == ("float16", "t4")
     assert "no bf16 in hardware" in t4.reason
 
 
-@pytest.mark.parametrize("asked", ["float16", "float32"])
-def test_other_arithmetic_may_be_asked_for(t4, asked):
-    assert device.detect(asked).dtype == asked
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_other_dtypes_can_be_requested(t4, dtype):
+    assert device.detect(dtype).dtype == dtype
 
 
-def test_bf16_is_refused_where_it_is_emulated(t4):
+def test_emulated_bf16_is_refused(t4):
     with pytest.raises(UserError, match=r"only emulates bfloat16.*Fix"):
         device.detect("bfloat16")
 
 
-def test_the_trainers_settings(t4, config, tmp_path, monkeypatch):
+def test_trainer_settings(t4, config, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.SFTConfig, "device", property(lambda self: torch.device("cpu")))
     args = trainer._arguments(config, 16, t4, RunFolder(tmp_path / "run"))
     assert (args.fp16, args.bf16, args.bf16_full_eval, args.tf32) == (True, False, False, None)
     assert device.autocast(t4).fast_dtype == torch.float16
 
 
-def test_what_is_stored(ready):
+def test_stored_tensors_are_not_bf16(ready):
     built = ready.model
     assert built.config._attn_implementation in ("sdpa", "eager")
     assert built.get_base_model().dtype == torch.float16
@@ -105,7 +108,7 @@ def test_what_is_stored(ready):
     assert {layer.compute_dtype for layer in layers} == {torch.float16}
 
 
-def test_no_operator_of_a_step_sees_bf16_and_the_first_step_moves(ready):
+def test_step_uses_no_bf16_and_changes_the_adapter(ready):
     built = ready.model
     batch = next(iter(ready.get_train_dataloader()))
     optimizer = ready.create_optimizer()
@@ -123,35 +126,35 @@ def test_no_operator_of_a_step_sees_bf16_and_the_first_step_moves(ready):
     assert torch.float16 in seen.dtypes
     assert gradients == {torch.float32}
     assert {value.dtype for state in optimizer.state.values() for value in state.values()} == {torch.float32}
-    assert scaler.get_scale() == trainer.FP16_SCALE  # a scale that is too high is halved, and the step skipped
+    assert scaler.get_scale() == trainer.FP16_SCALE  # a scale that is too high is halved and the step skipped
     assert all(not torch.equal(before[name], p) for name, p in built.named_parameters() if name in before)
 
 
-def test_evaluation_and_answers_see_no_bf16(ready):
+def test_evaluation_and_answers_use_no_bf16(ready):
     with Seen() as seen:
         ready.evaluate()
     assert set(seen.dtypes) <= ALLOWED, seen.dtypes
     assert torch.float16 in seen.dtypes
 
 
-def test_the_scaler_of_a_gpu_run_starts_low(t4, monkeypatch, config, tokenizer, tmp_path):
-    """Of the library's own construction only the scaler is looked at: the rest needs the GPU."""
+def test_loss_scale_of_a_gpu_run_starts_low(t4, monkeypatch, config, tokenizer, tmp_path):
+    """Only the scaler is checked: the rest of the library's trainer needs a GPU."""
     built = []
     monkeypatch.setattr(torch.amp, "GradScaler", lambda kind, init_scale: built.append((kind, init_scale)))
     monkeypatch.setattr(trainer, "_arguments", lambda config, rows, there, run: None)
     monkeypatch.setattr(trainer, "train_in_float32", lambda model: None)
 
     class Shell:
-        """Takes what the trainer takes."""
+        """Accepts the arguments of the trainer."""
 
         def __init__(self, **kwargs):
             self.accelerator = type("Accelerator", (), {})()
 
         def remove_callback(self, kind):
-            """Has none."""
+            """Do nothing."""
 
     monkeypatch.setattr(trainer, "QloraTrainer", Shell)
     data = cleaning.prepare(config, tokenizer)
     empty = SimpleNamespace(config=SimpleNamespace(), generation_config=SimpleNamespace())
-    trainer.build_trainer(empty, config, data, tokenizer, t4, RunFolder(tmp_path / "run"))
+    trainer.build_trainer(empty, RunContext(config, data, tokenizer, t4, RunFolder(tmp_path / "run")))
     assert built == [("cuda", 1024.0)]

@@ -1,4 +1,4 @@
-"""One run of the tiny model: what it leaves behind, that it learns, and that a cut-off run ends like any other."""
+"""A run and the files it writes; interrupted and resumed; faults that must not go unnoticed."""
 
 import json
 import math
@@ -240,7 +240,7 @@ def test_a_cut_off_run_ends_like_any_other(trained, train, tmp_path, capsys):
     count = Count()
     train(run, [count])
     assert count.steps == 4
-    assert "Going on from checkpoint-4" in capsys.readouterr().out
+    assert "Resuming from checkpoint-4" in capsys.readouterr().out
     assert same(adapter(run), adapter(trained.run))
     assert [without_timing(line) for line in run.log()] == [without_timing(line) for line in trained.run.log()]
     assert without_timing(run.read("metrics.json")) == without_timing(trained.run.read("metrics.json"))

@@ -1,4 +1,4 @@
-"""What comes from outside stays outside: code in model folders, pickles, tokens, rows that would leave their turn."""
+"""Untrusted input: code in model folders, pickles, access tokens, and rows that could break out of their turn."""
 
 import json
 import os
@@ -23,23 +23,23 @@ SECRET = "hf_" + "PlantedForThisTestOnly" * 2
 TOKENS = re.compile(r"hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|AKIA[A-Z0-9]{16}|AIza[\w-]{35}")
 
 
-def kept_files():
-    """Everything that belongs to the project, as git sees it; all files where there is no git."""
+def tracked_files():
+    """Return all files tracked by git, or all files if there is no repository."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     names = listed.stdout.split("\0") if listed.returncode == 0 else [str(path) for path in ROOT.rglob("*")]
     return [path for path in (ROOT / name for name in names if name) if path.is_file()]
 
 
-def test_no_kept_file_holds_a_token():
+def test_no_tracked_file_contains_a_token():
     assert TOKENS.search(f"a token: {SECRET}")
-    files = kept_files()
+    files = tracked_files()
     assert any(path.suffix == ".ipynb" for path in files)
     assert any("results" in path.parts for path in files)
     assert [path for path in files if TOKENS.search(path.read_bytes().decode("utf-8", "replace"))] == []
 
 
-def test_remote_code_and_pickles_are_nowhere_turned_on():
-    for path in kept_files():
+def test_remote_code_and_pickles_are_never_enabled():
+    for path in tracked_files():
         if path.suffix not in (".py", ".ipynb", ".yaml") or "tests" in path.parts:
             continue
         text = path.read_text("utf-8")
@@ -51,7 +51,7 @@ def test_remote_code_and_pickles_are_nowhere_turned_on():
 
 @pytest.fixture
 def folder(model_folder, tmp_path):
-    """A copy of the tiny model, for planting things into."""
+    """A copy of the tiny model that a test can modify."""
     return shutil.copytree(model_folder, tmp_path / "model")
 
 
@@ -61,7 +61,7 @@ def change(path, **values):
 
 @pytest.mark.parametrize("kind", ["planted", "llama"])
 def test_code_in_a_model_folder_does_not_run(folder, config, device, tmp_path, kind, monkeypatch):
-    """A kind of model that the library knows is loaded by its own code; another one is refused, and nobody is asked."""
+    """A model type known to transformers is loaded with its own code. Other types are rejected without a prompt."""
     marker = tmp_path / "it ran"
     (folder / "planted.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Model: pass\nclass Settings: pass\n")
     mapped = {"AutoConfig": "planted.Settings", "AutoModelForCausalLM": "planted.Model"}
@@ -93,7 +93,7 @@ def test_a_pickle_is_not_loaded(folder, config, device, tmp_path):
 
 
 def test_the_token_is_found_in_colabs_secrets_and_in_the_environment(tmp_path):
-    """The hub's own library does it; asked in a process of its own, since it looks once."""
+    """`huggingface_hub` finds the token. It runs in a separate process because it looks for the token only once."""
     (tmp_path / "google" / "colab").mkdir(parents=True)
     (tmp_path / "google" / "colab" / "userdata.py").write_text(
         f"class SecretNotFoundError(Exception): pass\nclass NotebookAccessError(Exception): pass\n"
@@ -114,7 +114,7 @@ def test_the_token_is_found_in_colabs_secrets_and_in_the_environment(tmp_path):
 
 
 def test_a_token_reaches_no_file_and_no_output(config, tokenizer, tmp_path, monkeypatch, capfd):
-    """A whole run, an error of the hub's among its messages."""
+    """After a complete run, and an error from the hub."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.setenv(name, SECRET)
     short = config.replace(epochs=1)
@@ -122,12 +122,12 @@ def test_a_token_reaches_no_file_and_no_output(config, tokenizer, tmp_path, monk
     monkeypatch.setattr(hub, "reachable", lambda: True)
     with pytest.raises(UserError) as caught:
         hub.load_tokenizer(config.replace(model="nobody/nothing"))
-    said = capfd.readouterr()
+    printed = capfd.readouterr()
     assert run.finished
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 10
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
-    assert SECRET not in said.out + said.err + str(caught.value)
+    assert SECRET not in printed.out + printed.err + str(caught.value)
 
 
 HTML = "<script>alert(1)</script><img src=x onerror=alert(1)>"
@@ -213,21 +213,21 @@ def test_a_row_cannot_break_out_of_its_turn(write_rows, config, template, chat, 
 @pytest.mark.parametrize(
     ("template", "harmless"),
     [
-        ("guanaco", "### Input: of another layout"),
+        ("guanaco", "### Input: of another template"),
         ("guanaco", "### Human matters"),
-        ("auto", "### Human: of another layout"),
+        ("auto", "### Human: of another template"),
         ("auto", "the user and the assistant"),
         ("instruction", "if a < b and c > d: print([1], <b>)"),
     ],
 )
-def test_what_means_nothing_in_this_template_stays(write_rows, config, tokenizer, template, harmless):
+def test_text_without_meaning_in_this_template_is_kept(write_rows, config, tokenizer, template, harmless):
     rows = [{"instruction": f"Is {harmless} harmless?", "output": "Yes, it is."}]
     settings = config.replace(dataset=write_rows(rows), template=template)
     assert len(cleaning.clean(settings, tokenizer, lambda usable: 0).train) == 1
 
 
 def test_special_tokens_come_from_the_template_alone(config, tokenizer):
-    """Of what is left, each special token was written by the template: one start, and an end for each answer."""
+    """In cleaned rows, only the template writes special tokens: one start token, and one end token per answer."""
     data = cleaning.prepare(config.replace(max_length=2048), tokenizer)
     for example in data.train:
         assert example.input_ids.count(tokenizer.eos_token_id) == len(example.row.messages) // 2
