@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_helpers import files, runs
-from qlora_helpers.config import EMBEDDED_MODEL, PROFILES, Config
+from qlora_helpers.config import BUNDLED_MODEL, PROFILES, Config
 from qlora_helpers.data import cleaning
 from qlora_helpers.device import detect
 from qlora_helpers.evaluation import differences, losses
@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", default=EMBEDDED_MODEL)
+    parser.add_argument("--model", default=BUNDLED_MODEL)
     parser.add_argument("--rows", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--profile", default="gpu", choices=PROFILES)

@@ -23,7 +23,7 @@ from qlora_helpers.training import trainer  # imported first: it configures torc
 import torch
 from transformers import TrainerCallback
 
-from qlora_helpers.config import EMBEDDED_MODEL, Config
+from qlora_helpers.config import BUNDLED_MODEL, Config
 from qlora_helpers.device import detect
 from qlora_helpers.errors import UserError
 
@@ -47,7 +47,7 @@ def main() -> None:
     """Train one run that stops and one that shrinks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", default=EMBEDDED_MODEL)
+    parser.add_argument("--model", default=BUNDLED_MODEL)
     args = parser.parse_args()
     config = Config.from_params(
         profile="gpu",

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from qlora_helpers import runs
-from qlora_helpers.config import EMBEDDED_MODEL, PROFILES, Config
+from qlora_helpers.config import BUNDLED_MODEL, PROFILES, Config
 from qlora_helpers.data import cleaning
 from qlora_helpers.evaluation import comparison, report
 from qlora_helpers.experiments import matrix
@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--model", default=EMBEDDED_MODEL)
+    parser.add_argument("--model", default=BUNDLED_MODEL)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--profile", default="gpu", choices=PROFILES)
     args = parser.parse_args()

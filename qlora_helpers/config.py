@@ -17,7 +17,7 @@ from typing import Any
 from qlora_helpers.errors import UserError, nearest
 
 PROFILES = ("cpu", "t4", "gpu")
-EMBEDDED_MODEL = "smollm2-135m-instruct"
+BUNDLED_MODEL = "smollm2-135m-instruct"
 SAMPLE_DATA = "sample"
 PYTHON_DOCS = "python-stdlib"
 MANY_RUNS = ("sample_counts", "seconds_per_run")  # keys of a profile that concern many runs and are not in `Config`
@@ -51,7 +51,7 @@ class Config:
     preset_name: str = _field("", "preset that the settings come from", identity=False)
     profile: str = _field("cpu", "size of the machine", choices=PROFILES, identity=False)
 
-    model: str = _field(EMBEDDED_MODEL, "hub id, folder, or name of the bundled model")
+    model: str = _field(BUNDLED_MODEL, "hub id, folder, or name of the bundled model")
     revision: str = _field("main", "commit or branch of the model on the hub")
     quantization: str = _field("nf4", "how the frozen base model is stored", choices=("nf4", "fp4", "none"))
     double_quant: bool = _field(True, "quantize the quantization constants too")

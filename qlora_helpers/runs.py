@@ -216,14 +216,14 @@ def last_checkpoint(run: RunFolder, identity: dict[str, str]) -> Path | None:
     """
     checkpoints = sorted((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     for checkpoint in reversed(checkpoints):
-        if _is_whole(checkpoint, identity):
+        if _is_complete(checkpoint, identity):
             return checkpoint
         print(f"{checkpoint} is incomplete (the run was interrupted while writing it) and is removed.")
         shutil.rmtree(checkpoint)
     return None
 
 
-def _is_whole(checkpoint: Path, identity: dict[str, str]) -> bool:
+def _is_complete(checkpoint: Path, identity: dict[str, str]) -> bool:
     try:
         sealed = json.loads((checkpoint / SEAL).read_text("utf-8"))
         sizes_match = all((checkpoint / name).stat().st_size == size for name, size in sealed["files"].items())

@@ -5,7 +5,7 @@ from textwrap import fill
 from typing import Any
 
 from qlora_helpers import files
-from qlora_helpers.config import EMBEDDED_MODEL, Config
+from qlora_helpers.config import BUNDLED_MODEL, Config
 from qlora_helpers.data import sources
 from qlora_helpers.evaluation import answers, differences, losses
 from qlora_helpers.evaluation.differences import Arm, Difference
@@ -39,7 +39,7 @@ def render(run: RunFolder, config: Config, metrics: dict[str, Any], merged: bool
 # {f"{name}, fine-tuned" if merged else f"LoRA adapter for {name}"}
 {f"{chr(10)}{MERGED}{chr(10)}" if merged else ""}
 Base model: {name}{revision}.
-{REQUANTIZED if config.model == EMBEDDED_MODEL else ""}
+{REQUANTIZED if config.model == BUNDLED_MODEL else ""}
 Trained on {metrics["train_rows"]} conversations for {metrics["epochs"]} epochs ({metrics["steps"]} steps at an
 effective batch of {config.effective_batch}) on {metrics["device"]}, in {metrics["compute_dtype"]}, with seed
 {metrics["seed"]}. Base model stored as {config.quantization}; r = {config.rank}, alpha = {config.alpha}, on

@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from qlora_helpers.config import EMBEDDED_MODEL, Config
+from qlora_helpers.config import BUNDLED_MODEL, Config
 from qlora_helpers.errors import UserError
 from qlora_helpers.models import bundled
 
@@ -16,12 +16,12 @@ DOWNLOADED = ["*.safetensors", "*.json", "LICENSE*", "NOTICE*"]  # no code, and 
 
 def is_local(config: Config) -> bool:
     """Whether the model is the bundled one or a local folder. Such a model has no revision."""
-    return config.model == EMBEDDED_MODEL or Path(config.model).expanduser().is_dir()
+    return config.model == BUNDLED_MODEL or Path(config.model).expanduser().is_dir()
 
 
 def public_id(config: Config) -> str | None:
     """Return the model's hub id, or None for a local folder."""
-    if config.model == EMBEDDED_MODEL:
+    if config.model == BUNDLED_MODEL:
         return bundled.ORIGIN
     known = not is_local(config) and config.model.count("/") < 2 and not config.model.startswith(("~", ".", "/"))
     return config.model if known else None
@@ -40,7 +40,7 @@ def license(config: Config, revision: str | None = None) -> dict[str, str]:
     """
     from huggingface_hub import ModelCard, hf_hub_download
 
-    if config.model == EMBEDDED_MODEL:
+    if config.model == BUNDLED_MODEL:
         return {"license": bundled.LICENSE}
     try:
         if is_local(config):
@@ -64,7 +64,7 @@ def from_pretrained(loader: Any, config: Config, **options: Any) -> Any:
     """
     options["trust_remote_code"] = False
     source: str | Path = config.model
-    if config.model == EMBEDDED_MODEL:
+    if config.model == BUNDLED_MODEL:
         source = _bundled_folder()
     elif is_local(config):
         source = Path(config.model).expanduser()
@@ -82,7 +82,7 @@ def folder(config: Config, revision: str | None = None) -> Path:
     `revision` applies to hub models only and defaults to the configured one. Raises `UserError` if the files are
     unavailable.
     """
-    if config.model == EMBEDDED_MODEL:
+    if config.model == BUNDLED_MODEL:
         return _bundled_folder()
     if is_local(config):
         return Path(config.model).expanduser()
@@ -100,7 +100,7 @@ def _load_error(config: Config, error: Exception, revision: str | None = None) -
     at = f" at revision {revision}" if revision else ""
     return UserError(
         f"model: '{config.model}'{at} is neither a model folder nor available on the hub ({reason}). Fix: check the "
-        f"name and the connection, or pass model=FOLDER, or model={EMBEDDED_MODEL}."
+        f"name and the connection, or pass model=FOLDER, or model={BUNDLED_MODEL}."
     )
 
 

@@ -7,7 +7,7 @@ products count, and their speed is measured on this machine.
 """
 
 from qlora_helpers import cpu_speed
-from qlora_helpers.config import EMBEDDED_MODEL, Config
+from qlora_helpers.config import BUNDLED_MODEL, Config
 from qlora_helpers.errors import UserError
 from qlora_helpers.planning import architectures, compute_dtype, memory
 from qlora_helpers.planning.gpus import Gpu
@@ -48,7 +48,7 @@ def here(config: Config) -> tuple[float, str]:
     try:
         shape = architectures.load(config.model, config.revision)
     except UserError:
-        shape = architectures.load(EMBEDDED_MODEL)
+        shape = architectures.load(BUNDLED_MODEL)
     weights = shape.linear_weights + shape.vocabulary * shape.hidden
     operations = PRODUCTS * weights * config.effective_batch * config.max_length
     taken = operations / (REACHED_ON_CPU * getattr(speed, speed.dtype) * 1e9)

@@ -124,7 +124,7 @@ def trials(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "bias": line["bias"],
             "batch": line["batch_size"],
             "tokens": line["max_length"],
-            "GPU held to (GiB)": line.get("limit_gib", "–"),
+            "GPU limited to (GiB)": line.get("limit_gib", "–"),
             "measured GiB": round(line["train_reserved"], 2) if line["fits"] else "out of memory",
             "planned GiB": measurements.predicted(line)["train"],
         }

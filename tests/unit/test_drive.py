@@ -139,7 +139,7 @@ def test_a_drive_that_fails_during_a_run_loses_nothing(train, fail, capsys, numb
     assert whole_checkpoints(there)
     assert len(whole_checkpoints(there)) == len([*(there / "checkpoints").glob("checkpoint-*")])
     for checkpoint in whole_checkpoints(there):
-        assert runs._is_whole(there / "checkpoints" / checkpoint, run.identity())
+        assert runs._is_complete(there / "checkpoints" / checkpoint, run.identity())
     assert bool(parts()) == gone
 
 

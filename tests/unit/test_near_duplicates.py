@@ -49,7 +49,7 @@ def matches(texts):
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("part", ["whole", "short"])
 def test_planted_edits_are_found_and_nothing_else(edit, part):
-    """Half of the rows get an edited copy; no other row may match. Short rows are the first three sentences of a row."""
+    """Half of the rows get an edited copy; no other row may match. Short rows are three sentences of a row."""
     rng = random.Random(1)
     originals = rows() if part == "whole" else [" ".join(re.split(r"(?<=[.!?])\s+", text)[:3]) for text in rows()]
     originals = list(dict.fromkeys(text for text in originals if len(re.split(r"(?<=[.!?])\s+", text)) > 2))

@@ -248,7 +248,7 @@ def test_rows_with_equal_text_have_equal_ids(make_row):
 
 
 def test_half_a_surrogate_pair_does_not_stop_loading(write_rows):
-    """JSON can contain the escape of half a surrogate pair. Such a row cannot be encoded, so it must be rejected here."""
+    """JSON can contain the escape of half a surrogate pair. Such a row cannot be encoded, so it is rejected here."""
     loaded = load(write_rows([GOOD, {"text": "### Human: \ud83d### Assistant: b"}]))
     assert len([row.id for row in loaded.rows]) + len(loaded.rejected) == 2
 
