@@ -375,7 +375,7 @@ def test_other_lines_do_not(logs):
 
 def test_an_adapter_that_does_not_move_is_no_result(train, tmp_path):
     run = RunFolder(tmp_path / "run")
-    with pytest.raises(UserError, match="not moved"):
+    with pytest.raises(UserError, match="initial weights"):
         train(run, learning_rate=0.0, epochs=1)
     assert not run.finished
 
