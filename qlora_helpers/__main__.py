@@ -92,17 +92,16 @@ def _print_comparison(written: Path) -> None:
 
 
 def _batch(**args: Any) -> None:
+    from qlora_helpers.evaluation import report
     from qlora_helpers.experiments import matrix, series
 
     lists = {name: args.pop(name) for name in matrix.SETTINGS}
     batch = series.run_batch(lists=lists, **_given(args))
-    print("\n| run | rows | seed | steps | base loss | held-out loss | seconds |\n|---|---|---|---|---|---|---|")
-    for run in batch:
-        m = run.read("metrics.json")
-        print(
-            f"| {run.name} | {m['train_rows']} | {m['seed']} | {m['steps']} | {m['base_eval_loss']:.4f} "
-            f"| {m['eval_loss']:.4f} | {m['seconds']:.0f} |"
-        )
+    columns = {"train_rows": "", "seed": "", "steps": "", "base_eval_loss": ".4f", "eval_loss": ".4f", "seconds": ".0f"}
+    metrics = {run.name: run.read("metrics.json") for run in batch}
+    rows = [[name, *(format(m[key], form) for key, form in columns.items())] for name, m in metrics.items()]
+    heads = ["run", "rows", "seed", "steps", "base loss", "held-out loss", "seconds"]
+    print("", report.markdown_table(heads, rows), sep="\n")
 
 
 def _data(out: Path, max_tokens: int, n_heldout: int | None, template: str | None, **params: Any) -> None:

@@ -23,7 +23,12 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` atomically, like `write_json`."""
-    _write(path, [text])
+    _write(path, [text.encode(errors="backslashreplace")])
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` atomically, like `write_json`."""
+    _write(path, [content])
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -31,14 +36,15 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
     Values that JSON cannot represent, such as a date from a Parquet file, become text. Lone surrogates are escaped.
     """
-    _write(path, (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
+    lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    _write(path, (line.encode(errors="backslashreplace") for line in lines))
 
 
-def _write(path: Path, parts: Iterable[str]) -> None:
+def _write(path: Path, parts: Iterable[bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+        with os.fdopen(handle, "wb") as file:
             file.writelines(parts)
         os.replace(name, path)
     except BaseException:

@@ -2,8 +2,6 @@
 
 import functools
 import io
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
@@ -14,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from qlora_helpers import files
 from qlora_helpers.planning import measurements
 
 if TYPE_CHECKING:
@@ -259,9 +258,7 @@ def planned_and_measured(lines: list[dict[str, Any]]) -> Figure:
 
 def save(figure: Figure, path: Path) -> Path:
     """Write `figure` atomically as a PNG with 300 dpi, and return `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        whole = Path(folder) / path.name
-        figure.savefig(whole, format="png", dpi=300, facecolor="white")
-        os.replace(whole, path)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=300, facecolor="white")
+    files.write_bytes(path, png.getvalue())
     return path

@@ -117,6 +117,14 @@ def config(model_folder):
     )
 
 
+@pytest.fixture(scope="module")
+def data(config, tokenizer):
+    """The rows of `config`, which may be a module's own."""
+    from qlora_helpers.data import cleaning
+
+    return cleaning.prepare(config, tokenizer)
+
+
 @pytest.fixture(scope="session")
 def make_run(config, tokenizer, tmp_path_factory):
     """Function that writes a finished run folder with an adapter that changes the answers.

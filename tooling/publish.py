@@ -21,10 +21,11 @@ from qlora_helpers.config import Config, load_preset, preset_names
 from qlora_helpers.evaluation import comparison, differences, report
 from qlora_helpers.evaluation.comparison import BASE, FEW_SHOT, Comparison
 from qlora_helpers.evaluation.differences import Difference
+from qlora_helpers.evaluation.report import markdown_table
+from qlora_helpers.files import ROOT
 from qlora_helpers.planning import gpus, measurements
 from qlora_helpers.runs import RunFolder
 
-ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- {}: written by make figures -->", "<!-- end of {} -->"
 WIDTH = 120
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
@@ -73,7 +74,7 @@ def _answer() -> str:
     said = {"base model": entry[BASE], "fine-tuned": entry[line.name]}
     cells = [[name, _code(text)] for name, text in said.items()]
     return _join(
-        _table(["", entry["prompt"]], cells),
+        markdown_table(["", entry["prompt"]], cells),
         _wrap(
             f"Model `{used['model']}`, preset `{used['preset_name']}` on {metrics['train_rows']} rows, "
             f"{result.device['name']}, {result.device['dtype']}, seed {used['seed']}; greedy decoding, at "
@@ -92,7 +93,7 @@ def _notebooks() -> str:
         times = [_clock(found["seconds"].get(path.stem)) for found in series]
         rows.append([f"[{path.stem[:2]}](notebooks/{path.name})", title, *times, badge])
     rows.append(["", "the series that `make run` executes", *(_clock(found["total"]) for found in series), ""])
-    return _table(["", "notebook", *(found["device"]["name"] for found in series), ""], rows)
+    return markdown_table(["", "notebook", *(found["device"]["name"] for found in series), ""], rows)
 
 
 def _notebook_paths() -> list[Path]:
@@ -127,7 +128,7 @@ def _findings() -> str:
             cells = [f"{line.steps:.0f}", f"{line.train_loss:.4f}", against]
         rows.append([line.name, *cells[:2], f"{line.heldout_loss:.4f}", cells[2]])
     heads = ["", "steps", "training loss", "held-out loss", "difference from the base model (95% interval)"]
-    return _join(" ".join(_sentences(result)), _table(heads, rows), _made(result))
+    return _join(" ".join(_sentences(result)), markdown_table(heads, rows), _made(result))
 
 
 def _sentences(result: Comparison) -> list[str]:
@@ -242,7 +243,7 @@ def _claims() -> str:
         "applied to SmolLM2-135M-Instruct because BLOOM's weights were not available. SmolLM2 has no biases, so "
         "zero biases were added. The smaller model is SmolLM2 without the three blocks whose removal raises the "
         "loss on training rows least. Command: `python benchmarks/claims.py FILE --out DIR`",
-        _table(["claim", "measured", "the claim is"], [[f["claim"], f["text"], f["claim_is"]] for f in judged]),
+        markdown_table(["claim", "measured", "the claim is"], [[f["claim"], f["text"], f["claim_is"]] for f in judged]),
         f"{judged[0]['rows']} held-out rows, {judged[0]['seeds']} seeds. {_where(run.read('manifest.json'))}.",
     )
 
@@ -275,7 +276,7 @@ def _memory() -> str:
     return _join(
         "## Planned and measured peak memory",
         "Error of the plan against the peak memory that torch reserved, median and worst:",
-        _table(["settings", "peak of the run", "training", "held-out losses", "answers"], rows),
+        markdown_table(["settings", "peak of the run", "training", "held-out losses", "answers"], rows),
         f"Seven models' shapes with random weights, {lines[0]['device']}; {_packages(lines[0])}.",
         f"![Planned and measured memory]({_figure('memory')})",
     )
@@ -307,7 +308,7 @@ def _cpu() -> str:
         "`SFTTrainer`: tokens per second without padding, medians of three interleaved rounds. TRL runs with "
         "`use_cpu=True, bf16=False`, otherwise with its defaults, and with the faster dtype; \\*: without its "
         "gradient checkpointing. Command: `python benchmarks/cpu_speed.py --out FILE`",
-        _table(heads, rows),
+        markdown_table(heads, rows),
         f"{' '.join(map(_same_losses, speeds))} {'; '.join(dict.fromkeys(map(_packages, speeds)))}.",
     )
 
@@ -346,7 +347,7 @@ def _presets() -> str:
             ]
         )
     heads = ["preset", "model", "rows", "tokens", "base", "r, alpha", "layers", "biases", "epochs", "batch × passes"]
-    return _table([*heads, "learning rate"], rows)
+    return markdown_table([*heads, "learning rate"], rows)
 
 
 def _settings() -> str:
@@ -361,14 +362,14 @@ def _settings() -> str:
         )
         shown = ", ".join(value) if isinstance(value, tuple) else str(value).replace("True", "true")
         rows.append([f"`--{field.name.replace('_', '-')}`", shown.replace("False", "false"), allowed, limits["help"]])
-    return _table(["option", "default", "allowed", "meaning"], rows)
+    return markdown_table(["option", "default", "allowed", "meaning"], rows)
 
 
 def _known() -> str:
     models = sorted(path.stem for path in (ROOT / "qlora_helpers" / "known_models").glob("*.json"))
     return _join(
         f"{len(models)} models are known offline: {', '.join(f'`{name}`' for name in models)}.",
-        _table(
+        markdown_table(
             ["GPU", "memory, GiB", "16-bit TFLOP/s (data sheet)"],
             [[f"`{name}`", f"{gpu.memory:g}", f"{gpu.tflops:g}"] for name, gpu in gpus.GPUS.items()],
         ),
@@ -387,10 +388,6 @@ def _plan_printed() -> str:
 
 
 # Shared
-
-
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows])
 
 
 def _code(text: str) -> str:

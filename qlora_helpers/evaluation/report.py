@@ -40,19 +40,19 @@ def table_markdown(result: Comparison, speed: bool = True) -> str:
     for model in result.table:
         count = [str(len(model.seeds) or "–")] if seeds else []
         lines.append([model.name, *count, *(_cell(getattr(model, key), form) for key, (_, form) in columns.items())])
-    return _table(heads, lines)
+    return markdown_table(heads, lines)
 
 
 def text_table_markdown(result: Comparison) -> str:
     """Text metrics of each model, with their intervals."""
     names = list(result.table[0].text)
     lines = [[model.name, *(_interval(model.text.get(name)) for name in names)] for model in result.table]
-    return _table(["", *names], lines) if names else "No held-out question was answered."
+    return markdown_table(["", *names], lines) if names else "No held-out question was answered."
 
 
-def _table(heads: list[str], lines: list[list[str]]) -> str:
-    rows = [heads, ["---"] * len(heads), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def markdown_table(heads: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table of texts."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows])
 
 
 def _cell(value: Any, form: str) -> str:

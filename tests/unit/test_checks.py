@@ -10,7 +10,6 @@ import torch
 from transformers import Trainer
 
 from qlora_helpers import UserError
-from qlora_helpers.data import cleaning
 from qlora_helpers.data.prompts import IGNORE
 from qlora_helpers.evaluation import losses
 from qlora_helpers.runs import RunFolder
@@ -20,11 +19,6 @@ from qlora_helpers.training import checks, trainer
 @pytest.fixture(scope="module")
 def config(config):
     return config.replace(epochs=1, eval_steps=1)
-
-
-@pytest.fixture(scope="module")
-def data(config, tokenizer):
-    return cleaning.prepare(config, tokenizer)
 
 
 @pytest.fixture

@@ -63,11 +63,6 @@ def config(config):
 
 
 @pytest.fixture(scope="module")
-def data(config, tokenizer):
-    return cleaning.prepare(config, tokenizer)
-
-
-@pytest.fixture(scope="module")
 def train(config, data, tokenizer, tmp_path_factory):
     """Train into a fresh folder, or into `run`."""
     folder = tmp_path_factory.mktemp("runs")
