@@ -74,7 +74,7 @@ def _trl(config: Config, data: Any, tokenizer: Any, checkpointing: bool, folder:
     packed = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-    base = AutoModelForCausalLM.from_pretrained(hub.folder(config), dtype=dtype, quantization_config=packed)
+    base = AutoModelForCausalLM.from_pretrained(hub.model_folder(config), dtype=dtype, quantization_config=packed)
     rows = [{"input_ids": e.input_ids, "completion_mask": [int(label >= 0) for label in e.labels]} for e in data.train]
     options = {} if checkpointing else {"gradient_checkpointing": False}
     return SFTTrainer(

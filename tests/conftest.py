@@ -149,7 +149,7 @@ def make_run(config, tokenizer, tmp_path_factory):
         words.save_pretrained(run.adapter)
         files.write_json(run / "config.json", {"identity": {}, "config": own.to_dict()})
         data = {"heldout_ids": ["a", "b"], "source_fingerprint": "x"}
-        trained_on = {"revision": None, "fingerprint": safetensors_io.fingerprint(hub.folder(own))}
+        trained_on = {"revision": None, "fingerprint": safetensors_io.fingerprint(hub.model_folder(own))}
         manifest = {"versions": {"torch": "2"}, "data": data, "model": trained_on, "baseline": "base-0"}
         manifest |= {"device": {"dtype": "float32"}}
         files.write_json(run / "manifest.json", manifest)

@@ -21,9 +21,9 @@ log = logging.getLogger("mkdocs.hooks.repository")
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Name the repository that the README's badge names."""
-    found = BADGE.search((ROOT / "README.md").read_text("utf-8"))
-    if found:
-        config.repo_url, config.repo_name = f"https://github.com/{found[1]}", found[1]
+    badge = BADGE.search((ROOT / "README.md").read_text("utf-8"))
+    if badge:
+        config.repo_url, config.repo_name = f"https://github.com/{badge[1]}", badge[1]
     return config
 
 

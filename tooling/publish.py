@@ -90,10 +90,10 @@ def _notebooks() -> str:
     rows = []
     for path in _notebook_paths():
         title, badge = _head(path)
-        times = [_clock(found["seconds"].get(path.stem)) for found in series]
+        times = [_clock(run["seconds"].get(path.stem)) for run in series]
         rows.append([f"[{path.stem[:2]}](notebooks/{path.name})", title, *times, badge])
-    rows.append(["", "the series that `make run` executes", *(_clock(found["total"]) for found in series), ""])
-    return markdown_table(["", "notebook", *(found["device"]["name"] for found in series), ""], rows)
+    rows.append(["", "the series that `make run` executes", *(_clock(run["total"]) for run in series), ""])
+    return markdown_table(["", "notebook", *(run["device"]["name"] for run in series), ""], rows)
 
 
 def _notebook_paths() -> list[Path]:
@@ -143,7 +143,7 @@ def _sentences(result: Comparison) -> list[str]:
     _require(helps and lines[FEW_SHOT].heldout_loss > lines[BASE].heldout_loss, "only fine-tuning helps")
     _require(data.verdict == "better" and lines[LONGER].steps == lines[LARGE].steps, "more data helps")
     _require(lowest is not best, "the training loss misleads")
-    _require(not any(found.verdict == "worse" for found in result.forgetting), "nothing is forgotten")
+    _require(not any(change.verdict == "worse" for change in result.forgetting), "nothing is forgotten")
     _require(ends[BASE] < ends[best.name] < ends[FEW_SHOT] < 1, "few answers end")
     return [
         f"Fine-tuning `{result.model['name']}` on {lines[SMALL].train_rows:.0f} rows lowered the held-out loss "
@@ -160,7 +160,7 @@ def _sentences(result: Comparison) -> list[str]:
 
 
 def _difference(result: Comparison, a: str, b: str) -> Difference:
-    return next(found for found in result.differences if (found.a, found.b) == (a, b))
+    return next(change for change in result.differences if (change.a, change.b) == (a, b))
 
 
 def _require(holds: bool, claim: str) -> None:

@@ -29,7 +29,7 @@ def chat_template(config: Config, tokenizer: Any) -> str:
 
 def _builtin_template(template: str) -> str:
     """Convert a built-in template to Jinja. The markers come from the code that renders the training rows."""
-    whole = prompts.question({"role": "user", "content": USER_1, "input": INPUT}, template)
+    whole = prompts.render_question({"role": "user", "content": USER_1, "input": INPUT}, template)
     head, rest = whole.split(USER_1)
     between, tail = rest.split(INPUT)
     message = f"the {template} template has turns of user and assistant only"
@@ -39,7 +39,7 @@ def _builtin_template(template: str) -> str:
         f"{{% if message['input'] %}}{{{{ {between!r} + message['input'] }}}}{{% endif %}}"
         f"{{{{ {tail!r} }}}}"
         "{% elif message['role'] == 'assistant' %}"
-        f"{{{{ {prompts.gap(template)!r} + message['content'] + eos_token }}}}"
+        f"{{{{ {prompts.answer_prefix(template)!r} + message['content'] + eos_token }}}}"
         f"{{% else %}}{{{{ raise_exception({message!r}) }}}}{{% endif %}}{{% endfor %}}"
     )
 

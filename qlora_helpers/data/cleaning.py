@@ -264,7 +264,7 @@ def _distinct(cleaned: Cleaned, rows: Iterable[Row], config: Config) -> Iterator
     index = Index(config.near_duplicates)
     kept: list[Row] = []
     for row in rows:
-        match = index.first_like(row.text)
+        match = index.first_similar(row.text)
         if match is None:
             kept.append(row)
             yield row
@@ -285,7 +285,7 @@ def _split(
     leaks: list[NearDuplicate] = []
     for item, example in usable:
         full = len(cleaned.heldout) == n_heldout
-        match = index.first_like(item.row.prompt, add=not full)
+        match = index.first_similar(item.row.prompt, add=not full)
         if match is not None:
             leaks.append(NearDuplicate(item.row, cleaned.heldout[match[0]].row, match[1], NEAR_PROMPT))
             continue
@@ -311,8 +311,8 @@ def _rehearsal(
     cleaned = clean(second, tokenizer, n_heldout=0)
     index = Index(config.near_duplicates)
     for item in heldout:
-        index.first_like(item.row.prompt)
-    rows = [item for item in cleaned.train if index.first_like(item.row.prompt, add=False) is None]
+        index.first_similar(item.row.prompt)
+    rows = [item for item in cleaned.train if index.first_similar(item.row.prompt, add=False) is None]
     if len(rows) < wanted:
         raise UserError(
             f"rehearsal: {wanted} rows requested, but {config.rehearsal_dataset} has {len(rows)} usable ones. "

@@ -38,7 +38,7 @@ def shingles(words: str) -> set[int]:
     return set(hashes.tolist())
 
 
-def other_numbers(a: str, b: str) -> int:
+def count_unmatched_numbers(a: str, b: str) -> int:
     """Count the numbers that occur in only one of the two texts, regardless of position."""
     in_a, in_b = Counter(NUMBER.findall(a)), Counter(NUMBER.findall(b))
     return (in_a - in_b).total() + (in_b - in_a).total()
@@ -69,7 +69,7 @@ class Index:
         self._empty = MinHash(PERMUTATIONS, hashfunc=int)
         self._position: dict[str, int] = {}
 
-    def first_like(self, text: str, add: bool = True) -> tuple[int, float] | None:
+    def first_similar(self, text: str, add: bool = True) -> tuple[int, float] | None:
         """Return the position and similarity of the first kept text at or above the threshold, or None.
 
         If there is none and `add` is true, the text is kept. Kept texts are numbered from 0 in the order they were
@@ -90,7 +90,7 @@ class Index:
         return None
 
     def _similarity(self, words: str, grams: set[int], other: str) -> float:
-        unmatched = other_numbers(words, other)
+        unmatched = count_unmatched_numbers(words, other)
         if unmatched > (REPLACED if len(grams) >= LONG else 0):
             return 0.0
         similarity = jaccard(grams, shingles(other))

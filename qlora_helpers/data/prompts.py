@@ -58,10 +58,10 @@ def render(messages: tuple[Message, ...], config: Config, tokenizer: Any) -> tup
     text, spans = "", []
     for turn in messages:
         if turn["role"] == "user":
-            text += question(turn, config.template)
+            text += render_question(turn, config.template)
             continue
         start = len(text)
-        text += f"{gap(config.template)}{turn['content']}{tokenizer.eos_token}"
+        text += f"{answer_prefix(config.template)}{turn['content']}{tokenizer.eos_token}"
         spans.append((start, len(text)))
     return text, spans
 
@@ -73,14 +73,10 @@ def render_prompt(messages: tuple[Message, ...], config: Config, tokenizer: Any)
     """
     if config.template == "auto":
         return _apply_chat(messages, config, tokenizer, add_generation_prompt=True)
-    eos = tokenizer.eos_token
-    return "".join(
-        question(turn, config.template) if turn["role"] == "user" else f"{gap(config.template)}{turn['content']}{eos}"
-        for turn in messages
-    )
+    return render(messages, config, tokenizer)[0]
 
 
-def question(turn: Message, template: str) -> str:
+def render_question(turn: Message, template: str) -> str:
     """Render a user's turn up to and including the marker that precedes the answer."""
     if template == "guanaco":
         given = f"\n\n{turn['input']}" if turn.get("input") else ""
@@ -90,7 +86,7 @@ def question(turn: Message, template: str) -> str:
     return f"### Instruction:\n{turn['content']}\n\n{given}### Response:\n"
 
 
-def gap(template: str) -> str:
+def answer_prefix(template: str) -> str:
     """Return the text between the marker and the answer.
 
     It belongs to the answer because a space and the word after it form one token.
@@ -164,7 +160,7 @@ def _chat_marks(config: Config, tokenizer: Any) -> set[str]:
     return {mark for mark in CHAT_MARK.findall(between) if not mark.isalnum() and len(mark) > 2}
 
 
-def advice(config: Config, tokenizer: Any) -> str | None:
+def template_warning(config: Config, tokenizer: Any) -> str | None:
     """Return a one-line warning about replacing the model's own chat template, or None if it is used or missing."""
     if config.template == "auto" or not getattr(tokenizer, "chat_template", None):
         return None

@@ -84,7 +84,7 @@ def build(cleaned: Cleaned, config: Config, tokenizer: Any) -> DataReport:
         "heldout_fingerprint": fingerprint(item.row.id for item in cleaned.heldout),
     }
     tables = [_steps(facts), _lengths(tokens, config), _checks(facts), *_duplicates(cleaned), _samples(used, config)]
-    return DataReport(facts, tables, prompts.advice(config, tokenizer))
+    return DataReport(facts, tables, prompts.template_warning(config, tokenizer))
 
 
 def write(report: DataReport, cleaned: Cleaned, out: Path) -> None:

@@ -72,17 +72,17 @@ class Curve:
 
     def _judged(self, factors: np.ndarray) -> Difference:
         arms = list(self.arms.values())
-        found, rows = differences.contrast(arms, list(factors))
+        change, rows = differences.contrast(arms, list(factors))
         return Difference(
-            "n rows", "2 n rows", found.value, found.low, found.high, rows, differences.fewest_seeds(arms)
+            "n rows", "2 n rows", change.value, change.low, change.high, rows, differences.fewest_seeds(arms)
         )
 
     def __str__(self) -> str:
         """What a doubling of the rows brings, and whether a line describes it."""
-        found = self.doubling
+        change = self.doubling
         lines = [
-            f"{self.name}: each doubling of the rows {_PER_DOUBLING[found.verdict]}",
-            f"({_bounds(found)}; {found.value / self.base_loss:+.2%} of the base model's loss)",
+            f"{self.name}: each doubling of the rows {_PER_DOUBLING[change.verdict]}",
+            f"({_bounds(change)}; {change.value / self.base_loss:+.2%} of the base model's loss)",
         ]
         if self.bend:
             lines += [_BEND[self.bend.verdict], f"({_bounds(self.bend)})"]
@@ -93,7 +93,7 @@ class Curve:
         return {
             "name": self.name,
             "base_loss": self.base_loss,
-            "against_base": {str(rows): found.to_dict() for rows, found in self.points.items()},
+            "against_base": {str(rows): change.to_dict() for rows, change in self.points.items()},
             "doubling": self.doubling.to_dict(),
             "bend": self.bend.to_dict() if self.bend else None,
             "text": str(self),
@@ -105,18 +105,18 @@ def _fit(arms: Iterable[int], degree: int) -> np.ndarray:
     return np.linalg.pinv(np.vander(np.log2(list(arms)), degree + 1, increasing=True))
 
 
-def _bounds(found: Difference) -> str:
-    return f"{found.value:+.4f} nats per token, 95% interval {found.low:+.4f} to {found.high:+.4f}"
+def _bounds(change: Difference) -> str:
+    return f"{change.value:+.4f} nats per token, 95% interval {change.low:+.4f} to {change.high:+.4f}"
 
 
-def build(name: str, found: Mapping[str, list[RunFolder]]) -> Curve:
+def build(name: str, trained: Mapping[str, list[RunFolder]]) -> Curve:
     """The curve through finished runs: each experiment is one size, with its seeds.
 
     Raises `UserError` if they were not measured on the same held-out rows.
     """
-    first = next(iter(found.values()))[0]
+    first = next(iter(trained.values()))[0]
     base = RunFolder(first.path.parent / first.read("manifest.json")["baseline"])
-    arms = {runs[0].read("metrics.json")["train_rows"]: _arm(name, runs) for name, runs in found.items()}
+    arms = {runs[0].read("metrics.json")["train_rows"]: _arm(name, runs) for name, runs in trained.items()}
     return Curve(name, Arm(BASE, [read_losses(base)], trained=False), arms)
 
 
@@ -124,9 +124,9 @@ def _arm(name: str, group: list[RunFolder]) -> Arm:
     return Arm(name, [read_losses(run) for run in group])
 
 
-def compare_settings(found: Mapping[str, list[RunFolder]]) -> list[Difference]:
+def compare_settings(trained: Mapping[str, list[RunFolder]]) -> list[Difference]:
     """Difference of each experiment to the first one, which has the base setting."""
-    arms = [_arm(name, runs) for name, runs in found.items()]
+    arms = [_arm(name, runs) for name, runs in trained.items()]
     bases = [Arm(BASE_SETTING, arm.seeds) for arm in arms[:1]]
     return [differences.difference(base, arm) for base in bases for arm in arms[1:]]
 
@@ -135,10 +135,10 @@ def largest_effect(differences: list[Difference]) -> str:
     """The largest distinguishable difference, in words."""
     if not differences:
         return "No setting was changed."
-    seen = [found for found in differences if found.verdict != "not distinguishable"]
+    seen = [change for change in differences if change.verdict != "not distinguishable"]
     if not seen:
         return f"None of the {len(differences)} settings is distinguishable from {BASE_SETTING}."
-    return f"Largest effect: {max(seen, key=lambda found: abs(found.value))}"
+    return f"Largest effect: {max(seen, key=lambda change: abs(change.value))}"
 
 
 @plots.styled
@@ -152,13 +152,13 @@ def figure(curves: list[Curve]) -> Figure:
     axes.axhline(base, color="black", linestyle="--", linewidth=1.5, label="base model")
     for curve, color, mark in zip(curves, (plots.BLUE, plots.ORANGE), "os", strict=False):
         points = curve.points
-        gaps = [found.value + base for found in points.values()]
-        reach = [found.high - found.value for found in points.values()]
+        gaps = [change.value + base for change in points.values()]
+        reach = [change.high - change.value for change in points.values()]
         axes.errorbar(list(points), gaps, reach, fmt=mark, color=color, markersize=7, capsize=5, label=curve.name)
         along = np.geomspace(min(points), max(points), 25)
         line = [curve.at(rows) for rows in along]
-        axes.plot(along, [base + found.value for found in line], color=color, linewidth=1.5)
-        band = [[base + getattr(found, end) for found in line] for end in ("low", "high")]
+        axes.plot(along, [base + change.value for change in line], color=color, linewidth=1.5)
+        band = [[base + getattr(change, end) for change in line] for end in ("low", "high")]
         axes.fill_between(along, *band, color=color, alpha=0.2, linewidth=0)
     sizes = sorted({rows for curve in curves for rows in curve.arms})
     axes.set_xscale("log", base=2)

@@ -52,7 +52,7 @@ def source(run: RunFolder) -> Source:
     model differs from the one in training.
     """
     config = run.config()
-    qlora.check_saved(run.adapter)
+    qlora.check_adapter(run.adapter)
     lora = LoraConfig.from_pretrained(str(run.adapter))
     for name, saved, expected in (("r", lora.r, config.rank), ("alpha", lora.lora_alpha, config.alpha)):
         if saved != expected:
@@ -70,7 +70,7 @@ def source(run: RunFolder) -> Source:
         raise UserError(
             f"adapter: {run.adapter} belongs to {base_name}, not to {config.model}. Fix: use its own base model."
         )
-    base = hub.folder(config, trained_on.get("revision"))
+    base = hub.model_folder(config, trained_on.get("revision"))
     fingerprint = trained_on.get("fingerprint")
     if fingerprint and fingerprint != safetensors_io.fingerprint(base):
         raise UserError(

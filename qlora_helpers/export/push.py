@@ -116,7 +116,7 @@ def _check_name(repository: str) -> None:
 def _of_run(run: RunFolder) -> dict[str, Content]:
     """Adapter and tokenizer, with a model card, the base model's public name and the chat template of training."""
     config, metrics = run.config(), run.read("metrics.json")
-    qlora.check_saved(run.adapter)
+    qlora.check_adapter(run.adapter)
     settings: dict[str, Any] = run.read("adapter/adapter_config.json")
     settings["base_model_name_or_path"] = hub.public_name(config)
     template = chat_template.chat_template(config, hub.saved_tokenizer(run.adapter))

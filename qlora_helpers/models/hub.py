@@ -76,7 +76,7 @@ def from_pretrained(loader: Any, config: Config, **options: Any) -> Any:
         raise _load_error(config, error) from None
 
 
-def folder(config: Config, revision: str | None = None) -> Path:
+def model_folder(config: Config, revision: str | None = None) -> Path:
     """Return the local folder that contains the model's files. Downloads them if necessary, but does not load them.
 
     `revision` applies to hub models only and defaults to the configured one. Raises `UserError` if the files are

@@ -151,7 +151,7 @@ def load_adapter(base: Any, adapter: Path) -> Any:
 
     Raises `UserError` if the folder contains no adapter.
     """
-    check_saved(adapter)
+    check_adapter(adapter)
     if LoraConfig.from_pretrained(str(adapter)).bias != "none":
         keep_biases(base)
     return PeftModel.from_pretrained(base, adapter).eval()
@@ -182,7 +182,7 @@ def load_adapters(base: Any, adapters: dict[str, Path]) -> Adapters:
     base model's biases, so the adapter could not be switched off.
     """
     for path in adapters.values():
-        check_saved(path)
+        check_adapter(path)
         bias = getattr(PeftConfig.from_pretrained(str(path)), "bias", "none")
         if bias != "none":
             raise UserError(
@@ -197,7 +197,7 @@ def load_adapters(base: Any, adapters: dict[str, Path]) -> Adapters:
     return Adapters(model.eval(), names)
 
 
-def check_saved(adapter: Path) -> None:
+def check_adapter(adapter: Path) -> None:
     """Raise `UserError` if the folder contains no adapter."""
     if not (adapter / "adapter_model.safetensors").exists():
         raise UserError(f"adapter: {adapter} holds none. Fix: run the notebook that trains it to the end.")

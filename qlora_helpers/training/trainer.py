@@ -225,7 +225,7 @@ def _write_manifest(context: RunContext, base: Any) -> None:
     content["model"] = {
         "name": config.model,
         "revision": None if hub.is_local(config) else getattr(base.config, "_commit_hash", None) or config.revision,
-        "fingerprint": safetensors_io.fingerprint(hub.folder(config)) if hub.is_local(config) else None,
+        "fingerprint": safetensors_io.fingerprint(hub.model_folder(config)) if hub.is_local(config) else None,
     }
     content["baseline"] = losses.baseline_folder(config, context.data, context.device, run.path.parent).name
     files.write_json(run / "manifest.json", content)

@@ -58,11 +58,11 @@ def test_answers_alone_and_in_a_batch_are_the_same(setup, config, device, tokeni
 
 def test_what_is_asked(setup):
     _, examples = setup
-    found = answers.heldout_prompts(examples, 2)
-    assert [entry["prompt"] for entry in found[:2]] == list(answers.PUBLISHED_PROMPTS)
-    assert [entry["reference"] for entry in found[:2]] == [None, None]
-    assert [entry["prompt"] for entry in found[2:]] == [e.row.messages[0]["content"] for e in examples[:2]]
-    assert [entry["reference"] for entry in found[2:]] == [e.row.messages[1]["content"] for e in examples[:2]]
+    result = answers.heldout_prompts(examples, 2)
+    assert [entry["prompt"] for entry in result[:2]] == list(answers.PUBLISHED_PROMPTS)
+    assert [entry["reference"] for entry in result[:2]] == [None, None]
+    assert [entry["prompt"] for entry in result[2:]] == [e.row.messages[0]["content"] for e in examples[:2]]
+    assert [entry["reference"] for entry in result[2:]] == [e.row.messages[1]["content"] for e in examples[:2]]
 
 
 SAID = [
@@ -81,12 +81,12 @@ def rows():
 
 
 def test_rates_and_lengths():
-    found = answers.text_metrics([*rows(), rows()[0] | {"reference": None}])
-    assert found["ends by itself"].value == 0.5
-    assert found["invents a turn"].value == 0.25
-    assert found["repeats itself"].value == pytest.approx((1 - 4 / 9) / 4)
-    assert found["length"].value == (6 + 12 + 2 + 4) / (6 + 3 + 6 + 4)
-    assert all(interval.low <= interval.value <= interval.high for interval in found.values())
+    result = answers.text_metrics([*rows(), rows()[0] | {"reference": None}])
+    assert result["ends by itself"].value == 0.5
+    assert result["invents a turn"].value == 0.25
+    assert result["repeats itself"].value == pytest.approx((1 - 4 / 9) / 4)
+    assert result["length"].value == (6 + 12 + 2 + 4) / (6 + 3 + 6 + 4)
+    assert all(interval.low <= interval.value <= interval.high for interval in result.values())
     assert answers.text_metrics([rows()[0] | {"reference": None}]) == {}
     one = answers.text_metrics(rows()[:1])
     assert (one["BLEU"].low, one["BLEU"].high) == (0, 100)
@@ -95,12 +95,12 @@ def test_rates_and_lengths():
 
 def test_no_interval_leaves_what_can_be():
     short, long = ({"answer": " ".join("word" for _ in range(n))} for n in (1, 60))
-    found = answers.text_metrics([rows()[0] | said for said in (short, short, long)])
+    result = answers.text_metrics([rows()[0] | said for said in (short, short, long)])
     for name in ("ROUGE-L", "repeats itself", "length"):
-        assert found[name].low >= 0, name
-    assert found["ROUGE-L"].high <= 1
-    assert found["repeats itself"].high <= 1
-    assert found["length"].low == 0 < found["length"].value < found["length"].high
+        assert result[name].low >= 0, name
+    assert result["ROUGE-L"].high <= 1
+    assert result["repeats itself"].high <= 1
+    assert result["length"].low == 0 < result["length"].value < result["length"].high
 
 
 def test_bleu_and_chrf_are_the_command_lines(tmp_path):
@@ -108,17 +108,17 @@ def test_bleu_and_chrf_are_the_command_lines(tmp_path):
     (tmp_path / "wanted").write_text("\n".join(WANTED) + "\n", "utf-8")
     words = [sys.executable, "-m", "sacrebleu", "wanted", "-i", "said", "-m", "bleu", "chrf", "-w", "6"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
-    found = answers.text_metrics(rows())
+    result = answers.text_metrics(rows())
     for name, line in zip(("BLEU", "chrF"), json.loads(done.stdout), strict=True):
-        assert found[name].value == pytest.approx(line["score"], abs=1e-5)
+        assert result[name].value == pytest.approx(line["score"], abs=1e-5)
 
 
 @pytest.mark.parametrize("empty", ["", "```", "9"])
 def test_answers_without_any_overlap_have_intervals_too(empty):
     """Some resamples then score nothing at all."""
-    found = answers.text_metrics([rows()[0], *(rows()[0] | {"answer": empty} for _ in range(3))])
+    result = answers.text_metrics([rows()[0], *(rows()[0] | {"answer": empty} for _ in range(3))])
     for name in ("BLEU", "chrF"):
-        assert 0 <= found[name].low <= found[name].value <= found[name].high
+        assert 0 <= result[name].low <= result[name].value <= result[name].high
 
 
 def test_rouge_is_the_command_lines(tmp_path):

@@ -41,9 +41,9 @@ BASE = row_losses([2.0, 2.5, 1.8, 2.2, 2.4, 2.1])
     ],
 )
 def test_the_verdict_follows_from_the_interval(low, high, verdict):
-    found = Difference("base", "exp1", (low + high) / 2, low, high, rows=6, seeds=1)
-    assert found.verdict == verdict
-    assert f"exp1 is {verdict} " in str(found)
+    change = Difference("base", "exp1", (low + high) / 2, low, high, rows=6, seeds=1)
+    assert change.verdict == verdict
+    assert f"exp1 is {verdict} " in str(change)
 
 
 @pytest.mark.parametrize(
@@ -56,20 +56,20 @@ def test_the_verdict_follows_from_the_interval(low, high, verdict):
 )
 def test_differences(shifts, verdict):
     other = row_losses([a.loss_sum / a.tokens + shift for a, shift in zip(BASE, shifts, strict=True)])
-    found = difference("base", BASE, "exp1", other)
-    assert found.verdict == verdict
-    assert found.low <= found.value <= found.high
+    change = difference("base", BASE, "exp1", other)
+    assert change.verdict == verdict
+    assert change.low <= change.value <= change.high
     tokens = [row.tokens for row in BASE]
-    assert found.value == pytest.approx(sum(s * n for s, n in zip(shifts, tokens, strict=True)) / sum(tokens))
+    assert change.value == pytest.approx(sum(s * n for s, n in zip(shifts, tokens, strict=True)) / sum(tokens))
     back = difference("exp1", other, "base", BASE)
-    assert back.value == pytest.approx(-found.value)
-    assert difference("base", BASE, "exp1", other) == found  # the same interval each time
+    assert back.value == pytest.approx(-change.value)
+    assert difference("base", BASE, "exp1", other) == change  # the same interval each time
 
 
 def test_identical_losses_are_not_distinguishable():
-    found = difference("a", BASE, "b", list(BASE))
-    assert (found.value, found.low, found.high) == (0, 0, 0)
-    assert found.verdict == "not distinguishable"
+    change = difference("a", BASE, "b", list(BASE))
+    assert (change.value, change.low, change.high) == (0, 0, 0)
+    assert change.verdict == "not distinguishable"
 
 
 def test_the_same_gain_on_every_token_is_a_gain():
@@ -77,14 +77,14 @@ def test_the_same_gain_on_every_token_is_a_gain():
     other = [RowLoss(row.id, row.loss_sum - 0.5 * row.tokens, row.tokens, row.bytes) for row in BASE]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = difference("a", BASE, "b", other)
-    assert found.verdict == "better"
+        change = difference("a", BASE, "b", other)
+    assert change.verdict == "better"
 
 
 def test_one_row_says_nothing_about_others():
-    found = difference("a", BASE[:1], "b", row_losses([1.0]))
-    assert found.verdict == "not distinguishable"
-    assert found.to_dict()["low"] is None  # JSON has no infinity
+    change = difference("a", BASE[:1], "b", row_losses([1.0]))
+    assert change.verdict == "not distinguishable"
+    assert change.to_dict()["low"] is None  # JSON has no infinity
 
 
 @pytest.mark.parametrize("rows", [2, 3, 5, 100])
@@ -93,8 +93,8 @@ def test_intervals_contain_their_value(rows):
     tokens = [draw.randint(1, 200) for _ in range(rows)]
     a = row_losses([draw.gauss(2, 0.5) for _ in range(rows)], tokens)
     b = row_losses([draw.gauss(2, 0.5) for _ in range(rows)], tokens)
-    found = difference("a", a, "b", b)
-    assert found.low <= found.value <= found.high
+    change = difference("a", a, "b", b)
+    assert change.low <= change.value <= change.high
 
 
 @pytest.mark.parametrize(
@@ -123,13 +123,13 @@ def test_bits_per_byte_compare_other_tokenizers():
     other = [RowLoss(row.id, row.loss_sum, 2 * row.tokens, row.bytes) for row in BASE]
     with pytest.raises(UserError, match="different held-out rows"):
         difference("a", BASE, "b", other)
-    found = difference("a", BASE, "b", other, unit="byte")
-    assert (found.value, found.rows) == (0, 6)
+    change = difference("a", BASE, "b", other, unit="byte")
+    assert (change.value, change.rows) == (0, 6)
     worse = [RowLoss(row.id, row.loss_sum + 4 * row.tokens, 2 * row.tokens, row.bytes) for row in BASE]
     worse[0] = RowLoss("0", 1e9, 3, 0)
-    found = difference("a", BASE, "b", worse, unit="byte")
-    assert found.value == pytest.approx(1 / math.log(2))
-    assert found.rows == 5
+    change = difference("a", BASE, "b", worse, unit="byte")
+    assert change.value == pytest.approx(1 / math.log(2))
+    assert change.rows == 5
     cut = [RowLoss(row.id, row.loss_sum, row.tokens, 0) for row in BASE]
     with pytest.raises(UserError, match="no held-out row is whole"):
         difference("a", BASE, "b", cut, unit="byte")
@@ -151,8 +151,8 @@ def trained(config, tokenizer, tmp_path_factory):
 
 
 def test_runs_are_compared_from_their_folders(trained):
-    folder, found, _ = trained
-    result = comparison.compare(found)
+    folder, trained_runs, _ = trained
+    result = comparison.compare(trained_runs)
     json.dumps(result.to_dict(), allow_nan=False)
     assert [model.name for model in result.table] == ["base", "base + 3 examples", "exp1", "exp2"]
     assert [model.seeds for model in result.table] == [[], [], [0, 1], [0, 1]]
@@ -166,8 +166,8 @@ def test_runs_are_compared_from_their_folders(trained):
     ]
     assert [d.b for d in result.forgetting] == ["exp1", "exp2"]
     assert {d.rows for d in result.forgetting} == {48}
-    assert comparison.group(run for runs_ in found.values() for run in runs_) == found
-    written = report.write(result, found, folder / "out")
+    assert comparison.group(run for runs_ in trained_runs.values() for run in runs_) == trained_runs
+    written = report.write(result, trained_runs, folder / "out")
     page = (folder / "out" / "report.html").read_text("utf-8")
     assert written.read_text("utf-8").count("data:image") == 0
     assert page.count("data:image/png;base64,") == 2
@@ -188,8 +188,8 @@ def test_equal_steps_and_reuse(trained):
 
 def test_the_minutes_are_said_before_anything_is_trained(trained, config, tmp_path, capsys, monkeypatch):
     """Of what is missing alone, all runs together."""
-    _, found, needed = trained
-    assert matrix.train_missing(needed) == found
+    _, trained_runs, needed = trained
+    assert matrix.train_missing(needed) == trained_runs
     assert capsys.readouterr().out == "All 4 runs are there: nothing to train.\n"
     slow = {"seconds_per_step": 60.0, "n_seeds": 2, "n_answers": 2}
     more = matrix.plan_runs({name: config.replace(n_samples=n, **slow) for name, n in (("a", 8), ("b", 16))}, tmp_path)
@@ -207,8 +207,8 @@ def test_the_minutes_are_said_before_anything_is_trained(trained, config, tmp_pa
 
 def test_rehearsal_is_judged_on_the_general_questions(trained, tmp_path):
     """With and without, row by row: losses that are all lower with it are better."""
-    _, found, _ = trained
-    (without, *_), (with_it, *_) = found["exp1"], found["exp2"]
+    _, trained_runs, _ = trained
+    (without, *_), (with_it, *_) = trained_runs["exp1"], trained_runs["exp2"]
     own = comparison.rehearsed([without], [with_it])
     gaps = [losses.mean_loss(losses.read_losses(run, "general_losses.jsonl")) for run in (without, with_it)]
     assert own.value == pytest.approx(gaps[1] - gaps[0])
@@ -221,9 +221,9 @@ def test_rehearsal_is_judged_on_the_general_questions(trained, tmp_path):
 
 
 def test_other_heldout_sets_are_refused_with_their_fingerprints(trained, config, tmp_path):
-    _, found, _ = trained
+    _, trained_runs, _ = trained
     other = matrix.train_missing(matrix.plan_runs({"other": config.replace(n_heldout=5, n_answers=2)}, tmp_path))
-    names = [found["exp1"][0], other["other"][0]]
+    names = [trained_runs["exp1"][0], other["other"][0]]
     prints = [run.read("manifest.json")["data"]["heldout_fingerprint"] for run in names]
     with pytest.raises(UserError, match=f"exp1: {prints[0]}, other: {prints[1]}"):
         comparison.compare(comparison.group(names))
@@ -231,24 +231,24 @@ def test_other_heldout_sets_are_refused_with_their_fingerprints(trained, config,
 
 def test_only_another_seed_of_the_same_recipe_and_data_is_a_seed(trained, tmp_path):
     """A copy is not a second seed, and two runs called exp1 are not one experiment."""
-    _, found, _ = trained
-    first, second = found["exp1"]
-    other = RunFolder(shutil.copytree(found["exp2"][0].path, tmp_path / "elsewhere" / "exp1"))
+    _, trained_runs, _ = trained
+    first, second = trained_runs["exp1"]
+    other = RunFolder(shutil.copytree(trained_runs["exp2"][0].path, tmp_path / "elsewhere" / "exp1"))
     copy = RunFolder(shutil.copytree(first.path, tmp_path / "base"))
     groups = comparison.group([first, other, second, copy])
     assert groups == {"exp1": [first, second], "elsewhere/exp1": [other], f"{tmp_path.name}/base": [copy]}
     data = other.read("manifest.json")
     data["data"]["source_fingerprint"] = "other rows"
     files.write_json(other / "manifest.json", data)
-    assert len(comparison.group([found["exp2"][0], other])) == 2
+    assert len(comparison.group([trained_runs["exp2"][0], other])) == 2
     (other / "config.json").write_text('{"config": {"no_such_setting": 1}}')
     with pytest.raises(UserError, match="written by another version"):
         comparison.group([other])
 
 
 def test_what_only_says_where_and_how_long_makes_no_other_recipe(trained, tmp_path):
-    _, found, _ = trained
-    first, second = found["exp1"]
+    _, trained_runs, _ = trained
+    first, second = trained_runs["exp1"]
     moved = RunFolder(shutil.copytree(second.path, tmp_path / "second"))
     stored = moved.read("config.json")
     stored["config"] |= {"profile": "gpu", "n_seeds": 7, "save_steps": 99}
@@ -257,8 +257,8 @@ def test_what_only_says_where_and_how_long_makes_no_other_recipe(trained, tmp_pa
 
 
 def test_the_compare_command(trained, tmp_path, capsys):
-    _, found, _ = trained
-    words = [str(run.path) for runs_ in found.values() for run in runs_]
+    _, trained_runs, _ = trained
+    words = [str(run.path) for runs_ in trained_runs.values() for run in runs_]
     assert __main__.main(["compare", *words, "--out", str(tmp_path / "out")]) == 0
     assert "exp2 is" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -273,9 +273,9 @@ def test_the_compare_command(trained, tmp_path, capsys):
 
 def test_the_same_seed_gives_the_same_metrics(trained, config, tokenizer, tmp_path):
     """A/A: on a CPU a run repeated is the same run."""
-    _, found, needed = trained
+    _, trained_runs, needed = trained
     (again,) = matrix.train_missing(matrix.plan_runs({"exp1": needed[0].config.replace(n_seeds=1)}, tmp_path))["exp1"]
-    first = found["exp1"][0]
+    first = trained_runs["exp1"][0]
     for name in ("heldout_losses.jsonl", "general_losses.jsonl", "answers.jsonl"):
         assert (again / name).read_text() == (first / name).read_text()
     timed = ("seconds", "tokens_per_second", "peak_memory_gib", "eval_seconds", "eval_peak_memory_gib")

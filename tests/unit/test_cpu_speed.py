@@ -269,9 +269,9 @@ def amd(monkeypatch):
 )
 def test_an_amd_gpus_capability_is_not_nvidias(amd, architecture, dtype):
     amd(architecture)
-    found = device.detect()
-    assert (found.dtype, found.capability) == (dtype, None)
-    assert architecture in found.reason
+    result = device.detect()
+    assert (result.dtype, result.capability) == (dtype, None)
+    assert architecture in result.reason
 
 
 def test_apple_silicon_uses_its_cpu(config, measured, monkeypatch):
@@ -279,9 +279,9 @@ def test_apple_silicon_uses_its_cpu(config, measured, monkeypatch):
     measured(SLOW)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(cpu_speed.Path, "exists", lambda self: False)
-    found = device.detect()
-    assert (found.kind, found.dtype) == ("cpu", "float32")
-    assert dataclasses.asdict(found)["name"]
+    result = device.detect()
+    assert (result.kind, result.dtype) == ("cpu", "float32")
+    assert dataclasses.asdict(result)["name"]
 
 
 def test_an_unknown_model_is_measured_at_the_usual_size(config):

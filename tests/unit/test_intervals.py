@@ -10,17 +10,17 @@ from qlora_helpers.evaluation.intervals import Interval
 
 def test_the_ratio_and_its_error():
     """Two rows: 1 of 2 and 5 of 4. Residuals from 6/6 are -1 and 1, so the error is sqrt(2/1 x 2) / 6."""
-    found = intervals.ratio([1, 5], [2, 4])
-    assert found.value == 1
-    assert found.error == pytest.approx(2 / 6)
+    result = intervals.ratio([1, 5], [2, 4])
+    assert result.value == 1
+    assert result.error == pytest.approx(2 / 6)
 
 
 def test_normal_rows_give_students_interval():
     """Where Student's t is right, the bootstrap finds it."""
     rows = np.random.default_rng(0).normal(size=200)
-    found = intervals.ratio(rows, np.ones(200))
+    result = intervals.ratio(rows, np.ones(200))
     student = stats.t.interval(0.95, 199, rows.mean(), rows.std(ddof=1) / np.sqrt(200))
-    assert (found.low, found.high) == pytest.approx(student, abs=0.05 * (student[1] - student[0]))
+    assert (result.low, result.high) == pytest.approx(student, abs=0.05 * (student[1] - student[0]))
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says():
@@ -29,17 +29,17 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     held = 0
     for _ in range(400):
         tokens = rng.integers(5, 256, 64)
-        found = intervals.ratio(tokens * rng.standard_t(5, 64), tokens)
-        held += found.low <= 0 <= found.high
+        result = intervals.ratio(tokens * rng.standard_t(5, 64), tokens)
+        held += result.low <= 0 <= result.high
     assert 0.92 <= held / 400 <= 0.98
 
 
 def test_seeds_widen_by_welch():
     """Variances 1 and 4 with 63 and 2 degrees of freedom: 25 / (1/63 + 16/2) = 3.12 of them together."""
     rows = Interval(0.0, -stats.t.ppf(0.975, 63), stats.t.ppf(0.975, 63), error=1.0, freedom=63)
-    found = intervals.widen(rows, (2.0, 2))
-    assert found.high == pytest.approx(stats.t.ppf(0.975, 25 / (1 / 63 + 16 / 2)) * np.sqrt(5))
-    assert found.low == -found.high
+    result = intervals.widen(rows, (2.0, 2))
+    assert result.high == pytest.approx(stats.t.ppf(0.975, 25 / (1 / 63 + 16 / 2)) * np.sqrt(5))
+    assert result.low == -result.high
     assert intervals.widen(rows, (0.0, 0)) == rows
 
 
@@ -49,6 +49,6 @@ def test_the_error_of_seeds():
 
 
 def test_a_share_of_none_is_not_surely_none():
-    found = intervals.share(0, 20)
-    assert (found.value, found.low) == (0, pytest.approx(0))
-    assert found.high == pytest.approx(0.1611, abs=1e-3)  # Wilson: z²/(n + z²)
+    result = intervals.share(0, 20)
+    assert (result.value, result.low) == (0, pytest.approx(0))
+    assert result.high == pytest.approx(0.1611, abs=1e-3)  # Wilson: z²/(n + z²)

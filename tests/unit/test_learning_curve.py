@@ -25,29 +25,29 @@ def drawn(losses, base=3.0):
 
 def test_three_sizes_by_hand():
     """Through 2, 4 and 8 rows the slope is half of last less first, and the bend last - 2 x middle + first."""
-    found = drawn({2: 2.0, 4: 1.9, 8: 1.4})
-    assert found.doubling.value == pytest.approx((1.4 - 2.0) / 2)
-    assert found.bend.value == pytest.approx(1.4 - 2 * 1.9 + 2.0)
+    result = drawn({2: 2.0, 4: 1.9, 8: 1.4})
+    assert result.doubling.value == pytest.approx((1.4 - 2.0) / 2)
+    assert result.bend.value == pytest.approx(1.4 - 2 * 1.9 + 2.0)
     mean = (2.0 + 1.9 + 1.4) / 3
-    assert found.at(4).value == pytest.approx(mean - 3.0)
-    assert found.at(8).value == pytest.approx(mean - 0.3 - 3.0)
-    assert {rows: d.value for rows, d in found.points.items()} == pytest.approx({2: -1.0, 4: -1.1, 8: -1.6})
+    assert result.at(4).value == pytest.approx(mean - 3.0)
+    assert result.at(8).value == pytest.approx(mean - 0.3 - 3.0)
+    assert {rows: d.value for rows, d in result.points.items()} == pytest.approx({2: -1.0, 4: -1.1, 8: -1.6})
 
 
 def test_rows_weigh_by_their_tokens():
     """Row 1 has 50 of 100 tokens, the others 30 and 20; it alone gains, 0.2 a doubling."""
     tokens = (50, 30, 20)
     sizes = {2: arm("2", [2.0, 2.0, 2.0], tokens=tokens), 4: arm("4", [1.8, 2.0, 2.0], tokens=tokens)}
-    found = Curve("curve", arm("base", 3.0, tokens=tokens), sizes)
-    assert found.doubling.value == pytest.approx(-0.1)
-    assert found.bend is None
-    assert found.doubling.rows == 3
+    result = Curve("curve", arm("base", 3.0, tokens=tokens), sizes)
+    assert result.doubling.value == pytest.approx(-0.1)
+    assert result.bend is None
+    assert result.doubling.rows == 3
 
 
 def test_a_true_line_is_found_at_any_spacing():
-    found = drawn({rows: 2.5 - 0.07 * np.log2(rows) for rows in (25, 50, 100, 283, 800)})
-    assert found.doubling.value == pytest.approx(-0.07)
-    assert found.bend.value == pytest.approx(0, abs=1e-9)
+    result = drawn({rows: 2.5 - 0.07 * np.log2(rows) for rows in (25, 50, 100, 283, 800)})
+    assert result.doubling.value == pytest.approx(-0.07)
+    assert result.bend.value == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -62,9 +62,9 @@ def test_the_interval_holds_the_true_slope_as_often_as_it_says(seeds):
             shifts = rng.normal(0, 0.04, seeds) if seeds > 1 else np.zeros(1)  # one seed speaks of itself alone
             level = hard + (truth + own) * np.log2(rows / 25)
             arms[rows] = arm("size", *(level + s + rng.normal(0, 0.03, 64) for s in shifts), tokens=tokens)
-        found = Curve("curve", arm("base", hard, tokens=tokens), arms).doubling
-        held += found.low <= truth <= found.high
-        assert found.seeds == seeds
+        result = Curve("curve", arm("base", hard, tokens=tokens), arms).doubling
+        held += result.low <= truth <= result.high
+        assert result.seeds == seeds
     assert 0.915 <= held / trials <= 0.985
 
 
@@ -83,11 +83,11 @@ def noisy(slope, bend=0.0):
     ],
 )
 def test_what_doubling_buys_in_words(slope, words):
-    found = noisy(slope)
-    assert f"curve: each doubling of the rows {words}" in str(found)
-    assert f"95% interval {found.doubling.low:+.4f} to {found.doubling.high:+.4f}" in str(found)
-    share = found.doubling.value / 3.0
-    assert f"{share:+.2%} of the base model's loss" in str(found)
+    result = noisy(slope)
+    assert f"curve: each doubling of the rows {words}" in str(result)
+    assert f"95% interval {result.doubling.low:+.4f} to {result.doubling.high:+.4f}" in str(result)
+    share = result.doubling.value / 3.0
+    assert f"{share:+.2%} of the base model's loss" in str(result)
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,9 @@ def test_a_bend_is_told(bend, words):
 
 def test_runs_that_learned_nothing_show_nothing():
     """The factors of a parabola do not cancel to the last bit; what they leave is no finding."""
-    found = drawn(dict.fromkeys((25, 50, 100, 283), 2.1), base=2.1)
-    assert {found.doubling.verdict, found.bend.verdict} == {"not distinguishable"}
-    assert found.at(70).value == 0
+    result = drawn(dict.fromkeys((25, 50, 100, 283), 2.1), base=2.1)
+    assert {result.doubling.verdict, result.bend.verdict} == {"not distinguishable"}
+    assert result.at(70).value == 0
 
 
 def test_other_heldout_rows_are_refused():

@@ -43,7 +43,7 @@ EDITS = {
 def matches(texts):
     """Return the positions of the texts that the index considers near duplicates of an earlier text."""
     index = Index(0.7)
-    return {number for number, text in enumerate(texts) if index.first_like(text) is not None}
+    return {number for number, text in enumerate(texts) if index.first_similar(text) is not None}
 
 
 @pytest.mark.parametrize("edit", EDITS)
@@ -98,10 +98,10 @@ def test_different_foreign_texts_are_different():
 def test_the_first_similar_text_is_returned_with_its_similarity():
     index = Index(0.7)
     for text in ("The harbour lies to the north of the old town.", "A violin has four strings and no frets."):
-        assert index.first_like(text) is None
-    assert index.first_like("a violin has four strings, and no frets") == (1, 1.0)
-    number, similarity = index.first_like("A violin has five strings and no frets.")
+        assert index.first_similar(text) is None
+    assert index.first_similar("a violin has four strings, and no frets") == (1, 1.0)
+    number, similarity = index.first_similar("A violin has five strings and no frets.")
     assert number == 1
     assert 0.7 <= similarity < 1
-    assert index.first_like("Copper conducts heat.", add=False) is None
-    assert index.first_like("Copper conducts heat.", add=False) is None
+    assert index.first_similar("Copper conducts heat.", add=False) is None
+    assert index.first_similar("Copper conducts heat.", add=False) is None

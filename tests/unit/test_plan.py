@@ -26,10 +26,10 @@ T4 = Device("cuda", "T4", (7, 5), 14.74, 14.5, "float16", "")
 @pytest.mark.parametrize("moments", [("train",), measurements.MOMENTS])
 def test_the_plan_agrees_with_measurements(scored_only, moments):
     lines = [line for line in measurements.read("settings") if line["scored_only"] == scored_only]
-    found = measurements.score(lines, moments)
-    assert found["settings"] >= 12
-    assert found["median"] < 0.05
-    assert found["worst"] < 0.10
+    result = measurements.score(lines, moments)
+    assert result["settings"] >= 12
+    assert result["median"] < 0.05
+    assert result["worst"] < 0.10
 
 
 def test_trained_parameters_are_the_models_own(model_folder, device, tmp_path):
@@ -92,11 +92,11 @@ def test_more_of_anything_never_takes_less(settings):
 def test_a_split_keeps_the_effective_batch_and_fits_if_any_does(effective, gib, checkpointing):
     config = Config.preset("llama31-8b", batch_size=effective, gradient_accumulation=1, max_length=512)
     config = config.replace(gradient_checkpointing=checkpointing)
-    found = plan.fastest_split(config, gib)
-    assert found.effective_batch == effective
-    assert found.identity == config.identity
+    result = plan.fastest_split(config, gib)
+    assert result.effective_batch == effective
+    assert result.identity == config.identity
     smallest = config.replace(batch_size=1, gradient_accumulation=effective, gradient_checkpointing=True)
-    assert plan.plan_memory(found, gib).fits or not plan.plan_memory(smallest, gib).fits
+    assert plan.plan_memory(result, gib).fits or not plan.plan_memory(smallest, gib).fits
 
 
 def test_a_large_gpu_gets_the_whole_batch_and_a_small_one_checkpointing():
@@ -141,8 +141,8 @@ def test_advice_says_what_it_saves_and_following_it_saves_that():
 
 def test_the_nearest_fit_fits():
     config = Config.preset("llama31-8b")
-    found = plan.nearest_fit(config, "t4")
-    assert plan.plan_memory(found, "t4").fits
+    result = plan.nearest_fit(config, "t4")
+    assert plan.plan_memory(result, "t4").fits
     assert plan.nearest_fit(config, 3.0) is None
 
 
@@ -209,12 +209,12 @@ def test_the_command(capsys, monkeypatch, words, code, said):
 
 def test_json_has_the_parts_the_total_and_the_advice(capsys):
     assert main(["plan", "--preset", "llama31-8b", "--memory", "16", "--json"]) == 3
-    found = json.loads(capsys.readouterr().out)
-    assert found["fits"] is False
-    assert found["advice"]
-    peak = max(sum(found["training"].values()), sum(found["evaluation"].values()))
-    assert found["total"] == pytest.approx(peak + found["context"], abs=0.01)
-    assert set(found["methods"]) == {"qlora", "lora", "full"}
+    result = json.loads(capsys.readouterr().out)
+    assert result["fits"] is False
+    assert result["advice"]
+    peak = max(sum(result["training"].values()), sum(result["evaluation"].values()))
+    assert result["total"] == pytest.approx(peak + result["context"], abs=0.01)
+    assert set(result["methods"]) == {"qlora", "lora", "full"}
 
 
 def test_the_command_needs_no_torch():
@@ -228,14 +228,14 @@ def test_the_command_needs_no_torch():
 def test_hours_grow_with_rows_and_epochs(capsys):
     """There are rows x epochs / effective batch steps, on the given GPU, else on the smallest that fits."""
     words = ["plan", "--model", "llama2-7b", "--batch", "4", "--accumulation", "1", "--max-length", "512", "--json"]
-    found = {}
+    result = {}
     for epochs in (1, 3):
         assert main([*words, "--rows", "50000", "500000", "--epochs", str(epochs)]) == 0
-        found[epochs] = json.loads(capsys.readouterr().out)["time"]
-    assert [line["steps"] for line in found[1]] == [12_500, 125_000]
-    assert {line["on"] for line in found[1]} == {"l4"}
-    first = found[1][0]["hours"]
-    hours = [line["hours"] for lines in found.values() for line in lines]
+        result[epochs] = json.loads(capsys.readouterr().out)["time"]
+    assert [line["steps"] for line in result[1]] == [12_500, 125_000]
+    assert {line["on"] for line in result[1]} == {"l4"}
+    first = result[1][0]["hours"]
+    hours = [line["hours"] for lines in result.values() for line in lines]
     assert hours == pytest.approx([first, 10 * first, 3 * first, 30 * first], rel=1e-6)
     config = Config.preset("tinyllama-guanaco-100", model="llama2-7b", batch_size=4, max_length=512)
     config = config.replace(gradient_accumulation=1)
@@ -263,9 +263,9 @@ def test_zero_rows_are_refused(capsys):
 
 def test_auto_batch_is_chosen_printed_and_leaves_the_run_the_same(capsys):
     config = Config.preset("llama31-8b", max_length=1024, auto_batch=True)
-    found = oom.choose_split(config, T4)
-    assert found.identity == config.identity
-    assert found.batch_size < config.batch_size
+    result = oom.choose_split(config, T4)
+    assert result.identity == config.identity
+    assert result.batch_size < config.batch_size
     assert "As published: batch 4 x 4, checkpointing (auto_batch=false)." in capsys.readouterr().out
     assert oom.choose_split(config.replace(auto_batch=False), T4).batch_size == 4
 
@@ -289,10 +289,10 @@ def test_shrinking_halves_to_the_end_and_then_stops(tmp_path):
 
 
 def test_gpus_are_those_with_enough_memory():
-    found = plan.plan_memory(Config.preset("llama31-8b"))
+    result = plan.plan_memory(Config.preset("llama31-8b"))
     for card, known in GPUS.items():
-        assert (card in tables.other_gpus(found)) == (found.peak + known.context <= known.memory)
-        assert plan.plan_memory(Config.preset("llama31-8b"), card).fits == (card in tables.other_gpus(found))
+        assert (card in tables.other_gpus(result)) == (result.peak + known.context <= known.memory)
+        assert plan.plan_memory(Config.preset("llama31-8b"), card).fits == (card in tables.other_gpus(result))
 
 
 def test_the_grid_has_one_row_per_setting_and_one_verdict_per_device():
@@ -318,12 +318,12 @@ def test_what_ran_out_of_memory_when_it_was_tried_did_not_fit_the_plan():
     ],
 )
 def test_which_to_take_follows_from_the_interval_then_memory_then_time(gap, memory_, seconds, said):
-    found = Difference("A", "B", sum(gap) / 2, *gap, rows=9, seeds=1)
+    result = Difference("A", "B", sum(gap) / 2, *gap, rows=9, seeds=1)
     rows = [
         {"run": name, "peak GiB": size, "seconds a step": time}
         for name, size, time in zip("AB", memory_, seconds, strict=True)
     ]
-    assert comparison.recommend(found, rows).startswith(said)
+    assert comparison.recommend(result, rows).startswith(said)
 
 
 def test_the_plan_is_printed_before_the_weights_are_loaded(capsys, tmp_path):

@@ -183,7 +183,7 @@ def test_a_model_without_a_chat_template_can_use_the_built_in_templates(make_tok
     """Such as BLOOM: `auto` raises an error, and the published templates work."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
-    assert prompts.advice(Config(), tokenizer) is None
+    assert prompts.template_warning(Config(), tokenizer) is None
     for template in ("guanaco", "instruction"):
         assert encode(make_row("Hi", "Hello"), tokenizer, template=template).trained
     with pytest.raises(UserError, match="no chat template"):
@@ -191,8 +191,8 @@ def test_a_model_without_a_chat_template_can_use_the_built_in_templates(make_tok
 
 
 def test_replacing_the_models_own_template_gives_a_warning(tokenizer):
-    assert "must be prompted in that format" in prompts.advice(Config(template="instruction"), tokenizer)
-    assert prompts.advice(Config(template="auto"), tokenizer) is None
+    assert "must be prompted in that format" in prompts.template_warning(Config(template="instruction"), tokenizer)
+    assert prompts.template_warning(Config(template="auto"), tokenizer) is None
 
 
 def test_a_token_that_is_partly_question_and_partly_answer_is_detected(make_row):

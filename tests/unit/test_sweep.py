@@ -24,7 +24,7 @@ def planned(config, cleaned, tokenizer, folder, counts=(4, 8), seeds=SEEDS, **li
 
 
 def test_the_profile_s_sizes(config, cleaned):
-    assert matrix.training_sizes(config, cleaned) == ([12, 24, 48], [])
+    assert matrix.training_sizes(config, cleaned) == ([10, 20, 40], [])
     for profile in ("t4", "gpu"):
         sizes, _ = matrix.training_sizes(Config.from_params(profile=profile, n_heldout=6), cleaned)
         assert sizes[:4] == [25, 50, 100, 200]
@@ -73,13 +73,13 @@ def test_too_few_rows_are_counted(config, tokenizer):
 
 def test_equal_steps_repeat_the_smaller_sizes(config):
     """16 rows in batches of 4 for 3 epochs are 12 steps, as are 4 rows for 12 epochs and 9 rows for 4 epochs."""
-    found = matrix.equal_step_settings(config.replace(epochs=3), [4, 9, 16])
-    assert [(s.name, s.folder, s.config.n_samples, s.config.epochs) for s in found] == [
+    result = matrix.equal_step_settings(config.replace(epochs=3), [4, 9, 16])
+    assert [(s.name, s.folder, s.config.n_samples, s.config.epochs) for s in result] == [
         ("4 rows, 12 steps", "n4-epochs12", 4, 12),
         ("9 rows, 12 steps", "n9-epochs4", 9, 4),
         ("16 rows", "n16", 16, 3),
     ]
-    assert found[-1] == matrix.size_settings(config.replace(epochs=3), [16])[0]
+    assert result[-1] == matrix.size_settings(config.replace(epochs=3), [16])[0]
 
 
 def test_each_setting_changes_one_value(config):
@@ -155,10 +155,10 @@ def batch(config, cleaned, tokenizer, monkeypatch):
 
             its = Config.from_params(**params)
             data = cleaning.prepare(its, tokenizer)
-            found = runs.choose(where, run_name, cleaning.identity(its, data))
-            assert found.name == run_name
+            result = runs.choose(where, run_name, cleaning.identity(its, data))
+            assert result.name == run_name
             started.append(run_name)
-            trainer.train(its, data, tokenizer, found)
+            trainer.train(its, data, tokenizer, result)
 
         monkeypatch.setattr(series, "execute", execute)
         small = config.replace(n_answers=2, epochs=1)
@@ -183,31 +183,31 @@ def test_an_interrupted_batch_resumes_and_reuses_finished_runs(batch, config, cl
         half / "config.json",
         {"identity": cleaning.identity(absent[0].config, absent[0].data), "config": absent[0].config.to_dict()},
     )
-    started, found = batch(tmp_path, ranks=[8])
+    started, result = batch(tmp_path, ranks=[8])
     assert started == ["half", "n8-rank8-seed0"]
     assert "[1/3] exp1: complete, not run again" in capsys.readouterr().out
-    assert {name: [run.name for run in group] for name, group in found.items()} == {
+    assert {name: [run.name for run in group] for name, group in result.items()} == {
         "4 rows": ["exp1"],
         "8 rows": ["half"],
         "rank 8": ["n8-rank8-seed0"],
     }
     assert batch(tmp_path, ranks=[8])[0] == []
     assert matrix.missing_runs(needed)[0] == []
-    _curve_of(found)
+    _curve_of(result)
 
 
-def _curve_of(found):
+def _curve_of(result):
     """Check that the curve of notebook 09 agrees with the metrics in the run folders."""
-    sizes = {name: found[name] for name in ("4 rows", "8 rows")}
+    sizes = {name: result[name] for name in ("4 rows", "8 rows")}
     line = learning_curve.build("equal epochs", sizes)
-    losses = [found[name][0].read("metrics.json")["eval_loss"] for name in sizes]
+    losses = [result[name][0].read("metrics.json")["eval_loss"] for name in sizes]
     assert line.doubling.value == pytest.approx(losses[1] - losses[0])
-    assert line.base_loss == pytest.approx(found["4 rows"][0].read("metrics.json")["base_eval_loss"])
+    assert line.base_loss == pytest.approx(result["4 rows"][0].read("metrics.json")["base_eval_loss"])
     assert list(line.arms) == [4, 8]
     assert line.to_dict()["against_base"]["8"]["value"] == pytest.approx(losses[1] - line.base_loss)
-    (turned,) = learning_curve.compare_settings({name: found[name] for name in ("8 rows", "rank 8")})
+    (turned,) = learning_curve.compare_settings({name: result[name] for name in ("8 rows", "rank 8")})
     assert (turned.a, turned.b) == (learning_curve.BASE_SETTING, "rank 8")
-    changed = found["rank 8"][0].read("metrics.json")["eval_loss"]
+    changed = result["rank 8"][0].read("metrics.json")["eval_loss"]
     assert turned.value == pytest.approx(changed - losses[1])
     assert learning_curve.compare_settings({}) == []
     assert len(comparison.compare(sizes).differences) == 5
