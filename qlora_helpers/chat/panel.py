@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from qlora_helpers.chat.side_by_side import Entry, Loaded, Table, bundle
-from qlora_helpers.data import chat_template, prompts, schema
+from qlora_helpers.data import prompts, rendering, schema
 from qlora_helpers.data.schema import Message
 from qlora_helpers.device import autocast
 from qlora_helpers.errors import UserError
@@ -70,8 +70,8 @@ class Conversation:
     def _prompt(self, name: str, turns: tuple[Message, ...]) -> torch.Tensor:
         """Tokens of the conversation in the format of training, up to the start of the next answer: (1, tokens)."""
         base, tokenizer = self.loaded.adapters.model, self.loaded.tokenizer
-        text = prompts.render_prompt(turns, self.loaded.configs[name], tokenizer)
-        ids = prompts.tokenize([text], tokenizer, return_tensors="pt")["input_ids"]
+        text = rendering.render_prompt(turns, self.loaded.configs[name], tokenizer)
+        ids = torch.tensor(prompts.tokenize([text], tokenizer)[0])
         context = getattr(base.config, "max_position_embeddings", None)
         fix = "clear the conversation, or ask a shorter question"
         prompts.check_context(turns[-1]["content"], ids.shape[1], self.new_tokens, context, fix)
@@ -80,7 +80,7 @@ class Conversation:
     def _tokens(self, name: str, prompt: torch.Tensor, temperature: float) -> Iterator[list[int]]:
         """Yield the tokens of the answer so far, `STEP` more each time. Earlier tokens stay in the key-value cache."""
         tokenizer = self.loaded.tokenizer
-        ends = chat_template.stops(self.loaded.configs[name], tokenizer)
+        ends = rendering.end_tokens(self.loaded.configs[name], tokenizer)
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         ids, cache = prompt, None
         for left in range(self.new_tokens, 0, -STEP):

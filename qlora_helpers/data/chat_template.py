@@ -6,7 +6,7 @@ A server that uses another prompt format, or does not know where an answer ends,
 from typing import Any
 
 from qlora_helpers.config import Config
-from qlora_helpers.data import prompts
+from qlora_helpers.data import rendering
 from qlora_helpers.data.schema import Message
 
 # Placeholders made of private-use characters, which occur in no text and no template.
@@ -19,7 +19,7 @@ def chat_template(config: Config, tokenizer: Any) -> str:
     if config.template != "auto":
         return start + _builtin_template(config.template)
     template = tokenizer.get_chat_template()
-    if prompts.render_prompt(_turns(USER_1), config, tokenizer).startswith(tokenizer.bos_token or USER_1):
+    if rendering.render_prompt(_turns(USER_1), config, tokenizer).startswith(tokenizer.bos_token or USER_1):
         start = ""  # the template already writes it
     if config.system:
         system = f"[{{'role': 'system', 'content': {config.system!r}}}]"
@@ -29,7 +29,7 @@ def chat_template(config: Config, tokenizer: Any) -> str:
 
 def _builtin_template(template: str) -> str:
     """Convert a built-in template to Jinja. The markers come from the code that renders the training rows."""
-    whole = prompts.render_question({"role": "user", "content": USER_1, "input": INPUT}, template)
+    whole = rendering.render_question({"role": "user", "content": USER_1, "input": INPUT}, template)
     head, rest = whole.split(USER_1)
     between, tail = rest.split(INPUT)
     message = f"the {template} template has turns of user and assistant only"
@@ -39,7 +39,7 @@ def _builtin_template(template: str) -> str:
         f"{{% if message['input'] %}}{{{{ {between!r} + message['input'] }}}}{{% endif %}}"
         f"{{{{ {tail!r} }}}}"
         "{% elif message['role'] == 'assistant' %}"
-        f"{{{{ {prompts.answer_prefix(template)!r} + message['content'] + eos_token }}}}"
+        f"{{{{ {rendering.answer_prefix(template)!r} + message['content'] + eos_token }}}}"
         f"{{% else %}}{{{{ raise_exception({message!r}) }}}}{{% endif %}}{{% endfor %}}"
     )
 
@@ -49,27 +49,17 @@ def starts_with_bos(tokenizer: Any) -> bool:
     return tokenizer.bos_token is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
-def stops(config: Config, tokenizer: Any) -> list[int]:
-    """Return the ids of the tokens that end an answer: the end token, and the chat template's end-of-turn token."""
-    text, spans = prompts.render(_turns(USER_1, ASSISTANT_1), config, tokenizer)
-    last = tokenizer(text[: spans[0][1]], add_special_tokens=False)["input_ids"][-1]
-    stop_ids = [tokenizer.eos_token_id]
-    if last in tokenizer.all_special_ids or last in tokenizer.added_tokens_decoder:
-        stop_ids.append(last)
-    return list(dict.fromkeys(stop_ids))
-
-
 def modelfile(config: Config, tokenizer: Any, gguf: str) -> str:
     """Return an Ollama Modelfile for a GGUF file in the same folder, with a Go template and the stop tokens.
 
     The markers between turns are taken from a rendered conversation. The start token is omitted if the tokenizer adds
     it. System turns are omitted because the model was trained without them, or always with the same one.
     """
-    text, _ = prompts.render(_turns(USER_1, ASSISTANT_1, USER_2, ASSISTANT_2), config, tokenizer)
+    text, _ = rendering.render(_turns(USER_1, ASSISTANT_1, USER_2, ASSISTANT_2), config, tokenizer)
     first, rest = text.split(USER_1)
     answer, rest = rest.split(ASSISTANT_1)
     between = rest.split(USER_2)[0]
-    ask = prompts.render_prompt(_turns(USER_1), config, tokenizer).split(USER_1)[1]
+    ask = rendering.render_prompt(_turns(USER_1), config, tokenizer).split(USER_1)[1]
     if starts_with_bos(tokenizer):
         first = first.removeprefix(tokenizer.bos_token)
     user = (
@@ -81,7 +71,7 @@ def modelfile(config: Config, tokenizer: Any, gguf: str) -> str:
         f'{user}{{{{ else if eq .Role "assistant" }}}}{answer.removeprefix(ask)}{{{{ .Content }}}}'
         '{{ end }}{{ end }}"""',
     ]
-    lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(token)}"' for token in stops(config, tokenizer)]
+    lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(token)}"' for token in rendering.end_tokens(config, tokenizer)]
     return "\n".join([*lines, "PARAMETER temperature 0", "PARAMETER repeat_penalty 1.0", ""])  # the default is 1.1
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_helpers.config import Config
-from qlora_helpers.data import prompts, sources
+from qlora_helpers.data import prompts, rendering, sources
 from qlora_helpers.data.near_duplicates import Index
 from qlora_helpers.data.prompts import Example
 from qlora_helpers.data.schema import Row
@@ -188,7 +188,7 @@ def clean(config: Config, tokenizer: Any, n_heldout: int | Callable[[int], int] 
     """
     cleaned = Cleaned(sources.load(config), encoding=_encoding(config, tokenizer))
     cleaned.dropped.extend(cleaned.loaded.rejected)
-    rows = list(_readable(cleaned, config, prompts.control_marks(config, tokenizer)))
+    rows = list(_readable(cleaned, config, rendering.control_marks(config, tokenizer)))
     rows.sort(key=lambda row: (_digest(f"{config.data_seed}\n{row.prompt}"), row.id))
     usable = _fitting(cleaned, _distinct(cleaned, rows, config), config, tokenizer)
     if callable(n_heldout):
@@ -217,8 +217,8 @@ def _readable(cleaned: Cleaned, config: Config, marks: re.Pattern[str]) -> Itera
     for row in rows:
         reason = _text_reason(row, config, None if are_labels else previous)
         previous = row.answer
-        if reason is None and marks.search(row.text):
-            reason = "a turn holds a mark that only the template may write"
+        if reason is None and (mark := marks.search(row.text)):
+            reason = f"a turn holds {mark.group()!r}, which only the template may write"
         if reason is None and row.id in seen:
             reason = "same row twice"
         if reason:
@@ -251,8 +251,8 @@ def _fitting(
         cleaned.lengths.append(tokens)
         if example.cut and config.over_length == "drop":
             cleaned.drop(example.row, f"over {config.max_length} tokens")
-        elif example.straddling:
-            cleaned.drop(example.row, "an answer shares a token with its question")
+        elif example.problem:
+            cleaned.drop(example.row, example.problem)
         elif not example.trained:
             cleaned.drop(example.row, f"no trained token within {config.max_length} tokens")
         else:

@@ -1,28 +1,20 @@
 """Encode rows as tokens and labels, using character offsets to find the trained tokens, and display the result."""
 
 import html
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby, islice, pairwise
 from textwrap import shorten
 from typing import Any
 
 from qlora_helpers.config import Config
-from qlora_helpers.data.schema import Message, Row
+from qlora_helpers.data import rendering
+from qlora_helpers.data.rendering import Span, UnplacedAnswer
+from qlora_helpers.data.schema import Row
 from qlora_helpers.errors import UserError
 
 IGNORE = -100  # label ignored by the cross-entropy loss
 BATCH = 1000  # rows tokenized at once: enough to be fast, few enough to limit memory
-Span = tuple[int, int]
-# Turn markers of the built-in templates, and the pattern of those in chat templates: <|user|>, [INST], USER:
-MARKS = {
-    "guanaco": ("### Human:", "### Assistant:"),
-    "instruction": ("### Instruction:", "### Input:", "### Response:"),
-}
-CHAT_MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|[^\s<>\[\]]+")
-BREAK = "\ue000"  # a private-use character, which occurs in no text and no template
-
 
 @dataclass(frozen=True)
 class Example:
@@ -30,8 +22,7 @@ class Example:
 
     `input_ids`, `labels` and `offsets` have one entry per token, up to the token limit. `labels` equals `input_ids` at
     trained tokens and is -100 elsewhere. `offsets` are the start and end of each token in `text`, in characters. `cut`
-    is the number of tokens beyond the limit. `straddling` is true if a token is partly question and partly answer, so
-    that no label is right for it.
+    is the number of tokens beyond the limit. `problem` is the reason why the row cannot be trained on, if there is one.
     """
 
     row: Row
@@ -40,7 +31,7 @@ class Example:
     labels: list[int]
     offsets: list[Span]
     cut: int
-    straddling: bool = False
+    problem: str | None = None
 
     @property
     def trained(self) -> int:
@@ -48,137 +39,28 @@ class Example:
         return sum(label != IGNORE for label in self.labels[1:])
 
 
-def render(messages: tuple[Message, ...], config: Config, tokenizer: Any) -> tuple[str, list[Span]]:
-    """Return the text of a conversation and the character spans of its answers, including their end tokens.
+def start_tokens(tokenizer: Any) -> list[int]:
+    """Return the ids of the tokens that the tokenizer puts before a text."""
+    with_special, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    starts = range(len(with_special) - len(plain) + 1)
+    return next((with_special[:i] for i in starts if with_special[i : i + len(plain)] == plain), [])
 
-    Raises `UserError` if the model's chat template is missing or unusable.
+
+def tokenize(texts: list[str], tokenizer: Any) -> tuple[list[list[int]], list[list[Span]]]:
+    """Return token ids and offsets of texts rendered from one template, each with the tokenizer's start tokens once.
+
+    The start tokens are omitted where the chat template already wrote them. An end token is never added.
     """
-    if config.template == "auto":
-        return _render_chat(messages, config, tokenizer)
-    text, spans = "", []
-    for turn in messages:
-        if turn["role"] == "user":
-            text += render_question(turn, config.template)
-            continue
-        start = len(text)
-        text += f"{answer_prefix(config.template)}{turn['content']}{tokenizer.eos_token}"
-        spans.append((start, len(text)))
-    return text, spans
-
-
-def render_prompt(messages: tuple[Message, ...], config: Config, tokenizer: Any) -> str:
-    """Return the text of a conversation up to where the next answer begins.
-
-    As in training, a space between the marker and the answer is left for the model to generate.
-    """
-    if config.template == "auto":
-        return _apply_chat(messages, config, tokenizer, add_generation_prompt=True)
-    return render(messages, config, tokenizer)[0]
-
-
-def render_question(turn: Message, template: str) -> str:
-    """Render a user's turn up to and including the marker that precedes the answer."""
-    if template == "guanaco":
-        given = f"\n\n{turn['input']}" if turn.get("input") else ""
-        return f"### Human: {turn['content']}{given}### Assistant:"
-    given = f"### Input:\n{turn['input']}\n\n" if turn.get("input") else ""
-    # The newline belongs to the question: some tokenizers merge it with the colon into one token.
-    return f"### Instruction:\n{turn['content']}\n\n{given}### Response:\n"
-
-
-def answer_prefix(template: str) -> str:
-    """Return the text between the marker and the answer.
-
-    It belongs to the answer because a space and the word after it form one token.
-    """
-    return " " if template == "guanaco" else ""
-
-
-def _apply_chat(messages: tuple[Message, ...], config: Config, tokenizer: Any, **options: Any) -> str:
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            f"template: {config.model} has no chat template. Fix: template=guanaco or template=instruction."
-        )
-    head = [{"role": "system", "content": config.system}] if config.system else []
-    turns = [
-        {"role": m["role"], "content": m["content"] + (f"\n\n{m['input']}" if m.get("input") else "")} for m in messages
-    ]
-    try:
-        return tokenizer.apply_chat_template([*head, *turns], tokenize=False, **options)
-    except Exception as error:  # a template can raise many kinds of jinja errors
-        raise UserError(
-            f"template: the chat template of {config.model} refuses these turns ({error}). Fix: template=guanaco or "
-            "template=instruction."
-        ) from None
-
-
-def _render_chat(messages: tuple[Message, ...], config: Config, tokenizer: Any) -> tuple[str, list[Span]]:
-    """Render with the model's chat template.
-
-    An answer's span starts where the generation prompt before it ends, and ends where the text including the answer
-    ends, without trailing whitespace.
-    """
-    text = _apply_chat(messages, config, tokenizer)
-    spans = []
-    for number, turn in enumerate(messages):
-        if turn["role"] != "assistant":
-            continue
-        before = _apply_chat(messages[:number], config, tokenizer, add_generation_prompt=True)
-        is_last = number + 1 == len(messages)
-        after = (text if is_last else _apply_chat(messages[: number + 1], config, tokenizer)).rstrip()
-        if not (text.startswith(before) and text.startswith(after)):
-            raise UserError(
-                f"template: the chat template of {config.model} rewrites earlier turns, so its answers cannot be "
-                "located. Fix: template=guanaco or template=instruction."
-            )
-        spans.append((len(before), len(after)))
-    return text, spans
-
-
-def control_marks(config: Config, tokenizer: Any) -> re.Pattern[str]:
-    """Return a pattern for text that only the template may write: special tokens and the markers between turns.
-
-    Such text in a row would end its turn and start another.
-    """
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    marks = {*special, *tokenizer.all_special_tokens, *MARKS.get(config.template, ())}
-    if config.template == "auto":
-        marks |= _chat_marks(config, tokenizer)
-    return re.compile("|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True)) or r"(?!)")
-
-
-def _chat_marks(config: Config, tokenizer: Any) -> set[str]:
-    """Return the markers that a chat template writes between a question and the next one, also for system turns.
-
-    Plain words, such as the name of a role, are excluded because ordinary text can contain them.
-    """
-    placeholders = [f"{BREAK}{number}{BREAK}" for number in range(4)]
-    turns = tuple({"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(placeholders))
-    parts = _apply_chat(turns, config, tokenizer).split(BREAK)
-    between = " ".join(parts[2:7:2])
-    between += between.replace("user", "system").replace("USER", "SYSTEM")
-    return {mark for mark in CHAT_MARK.findall(between) if not mark.isalnum() and len(mark) > 2}
-
-
-def template_warning(config: Config, tokenizer: Any) -> str | None:
-    """Return a one-line warning about replacing the model's own chat template, or None if it is used or missing."""
-    if config.template == "auto" or not getattr(tokenizer, "chat_template", None):
-        return None
-    return (
-        f"template: {config.model} was trained with its own chat template and must learn the {config.template} format "
-        "from scratch. It needs more rows to answer and stop as well, and must be prompted in that format afterwards. "
-        "template=auto uses its own template. Published experiments that use another one are reproduced unchanged."
+    encoded = tokenizer(
+        texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
     )
-
-
-def tokenize(texts: list[str], tokenizer: Any, **options: Any) -> Any:
-    """Tokenize texts rendered from one template, with exactly one start token if the model has one.
-
-    The tokenizer adds the start token unless the chat template already wrote it.
-    """
-    start = tokenizer.bos_token
-    has_start = bool(start) and texts[0].startswith(start)
-    return tokenizer(texts, add_special_tokens=not has_start, **options)
+    head = start_tokens(tokenizer)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    for number, row in enumerate(ids):
+        if head and row[: len(head)] != head:
+            ids[number] = head + row
+            offsets[number] = [(0, 0)] * len(head) + offsets[number]
+    return ids, offsets
 
 
 def check_context(question: str, tokens: int, answer: int, context: int | None, fix: str) -> None:
@@ -194,29 +76,68 @@ def check_context(question: str, tokens: int, answer: int, context: int | None, 
 
 
 def encode(rows: Iterable[Row], config: Config, tokenizer: Any) -> Iterator[Example]:
-    """Yield the tokens and labels of each row, in order, truncated to `max_length` tokens."""
+    """Yield the tokens and labels of each row, in order, truncated to `max_length` tokens.
+
+    A row that its template cannot show gets no tokens and a `problem`.
+    """
     rows = iter(rows)
+    template = rendering.template_of(config, tokenizer)
     while batch := list(islice(rows, BATCH)):
-        rendered = [render(row.messages, config, tokenizer) for row in batch]
-        texts = [text for text, _ in rendered]
-        tokens = tokenize(texts, tokenizer, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
-        for row, (text, spans), ids, offsets in zip(
-            batch, rendered, tokens["input_ids"], tokens["offset_mapping"], strict=True
-        ):
-            yield _example(row, text, spans, ids, offsets, config)
+        rendered = [_render(template, row) for row in batch]
+        tokens = zip(*tokenize([text for text, _, _ in rendered], tokenizer), strict=True)
+        for row, (text, spans, problem), (ids, offsets) in zip(batch, rendered, tokens, strict=True):
+            if problem:
+                yield Example(row, "", [], [], [], 0, problem)
+            else:
+                yield _example(row, text, spans, ids, offsets, config, tokenizer)
 
 
-def _example(row: Row, text: str, spans: list[Span], ids: list[int], offsets: list[Span], config: Config) -> Example:
-    answer, straddling = _answer_labels(ids, offsets, spans)
+def _render(template: Any, row: Row) -> tuple[str, list[Span], str | None]:
+    try:
+        return *template.render(row.messages), None
+    except UnplacedAnswer as error:
+        return "", [], str(error)
+
+
+def _example(
+    row: Row, text: str, spans: list[Span], ids: list[int], offsets: list[Span], config: Config, tokenizer: Any
+) -> Example:
+    answer, straddling = _answer_labels(ids, offsets, spans, text)
+    if straddling and (split := _tokenize_apart(text, spans, ids, tokenizer)):
+        ids, offsets = split
+        answer, straddling = _answer_labels(ids, offsets, spans, text)
     labels = list(ids) if config.train_on == "all" else answer
     keep = config.max_length
-    return Example(row, text, ids[:keep], labels[:keep], offsets[:keep], max(0, len(ids) - keep), straddling)
+    problem = "an answer shares a token with its question" if straddling else None
+    return Example(row, text, ids[:keep], labels[:keep], offsets[:keep], max(0, len(ids) - keep), problem)
 
 
-def _answer_labels(ids: list[int], offsets: list[Span], spans: list[Span]) -> tuple[list[int], bool]:
+def _tokenize_apart(
+    text: str, spans: list[Span], whole: list[int], tokenizer: Any
+) -> tuple[list[int], list[Span]] | None:
+    """Tokenize questions and answers separately, as a model meets them: the question is given, the answer generated.
+
+    Returns None if the tokenizer then adds characters, as those do that put a space before every text.
+    """
+    edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
+    ids: list[int] = []
+    offsets: list[Span] = []
+    for start, end in pairwise(edges):
+        part = tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True)
+        ids += part["input_ids"]
+        offsets += [(start + first, start + last) for first, last in part["offset_mapping"]]
+    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+    head = whole[: len(whole) - len(plain)]
+    if tokenizer.decode(ids) != tokenizer.decode(plain):
+        return None
+    return head + ids, [(0, 0)] * len(head) + offsets
+
+
+def _answer_labels(ids: list[int], offsets: list[Span], spans: list[Span], text: str) -> tuple[list[int], bool]:
     """Return the labels and whether a token straddles the edge of a span.
 
-    A label is the token id inside the spans and -100 elsewhere.
+    A label is the token id inside the spans and -100 elsewhere. A token can also cover the space after a span: some
+    end tokens absorb it.
 
     Some tokenizers trim spaces from their offsets. A token is therefore assumed to start where the previous one ended,
     unless both are parts of one character.
@@ -228,7 +149,7 @@ def _answer_labels(ids: list[int], offsets: list[Span], spans: list[Span]) -> tu
         begin = start if start < end <= previous else previous
         while begin >= last > 0 and end > last:
             first, last = next(remaining, (0, 0))
-        inside = first <= begin < last and end <= last
+        inside = first <= begin < last and (end <= last or text[last:end].isspace())
         straddling |= not inside and begin < last and end > first
         labels.append(token if inside else IGNORE)
         previous = max(previous, end)

@@ -11,7 +11,7 @@ from typing import Any
 
 from qlora_helpers import files
 from qlora_helpers.config import Config
-from qlora_helpers.data import prompts, schema
+from qlora_helpers.data import rendering, schema
 from qlora_helpers.data.cleaning import Cleaned, TokenizedRow, fingerprint
 
 BINS = 8  # bins of the length histogram up to the token limit; one more counts longer rows
@@ -84,7 +84,7 @@ def build(cleaned: Cleaned, config: Config, tokenizer: Any) -> DataReport:
         "heldout_fingerprint": fingerprint(item.row.id for item in cleaned.heldout),
     }
     tables = [_steps(facts), _lengths(tokens, config), _checks(facts), *_duplicates(cleaned), _samples(used, config)]
-    return DataReport(facts, tables, prompts.template_warning(config, tokenizer))
+    return DataReport(facts, tables, "\n".join(rendering.template_warnings(config, tokenizer)) or None)
 
 
 def write(report: DataReport, cleaned: Cleaned, out: Path) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 from qlora_helpers.errors import UserError
 
-Message = dict[str, str]
+# `role` is system, user, assistant or tool; `content` is text. A question may have an `input`, an answer `tool_calls`.
+# `learn: False` marks an answer that is not trained on. The first turn of a conversation may have `tools`, as JSON.
+Message = dict[str, Any]
 # Replies can contain ### headings, so conversations are split only at these two markers.
 MARKER = re.compile(r"### (Human|Assistant):")
 # Markers that only a template should write: unusual in a row; in a generated answer, an invented turn.
@@ -68,6 +70,22 @@ class Row:
     def text(self) -> str:
         """All turns joined by newlines, for comparing whole rows."""
         return "\n".join(f"{m['content']} {m.get('input', '')}" for m in self.messages)
+
+    @property
+    def answers(self) -> tuple[Message, ...]:
+        """The assistant's turns that are learned."""
+        return tuple(turn for turn in self.messages if turn["role"] == "assistant" and turn.get("learn", True))
+
+    @property
+    def rounds(self) -> tuple[tuple[Message, Message], ...]:
+        """Each answer with the question before it."""
+        pairs, question = [], None
+        for turn in self.messages:
+            if turn["role"] == "user":
+                question = turn
+            elif turn["role"] == "assistant" and question:
+                pairs.append((question, turn))
+        return tuple(pairs)
 
     def to_record(self) -> dict[str, Any]:
         """Return a record in the row's original schema, so that a written file can be read again.

@@ -1,13 +1,16 @@
 """Greedy answers of a model, and metrics of them: wording, endings, invented turns, repetition, length."""
 
 import inspect
+from collections.abc import Sequence
+from itertools import takewhile
 from math import inf
 from typing import Any
 
 import torch
 
 from qlora_helpers.config import Config
-from qlora_helpers.data.prompts import Example, render_prompt, tokenize
+from qlora_helpers.data import rendering
+from qlora_helpers.data.prompts import Example, tokenize
 from qlora_helpers.data.schema import TURN_MARKER, Message
 from qlora_helpers.device import Device, autocast
 from qlora_helpers.evaluation import intervals
@@ -21,12 +24,19 @@ Shots = tuple[Message, ...]
 
 
 def heldout_prompts(heldout: list[Example], number: int) -> list[dict[str, Any]]:
-    """Prompts to answer: two published questions, then the first question of each of `number` held-out rows."""
-    asked = [{"prompt": prompt, "reference": None} for prompt in PUBLISHED_PROMPTS]
+    """Prompts to answer: two published questions, then the last question of each of `number` held-out rows.
+
+    `turns` is the conversation up to the answer, as in training: with system prompt, input and earlier rounds.
+    """
+    asked = [
+        {"prompt": prompt, "reference": None, "turns": [{"role": "user", "content": prompt}]}
+        for prompt in PUBLISHED_PROMPTS
+    ]
     for example in heldout[:number]:
-        question, answer = example.row.messages[:2]
+        *turns, answer = example.row.messages
+        question = next(turn for turn in reversed(turns) if turn["role"] == "user")
         given = f"\n\n{question['input']}" if question.get("input") else ""
-        asked.append({"prompt": question["content"] + given, "reference": answer["content"]})
+        asked.append({"prompt": question["content"] + given, "reference": answer["content"], "turns": turns})
     return asked
 
 
@@ -44,7 +54,8 @@ def generate(
     Adds to each entry: `answer`; `stopped`, whether the model ended it within `max_new_tokens`; `invented`, whether the
     model continued with a turn of someone else; `tokens`, the length of the answer.
     """
-    texts = [render_prompt((*shots, {"role": "user", "content": a["prompt"]}), config, tokenizer) for a in asked]
+    texts = [rendering.render_prompt(with_shots(entry["turns"], shots), config, tokenizer) for entry in asked]
+    reader = AnswerReader(config, tokenizer)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # similar lengths together: less padding
     was_training, side = model.training, tokenizer.padding_side
     model.eval()
@@ -53,13 +64,18 @@ def generate(
     try:
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
-            outputs = _continue(model, tokenizer, config, device, [texts[i] for i in part])
-            described = (_describe(ids, tokenizer) for ids in outputs)
-            answered |= {i: asked[i] | answer for i, answer in zip(part, described, strict=True)}
+            outputs = _continue(model, tokenizer, config, device, [texts[i] for i in part], reader.ends)
+            answered |= {i: asked[i] | reader.read(ids) for i, ids in zip(part, outputs, strict=True)}
     finally:  # the tokenizer is shared by all runs of a notebook
         tokenizer.padding_side = side
         model.train(was_training)
     return [answered[i] for i in range(len(asked))]
+
+
+def with_shots(turns: Sequence[Message], shots: Shots) -> Shots:
+    """Return a conversation that begins with examples, after its system prompt."""
+    head = tuple(takewhile(lambda turn: turn["role"] == "system", turns))
+    return (*head, *shots, *turns[len(head) :])
 
 
 def cache_argument(model: Any) -> str:
@@ -68,29 +84,59 @@ def cache_argument(model: Any) -> str:
     return "cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values"
 
 
-def _continue(model: Any, tokenizer: Any, config: Config, device: Device, texts: list[str]) -> list[list[int]]:
-    batch = tokenize(texts, tokenizer, return_tensors="pt", padding=True)
+def _continue(
+    model: Any, tokenizer: Any, config: Config, device: Device, texts: list[str], ends: list[int]
+) -> list[list[int]]:
+    ids, _ = tokenize(texts, tokenizer)
+    batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
     batch = batch.to(model.get_input_embeddings().weight.device)
     with torch.inference_mode(), autocast(device):
         output = model.generate(
             **batch,
             max_new_tokens=config.max_new_tokens,
             do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id,
         )
     return output[:, batch["input_ids"].shape[1] :].tolist()
 
 
-def _describe(ids: list[int], tokenizer: Any) -> dict[str, Any]:
-    stopped = tokenizer.eos_token_id in ids
-    kept = ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids
-    return {
-        "answer": tokenizer.decode(kept, skip_special_tokens=True).strip(),
-        "stopped": stopped,
-        "invented": bool(TURN_MARKER.search(tokenizer.decode(kept))),
-        "tokens": len(kept),
-    }
+class AnswerReader:
+    """Reads generated tokens: where the answer ends, what of it is thought, and what are its words."""
+
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.ends = rendering.end_tokens(config, tokenizer)
+        self.preamble = rendering.template_of(config, tokenizer).preamble.strip()
+        self.marks = rendering.control_marks(config, tokenizer)
+
+    def read(self, ids: list[int]) -> dict[str, Any]:
+        """Return the answer without its thought and without what the template writes before it.
+
+        `thought` is the text inside the marks of a thought. A thought that was not closed leaves an empty answer.
+        """
+        end = next((place for place, token in enumerate(ids) if token in self.ends), None)
+        kept = ids[:end]
+        text = self.tokenizer.decode(kept)
+        thought, words = split_thought(text.strip().removeprefix(self.preamble))
+        plain = self.tokenizer.decode(self.tokenizer(words, add_special_tokens=False)["input_ids"], skip_special_tokens=True)
+        return {
+            "answer": plain.strip(),
+            "thought": thought,
+            "stopped": end is not None,
+            "invented": bool(TURN_MARKER.search(words) or self.marks.search(words)),
+            "tokens": len(kept),
+        }
+
+
+def split_thought(text: str) -> tuple[str, str]:
+    """Split a generated text at the marks `<think>` and `</think>` into the thought and the words after it."""
+    head, closed, rest = text.partition("</think>")
+    if closed:
+        return head.removeprefix("<think>").strip(), rest.strip()
+    if text.startswith("<think>"):
+        return text.removeprefix("<think>").strip(), ""
+    return "", text
 
 
 def text_metrics(answers: list[dict[str, Any]]) -> dict[str, Interval]:

@@ -1,13 +1,10 @@
 """Loss of each held-out row, and the measurements of a base model that its runs share."""
 
-import copy
 from dataclasses import asdict, dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from qlora_helpers import files
 from qlora_helpers.config import Config
@@ -19,13 +16,14 @@ from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import answers
 from qlora_helpers.evaluation.answers import Shots
 from qlora_helpers.evaluation.context import RunContext
+from qlora_helpers.models import forward
 from qlora_helpers.planning import memory
 from qlora_helpers.runs import RunFolder
 
 SHOTS = 3  # examples in the prompt of the base model
 SHOTS_FROM = 200  # the shortest of this many training rows are shown
 GENERAL_LENGTH = 512
-SHARED = 64  # a common prefix of at least this many tokens is computed only once
+LOGITS = memory.EVALUATION_LOGITS
 
 
 @dataclass(frozen=True)
@@ -49,20 +47,19 @@ def mean_loss(losses: list[RowLoss]) -> float:
 def heldout_losses(
     model: Any, examples: list[Example], device: Device, batch_size: int = memory.MOST_ROWS
 ) -> list[RowLoss]:
-    """Loss of every row, in the given order. Keeps the model's mode and draws no random numbers."""
+    """Loss of every row, in the given order, from the logits of the model's own forward pass.
+
+    Keeps the model's mode and draws no random numbers.
+    """
     was_training = model.training
     model.eval()
     # Rows of similar length go together, which saves padding. Padding does not change a loss.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
     losses: dict[int, RowLoss] = {}
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    shared = _shared(examples)
     with torch.inference_mode(), autocast(device):
-        read = _read(inner, examples[0].input_ids[:shared]) if shared else None
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            batch_losses = _batch_losses(inner, [examples[i] for i in batch], shared, read)
-            losses |= dict(zip(batch, batch_losses, strict=True))
+            losses |= dict(zip(batch, _batch_losses(model, [examples[i] for i in batch]), strict=True))
     model.train(was_training)
     return [losses[index] for index in range(len(examples))]
 
@@ -78,56 +75,28 @@ def eval_batch_sizes(config: Config, device: Device) -> tuple[int, int]:
     return memory.rows_at_once(load), memory.answers_at_once(load)
 
 
-def _shared(examples: list[Example]) -> int:
-    """Length of the rows' common untrained prefix, such as examples in the prompt; 0 if it is short."""
-    first = min(next((i for i, label in enumerate(e.labels) if label != IGNORE), 0) for e in examples)
-    columns = zip(*(example.input_ids for example in examples), strict=False)
-    alike = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-    shared = min(alike, first - 1)  # the first token of a row's own part is not predicted
-    return shared if shared >= SHARED else 0
-
-
-def _read(inner: Any, ids: list[int]) -> DynamicCache:
-    """The model's keys and values of a common prefix."""
-    where = inner.get_input_embeddings().weight.device
-    cache = DynamicCache()
-    decoder = inner.get_decoder()
-    decoder(input_ids=torch.tensor([ids], device=where), use_cache=True, **{answers.cache_argument(decoder): cache})
-    return cache
-
-
-def _batch_losses(inner: Any, batch: list[Example], shared: int, read: DynamicCache | None) -> list[RowLoss]:
-    """Losses of a batch. Only trained positions go through the output head, the most expensive layer. `read` caches
-    the first `shared` tokens.
-    """
-    where = inner.get_input_embeddings().weight.device
-    ids = _pad([example.input_ids[shared:] for example in batch], 0).to(where)
-    labels = _pad([example.labels[shared:] for example in batch], IGNORE).to(where)[:, 1:]
-    mask = _pad([[1] * len(example.input_ids) for example in batch], 0).to(where)
-    decoder, before = inner.get_decoder(), {}
-    if read is not None:
-        copied = copy.deepcopy(read)  # the model appends to it
-        copied.batch_repeat_interleave(len(batch))
-        before = {answers.cache_argument(decoder): copied}
-    hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False, **before).last_hidden_state
-    wanted, part = labels != IGNORE, memory.EVALUATION_LOGITS
-    states, targets = hidden[:, :-1][wanted], labels[wanted]
-    token_losses = torch.cat(
-        [
-            torch.nn.functional.cross_entropy(inner.get_output_embeddings()(chunk).float(), target, reduction="none")
-            for chunk, target in zip(states.split(part), targets.split(part), strict=True)
-        ]
-    ).cpu()
-    counts = wanted.sum(dim=1).tolist()
-    sums = [part.double().sum().item() for part in token_losses.split(counts)]
-    return [RowLoss(e.row.id, s, n, answer_bytes(e)) for e, s, n in zip(batch, sums, counts, strict=True)]
+def _batch_losses(model: Any, batch: list[Example]) -> list[RowLoss]:
+    """Losses of a batch. Padding is on the right, so no token of a row sees it."""
+    where = model.get_input_embeddings().weight.device
+    ids = _pad([example.input_ids for example in batch], 0).to(where)
+    labels = _pad([[*example.labels[1:], IGNORE] for example in batch], IGNORE).to(where)
+    columns = (labels != IGNORE).any(dim=0).nonzero().flatten()
+    logits = forward.logits_at(model, ids, columns)
+    rows = []
+    for example, row_logits, row_labels in zip(batch, logits, labels[:, columns], strict=True):
+        trained = row_labels != IGNORE
+        parts = zip(row_logits[trained].split(LOGITS), row_labels[trained].split(LOGITS), strict=True)
+        sums = [torch.nn.functional.cross_entropy(part.float(), wanted, reduction="none") for part, wanted in parts]
+        total = torch.cat(sums).double().sum().item() if sums else 0.0
+        rows.append(RowLoss(example.row.id, total, int(trained.sum()), answer_bytes(example)))
+    return rows
 
 
 def answer_bytes(example: Example) -> int:
     """UTF-8 bytes of the answers; 0 for a truncated row."""
     if example.cut:
         return 0
-    return sum(len(turn["content"].encode()) for turn in example.row.messages if turn["role"] == "assistant")
+    return sum(len(turn["content"].encode()) for turn in example.row.answers)
 
 
 def _pad(rows: list[list[int]], filler: int) -> torch.Tensor:
@@ -147,12 +116,12 @@ def general_examples(config: Config, tokenizer: Any) -> list[Example]:
 def choose_shots(data: Data) -> Shots:
     """Question and answer of three short training rows; the same for any number of training rows."""
     short = sorted(data.cleaned.train[:SHOTS_FROM], key=lambda item: (item.tokens, item.row.id))
-    return tuple(turn for item in short[:SHOTS] for turn in item.row.messages[:2])
+    return tuple(turn for item in short[:SHOTS] for turn in item.row.rounds[0])
 
 
 def after_shots(example: Example, shots: Shots, config: Config, tokenizer: Any) -> Example:
     """The row at the end of a conversation that begins with the shots. The same tokens count as without them."""
-    whole = replace(example.row, messages=(*shots, *example.row.messages))
+    whole = replace(example.row, messages=answers.with_shots(example.row.messages, shots))
     (longer,) = prompts.encode([whole], config.replace(max_length=10**6), tokenizer)
     ids = longer.input_ids[: len(longer.input_ids) - example.cut]
     first = next(i for i, label in enumerate(example.labels) if label != IGNORE)

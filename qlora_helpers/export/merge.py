@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from qlora_helpers import files
 from qlora_helpers.config import Config
-from qlora_helpers.data import chat_template
+from qlora_helpers.data import chat_template, rendering
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import model_card
 from qlora_helpers.models import hub, qlora, safetensors_io
@@ -89,7 +89,7 @@ def merge(source: Source, out: Path) -> None:
     out.mkdir(parents=True)
     _merge_weights(source, out)
     tokenizer = hub.saved_tokenizer(source.run.adapter)
-    stops = chat_template.stops(source.config, tokenizer)
+    stops = rendering.end_tokens(source.config, tokenizer)
     tokenizer.chat_template = chat_template.chat_template(source.config, tokenizer)
     tokenizer.save_pretrained(out)
     _write_configs(source, out, tokenizer, stops)

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 
 from qlora_helpers.config import Config
-from qlora_helpers.data import chat_template, prompts, sources
+from qlora_helpers.data import prompts, rendering, sources
 from qlora_helpers.device import GIB, Device, detect
 from qlora_helpers.errors import UserError
 from qlora_helpers.export.merge import Source
@@ -126,13 +126,12 @@ def adapter_responses(source: Source, device: Device, questions: Sequence[str]) 
     config = source.config.replace(quantization="none")
     tokenizer = hub.saved_tokenizer(source.run.adapter)
     turns = [({"role": "user", "content": question},) for question in questions]
-    encoded = [prompts.tokenize([prompts.render_prompt(t, config, tokenizer)], tokenizer) for t in turns]
-    ids = [entry["input_ids"][0] for entry in encoded]
+    ids, _ = prompts.tokenize([rendering.render_prompt(t, config, tokenizer) for t in turns], tokenizer)
     context = json.loads((source.base / "config.json").read_text("utf-8")).get("max_position_embeddings")
     for question, prompt in zip(questions, ids, strict=True):
         prompts.check_context(question, len(prompt), NEW_TOKENS, context, "ask a shorter one")
     model = qlora.load_adapter(qlora.load_base(config, device), source.run.adapter)
-    answers = _answers(model, ids, chat_template.stops(config, tokenizer))
+    answers = _answers(model, ids, rendering.end_tokens(config, tokenizer))
     return [
         Response(prompt, answer, stopped, _logprobs(model, prompt, answer))
         for prompt, (answer, stopped) in zip(ids, answers, strict=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_helpers import files
-from qlora_helpers.data import chat_template
+from qlora_helpers.data import chat_template, rendering
 from qlora_helpers.errors import UserError
 from qlora_helpers.export import gguf, merge, parity
 from qlora_helpers.export.merge import Source
@@ -62,7 +62,7 @@ def verify(source: Source, exports: dict[str, Path]) -> list[Parity]:
     device = parity.choose_device(source.base)
     questions = parity.questions()
     reference = parity.adapter_responses(source, device, questions)
-    ends = chat_template.stops(source.config, hub.saved_tokenizer(source.run.adapter))
+    ends = rendering.end_tokens(source.config, hub.saved_tokenizer(source.run.adapter))
     return [parity.compare(name, path, reference, questions, device, ends) for name, path in exports.items()]
 
 

@@ -124,17 +124,32 @@ def _bundled_folder() -> Path:
     return bundled.fetch()
 
 
+@cache
+def generation_ends(config: Config) -> tuple[int, ...]:
+    """Return the ids of the tokens at which the model's generation config stops; none if the model has no such file."""
+    from transformers import GenerationConfig
+
+    try:
+        ends = from_pretrained(GenerationConfig, config).eos_token_id
+    except UserError:
+        return ()
+    return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+
+
 def load_tokenizer(config: Config) -> Any:
     """Load the tokenizer of the configured model.
 
-    A tokenizer without a padding token pads with its end token. This is safe because the labels and the attention mask
-    exclude padding.
+    A tokenizer without a padding token pads with its end token, or with its first token if it has neither. This is
+    safe because the labels and the attention mask exclude padding. Raises `UserError` if the tokenizer does not tell
+    where its tokens are in a text.
     """
     from transformers import AutoTokenizer
 
     tokenizer = from_pretrained(AutoTokenizer, config)
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    if not tokenizer.is_fast:
+        raise UserError(f"tokenizer: {config.model} has no fast tokenizer. Fix: use a model with a tokenizer.json.")
     return tokenizer
 
 
