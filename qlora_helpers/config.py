@@ -114,6 +114,7 @@ class Config:
     seconds_per_step: float | None = _field(
         None, "measured with the profile's model; None: estimated", low=0, identity=False
     )
+    max_thinking_tokens: int = _field(512, "additional tokens per answer with thinking=True", low=0, identity=False)
     max_new_tokens: int = _field(128, "maximum number of tokens per answer", low=1, identity=False)
     seed: int = _field(0, "seed of adapter weights, row order and dropout", low=0)
 

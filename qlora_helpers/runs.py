@@ -84,7 +84,7 @@ class RunFolder:
     def config(self) -> Config:
         """Return the config of the run. Raises `UserError` if another version of this package wrote it."""
         try:
-            return Config(**self.read("config.json")["config"])
+            return Config(**self.read("config.json")["config"]).replace()
         except TypeError:
             raise UserError(
                 f"run folder: {self.path} was written by another version of qlora_helpers. Fix: train it again."

@@ -17,7 +17,7 @@ def chat_template(config: Config, tokenizer: Any) -> str:
     """Return a Jinja chat template that renders conversations as in training, including the start token."""
     start = "{{ bos_token }}" if starts_with_bos(tokenizer) else ""
     if config.template != "auto":
-        return start + _builtin_template(config.template)
+        return start + _builtin_template(config)
     template = tokenizer.get_chat_template()
     if rendering.render_prompt(_turns(USER_1), config, tokenizer).startswith(tokenizer.bos_token or USER_1):
         start = ""  # the template already writes it
@@ -27,15 +27,19 @@ def chat_template(config: Config, tokenizer: Any) -> str:
     return start + template
 
 
-def _builtin_template(template: str) -> str:
+def _builtin_template(config: Config) -> str:
     """Convert a built-in template to Jinja. The markers come from the code that renders the training rows."""
+    template = config.template
+    system = f"{config.system}\n\n" if config.system else ""
     whole = rendering.render_question({"role": "user", "content": USER_1, "input": INPUT}, template)
     head, rest = whole.split(USER_1)
     between, tail = rest.split(INPUT)
-    message = f"the {template} template has turns of user and assistant only"
+    message = f"the {template} template has turns of system, user and assistant only"
     return (
-        "{% for message in messages %}{% if message['role'] == 'user' %}"
-        f"{{{{ {head!r} + message['content'] }}}}"
+        f"{{% set ns = namespace(system={system!r}) %}}{{% for message in messages %}}"
+        "{% if message['role'] == 'system' %}{% set ns.system = message['content'] + '\n\n' %}"
+        f"{{% elif message['role'] == 'user' %}}{{{{ {head!r} + ns.system + message['content'] }}}}"
+        "{% set ns.system = '' %}"
         f"{{% if message['input'] %}}{{{{ {between!r} + message['input'] }}}}{{% endif %}}"
         f"{{{{ {tail!r} }}}}"
         "{% elif message['role'] == 'assistant' %}"

@@ -262,24 +262,46 @@ class ChatTemplate:
         ]
 
     def _turns(self, messages: Turns) -> list[Message]:
-        """Return the turns as the template takes them: inputs joined to their questions, and the system prompt first."""
-        own_system = any(turn["role"] == "system" for turn in messages)
-        head = [{"role": "system", "content": self.config.system}] if self.config.system and not own_system else []
-        return [*head, *(_with_input(turn) for turn in messages)]
+        """Return the turns as the template takes them: inputs joined to their questions, and the system prompt first.
+
+        Where the template has no place for a system prompt, it goes before the first question.
+        """
+        turns = [_with_input(turn) for turn in messages]
+        if self.config.system and not any(turn["role"] == "system" for turn in turns):
+            turns.insert(0, {"role": "system", "content": self.config.system})
+        if len(turns) > 1 and turns[0]["role"] == "system" and not self._takes_system:
+            system, asked, *rest = turns
+            turns = [system | asked | {"content": f"{system['content']}\n\n{asked['content']}"}, *rest]
+        return turns
+
+    @cached_property
+    def _takes_system(self) -> bool:
+        """Whether the template shows a system turn."""
+        try:
+            return 0 in self._frame(("system", "user", "assistant")).order
+        except UnplacedAnswer:
+            return False
 
     def _apply(self, turns: list[Message], **options: Any) -> str:
         tools = next((json.loads(turn["tools"]) for turn in turns if turn.get("tools")), None)
         given = [{key: value for key, value in turn.items() if key not in ("learn", "tools")} for turn in turns]
-        pinned = date.fromisoformat(self.config.template_date)
         source = self.tokenizer.get_chat_template(tools=tools)
         # Dates are pinned, so that a run resumed on another day trains on the same text.
-        options["chat_template"] = TODAY.sub(lambda call: repr(pinned.strftime(call[2])), source)
+        options["chat_template"] = TODAY.sub(lambda call: repr(self._today.strftime(call[2])), source)
         if self.config.thinking is not None:
             options["enable_thinking"] = self.config.thinking
         try:
             return str(self.tokenizer.apply_chat_template(given, tools=tools, tokenize=False, **options))
         except Exception as error:  # a template can raise many kinds of jinja errors
             raise UnplacedAnswer(f"the chat template refuses these turns ({str(error).splitlines()[0]})") from None
+
+    @cached_property
+    def _today(self) -> date:
+        try:
+            return date.fromisoformat(self.config.template_date)
+        except ValueError:
+            given = self.config.template_date
+            raise UserError(f"template_date: '{given}' is not a date. Fix: write it as 2026-01-01.") from None
 
     def _frame(self, roles: tuple[str, ...], **options: Any) -> Frame:
         """Return what the template writes around turns with these roles. Raises `UnplacedAnswer`."""

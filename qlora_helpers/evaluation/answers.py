@@ -26,12 +26,9 @@ Shots = tuple[Message, ...]
 def heldout_prompts(heldout: list[Example], number: int) -> list[dict[str, Any]]:
     """Prompts to answer: two published questions, then the last question of each of `number` held-out rows.
 
-    `turns` is the conversation up to the answer, as in training: with system prompt, input and earlier rounds.
+    A held-out row is asked as it is trained: `turns` are its system prompt, input and earlier rounds.
     """
-    asked = [
-        {"prompt": prompt, "reference": None, "turns": [{"role": "user", "content": prompt}]}
-        for prompt in PUBLISHED_PROMPTS
-    ]
+    asked: list[dict[str, Any]] = [{"prompt": prompt, "reference": None} for prompt in PUBLISHED_PROMPTS]
     for example in heldout[:number]:
         *turns, answer = example.row.messages
         question = next(turn for turn in reversed(turns) if turn["role"] == "user")
@@ -49,12 +46,13 @@ def generate(
     shots: Shots = (),
     batch_size: int = MOST_ANSWERS,
 ) -> list[dict[str, Any]]:
-    """Greedy answers to each prompt; `shots` are example turns that precede it.
+    """Greedy answers to each prompt, or to the conversation in `turns`; `shots` are example turns that precede it.
 
-    Adds to each entry: `answer`; `stopped`, whether the model ended it within `max_new_tokens`; `invented`, whether the
+    Adds to each entry: `answer`; `thought`, what the model wrote as a thought before it; `stopped`, whether the model ended it within `max_new_tokens`; `invented`, whether the
     model continued with a turn of someone else; `tokens`, the length of the answer.
     """
-    texts = [rendering.render_prompt(with_shots(entry["turns"], shots), config, tokenizer) for entry in asked]
+    turns = [entry.get("turns") or [{"role": "user", "content": entry["prompt"]}] for entry in asked]
+    texts = [rendering.render_prompt(with_shots(one, shots), config, tokenizer) for one in turns]
     reader = AnswerReader(config, tokenizer)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # similar lengths together: less padding
     was_training, side = model.training, tokenizer.padding_side
@@ -65,7 +63,8 @@ def generate(
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             outputs = _continue(model, tokenizer, config, device, [texts[i] for i in part], reader.ends)
-            answered |= {i: asked[i] | reader.read(ids) for i, ids in zip(part, outputs, strict=True)}
+            for i, ids in zip(part, outputs, strict=True):
+                answered[i] = {"prompt": asked[i]["prompt"], "reference": asked[i]["reference"], **reader.read(ids)}
     finally:  # the tokenizer is shared by all runs of a notebook
         tokenizer.padding_side = side
         model.train(was_training)
@@ -93,7 +92,7 @@ def _continue(
     with torch.inference_mode(), autocast(device):
         output = model.generate(
             **batch,
-            max_new_tokens=config.max_new_tokens,
+            max_new_tokens=config.max_new_tokens + (config.max_thinking_tokens if config.thinking else 0),
             do_sample=False,
             eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id,

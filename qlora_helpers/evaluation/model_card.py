@@ -42,7 +42,7 @@ Base model: {name}{revision}.
 {REQUANTIZED if config.model == BUNDLED_MODEL else ""}
 Trained on {metrics["train_rows"]} conversations for {metrics["epochs"]} epochs ({metrics["steps"]} steps at an
 effective batch of {config.effective_batch}) on {metrics["device"]}, in {metrics["compute_dtype"]}, with seed
-{metrics["seed"]}. Base model stored as {config.quantization}; r = {config.rank}, alpha = {config.alpha}, on
+{metrics["seed"]}. Base model stored as {_stored(config, model)}; r = {config.rank}, alpha = {config.alpha}, on
 {", ".join(config.target_modules)}: {metrics["trainable_parameters"]:,} trainable parameters.
 
 Data: {dataset} (fingerprint {data["source_fingerprint"]}), rows in the format `{config.template}`,
@@ -79,6 +79,11 @@ def _header(config: Config, license: dict[str, Any], merged: bool) -> str:
         pipeline_tag="text-generation" if merged else None,
         **license,
     ).to_yaml()
+
+
+def _stored(config: Config, model: dict[str, Any]) -> str:
+    share = model.get("four_bit_share")
+    return f"{config.quantization} ({share:.1%} of the weights outside its embeddings)" if share else config.quantization
 
 
 def _change(run: RunFolder, metrics: dict[str, Any], manifest: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from qlora_helpers.errors import UserError
 from qlora_helpers.models.hub import from_pretrained
 
 ALL_LINEAR = ("all-linear",)
+MIN_SHARE = 0.9  # of the weights outside the embeddings; norms, biases and short convolutions stay in 16 bits
 
 hf_logging.disable_progress_bar()  # hides the bar for reading weights; downloads keep theirs
 
@@ -30,7 +31,7 @@ def load_base(config: Config, device: Device) -> Any:
     Weights that are not quantized to 4 bits are stored in 16 bits. If the device computes in float32, as most CPUs do,
     these weights are converted once, here. Their values stay the same, and no conversion is needed at each use.
 
-    Raises `UserError` if the model cannot be loaded.
+    Raises `UserError` if the model cannot be loaded, or if it is not stored as the config says.
     """
     keep_freed_memory(device)
     dtype = getattr(torch, device.dtype)
@@ -50,11 +51,45 @@ def load_base(config: Config, device: Device) -> Any:
         device_map={"": 0} if device.kind == "cuda" else None,
         use_safetensors=True,
     )
+    check_quantized(base, config)
     _compute_in(base, dtype)
     _keep_trainable_on_cpu(base)
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     return base.eval()
+
+
+def check_quantized(base: Any, config: Config) -> None:
+    """Raise `UserError` unless the model is stored as `config.quantization` says.
+
+    bitsandbytes quantizes linear layers only: experts stored as one three-dimensional tensor stay in 16 bits. A model
+    that was saved in 4 bits keeps the type that it was saved with.
+    """
+    types = {m.weight.quant_state.quant_type for m in base.modules() if isinstance(m, bnb.nn.Linear4bit)}
+    wanted = set() if config.quantization == "none" else {config.quantization}
+    if types - wanted:
+        stored = " and ".join(sorted(types))
+        raise UserError(
+            f"quantization: {config.model} is stored in {stored}, not {config.quantization}. Fix: quantization={stored}."
+        )
+    share = four_bit_share(base)
+    if wanted and share < MIN_SHARE:
+        raise UserError(
+            f"quantization: only {share:.0%} of the weights of {config.model} outside its embeddings can be stored in "
+            "4 bits; its other weights are not in linear layers. Fix: quantization=none, or another model."
+        )
+
+
+def four_bit_share(base: Any) -> float:
+    """Return the share of the weights stored in 4 bits, among those outside the embeddings and the output head."""
+    head = base.get_output_embeddings()
+    apart = [m for m in base.modules() if isinstance(m, torch.nn.Embedding) or m is head]
+    excluded = {id(parameter) for module in apart for parameter in module.parameters()}
+    sizes = {False: 0, True: 0}
+    for parameter in base.parameters():
+        if id(parameter) not in excluded:
+            sizes[getattr(parameter, "quant_state", None) is not None] += true_size(parameter)
+    return sizes[True] / max(sum(sizes.values()), 1)
 
 
 def _compute_in(base: Any, dtype: torch.dtype) -> None:

@@ -20,7 +20,7 @@ from qlora_helpers.device import Device, forget_peak, limit_memory, peak_memory_
 from qlora_helpers.evaluation import losses, model_card
 from qlora_helpers.evaluation.context import RunContext
 from qlora_helpers.evaluation.losses import RowLoss
-from qlora_helpers.models import hub, safetensors_io
+from qlora_helpers.models import hub, qlora, safetensors_io
 from qlora_helpers.models.qlora import attach_lora, check_targets, load_base, save_biases, train_in_float32
 from qlora_helpers.planning import compute_dtype
 from qlora_helpers.runs import RunFolder
@@ -226,6 +226,7 @@ def _write_manifest(context: RunContext, base: Any) -> None:
         "name": config.model,
         "revision": None if hub.is_local(config) else getattr(base.config, "_commit_hash", None) or config.revision,
         "fingerprint": safetensors_io.fingerprint(hub.model_folder(config)) if hub.is_local(config) else None,
+        "four_bit_share": round(qlora.four_bit_share(base), 4),
     }
     content["baseline"] = losses.baseline_folder(config, context.data, context.device, run.path.parent).name
     files.write_json(run / "manifest.json", content)

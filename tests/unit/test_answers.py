@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from qlora_helpers.data import schema
+from qlora_helpers.data import prompts, schema
 from qlora_helpers.evaluation import answers
 
 
@@ -35,9 +35,9 @@ def test_an_answer_ends_at_the_first_end_token(config, device, tokenizer):
     fixed = Fixed([[word, end, end], [word, word, word], [end, word, word]])
     said = answers.generate(fixed, tokenizer, config, device, asked("x", "y", "z"))
     assert said == [
-        {"prompt": "x", "reference": "r", "answer": "a", "stopped": True, "invented": False, "tokens": 1},
-        {"prompt": "y", "reference": "r", "answer": "aaa", "stopped": False, "invented": False, "tokens": 3},
-        {"prompt": "z", "reference": "r", "answer": "", "stopped": True, "invented": False, "tokens": 0},
+        {"prompt": "x", "reference": "r", "answer": "a", "thought": "", "stopped": True, "invented": False, "tokens": 1},
+        {"prompt": "y", "reference": "r", "answer": "aaa", "thought": "", "stopped": False, "invented": False, "tokens": 3},
+        {"prompt": "z", "reference": "r", "answer": "", "thought": "", "stopped": True, "invented": False, "tokens": 0},
     ]
 
 
@@ -54,6 +54,38 @@ def test_answers_alone_and_in_a_batch_are_the_same(setup, config, device, tokeni
     assert all(a["tokens"] == config.max_new_tokens or a["stopped"] for a in alone)
     assert built.training
     assert tokenizer.padding_side == "right"
+
+
+def test_a_thought_is_no_part_of_the_answer(config, device, tokenizer):
+    """Not if it is closed, not if it is empty, and not if the limit cuts it off."""
+    texts = ["<think>\nHm.\n</think>\n\nBlue.", "<think>\n\n</think>\n\nBlue.", "<think> Hm.", "Hm.</think>Blue.", "Blue."]
+    reader = answers.AnswerReader(config, tokenizer)
+    read = [reader.read(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    assert [one["answer"] for one in read] == ["Blue.", "Blue.", "", "Blue.", "Blue."]
+    assert [one["thought"] for one in read] == ["Hm.", "", "Hm.", "Hm.", ""]
+
+
+def test_rows_are_asked_as_they_are_trained(config, device, tokenizer, make_row, monkeypatch):
+    """With system prompt, input and earlier rounds: the prompt is the beginning of the training text."""
+    messages = (
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Add", "input": "2, 3"},
+        {"role": "assistant", "content": "5"},
+        {"role": "user", "content": "And 4?"},
+        {"role": "assistant", "content": "9"},
+    )
+    seen = []
+    monkeypatch.setattr(answers, "_continue", lambda *given: seen.append(given[4]) or [[1]] * len(given[4]))
+    for template in ("guanaco", "instruction", "auto"):
+        own = config.replace(template=template)
+        (example,) = prompts.encode([schema.Row(messages, "line 1")], own, tokenizer)
+        asked_row = answers.heldout_prompts([example], 1)[2]
+        assert (asked_row["prompt"], asked_row["reference"]) == ("And 4?", "9")
+        (answered,) = answers.generate(torch.nn.Identity(), tokenizer, own, device, [asked_row])
+        assert list(answered) == ["prompt", "reference", "answer", "thought", "stopped", "invented", "tokens"]
+        ((text,),) = seen[-1:]
+        assert example.text.startswith(text)
+        assert text.count("5") and "Be kind." in text and "2, 3" in text
 
 
 def test_what_is_asked(setup):

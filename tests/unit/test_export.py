@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_helpers import UserError, files
 from qlora_helpers.__main__ import main
-from qlora_helpers.data import chat_template, prompts
+from qlora_helpers.data import chat_template, prompts, rendering
 from qlora_helpers.export import gguf as export_gguf
 from qlora_helpers.export import merge, parity, pipeline
 from qlora_helpers.models import bundled, hub, qlora, safetensors_io
@@ -230,7 +230,7 @@ def test_modelfile_writes_the_format_of_training(config, tokenizer, make_row, te
     go = go.replace("{{ end }}", "{% endif %}")
     row = make_row("What?", "It.", "Why?")
     got = jinja2.Environment(keep_trailing_newline=True).from_string(go).render(messages=row.messages)
-    assert got == prompts.render_prompt(row.messages, own, tokenizer)
+    assert got == rendering.render_prompt(row.messages, own, tokenizer)
     assert 'PARAMETER stop "</s>"' in text
     assert "PARAMETER repeat_penalty 1.0" in text  # otherwise Ollama would give other answers than those compared
     assert "FROM ./model-f16.gguf" in text

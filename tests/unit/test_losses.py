@@ -8,7 +8,6 @@ import torch
 from qlora_helpers.data import cleaning, prompts
 from qlora_helpers.evaluation import losses
 from qlora_helpers.evaluation.losses import RowLoss
-from qlora_helpers.planning import memory
 
 
 def one_by_one(built, examples):
@@ -32,31 +31,6 @@ def test_losses_equal_a_plain_loop(setup, device, batch_size):
     assert [row.loss_sum / row.tokens for row in got] == pytest.approx([loss for loss, _ in want], abs=1e-4)
 
 
-@pytest.mark.parametrize("template", ["guanaco", "auto"])
-def test_a_beginning_that_all_rows_share_is_read_once(setup, config, device, tokenizer, template):
-    """Examples in the prompt: one pass over them, and the losses of a plain loop over the whole rows."""
-    built, examples = setup
-    shots = (
-        {"role": "user", "content": "One?"},
-        {"role": "assistant", "content": "Two, and then some more words."},
-    ) * 4
-    own = config.replace(template=template, max_length=400)
-    plain = list(prompts.encode([example.row for example in examples], own, tokenizer))
-    longer = [losses.after_shots(example, shots, own, tokenizer) for example in plain]
-    seen = []
-    hook = built.get_input_embeddings().register_forward_hook(lambda m, args, out: seen.append(out.shape[:2]))
-    got = losses.heldout_losses(built, longer, device, batch_size=3)
-    hook.remove()
-    want = one_by_one(built, longer)
-    assert [row.tokens for row in got] == [tokens for _, tokens in want]
-    assert [row.loss_sum / row.tokens for row in got] == pytest.approx([loss for loss, _ in want], abs=1e-4)
-    (one, shared), *batches = seen
-    assert one == 1
-    assert shared >= losses.SHARED
-    assert max(width for _, width in batches) == max(len(example.input_ids) for example in longer) - shared
-    assert sum(rows for rows, _ in batches) == len(longer)
-
-
 def test_what_is_trained_is_never_passed_over(setup, device):
     """Rows that share trained tokens, or nothing else: all of these count."""
     built, examples = setup
@@ -75,7 +49,7 @@ def test_what_is_trained_is_never_passed_over(setup, device):
 def test_more_tokens_than_go_through_the_head_at_once(setup, device, monkeypatch):
     built, examples = setup
     whole = losses.heldout_losses(built, examples, device)
-    monkeypatch.setattr(memory, "EVALUATION_LOGITS", 7)
+    monkeypatch.setattr(losses, "LOGITS", 7)
     parts = losses.heldout_losses(built, examples, device)
     assert [row.loss_sum for row in parts] == pytest.approx([row.loss_sum for row in whole], rel=1e-5)
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
 from qlora_helpers import UserError, files
-from qlora_helpers.data import chat_template, prompts
+from qlora_helpers.data import chat_template, prompts, rendering
 from qlora_helpers.export import merge
 from qlora_helpers.models import qlora
 from qlora_helpers.runs import RunFolder
@@ -72,14 +72,21 @@ def test_chat_template_writes_the_format_of_training(config, tokenizer, make_row
     got = tokenizer.apply_chat_template(list(row.messages), chat_template=text)["input_ids"]
     assert got == example.input_ids
     prompt = tokenizer.apply_chat_template(list(row.messages[:1]), chat_template=text, add_generation_prompt=True)
-    want = prompts.render_prompt(row.messages[:1], own, tokenizer)
-    assert prompt["input_ids"] == prompts.tokenize([want], tokenizer)["input_ids"][0]
+    want = rendering.render_prompt(row.messages[:1], own, tokenizer)
+    assert prompt["input_ids"] == prompts.tokenize([want], tokenizer)[0][0]
 
 
-def test_template_without_system_turn_raises(config, tokenizer):
-    text = chat_template.chat_template(config, tokenizer)
-    with pytest.raises(Exception, match="turns of user and assistant only"):
-        tokenizer.apply_chat_template([{"role": "system", "content": "x"}], chat_template=text)
+@pytest.mark.parametrize("template", ["guanaco", "instruction"])
+def test_exported_template_writes_system_prompts_as_in_training(config, tokenizer, template):
+    """The configured one, or that of the conversation; it has no place for tools."""
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    for system, head in ((None, []), ("Be kind.", []), ("Be kind.", [{"role": "system", "content": "Be brief."}])):
+        own = config.replace(template=template, system=system)
+        want, _ = rendering.render((*head, *turns), own, tokenizer)
+        text = chat_template.chat_template(own, tokenizer)
+        assert tokenizer.apply_chat_template([*head, *turns], tokenize=False, chat_template=text).endswith(want)
+    with pytest.raises(Exception, match="turns of system, user and assistant only"):
+        tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], chat_template=text)
 
 
 def test_merged_folder_loads_in_plain_transformers(make_run, bases, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from qlora_helpers import UserError, files
 from qlora_helpers.chat import panel, side_by_side
 from qlora_helpers.chat.side_by_side import Table
-from qlora_helpers.data import chat_template, prompts, sources
+from qlora_helpers.data import chat_template, prompts, rendering, sources
 from qlora_helpers.device import detect
 from qlora_helpers.evaluation.comparison import BASE
 from qlora_helpers.models import qlora
@@ -82,8 +82,8 @@ def test_answers_in_steps_equal_those_of_a_single_call(make_runs, quantization, 
         ids = {}
         for name, config in loaded.configs.items():
             turns = (*talk.turns[name], {"role": "user", "content": question})
-            text = prompts.render_prompt(turns, config, tokenizer)
-            ids[name] = prompts.tokenize([text], tokenizer, return_tensors="pt")["input_ids"]
+            text = rendering.render_prompt(turns, config, tokenizer)
+            ids[name] = torch.tensor(prompts.tokenize([text], tokenizer)[0])
         assert finish(talk.ask(f"  {question}\n")) >= 3
         for name, prompt in ids.items():
             expected[name] = alone(experiments, name, prompt)
@@ -112,7 +112,7 @@ def test_answer_stops_at_the_end_token(loaded, talk, monkeypatch):
     ids = talk._prompt("exp1", ({"role": "user", "content": "Why?"},))
     (*_, full) = talk._tokens("exp1", ids, 0.0)
     end = next(n for n, token in enumerate(full) if n and token not in full[:n])
-    monkeypatch.setattr(chat_template, "stops", lambda config, tokenizer: [full[end]])
+    monkeypatch.setattr(rendering, "end_tokens", lambda config, tokenizer: [full[end]])
     (*_, short) = talk._tokens("exp1", ids, 0.0)
     assert short == full[: end + 1]
 

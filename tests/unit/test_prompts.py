@@ -3,7 +3,7 @@
 import pytest
 
 from qlora_helpers import Config, UserError
-from qlora_helpers.data import prompts
+from qlora_helpers.data import prompts, rendering
 
 TWO_ROUNDS = (("Hi there", "Hello!", "And now?", "Bye."), "")
 WITH_INPUT = (("Add these", "5"), "2, 3")
@@ -82,8 +82,8 @@ def test_the_answer_starts_where_the_generation_prompt_ends(words, make_row, cas
     config = Config(template=template)
     example = encode(row, words, template=template)
     for asked in range(1, len(turns), 2):
-        prompt = prompts.render_prompt(row.messages[:asked], config, words)
-        (prompt_ids,) = prompts.tokenize([prompt], words)["input_ids"]
+        prompt = rendering.render_prompt(row.messages[:asked], config, words)
+        (prompt_ids,), _ = prompts.tokenize([prompt], words)
         assert example.input_ids[: len(prompt_ids)] == prompt_ids
         assert example.labels[len(prompt_ids) - 1] == -100
         assert example.labels[len(prompt_ids)] != -100
@@ -91,11 +91,11 @@ def test_the_answer_starts_where_the_generation_prompt_ends(words, make_row, cas
 
 def test_the_templates_are_rendered_as_published(tokenizer, make_row):
     row = make_row("Q", "A", given="I")
-    assert prompts.render(row.messages, Config(), tokenizer)[0] == "### Human: Q\n\nI### Assistant: A</s>"
-    text = prompts.render(row.messages, Config(template="instruction"), tokenizer)[0]
+    assert rendering.render(row.messages, Config(), tokenizer)[0] == "### Human: Q\n\nI### Assistant: A</s>"
+    text = rendering.render(row.messages, Config(template="instruction"), tokenizer)[0]
     assert text == "### Instruction:\nQ\n\n### Input:\nI\n\n### Response:\nA</s>"
     system = Config(template="auto", system="Be kind.")
-    assert prompts.render(row.messages, system, tokenizer)[0].startswith("<|im_start|>system\nBe kind.</s>\n")
+    assert rendering.render(row.messages, system, tokenizer)[0].startswith("<|im_start|>system\nBe kind.</s>\n")
 
 
 def test_spaces_are_trained_even_if_the_offsets_exclude_them(make_row, make_tokenizer):
@@ -116,7 +116,7 @@ def test_without_rows_there_are_no_examples(tokenizer):
     [
         (None, "no chat template"),
         ("{{ raise_exception('roles must alternate') }}", "refuses these turns"),
-        ("{% for m in messages %}{{ loop.length }}{{ m['content'] }}{% endfor %}", "rewrites earlier turns"),
+        ("{% for m in messages %}{{ loop.index }}{% endfor %}", "does not show an answer"),
     ],
 )
 def test_an_unusable_chat_template_is_an_error(make_row, make_tokenizer, template, says):
@@ -176,14 +176,14 @@ def test_every_family_trains_answers_with_end_tokens_and_has_one_start_token(mak
     assert trained_text(example, tokenizer) == want
     assert example.input_ids.count(tokenizer.bos_token_id) == 1
     assert example.input_ids[0] == tokenizer.bos_token_id
-    assert not example.straddling
+    assert example.problem is None
 
 
 def test_a_model_without_a_chat_template_can_use_the_built_in_templates(make_tokenizer, make_row):
     """Such as BLOOM: `auto` raises an error, and the published templates work."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = None
-    assert prompts.template_warning(Config(), tokenizer) is None
+    assert rendering.template_warnings(Config(), tokenizer) == []
     for template in ("guanaco", "instruction"):
         assert encode(make_row("Hi", "Hello"), tokenizer, template=template).trained
     with pytest.raises(UserError, match="no chat template"):
@@ -191,13 +191,14 @@ def test_a_model_without_a_chat_template_can_use_the_built_in_templates(make_tok
 
 
 def test_replacing_the_models_own_template_gives_a_warning(tokenizer):
-    assert "must be prompted in that format" in prompts.template_warning(Config(template="instruction"), tokenizer)
-    assert prompts.template_warning(Config(template="auto"), tokenizer) is None
+    assert "must be prompted in that format" in rendering.template_warnings(Config(template="instruction"), tokenizer)[0]
+    assert rendering.template_warnings(Config(template="auto"), tokenizer) == []
 
 
 def test_a_token_that_is_partly_question_and_partly_answer_is_detected(make_row):
     """If an answer starts in the middle of a token, no label is right for that token."""
-    labels, straddling = prompts._answer_labels([1, 2, 3], [(0, 4), (4, 9), (9, 12)], [(5, 12)])
+    text = "questionanswer"
+    labels, straddling = prompts._answer_labels([1, 2, 3], [(0, 4), (4, 9), (9, 12)], [(5, 12)], text)
     assert labels == [-100, -100, 3]
     assert straddling
-    assert prompts._answer_labels([1, 2, 3], [(0, 4), (4, 9), (9, 12)], [(4, 12)]) == ([-100, 2, 3], False)
+    assert prompts._answer_labels([1, 2, 3], [(0, 4), (4, 9), (9, 12)], [(4, 12)], text) == ([-100, 2, 3], False)
