@@ -62,7 +62,7 @@ def test_text_metrics_have_intervals():
 def test_report_holds_table_verdicts_figures_and_answers():
     text = report.markdown(result(), ["figures/loss_curves.png"])
     assert report.table_markdown(result()) in text
-    assert "- exp1 is better than base (-0.2000, 95% interval -0.3000 to -0.1000)." in text
+    assert "exp1 is better than base (-0.2000, 95% interval -0.3000 to -0.1000)." in text
     assert "![loss curves](figures/loss_curves.png)" in text
     assert "- *exp1*: `fine`" in text
     assert "- *base*: (empty)" in text
@@ -111,9 +111,9 @@ def thinking(*shares):
 @pytest.mark.parametrize(
     ("shares", "says"),
     [
-        ((20, 0), "- exp1 stopped thinking, unlike base: a thought precedes 0% of its answers instead of 100% (-1.00, "),
-        ((20, 8), "- exp1 thinks less often than base: a thought precedes 40% of its answers instead of 100% (-0.60, "),
-        ((0, 20), "- exp1 thinks more often than base: a thought precedes 100% of its answers instead of 0% (+1.00, "),
+        ((20, 0), "exp1 stopped thinking, unlike base: a thought precedes 0% of its answers instead of 100% (-1.00"),
+        ((20, 8), "exp1 thinks less often than base: a thought precedes 40% of its answers instead of 100% (-0.60"),
+        ((0, 20), "exp1 thinks more often than base: a thought precedes 100% of its answers instead of 0% (+1.00"),
         ((10, 8), ""),  # not distinguishable
         ((None, 20), ""),  # one of the two was not asked
     ],

@@ -79,7 +79,15 @@ ENGLISH = [
     ("A variable holds a value.", "A variable is a name for a value that can change 👍."),
     ("", "Nothing was answered here."),
 ]
-STORED = {}
+STORED = {
+    "ROUGE-L": (0.390755, 0.000000, 0.886944),
+    "BLEU": (17.467176, 3.272657, 29.235042),
+    "chrF": (30.085549, 16.092498, 43.993331),
+    "ends by itself": (1.000000, 0.609666, 1.000000),
+    "invents a turn": (0.000000, 0.000000, 0.390334),
+    "repeats itself": (0.092593, 0.000000, 1.000000),
+    "length": (0.836364, 0.369539, 1.303189),
+}
 
 
 def test_the_numbers_of_english_texts_stay_as_they_were():
@@ -168,7 +176,7 @@ def test_an_answer_that_equals_its_reference_has_full_marks(text):
         ("पानी गरम", "पानी ठंडा", 2 * 1 / 4),  # vowel signs do not cut a word into several
         ("می‌جوشد", "می‌سوزد", 0),  # a joiner does not cut a word in two
         ("ดี มาก", "ดีมาก", 1),  # blanks between Thai phrases mean nothing
-        ("❤️", "👨‍👩‍👧 ❤️‍🔥 ok", 0),  # marks and joiners of emoji are no words
+        ("Fine ❤️", "Great ❤️", 0),  # the mark in an emoji is no word
         ("用print函数", "用PRINT语句", 2 * 2 / 7 * 7 / 8),
     ],
 )
@@ -180,7 +188,7 @@ def test_repetition_and_length_are_by_characters_where_words_have_no_blanks():
     values = score("好的" * 16, "好的，我来帮你。")
     assert values["repeats itself"] == pytest.approx(1 - 2 / 29)  # of 29 phrases of four characters, 2 are different
     assert values["length"] == 32 / 8
-    assert score("ดี" * 8, "ดีมาก")["length"] == 16 / 5  # a vowel sign belongs to its consonant
+    assert score("ดี" * 8, "ดีมาก")["length"] == 8 / 4  # a vowel sign belongs to its consonant
 
 
 @pytest.mark.parametrize(
