@@ -1,9 +1,8 @@
-"""Greedy answers of a model, and metrics of them: wording, endings, invented turns, repetition, length."""
+"""Greedy answers of a model to held-out questions."""
 
 import inspect
 from collections.abc import Sequence
 from itertools import takewhile
-from math import inf
 from typing import Any
 
 import torch
@@ -13,12 +12,9 @@ from qlora_helpers.data import rendering
 from qlora_helpers.data.prompts import Example, tokenize
 from qlora_helpers.data.schema import TURN_MARKER, Message
 from qlora_helpers.device import Device, autocast
-from qlora_helpers.evaluation import intervals
-from qlora_helpers.evaluation.intervals import Interval
 from qlora_helpers.planning.memory import MOST_ANSWERS
 
 PUBLISHED_PROMPTS = ("Explain what is a variable in programming.", "How do computers store data?")
-BLEU_RESAMPLES = 1000  # sacrebleu's own bootstrap
 
 Shots = tuple[Message, ...]
 
@@ -136,63 +132,3 @@ def split_thought(text: str) -> tuple[str, str]:
     if text.startswith("<think>"):
         return text.removeprefix("<think>").strip(), ""
     return "", text
-
-
-def text_metrics(answers: list[dict[str, Any]]) -> dict[str, Interval]:
-    """Metrics over the answers that have a reference, each with its 95% interval.
-
-    ROUGE-L (rouge-score), BLEU and chrF (sacrebleu, 0 to 100); the shares of answers that the model ended and of those
-    with an invented turn (Wilson's interval); the share of repeated word 4-grams (seq-rep-4, Welleck et al., "Neural
-    text generation with unlikelihood training", 2020, eq. 10); words of the answers per word of the references.
-    """
-    rows = [row for row in answers if row["reference"]]
-    if not rows:
-        return {}
-    texts, references = [row["answer"] for row in rows], [row["reference"] for row in rows]
-    ones = [1.0] * len(rows)
-    return {
-        "ROUGE-L": intervals.ratio(_rouge(texts, references), ones).within(0, 1),
-        **_sacrebleu(texts, references),
-        "ends by itself": intervals.share(sum(row["stopped"] for row in rows), len(rows)),
-        "invents a turn": intervals.share(sum(row["invented"] for row in rows), len(rows)),
-        "repeats itself": intervals.ratio([_repeated(text) for text in texts], ones).within(0, 1),
-        "length": intervals.ratio(_words(texts), _words(references)).within(0, inf),
-    }
-
-
-def _words(texts: list[str]) -> list[int]:
-    return [len(text.split()) for text in texts]
-
-
-def _rouge(texts: list[str], references: list[str]) -> list[float]:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"])
-    return [scorer.score(b, a)["rougeL"].fmeasure for a, b in zip(texts, references, strict=True)]
-
-
-def _sacrebleu(texts: list[str], references: list[str]) -> dict[str, Interval]:
-    from sacrebleu.metrics import BLEU, CHRF
-
-    class PlainChrf(CHRF):
-        """Always returns Python's float: the library mixes it with numpy's, and fails on a mix."""
-
-        def _compute_f_score(self, statistics: Any) -> float:
-            return float(super()._compute_f_score(statistics))
-
-    scores = {}
-    for name, metric in (("BLEU", BLEU()), ("chrF", PlainChrf())):
-        value = metric.corpus_score(texts, [references]).score
-        if len(texts) < 2:  # one answer says nothing about others
-            scores[name] = Interval(value, 0.0, 100.0)
-            continue
-        resampled = metric.corpus_score(texts, [references], n_bootstrap=BLEU_RESAMPLES)
-        low, high = (float(resampled._mean + sign * resampled._ci) for sign in (-1, 1))
-        scores[name] = Interval(value, max(0.0, low), high)
-    return scores
-
-
-def _repeated(text: str) -> float:
-    words = text.split()
-    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0

@@ -11,10 +11,10 @@ import numpy as np
 
 from qlora_helpers import files
 from qlora_helpers.errors import UserError
-from qlora_helpers.evaluation import answers
 from qlora_helpers.evaluation.differences import Arm, Difference, difference
 from qlora_helpers.evaluation.intervals import Interval
 from qlora_helpers.evaluation.losses import mean_loss, read_losses
+from qlora_helpers.evaluation.text_metrics import text_metrics, thinks
 from qlora_helpers.runs import RunFolder
 
 BASE, FEW_SHOT = "base", "base + 3 examples"
@@ -107,6 +107,7 @@ def compare(experiments: dict[str, list[RunFolder]]) -> Comparison:
     pairs += list(pairwise(experiments))
     heldout = arms[next(iter(experiments))].seeds[0]
     first = manifests[0]
+    texts = _texts(folders)
     return Comparison(
         heldout_rows=len(heldout),
         heldout_tokens=sum(row.tokens for row in heldout),
@@ -116,7 +117,7 @@ def compare(experiments: dict[str, list[RunFolder]]) -> Comparison:
         versions=first["versions"],
         data=first["data"]["source"],
         model=first["model"],
-        table=[_summary(name, runs) for name, runs in folders.items()],
+        table=[_summary(name, runs, texts[name]) for name, runs in folders.items()],
         differences=[difference(arms[a], arms[b], unit) for a, b in pairs],
         forgetting=_forgetting(base, experiments) if rivals else [],
         answers=_side_by_side(folders),
@@ -185,7 +186,7 @@ def _general(name: str, runs: list[RunFolder]) -> Arm:
     return Arm(name, [read_losses(run, "general_losses.jsonl") for run in runs])
 
 
-def _summary(name: str, runs: list[RunFolder]) -> Summary:
+def _summary(name: str, runs: list[RunFolder], text: dict[str, Interval]) -> Summary:
     losses = [mean_loss(read_losses(run)) for run in runs]
     metrics = [run.read("metrics.json") for run in runs if run.finished]
     means = {key: float(np.mean([m[key] for m in metrics])) if metrics else None for key in MEANS}
@@ -197,8 +198,17 @@ def _summary(name: str, runs: list[RunFolder]) -> Summary:
         heldout_loss_by_seed=losses,
         **means,
         peak_memory_gib=max((m["peak_memory_gib"] for m in metrics), default=None),
-        text=answers.text_metrics(_answers(runs[0])),
+        text=text,
     )
+
+
+def _texts(folders: dict[str, list[RunFolder]]) -> dict[str, dict[str, Interval]]:
+    """Text metrics of each model's first seed. If one of the models thinks, `thinks` is a metric of all."""
+    answered = {name: _answers(runs[0]) for name, runs in folders.items()}
+    texts = {name: text_metrics(rows) for name, rows in answered.items()}
+    if any("thinks" in text for text in texts.values()):
+        texts = {name: text and text | {"thinks": thinks(answered[name])} for name, text in texts.items()}
+    return texts
 
 
 def _answers(run: RunFolder) -> list[dict[str, Any]]:

@@ -7,9 +7,10 @@ from typing import Any
 from qlora_helpers import files
 from qlora_helpers.config import BUNDLED_MODEL, Config
 from qlora_helpers.data import sources
-from qlora_helpers.evaluation import answers, differences, losses
+from qlora_helpers.evaluation import differences, losses
 from qlora_helpers.evaluation.differences import Arm, Difference
 from qlora_helpers.evaluation.intervals import Interval
+from qlora_helpers.evaluation.text_metrics import text_metrics
 from qlora_helpers.models import hub
 from qlora_helpers.runs import RunFolder
 
@@ -99,7 +100,7 @@ def _change(run: RunFolder, metrics: dict[str, Any], manifest: dict[str, Any]) -
 def _answers(run: RunFolder) -> str:
     """Metrics of the greedy answers as a table, if some answers have a reference."""
     rows = files.read_jsonl(run / "answers.jsonl") if (run / "answers.jsonl").exists() else []
-    metrics = answers.text_metrics(rows)
+    metrics = text_metrics(rows)
     if not metrics:
         return ""
     lines = [f"| {name} | {value.value:.2f}{_bounds(value, '.2f')} |" for name, value in metrics.items()]

@@ -11,6 +11,7 @@ from qlora_helpers.evaluation import differences
 from qlora_helpers.evaluation.comparison import Comparison
 from qlora_helpers.evaluation.differences import Difference
 from qlora_helpers.evaluation.intervals import RESAMPLES, Interval
+from qlora_helpers.evaluation.text_metrics import mostly_unspaced, share_difference
 from qlora_helpers.runs import RunFolder
 
 SHOWN = 4  # prompts whose answers are quoted
@@ -45,7 +46,7 @@ def table_markdown(result: Comparison, speed: bool = True) -> str:
 
 def text_table_markdown(result: Comparison) -> str:
     """Text metrics of each model, with their intervals."""
-    names = list(result.table[0].text)
+    names = list(dict.fromkeys(name for model in result.table for name in model.text))
     lines = [[model.name, *(_interval(model.text.get(name)) for name in names)] for model in result.table]
     return markdown_table(["", *names], lines) if names else "No held-out question was answered."
 
@@ -92,6 +93,27 @@ def forgetting(result: Comparison) -> list[str]:
     ]
 
 
+def thinking(result: Comparison) -> list[str]:
+    """A sentence for every difference between models of which one thinks distinguishably more often."""
+    shares = {model.name: model.text["thinks"] for model in result.table if "thinks" in model.text}
+    lines = []
+    for d in result.differences:
+        if not {d.a, d.b} <= shares.keys():
+            continue
+        a, b = shares[d.a], shares[d.b]
+        gap = share_difference(a, b)
+        if gap.low <= 0 <= gap.high:
+            continue
+        less = "thinks less often than" if b.value else "stopped thinking, unlike"
+        how = less if gap.value < 0 else "thinks more often than"
+        lines.append(
+            f"{d.b} {how} {d.a}: a thought precedes {b.value:.0%} of its answers instead of {a.value:.0%} "
+            f"({gap.value:+.2f}, 95% interval {gap.low:+.2f} to {gap.high:+.2f}). "
+            "This does not say whose answers are better: the other metrics leave thoughts out"
+        )
+    return lines
+
+
 def rehearsal(difference: Difference) -> str:
     """A sentence: did rehearsal rows reduce what is forgotten without them?"""
     words = {
@@ -109,12 +131,10 @@ def _bounds(difference: Difference) -> str:
 
 def markdown(result: Comparison, figures: list[str]) -> str:
     """The text of `report.md`: setup, tables, verdicts, figures, answers and limits."""
-    several = any(len(model.seeds) > 1 for model in result.table)
     parts = {
         "# Did fine-tuning help, and how sure are we?": f"{_setup(result)}\n\n{table_markdown(result)}",
         "## Verdicts": f"{bullets(verdicts(result))}\n\n{scope(result)} {_METHOD}",
-        "## What the answers are like": f"Greedy answers to held-out questions, with 95% intervals"
-        f"{' (of the first seed)' if several else ''}.\n\n{text_table_markdown(result)}",
+        "## What the answers are like": _text(result),
         "## What was forgotten": bullets(forgetting(result)) or _NO_BASE,
         "## Figures": "\n".join(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures),
         "## Answers": _answers(result.answers[:SHOWN]),
@@ -124,6 +144,22 @@ def markdown(result: Comparison, figures: list[str]) -> str:
     return "\n\n".join(f"{head}\n\n{body}" for head, body in parts.items()) + "\n"
 
 
+def _text(result: Comparison) -> str:
+    """The text metrics with what is needed to read them."""
+    several = any(len(model.seeds) > 1 for model in result.table)
+    parts = [
+        f"Greedy answers to held-out questions, with 95% intervals{' (of the first seed)' if several else ''}.",
+        text_table_markdown(result),
+        bullets(thinking(result)),
+        _CHARACTERS if mostly_unspaced([text for entry in result.answers for text in entry.values()]) else "",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+_CHARACTERS = (
+    "Most of this text is in scripts without blanks between words. There, *length* is measured in characters, and\n"
+    "*repeats itself* in phrases of four characters."
+)
 _METHOD = (
     f"Intervals: studentized bootstrap over held-out rows, {RESAMPLES:,} resamples, each row with the losses of both "
     "models.\nThe training losses come from different numbers of steps, so they do not count as evidence."

@@ -1,9 +1,4 @@
-"""Answers end where they should, and what is counted about them is what the libraries count."""
-
-import csv
-import json
-import subprocess
-import sys
+"""Answers end where they should, alone and in a batch."""
 
 import pytest
 import torch
@@ -95,73 +90,6 @@ def test_what_is_asked(setup):
     assert [entry["reference"] for entry in result[:2]] == [None, None]
     assert [entry["prompt"] for entry in result[2:]] == [e.row.messages[0]["content"] for e in examples[:2]]
     assert [entry["reference"] for entry in result[2:]] == [e.row.messages[1]["content"] for e in examples[:2]]
-
-
-SAID = [
-    "The cat sat on the mat.",
-    "one two three four one two three four one two three four",
-    "No idea",
-    "Yes it is so.",
-]
-WANTED = ["A cat sat on the mat.", "Count to four.", "Nobody has any idea of that.", "Yes it is so."]
-
-
-def rows():
-    said = zip(SAID, WANTED, (True, False, False, True), (False, True, False, False), strict=True)
-    keys = ("answer", "reference", "stopped", "invented")
-    return [{"prompt": "?", "tokens": 9, **dict(zip(keys, values, strict=True))} for values in said]
-
-
-def test_rates_and_lengths():
-    result = answers.text_metrics([*rows(), rows()[0] | {"reference": None}])
-    assert result["ends by itself"].value == 0.5
-    assert result["invents a turn"].value == 0.25
-    assert result["repeats itself"].value == pytest.approx((1 - 4 / 9) / 4)
-    assert result["length"].value == (6 + 12 + 2 + 4) / (6 + 3 + 6 + 4)
-    assert all(interval.low <= interval.value <= interval.high for interval in result.values())
-    assert answers.text_metrics([rows()[0] | {"reference": None}]) == {}
-    one = answers.text_metrics(rows()[:1])
-    assert (one["BLEU"].low, one["BLEU"].high) == (0, 100)
-    assert (one["ROUGE-L"].low, one["ROUGE-L"].high) == (0, 1)
-
-
-def test_no_interval_leaves_what_can_be():
-    short, long = ({"answer": " ".join("word" for _ in range(n))} for n in (1, 60))
-    result = answers.text_metrics([rows()[0] | said for said in (short, short, long)])
-    for name in ("ROUGE-L", "repeats itself", "length"):
-        assert result[name].low >= 0, name
-    assert result["ROUGE-L"].high <= 1
-    assert result["repeats itself"].high <= 1
-    assert result["length"].low == 0 < result["length"].value < result["length"].high
-
-
-def test_bleu_and_chrf_are_the_command_lines(tmp_path):
-    (tmp_path / "said").write_text("\n".join(SAID) + "\n", "utf-8")
-    (tmp_path / "wanted").write_text("\n".join(WANTED) + "\n", "utf-8")
-    words = [sys.executable, "-m", "sacrebleu", "wanted", "-i", "said", "-m", "bleu", "chrf", "-w", "6"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
-    result = answers.text_metrics(rows())
-    for name, line in zip(("BLEU", "chrF"), json.loads(done.stdout), strict=True):
-        assert result[name].value == pytest.approx(line["score"], abs=1e-5)
-
-
-@pytest.mark.parametrize("empty", ["", "```", "9"])
-def test_answers_without_any_overlap_have_intervals_too(empty):
-    """Some resamples then score nothing at all."""
-    result = answers.text_metrics([rows()[0], *(rows()[0] | {"answer": empty} for _ in range(3))])
-    for name in ("BLEU", "chrF"):
-        assert 0 <= result[name].low <= result[name].value <= result[name].high
-
-
-def test_rouge_is_the_command_lines(tmp_path):
-    (tmp_path / "said").write_text("\n".join(SAID) + "\n", "utf-8")
-    (tmp_path / "wanted").write_text("\n".join(WANTED) + "\n", "utf-8")
-    words = [sys.executable, "-m", "rouge_score.rouge", "--target_filepattern=wanted", "--prediction_filepattern=said"]
-    words += ["--output_filename=out.csv", "--use_stemmer=false", "--rouge_types=rougeL", "--aggregate=false"]
-    subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
-    lines = list(csv.DictReader((tmp_path / "out.csv").open()))
-    mean = sum(float(line["rougeL-F"]) for line in lines) / len(lines)
-    assert answers.text_metrics(rows())["ROUGE-L"].value == pytest.approx(mean, abs=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -281,3 +281,15 @@ def test_the_same_seed_gives_the_same_metrics(trained, config, tokenizer, tmp_pa
     timed = ("seconds", "tokens_per_second", "peak_memory_gib", "eval_seconds", "eval_peak_memory_gib")
     a, b = ({k: v for k, v in run.read("metrics.json").items() if k not in timed} for run in (again, first))
     assert a == b
+
+
+def test_if_one_model_thinks_every_answering_model_has_a_share(tmp_path):
+    folders = {name: [RunFolder(tmp_path / name)] for name in ("base", "silent", "exp1")}
+    for name, thought in (("base", "Hm."), ("exp1", "")):
+        answer = {"prompt": "p", "reference": "r", "answer": "r", "stopped": True, "invented": False}
+        files.write_jsonl(tmp_path / name / "answers.jsonl", [answer | {"thought": thought}] * 3)
+    texts = comparison._texts(folders)
+    assert [texts["base"]["thinks"].value, texts["exp1"]["thinks"].value] == [1, 0]
+    assert texts["silent"] == {}
+    (folders["base"][0] / "answers.jsonl").unlink()
+    assert "thinks" not in comparison._texts(folders)["exp1"]

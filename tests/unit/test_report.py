@@ -8,7 +8,7 @@ from qlora_helpers import files
 from qlora_helpers.evaluation import comparison, report
 from qlora_helpers.evaluation.comparison import Comparison, Summary
 from qlora_helpers.evaluation.differences import Difference
-from qlora_helpers.evaluation.intervals import Interval
+from qlora_helpers.evaluation.intervals import Interval, share
 
 NASTY = "```python\nprint('<script>alert(1)</script>')\n```\n# Heading\n| a | b | [x](javascript:alert(1))"
 
@@ -17,8 +17,8 @@ def result(answer="fine", prompt="Why?", seeds=(0,), gap=(0.1, 0.05, 0.2), rouge
     """What `compare` returns, made by hand."""
     figures = {"train_rows": 32, "steps": 8, "epochs": 1, "train_loss": 1.5, "seconds": 30.0}
     figures |= {"tokens_per_second": 1234.5, "peak_memory_gib": 1.25}
-    text = {"ROUGE-L": Interval(*rouge), "BLEU": Interval(12.34, -math.inf, 15)}
-    loss = {"heldout_loss": 2.0, "heldout_loss_by_seed": [2.0], "text": text}
+    loss = {"heldout_loss": 2.0, "heldout_loss_by_seed": [2.0]}
+    texts = [{"ROUGE-L": Interval(*rouge), "BLEU": Interval(12.34, -math.inf, 15)} for _ in range(2)]
     return Comparison(
         heldout_rows=6,
         heldout_tokens=175,
@@ -29,8 +29,8 @@ def result(answer="fine", prompt="Why?", seeds=(0,), gap=(0.1, 0.05, 0.2), rouge
         model={"name": "tiny", "revision": "main"},
         data="/somewhere/rows.jsonl",
         table=[
-            Summary("base", "base", [], **loss, **dict.fromkeys(figures)),
-            Summary("exp1", "exp1", list(seeds), **loss, **figures),
+            Summary("base", "base", [], **loss, **dict.fromkeys(figures), text=texts[0]),
+            Summary("exp1", "exp1", list(seeds), **loss, **figures, text=texts[1]),
         ],
         differences=[Difference("base", "exp1", -0.2, -0.3, -0.1, rows=6, seeds=len(seeds))],
         forgetting=[Difference("base", "exp1", *gap, rows=48, seeds=1)],
@@ -62,7 +62,7 @@ def test_text_metrics_have_intervals():
 def test_report_holds_table_verdicts_figures_and_answers():
     text = report.markdown(result(), ["figures/loss_curves.png"])
     assert report.table_markdown(result()) in text
-    assert "- exp1 is better than base (-0.2000, 95% interval -0.3000 to -0.1000)." in text
+    assert "exp1 is better than base (-0.2000, 95% interval -0.3000 to -0.1000)." in text
     assert "![loss curves](figures/loss_curves.png)" in text
     assert "- *exp1*: `fine`" in text
     assert "- *base*: (empty)" in text
@@ -98,6 +98,36 @@ def test_forgetting_in_words(gap, says):
 def test_rehearsal_in_words(low, high, says):
     value = (low + high) / 2 if math.isfinite(low) else 0.1
     assert says in report.rehearsal(Difference("without", "with", value, low, high, rows=48, seeds=1))
+
+
+def thinking(*shares):
+    """A comparison whose models think before `shares` answers of 20."""
+    made = result()
+    for model, count in zip(made.table, shares, strict=True):
+        model.text.update({} if count is None else {"thinks": share(count, 20)})
+    return made
+
+
+@pytest.mark.parametrize(
+    ("shares", "says"),
+    [
+        ((20, 0), "exp1 stopped thinking, unlike base: a thought precedes 0% of its answers instead of 100% (-1.00"),
+        ((20, 8), "exp1 thinks less often than base: a thought precedes 40% of its answers instead of 100% (-0.60"),
+        ((0, 20), "exp1 thinks more often than base: a thought precedes 100% of its answers instead of 0% (+1.00"),
+        ((10, 8), ""),  # not distinguishable
+        ((None, 20), ""),  # one of the two was not asked
+    ],
+)
+def test_the_report_says_who_thinks_more_or_less(shares, says):
+    text = report.markdown(thinking(*shares), [])
+    assert says in text
+    assert ("a thought precedes" in text) is bool(says)
+    assert "| thinks |" in text
+
+
+def test_the_report_names_lengths_in_characters():
+    assert "is measured in characters" in report.markdown(result(answer="水在一百度时沸腾，请小心。"), [])
+    assert "is measured in characters" not in report.markdown(result(answer="The Chinese word for tea is 茶."), [])
 
 
 def outside_code(text):

@@ -1,0 +1,180 @@
+"""Metrics of answers beside their references: wording, endings, invented turns, repetition, length, thoughts."""
+
+from collections.abc import Callable
+from functools import cache
+from math import hypot, inf
+from typing import Any
+
+import regex
+
+from qlora_helpers.evaluation import intervals
+from qlora_helpers.evaluation.answers import split_thought
+from qlora_helpers.evaluation.intervals import Interval
+
+BLEU_RESAMPLES = 1000  # sacrebleu's own bootstrap
+
+KANA = r"\p{Hiragana}\p{Katakana}ーｰ"  # Unicode assigns the two long vowel marks to no script
+SOUTHEAST_ASIAN = r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+UNSPACED = rf"\p{{Han}}{KANA}{SOUTHEAST_ASIAN}"  # scripts without blanks between words
+_UNSPACED = regex.compile(f"[{UNSPACED}]")
+_UNITS = regex.compile(rf"[{UNSPACED}]\p{{M}}*|[^{UNSPACED}]+")
+# Letters, digits, marks and joiners make a word, but only the first two begin one: those in an emoji are no words.
+# The underscore separates words, as in rouge-score.
+_WORDS = regex.compile(
+    rf"[{UNSPACED}]\p{{M}}*|(?![\p{{M}}\p{{Join_Control}}])[\w--[\p{{Pc}}{UNSPACED}]]+", regex.VERSION1
+)
+# The tokenizer of sacrebleu for words that begin with such a letter. All other words are for the one of WMT, 13a.
+_SCRIPTS = {
+    "zh": regex.compile(r"\p{Han}"),
+    "ja-mecab": regex.compile(rf"[{KANA}]"),
+    "ko-mecab": regex.compile(r"\p{Hangul}"),
+    "char": regex.compile(rf"[{SOUTHEAST_ASIAN}]"),
+}
+
+
+def text_metrics(answers: list[dict[str, Any]]) -> dict[str, Interval]:
+    """Metrics over the answers that have a reference, each with its 95% interval; empty without such answers.
+
+    - ROUGE-L, 0 to 1: F1 of the longest common subsequence of words, mean over answers (Lin, "ROUGE: a package for
+      automatic evaluation of summaries", 2004; the library rouge-score).
+    - BLEU, 0 to 100: brevity penalty times the geometric mean of the precisions of 1- to 4-grams over all answers
+      (Papineni et al., "BLEU: a method for automatic evaluation of machine translation", 2002; the library sacrebleu).
+      If no answer has four tokens, the mean ends at the longest n-grams that there are.
+    - chrF, 0 to 100: F2 of the character 1- to 6-grams over all answers (Popović, "chrF: character n-gram F-score for
+      automatic MT evaluation", 2015; sacrebleu).
+    - ends by itself, invents a turn: shares of the answers, with Wilson's interval.
+    - repeats itself, 0 to 1: share of the 4-grams of words that occurred before in the answer, mean over answers
+      (seq-rep-4; Welleck et al., "Neural text generation with unlikelihood training", 2020, eq. 10).
+    - length: words of all answers per word of all references.
+    - thinks: share of the answers after a thought, with Wilson's interval; only if an answer or a reference has one.
+
+    A thought counts in `thinks` only. Where a script has no blanks between words, each character, with its marks, is a
+    word. BLEU splits an answer with sacrebleu's tokenizer for the script of its reference.
+    """
+    rows = _scored(answers)
+    if not rows:
+        return {}
+    texts, references = [row["answer"] for row in rows], [row["reference"] for row in rows]
+    ones = [1.0] * len(rows)
+    metrics = {
+        "ROUGE-L": intervals.ratio(_rouge(texts, references), ones).within(0, 1),
+        **_sacrebleu(texts, references),
+        "ends by itself": intervals.share(sum(row["stopped"] for row in rows), len(rows)),
+        "invents a turn": intervals.share(sum(row["invented"] for row in rows), len(rows)),
+        "repeats itself": intervals.ratio([_repeated(text) for text in texts], ones).within(0, 1),
+        "length": intervals.ratio(_lengths(texts), _lengths(references)).within(0, inf),
+    }
+    if any(row["thought"] or row["reference_thought"] for row in rows):
+        metrics["thinks"] = thinks(answers)
+    return metrics
+
+
+def thinks(answers: list[dict[str, Any]]) -> Interval:
+    """Share of the answers with a reference that come after a thought, with Wilson's interval."""
+    rows = _scored(answers)
+    return intervals.share(sum(bool(row["thought"]) for row in rows), len(rows))
+
+
+def share_difference(a: Interval, b: Interval) -> Interval:
+    """Share `b` minus share `a`, from their Wilson intervals.
+
+    Newcombe, "Interval estimation for the difference between independent proportions", 1998, method 10. It takes the
+    two for independent: for answers to the same questions, the interval is rather too wide.
+    """
+    value = b.value - a.value
+    low = value - hypot(b.value - b.low, a.high - a.value)
+    high = value + hypot(b.high - b.value, a.value - a.low)
+    return Interval(value, low, high)
+
+
+def mostly_unspaced(texts: list[str]) -> bool:
+    """Whether most words of the texts are single characters, because their script has no blanks between words."""
+    units = [unit for text in texts for unit in _units(text)]
+    return 2 * sum(bool(_UNSPACED.match(unit)) for unit in units) > len(units)
+
+
+def _scored(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The answers whose reference has words after its thought, which is split off as `reference_thought`."""
+    rows = []
+    for row in answers:
+        thought, words = split_thought((row["reference"] or "").strip())
+        if words:
+            rows.append({"thought": "", **row, "reference": words, "reference_thought": thought})
+    return rows
+
+
+def _units(text: str) -> list[str]:
+    """What blanks separate, and each character of a script without blanks."""
+    return [unit for part in text.split() for unit in _UNITS.findall(part)]
+
+
+def _lengths(texts: list[str]) -> list[int]:
+    return [len(_units(text)) for text in texts]
+
+
+def _repeated(text: str) -> float:
+    units = _units(text)
+    grams = [tuple(units[i : i + 4]) for i in range(len(units) - 3)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+class _Tokenizer:
+    """Words for ROUGE in any script. The library's own tokenizer drops all but ASCII letters and digits."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return _WORDS.findall(text.lower()) or text.split()  # a text of symbols has no words, but can be right
+
+
+def _rouge(texts: list[str], references: list[str]) -> list[float]:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], tokenizer=_Tokenizer())
+    return [scorer.score(b, a)["rougeL"].fmeasure for a, b in zip(texts, references, strict=True)]
+
+
+def _sacrebleu(texts: list[str], references: list[str]) -> dict[str, Interval]:
+    from sacrebleu.metrics import BLEU, CHRF
+
+    class PlainChrf(CHRF):
+        """Always returns Python's float: the library mixes it with numpy's, and fails on a mix."""
+
+        def _compute_f_score(self, statistics: Any) -> float:
+            return float(super()._compute_f_score(statistics))
+
+    tokenizers = [_bleu_tokenizer(_script(reference)) for reference in references]
+    split = [[cut(text.rstrip()) for cut, text in zip(tokenizers, side, strict=True)] for side in (texts, references)]
+    # By default, BLEU counts n-grams that are longer than every answer as wrong: one right word scores 0.
+    bleu = BLEU(tokenize="none", force=True, effective_order=True)
+    return {"BLEU": _score(bleu, *split), "chrF": _score(PlainChrf(), texts, references)}
+
+
+def _score(metric: Any, texts: list[str], references: list[str]) -> Interval:
+    if len(texts) < 2:  # one answer says nothing about others
+        scored = metric.corpus_score(texts, [references])
+        value, low, high = scored.score, 0.0, 100.0
+    else:
+        scored = metric.corpus_score(texts, [references], n_bootstrap=BLEU_RESAMPLES)
+        value, low, high = scored.score, scored._mean - scored._ci, scored._mean + scored._ci
+    return Interval(*(min(max(float(number), 0.0), 100.0) for number in (value, low, high)))  # rounding, and few rows
+
+
+def _script(reference: str) -> str:
+    """Name of sacrebleu's tokenizer for the script of most words."""
+    words = _WORDS.findall(reference)
+    counts = {name: sum(bool(script.match(word)) for word in words) for name, script in _SCRIPTS.items()}
+    others = len(words) - sum(counts.values())
+    if 10 * counts["ja-mecab"] > counts["zh"]:  # Japanese is written in both, Chinese without kana
+        counts["ja-mecab"] += counts.pop("zh")
+    name = max(counts, key=lambda name: counts[name])
+    return name if counts[name] > others else "13a"
+
+
+@cache
+def _bleu_tokenizer(name: str) -> Callable[[str], str]:
+    """sacrebleu's tokenizer of this name; characters if it needs MeCab and that is not installed."""
+    from sacrebleu.metrics import BLEU
+
+    try:
+        return BLEU(tokenize=name).tokenizer
+    except RuntimeError:  # sacrebleu's, for a missing package
+        return BLEU(tokenize="char").tokenizer
