@@ -129,7 +129,7 @@ class Shape:
         return self.matrices + self.embeddings + self.norms + self.biases
 
     def targets(self, names: tuple[str, ...]) -> frozenset[str]:
-        """Return the names of the layers that get an adapter. Raises `UserError` for a name that no linear layer has."""
+        """Return the names of the layers that get an adapter. Raises `UserError` for a name that no layer has."""
         known = {linear.name for part in self.parts for linear in part.linears}
         if names == ("all-linear",):
             return frozenset(known)
