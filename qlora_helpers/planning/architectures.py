@@ -163,7 +163,7 @@ def _llama(name: str, config: dict[str, Any]) -> Shape:
         positions=_count(name, config, "max_position_embeddings") if "max_position_embeddings" in config else None,
         embeddings=vocabulary * hidden * (1 if (traits.tied if tied is None else tied) else 2),
         blocks=(block,),
-        outside=Block(1, norms=hidden),
+        outside=Block(1, norms=hidden, normed=hidden),
         usual_targets=("qkv_proj", "o_proj") if traits.fused else ("q_proj", "v_proj"),
     )
 
@@ -219,6 +219,6 @@ def _bloom(name: str, config: dict[str, Any]) -> Shape:
         positions=None,  # ALiBi has no position embeddings
         embeddings=vocabulary * hidden * (1 if tied else 2),
         blocks=(block,),
-        outside=Block(1, norms=2 * hidden, norm_biases=2 * hidden),  # the norms of embeddings and output
+        outside=Block(1, norms=2 * hidden, norm_biases=2 * hidden, normed=2 * hidden),  # of embeddings and output
         usual_targets=("query_key_value",),
     )

@@ -102,7 +102,7 @@ def measure(model: Any) -> dict[str, Any]:
     alike = Counter(_part(model, block, numbers, config) for block in blocks)
     parts = [dataclasses.replace(block, count=number) for block, number in alike.items()]
     outside = _part(model, model, numbers, config, without=f"{folder}.")
-    widths = [linear.n_in for part in parts for linear in part.linears]
+    widths = [linear.n_in for part in parts for linear in part.linears if linear.reads != ATTENDED]
     numbers["intermediate"] = max([*widths, _number(config, "intermediate_size", 1)])
     return {
         "numbers": numbers,

@@ -45,7 +45,7 @@ def _model(config: Config, device: Device) -> dict[str, Any]:
     local = hub.is_local(config)
     quantized = config.quantization != "none"
     return {
-        "model_name_or_path": str(hub.model_folder(config)) if local else config.model,
+        "model_name_or_path": str(hub.model_folder(config).resolve()) if local else config.model,
         "model_revision": "main" if local else config.revision,
         "dtype": device.dtype,
         "load_in_4bit": quantized,

@@ -36,7 +36,7 @@ TINY = {
     "smollm3": {},
     "granite": {"attention_bias": True},
     "olmo2": {},
-    "bloom": {"n_layer": 3, "n_head": 4},
+    "bloom": {"n_layer": 3, "n_head": 4, "num_key_value_heads": 4},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "opt with projections": {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 16},
     "gpt_neox": {},
@@ -55,6 +55,12 @@ TINY = {
 def tiny(name):
     """One of the configs, as in a config.json."""
     return {"model_type": name, **SIZES, **TINY[name]}
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Count in this process: starting another takes seconds."""
+    monkeypatch.setattr(meta_device, "_ask", lambda config: meta_device.measure(meta_device.build(json.loads(config))))
 
 
 def counted(config):
@@ -76,7 +82,7 @@ def test_parameters_are_those_of_the_real_architecture(name):
     small = architectures.from_config(name, {**config.to_dict(), "n_layer": 2})
     assert small.parameters == sum(p.numel() for p in model.parameters())
     linear = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)} - {"lm_head"}
-    assert {layer.name for layer in small.linears} == linear
+    assert {layer.name for layer in small.blocks[0].linears} == linear
     whole = architectures.load(name)
     one = architectures.from_config(name, {**config.to_dict(), "num_hidden_layers": 1, "n_layer": 1})
     per_block = small.parameters - one.parameters
@@ -134,7 +140,6 @@ def test_a_folder_a_file_and_the_hub(tmp_path, model_folder, monkeypatch):
     [
         ("{}", "has model_type = None"),
         ('{"model_type": "unheard_of"}', "transformers builds no model of type 'unheard_of'"),
-        ('{"model_type": "opt", "hidden_size": "wide"}', "transformers builds no model of type 'opt'"),
         ('{"model_type": "llama", "hidden_size": 8}', "has intermediate_size = None"),
         ("[1]", "does not contain a model's config"),
         ("{", "cannot be read"),
@@ -203,7 +208,7 @@ def test_the_plan_of_any_architecture_needs_no_torch_in_its_own_process(tmp_path
     assert f"{parameters:,} parameters" in done.stdout
 
 
-def test_trained_parameters_of_a_hybrid_are_the_models_own(tmp_path, device):
+def test_trained_parameters_of_a_hybrid_are_the_models_own(tmp_path, device, in_process):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from qlora_helpers.models import qlora
@@ -227,7 +232,7 @@ def planned(tmp_path, name, quantization_config=None, **settings):
     )
 
 
-def test_four_bits_are_refused_for_experts_that_stay_in_sixteen(tmp_path):
+def test_four_bits_are_refused_for_experts_that_stay_in_sixteen(tmp_path, in_process):
     config = planned(tmp_path, "mixtral", rank=4)
     reason = quantization.refusal(config)
     shape = counted(tiny("mixtral"))[1]
@@ -241,7 +246,7 @@ def test_four_bits_are_refused_for_experts_that_stay_in_sixteen(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "lfm2", "qwen3"])
-def test_models_whose_weights_are_packed_are_not_refused(tmp_path, name):
+def test_models_whose_weights_are_packed_are_not_refused(tmp_path, name, in_process):
     assert quantization.refusal(planned(tmp_path, name)) is None
 
 

@@ -159,7 +159,7 @@ def test_evaluation_batches_need_no_more_memory_than_training(preset, most):
 
 
 def test_an_unsupported_model_is_evaluated_in_small_batches(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
+    (tmp_path / "config.json").write_text("{}")
     assert losses.eval_batch_sizes(Config.preset("llama31-8b", model=str(tmp_path)), T4) == (1, 8)
 
 
@@ -334,6 +334,6 @@ def test_the_plan_is_printed_before_the_weights_are_loaded(capsys, tmp_path):
     assert said.startswith("Memory: does not fit: 24.")
     assert "- max_length=1024" in said
     unknown = tmp_path / "config.json"
-    unknown.write_text('{"model_type": "unheard_of"}')
+    unknown.write_text("{}")
     oom.announce(Config.preset("llama31-8b", model=str(tmp_path)), T4)
-    assert "transformers builds no model of type 'unheard_of'" in capsys.readouterr().out
+    assert "has model_type = None" in capsys.readouterr().out
