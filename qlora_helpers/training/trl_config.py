@@ -5,7 +5,7 @@ from typing import Any
 import yaml
 from datasets import Dataset
 from pyarrow import parquet
-from trl import SFTConfig
+from transformers import TrainingArguments
 
 from qlora_helpers import files
 from qlora_helpers.config import Config
@@ -31,7 +31,7 @@ HEAD = """\
 """
 
 
-def write(run: RunFolder, config: Config, device: Device, arguments: SFTConfig, rows: Dataset) -> None:
+def write(run: RunFolder, config: Config, device: Device, arguments: TrainingArguments, rows: Dataset) -> None:
     """Write `trl_sft.yaml` and the rows that it names into the run folder."""
     (run / ROWS).mkdir(parents=True, exist_ok=True)
     parquet.write_table(rows.with_format("arrow")[:], run / ROWS / "train.parquet")  # to_parquet shows a progress bar
@@ -63,7 +63,7 @@ def _model(config: Config, device: Device) -> dict[str, Any]:
     }
 
 
-def _arguments(arguments: SFTConfig) -> dict[str, Any]:
+def _arguments(arguments: TrainingArguments) -> dict[str, Any]:
     values = {name: getattr(arguments, name) for name in SAME}
     plain = {name: getattr(value, "value", value) for name, value in values.items()}  # enums
     return {"output_dir": "trl", **plain, "eval_strategy": "no", "save_strategy": "steps"}

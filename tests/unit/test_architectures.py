@@ -223,6 +223,26 @@ def test_trained_parameters_of_a_hybrid_are_the_models_own(tmp_path, device, in_
         assert plan.plan_memory(config).trained == trained, targets
 
 
+@pytest.mark.parametrize(
+    ("name", "targets", "said"),
+    [
+        ("phi3", "q_proj", "from down_proj, gate_up_proj, o_proj, qkv_proj, or all-linear; usual: o_proj, qkv_proj."),
+        ("gpt2", "q_proj", "from c_attn, c_fc, c_proj, or all-linear; usual: c_attn."),
+        ("gpt2", "c_attn", None),
+    ],
+)
+def test_a_wrong_target_names_the_layers_and_the_usual_ones(name, targets, said, in_process):
+    from qlora_helpers.models import qlora
+
+    config = Config.from_params(profile="cpu", target_modules=targets)
+    model = counted(tiny(name))[0]
+    if said is None:
+        return qlora.check_targets(model, config)
+    with pytest.raises(UserError) as caught:
+        qlora.check_targets(model, config)
+    assert said in str(caught.value)
+
+
 def planned(tmp_path, name, quantization_config=None, **settings):
     """Write one of the tiny configs, and return settings that name it."""
     written = tiny(name) | ({"quantization_config": quantization_config} if quantization_config else {})
