@@ -20,6 +20,34 @@ PROFILES = ("cpu", "t4", "gpu")
 BUNDLED_MODEL = "smollm2-135m-instruct"
 SAMPLE_DATA = "sample"
 PYTHON_DOCS = "python-stdlib"
+# Names of settings in PEFT, transformers, TRL, Axolotl and LLaMA-Factory, and what to use here.
+ELSEWHERE = {
+    "rank": "r lora_r lora_rank",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "target_modules": "lora_target lora_target_modules",
+    "target_modules=all-linear": "lora_target_linear",
+    "epochs": "num_train_epochs num_epochs max_steps",
+    "batch_size": "per_device_train_batch_size micro_batch_size",
+    "gradient_accumulation": "gradient_accumulation_steps",
+    "max_length": "max_seq_length max_seq_len sequence_len cutoff_len model_max_length",
+    "learning_rate": "lr",
+    "lr_scheduler": "lr_scheduler_type",
+    "warmup_ratio, a fraction of the steps": "warmup_steps",
+    "optimizer": "optim",
+    "quantization=nf4, or none for 16 bits": "load_in_4bit load_in_8bit quantization_bit bnb_4bit_quant_type",
+    "double_quant": "bnb_4bit_use_double_quant use_bnb_nested_quant double_quantization",
+    "compute_dtype": "dtype torch_dtype bf16 fp16 bnb_4bit_compute_dtype",
+    "model": "model_name_or_path model_name model_id base_model",
+    "revision": "model_revision",
+    "dataset": "dataset_name dataset_path datasets train_file",
+    "template": "chat_template",
+    "system": "system_prompt default_system",
+    "train_on": "assistant_only_loss completion_only_loss train_on_inputs train_on_prompt",
+    "n_samples": "max_samples max_train_samples",
+    "n_heldout": "val_size val_set_size",
+    "keep_best": "load_best_model_at_end",
+}
 MANY_RUNS = ("sample_counts", "seconds_per_run")  # keys of a profile that concern many runs and are not in `Config`
 
 
@@ -260,7 +288,9 @@ def _check(values: dict[str, Any]) -> dict[str, Any]:
     checked = {}
     for name, value in values.items():
         if name not in fields:
-            raise UserError(f"unknown parameter '{name}'.{nearest(name, fields)}")
+            ours = next((ours for ours, theirs in ELSEWHERE.items() if name in theirs.split()), None)
+            hint = f" Fix: use {ours}." if ours else nearest(name, fields)
+            raise UserError(f"unknown parameter '{name}'.{hint}")
         checked[name] = _check_value(name, value, hints[name], fields[name].metadata)
     return checked
 

@@ -10,8 +10,10 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from qlora_helpers.config import Config
@@ -153,21 +155,41 @@ class TrainedBias(bnb.nn.Linear4bit):
 
 
 def check_targets(base: Any, config: Config) -> None:
-    """Raise `UserError` if a name in `config.target_modules` matches no linear layer. The message lists valid names."""
+    """Raise `UserError` if a name in `config.target_modules` matches no linear layer.
+
+    The message lists the names of the linear layers, and those that usually get an adapter.
+    """
     if config.target_modules == ALL_LINEAR:
         return
-    head = base.get_output_embeddings()
-    linear = {
-        name.rsplit(".", 1)[-1]
-        for name, module in base.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    }
+    known = {path.rpartition(".")[2] for path in _linear_layers(base)}
     for target in config.target_modules:
-        if target not in linear:
+        if target not in known:
             raise UserError(
-                f"target_modules: {config.model} has no linear layer '{target}'. "
-                f"Fix: choose from {', '.join(sorted(linear))}, or all-linear."
+                f"target_modules: {config.model} has no linear layer '{target}'. Fix: choose from "
+                f"{', '.join(sorted(known))}, or all-linear; usual: {', '.join(usual_targets(base))}."
             )
+
+
+def usual_targets(base: Any) -> list[str]:
+    """Return the names of the layers that usually get an adapter.
+
+    These are PEFT's for the model type if it has any, else queries and values as in the LoRA paper (Hu et al., 2021),
+    else all linear layers of the attention, else all.
+    """
+    paths = _linear_layers(base)
+    known = {path.rpartition(".")[2] for path in paths}
+    for usual in (PEFT_TARGETS.get(base.config.model_type), ["q_proj", "v_proj"]):
+        if isinstance(usual, list) and known.issuperset(usual):
+            return usual
+    attention = {name for parent, _, name in (path.rpartition(".") for path in paths) if "att" in parent}
+    return sorted(attention or known)
+
+
+def _linear_layers(base: Any) -> list[str]:
+    """Return the paths of the layers that PEFT adapts with all-linear: every linear layer except the output head."""
+    head = base.get_output_embeddings()
+    layers = ((path, module) for path, module in base.named_modules() if module is not head)
+    return [path for path, module in layers if isinstance(module, torch.nn.Linear | Conv1D)]
 
 
 def save_biases(model: Any, folder: Path) -> None:

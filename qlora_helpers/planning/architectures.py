@@ -7,95 +7,39 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers.errors import UserError, nearest
-
-LLAMA_LIKE = ("llama", "mistral", "qwen2")
-FAMILIES = (*LLAMA_LIKE, "bloom")
+from qlora_helpers.errors import UserError
+from qlora_helpers.planning.shape import ATTENDED, Block, Linear, Shape
 
 
 @dataclass(frozen=True)
-class Linear:
-    """One linear layer of a block. `reads` names its input; layers that read the same tensor share it in memory."""
+class Traits:
+    """How a family differs from Llama. The defaults are those of its config class, for keys that a config leaves out.
 
-    name: str
-    n_in: int
-    n_out: int
-    bias: bool
-    reads: str
-
-    @property
-    def weights(self) -> int:
-        """Number of weights, without the bias."""
-        return self.n_in * self.n_out
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Everything about a model that its memory depends on.
-
-    `norm_weights` and `norm_biases` count the norms of one block, `outer_weights` and `outer_biases` those outside the
-    blocks.
+    `norms` is the number of norms per block that are as wide as the model. `qk_norms` says whether queries and keys
+    have norms of their own: as wide as a head, or as all heads together. `fused`: one layer for queries, keys and
+    values, and one for gate and up.
     """
 
-    name: str
-    family: str
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    positions: int | None
-    tied: bool
-    linears: tuple[Linear, ...]
-    norm_weights: int
-    norm_biases: int
-    outer_weights: int
-    outer_biases: int
+    norms: int = 2
+    qk_norms: str | None = None
+    fused: bool = False
+    tied: bool = False
+    head_dim: int | None = None
 
-    @property
-    def linear_weights(self) -> int:
-        """Number of weights that are quantized: those of every linear layer except the output head."""
-        return self.layers * sum(linear.weights for linear in self.linears)
 
-    @property
-    def embeddings(self) -> int:
-        """Number of weights of the embeddings, and of the output head unless the two are tied."""
-        return self.vocabulary * self.hidden * (1 if self.tied else 2)
-
-    @property
-    def biases(self) -> int:
-        """Number of biases of the model, including those of its norms."""
-        per_block = sum(linear.n_out for linear in self.linears if linear.bias) + self.norm_biases
-        return self.layers * per_block + self.outer_biases
-
-    @property
-    def norms(self) -> int:
-        """Number of weights of the norms, without their biases."""
-        return self.layers * self.norm_weights + self.outer_weights
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters of the model. A tied matrix counts once."""
-        return self.linear_weights + self.embeddings + self.norms + self.biases
-
-    @property
-    def usual_targets(self) -> tuple[str, ...]:
-        """Default layers for an adapter: queries and values, as in the LoRA paper (Hu et al., 2021)."""
-        return ("query_key_value",) if self.family == "bloom" else ("q_proj", "v_proj")
-
-    def targets(self, names: tuple[str, ...]) -> tuple[Linear, ...]:
-        """Return the linear layers of a block that get an adapter. Raises `UserError` for a name that no layer has."""
-        if names == ("all-linear",):
-            return self.linears
-        known_names = [linear.name for linear in self.linears]
-        for name in names:
-            if name not in known_names:
-                raise UserError(
-                    f"target_modules: {self.name} has no linear layer '{name}'.{nearest(name, known_names)}"
-                )
-        return tuple(linear for linear in self.linears if linear.name in names)
+LLAMA_LIKE = {
+    "llama": Traits(),
+    "mistral": Traits(),
+    "qwen2": Traits(),
+    "granite": Traits(),
+    "qwen3": Traits(qk_norms="head", head_dim=128),
+    "gemma2": Traits(norms=4, tied=True, head_dim=256),
+    "gemma3_text": Traits(norms=4, qk_norms="head", tied=True, head_dim=256),
+    "phi3": Traits(fused=True),
+    "smollm3": Traits(tied=True),
+    "olmo2": Traits(qk_norms="all heads"),
+}
+FAMILIES = (*LLAMA_LIKE, "bloom")
 
 
 @cache
@@ -121,22 +65,32 @@ def known(name: str) -> dict[str, Any] | None:
 def load(model: str, revision: str = "main") -> Shape:
     """Return the shape of a model: one known offline, a folder with a `config.json`, such a file, or a hub id.
 
-    Raises `UserError` if the config cannot be loaded or its model type is not supported.
+    Raises `UserError` if the config cannot be loaded, or if transformers does not know its model type.
     """
+    return from_config(model, read(model, revision))
+
+
+def read(model: str, revision: str = "main") -> dict[str, Any]:
+    """Return the config of a model: one known offline, a folder with a `config.json`, such a file, or a hub id.
+
+    Raises `UserError` if it cannot be loaded.
+    """
+    if (offline := known(model)) is not None:
+        return offline
     path = Path(model).expanduser()
-    if (config := known(model)) is None:
-        file = path / "config.json" if path.is_dir() else path
-        if not file.is_file():
-            file = _from_hub(model, revision)
-        try:
-            config = json.loads(file.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"config: {file} cannot be read ({error}). Fix: pass a model's config.json.") from None
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        file = _from_hub(model, revision)
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"config: {file} cannot be read ({error}). Fix: pass a model's config.json.") from None
     if not isinstance(config, dict):
         raise UserError(f"config: {model} does not contain a model's config. Fix: pass a model's config.json.")
-    return from_config(model, config)
+    return config
 
 
+@cache
 def _from_hub(model: str, revision: str) -> Path:
     from qlora_helpers.models import hub
 
@@ -156,12 +110,19 @@ def _from_hub(model: str, revision: str) -> Path:
 def from_config(name: str, config: dict[str, Any]) -> Shape:
     """Return the shape that a model's `config.json` describes.
 
-    Raises `UserError` for an unsupported model type or a missing key.
+    Families in `FAMILIES` are counted here. Any other is counted by building it on torch's meta device, in a process of
+    its own, so that this one stays free of torch. Raises `UserError` for an unknown model type or a missing key.
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
-        raise UserError(f"config: model type '{kind}' is not supported by the plan. Supported: {', '.join(FAMILIES)}.")
-    return _bloom(name, config) if kind == "bloom" else _llama(name, config)
+    if kind in LLAMA_LIKE:
+        return _llama(name, config)
+    if kind == "bloom":
+        return _bloom(name, config)
+    if not isinstance(kind, str):
+        raise UserError(f"config: {name} has model_type = {kind!r}. Fix: pass the model's own config.json.")
+    from qlora_helpers.planning import meta_device
+
+    return meta_device.count(name, config)
 
 
 def _count(name: str, config: dict[str, Any], *keys: str, default: int | None = None) -> int:
@@ -176,64 +137,88 @@ def _count(name: str, config: dict[str, Any], *keys: str, default: int | None = 
 
 
 def _llama(name: str, config: dict[str, Any]) -> Shape:
+    kind = config["model_type"]
+    traits = LLAMA_LIKE[kind]
     hidden, intermediate = _count(name, config, "hidden_size"), _count(name, config, "intermediate_size")
     heads = _count(name, config, "num_attention_heads")
     kv_heads = _count(name, config, "num_key_value_heads", default=heads)
-    head_dim = _count(name, config, "head_dim", default=hidden // heads)
-    attention_bias = config["model_type"] == "qwen2" or bool(config.get("attention_bias"))
-    mlp_bias = bool(config.get("mlp_bias"))
-    out_bias = attention_bias and config["model_type"] != "qwen2"
+    head_dim = _count(name, config, "head_dim", default=traits.head_dim or hidden // heads)
+    vocabulary, queries, keys = _count(name, config, "vocab_size"), heads * head_dim, kv_heads * head_dim
+    tied = config.get("tie_word_embeddings")
+    block = Block(
+        count=_count(name, config, "num_hidden_layers"),
+        linears=_llama_linears(config, hidden, intermediate, queries, keys),
+        norms=traits.norms * hidden + {None: 0, "head": 2 * head_dim, "all heads": queries + keys}[traits.qk_norms],
+        normed=traits.norms * hidden + (queries + keys if traits.qk_norms else 0),
+    )
     return Shape(
         name=name,
         family="llama",
         hidden=hidden,
         intermediate=intermediate,
-        layers=_count(name, config, "num_hidden_layers"),
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        vocabulary=_count(name, config, "vocab_size"),
+        vocabulary=vocabulary,
         positions=_count(name, config, "max_position_embeddings") if "max_position_embeddings" in config else None,
-        tied=bool(config.get("tie_word_embeddings", False)),
-        linears=(
-            Linear("q_proj", hidden, heads * head_dim, attention_bias, "normed"),
-            Linear("k_proj", hidden, kv_heads * head_dim, attention_bias, "normed"),
-            Linear("v_proj", hidden, kv_heads * head_dim, attention_bias, "normed"),
-            Linear("o_proj", heads * head_dim, hidden, out_bias, "attended"),
-            Linear("gate_proj", hidden, intermediate, mlp_bias, "normed again"),
-            Linear("up_proj", hidden, intermediate, mlp_bias, "normed again"),
-            Linear("down_proj", intermediate, hidden, mlp_bias, "gated"),
-        ),
-        norm_weights=2 * hidden,
-        norm_biases=0,
-        outer_weights=hidden,
-        outer_biases=0,
+        embeddings=vocabulary * hidden * (1 if (traits.tied if tied is None else tied) else 2),
+        blocks=(block,),
+        outside=Block(1, norms=hidden, normed=hidden),
+        usual_targets=("qkv_proj", "o_proj") if traits.fused else ("q_proj", "v_proj"),
+    )
+
+
+def _llama_linears(
+    config: dict[str, Any], hidden: int, intermediate: int, queries: int, keys: int
+) -> tuple[Linear, ...]:
+    """Return the linear layers of a block; `queries` and `keys` are the widths of all heads."""
+    qwen2, mlp_bias = config["model_type"] == "qwen2", bool(config.get("mlp_bias"))
+    bias = qwen2 or bool(config.get("attention_bias"))
+    output = Linear("o_proj", queries, hidden, bias and not qwen2, ATTENDED)
+    down = Linear("down_proj", intermediate, hidden, mlp_bias, "gated")
+    if LLAMA_LIKE[config["model_type"]].fused:
+        qkv = Linear("qkv_proj", hidden, queries + 2 * keys, False, "normed")
+        return qkv, output, Linear("gate_up_proj", hidden, 2 * intermediate, False, "normed again"), down
+    return (
+        Linear("q_proj", hidden, queries, bias, "normed"),
+        Linear("k_proj", hidden, keys, bias, "normed"),
+        Linear("v_proj", hidden, keys, bias, "normed"),
+        output,
+        Linear("gate_proj", hidden, intermediate, mlp_bias, "normed again"),
+        Linear("up_proj", hidden, intermediate, mlp_bias, "normed again"),
+        down,
     )
 
 
 def _bloom(name: str, config: dict[str, Any]) -> Shape:
     hidden = _count(name, config, "hidden_size", "n_embed")
     heads = _count(name, config, "n_head", "num_attention_heads")
+    vocabulary = _count(name, config, "vocab_size")
+    tied = bool(config.get("tie_word_embeddings", True))
+    block = Block(
+        count=_count(name, config, "n_layer", "num_hidden_layers"),
+        linears=(
+            Linear("query_key_value", hidden, 3 * hidden, True, "normed"),
+            Linear("dense", hidden, hidden, True, ATTENDED),
+            Linear("dense_h_to_4h", hidden, 4 * hidden, True, "normed again"),
+            Linear("dense_4h_to_h", 4 * hidden, hidden, True, "activated"),
+        ),
+        norms=2 * hidden,
+        norm_biases=2 * hidden,
+        normed=2 * hidden,
+    )
     return Shape(
         name=name,
         family="bloom",
         hidden=hidden,
         intermediate=4 * hidden,
-        layers=_count(name, config, "n_layer", "num_hidden_layers"),
         heads=heads,
         kv_heads=heads,
         head_dim=hidden // heads,
-        vocabulary=_count(name, config, "vocab_size"),
+        vocabulary=vocabulary,
         positions=None,  # ALiBi has no position embeddings
-        tied=bool(config.get("tie_word_embeddings", True)),
-        linears=(
-            Linear("query_key_value", hidden, 3 * hidden, True, "normed"),
-            Linear("dense", hidden, hidden, True, "attended"),
-            Linear("dense_h_to_4h", hidden, 4 * hidden, True, "normed again"),
-            Linear("dense_4h_to_h", 4 * hidden, hidden, True, "activated"),
-        ),
-        norm_weights=2 * hidden,
-        norm_biases=2 * hidden,
-        outer_weights=2 * hidden,
-        outer_biases=2 * hidden,
+        embeddings=vocabulary * hidden * (1 if tied else 2),
+        blocks=(block,),
+        outside=Block(1, norms=2 * hidden, norm_biases=2 * hidden, normed=2 * hidden),  # of embeddings and output
+        usual_targets=("query_key_value",),
     )

@@ -6,13 +6,12 @@ runs, and `docs/results.md` lists the errors of the plan. All sizes are in bytes
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from qlora_helpers.config import Config
-from qlora_helpers.errors import UserError, nearest
-from qlora_helpers.planning import architectures
-from qlora_helpers.planning.architectures import Linear, Shape
-
-METHODS = ("qlora", "lora", "full")
+from qlora_helpers.errors import UserError
+from qlora_helpers.planning import architectures, quantization
+from qlora_helpers.planning.shape import ATTENDED, Block, Linear, Shape
 
 GIB = 2**30
 HALF, FULL = 2, 4  # bytes of bf16 or fp16, and of float32
@@ -51,10 +50,18 @@ class Workload:
         """Tokens per forward pass."""
         return self.rows * self.config.max_length
 
-    @property
-    def adapted(self) -> tuple[Linear, ...]:
+    @cached_property
+    def targets(self) -> frozenset[str]:
+        """Names of the layers that have an adapter."""
+        return frozenset() if self.full else self.shape.targets(self.config.target_modules)
+
+    def adapted(self, block: Block) -> tuple[Linear, ...]:
         """Layers of a block that have an adapter."""
-        return () if self.full else self.shape.targets(self.config.target_modules)
+        return tuple(linear for linear in block.linears if linear.name in self.targets)
+
+    def total(self, of_block: Callable[[Block], float]) -> float:
+        """Sum of a number over all blocks."""
+        return sum(block.count * of_block(block) for block in self.shape.blocks)
 
     @property
     def packed(self) -> bool:
@@ -62,25 +69,17 @@ class Workload:
         return self.config.quantization != "none" and not self.full
 
 
-def method_of(config: Config) -> str:
-    """Return the method of a config: qlora if the base model is quantized, else lora."""
-    return "lora" if config.quantization == "none" else "qlora"
-
-
 def workload_of(config: Config, method: str | None = None) -> Workload:
     """Return the workload of a run of `config`, or of the same settings with another method.
 
     Raises `UserError` if the model's config cannot be loaded, or if a setting is impossible for the model.
     """
-    if method not in (None, *METHODS):
-        raise UserError(f"unknown method '{method}'.{nearest(str(method), METHODS)}")
+    config = quantization.of_method(config, method)
+    quantization.check(config)
     shape = architectures.load(config.model, config.revision)
-    if (method or method_of(config)) != "qlora":
-        config = config.replace(quantization="none")
-    elif config.quantization == "none":
-        config = config.replace(quantization="nf4")
     workload = Workload(shape, config, method == "full")
-    widths = [min(linear.n_in, linear.n_out) for linear in workload.adapted]
+    adapted = [linear for part in shape.parts for linear in workload.adapted(part)]
+    widths = [min(linear.n_in, linear.n_out) for linear in adapted]
     if config.rank > min(widths, default=config.rank):
         raise UserError(f"rank: {config.rank} exceeds the width of an adapted layer. Fix: use {min(widths)} or less.")
     if shape.positions and config.max_length > shape.positions:
@@ -103,15 +102,14 @@ def training_parts(workload: Workload) -> dict[str, float]:
 def static_parts(workload: Workload) -> dict[str, float]:
     """Return bytes by part that stay allocated during the whole run: the stored model and the trained weights."""
     shape, trained_biases = workload.shape, _trained_biases(workload)
-    linear = shape.linear_weights
+    packed = shape.packable if workload.packed else 0
     if workload.full:
         return {"frozen weights": 0.0, "trained weights": float(HALF * shape.parameters)}
-    scales = linear / BLOCK
-    constants = scales * (1 + FULL / NESTED) if workload.config.double_quant else scales * FULL
+    constants = packed / BLOCK * (1 + FULL / NESTED if workload.config.double_quant else FULL)
     return {
-        "frozen weights": linear / 2 if workload.packed else float(HALF * linear),
+        "frozen weights": packed / 2 + HALF * (shape.matrices - packed),
         "trained weights": 0.0,
-        "quantisation constants": constants if workload.packed else 0.0,
+        "quantisation constants": constants,
         "embeddings, head, norms": float(HALF * (shape.embeddings + shape.norms + shape.biases - trained_biases)),
         "adapters": float(FULL * _adapter(workload)),
         "trained biases": float(FULL * trained_biases),
@@ -124,8 +122,8 @@ def trained_parameters(workload: Workload) -> int:
 
 
 def _adapter(workload: Workload) -> int:
-    rank = workload.config.rank
-    return workload.shape.layers * sum(rank * (linear.n_in + linear.n_out) for linear in workload.adapted)
+    widths = [part.count * (one.n_in + one.n_out) for part in workload.shape.parts for one in workload.adapted(part)]
+    return workload.config.rank * sum(widths)
 
 
 def _trained_biases(workload: Workload) -> int:
@@ -133,7 +131,9 @@ def _trained_biases(workload: Workload) -> int:
         return 0
     if workload.config.bias == "all":
         return workload.shape.biases
-    return workload.shape.layers * sum(linear.n_out for linear in workload.adapted if linear.bias)
+    return sum(
+        part.count * linear.n_out for part in workload.shape.parts for linear in workload.adapted(part) if linear.bias
+    )
 
 
 def _optimizer(workload: Workload) -> float:
@@ -165,9 +165,10 @@ def _at_loss(workload: Workload) -> dict[str, float]:
 
 
 def _in_backward(workload: Workload) -> dict[str, float]:
-    """Backward pass of the last block: its own tensors again if recomputed, and one layer's weights in 16 bits."""
-    again = _block(workload) if workload.config.gradient_checkpointing else 0.0
-    widest = max(linear.weights for linear in workload.shape.linears)
+    """Backward pass of the largest block: its own tensors if recomputed, and one layer's weights in 16 bits."""
+    largest = max((_block(workload, block) for block in workload.shape.blocks), default=0.0)
+    again = largest if workload.config.gradient_checkpointing else 0.0
+    widest = max((linear.weights for block in workload.shape.blocks for linear in block.linears), default=0)
     dequantized = HALF * widest if workload.packed else 0.0
     width = FULL if workload.shape.family == "bloom" else HALF
     flowing = workload.tokens * width * (3 * workload.shape.intermediate + 4 * workload.shape.hidden)
@@ -193,20 +194,26 @@ def _saved(workload: Workload) -> float:
     if workload.config.gradient_checkpointing:
         width = FULL if shape.family == "bloom" else HALF  # BLOOM's residual stream is in float32
         return last_norm + shape.layers * width * shape.hidden * workload.tokens
-    return last_norm + shape.layers * _block(workload)
+    return last_norm + workload.total(lambda block: _block(workload, block))
 
 
-def _block(workload: Workload) -> float:
-    per_token = _bloom_block(workload) if workload.shape.family == "bloom" else _llama_block(workload)
-    return workload.tokens * (per_token + _adapter_inputs(workload)) + _attention_mask(workload)
+def _block(workload: Workload, block: Block) -> float:
+    per_token = _bloom_block(workload) if workload.shape.family == "bloom" else _plain_block(workload, block)
+    return workload.tokens * (per_token + _adapter_inputs(workload, block)) + _attention_mask(workload, block)
 
 
-def _llama_block(workload: Workload) -> float:
-    """Bytes per token: two norms in float32; queries, keys, values, attention output; gate, its activation, product."""
+def _plain_block(workload: Workload, block: Block) -> float:
+    """Bytes per token: norms in float32, and in 16 bits what lies between the layers that read the residual stream and
+    those that write to it. In a Llama these are queries, keys, values, attention output; gate, its activation, product.
+    """
     shape = workload.shape
-    queries = shape.heads * shape.head_dim
-    keys = queries if workload.rows > 1 else shape.kv_heads * shape.head_dim  # padding: keys are repeated per head
-    return 2 * FULL * (shape.hidden + 1) + HALF * (2 * queries + 2 * keys + 3 * shape.intermediate) + FULL * shape.heads
+    inner = sum(linear.n_out if linear.n_in == shape.hidden else linear.n_in for linear in block.linears)
+    attention = 0
+    if block.attends:
+        attention = FULL * shape.heads
+        if workload.rows > 1:  # padding: keys and values are repeated per head
+            inner += 2 * (shape.heads - shape.kv_heads) * shape.head_dim
+    return FULL * (block.normed + 2) + HALF * (inner + 3 * block.expert_width) + attention
 
 
 def _bloom_block(workload: Workload) -> float:
@@ -219,21 +226,20 @@ def _bloom_block(workload: Workload) -> float:
     return attention + 3 * HALF * shape.hidden + 2 * FULL * shape.hidden + before_activation
 
 
-def _adapter_inputs(workload: Workload) -> float:
+def _adapter_inputs(workload: Workload, block: Block) -> float:
     """Bytes per token: each adapter's input after dropout, the dropout mask, and the r values between A and B."""
-    if workload.full:
-        read = {linear.reads: linear.n_in for linear in workload.shape.linears}
-        return float(HALF * sum(n_in for reads, n_in in read.items() if reads != "attended"))
-    inner = HALF * workload.config.rank * len(workload.adapted)
-    if workload.config.dropout > 0:
-        return inner + (HALF + 1) * sum(linear.n_in for linear in workload.adapted)
-    read = {linear.reads: linear.n_in for linear in workload.adapted if linear.reads != "attended"}
+    adapted = workload.adapted(block)
+    inner = HALF * workload.config.rank * len(adapted)
+    if workload.config.dropout > 0 and not workload.full:
+        return inner + (HALF + 1) * sum(linear.n_in for linear in adapted)
+    trained = block.linears if workload.full else adapted
+    read = {linear.reads: linear.n_in for linear in trained if linear.reads != ATTENDED}
     return float(inner + HALF * sum(read.values()))
 
 
-def _attention_mask(workload: Workload) -> float:
+def _attention_mask(workload: Workload, block: Block) -> float:
     """Bytes of one 16-bit mask per block, needed when rows are padded to the same length."""
-    if workload.shape.family == "bloom" or workload.rows == 1:
+    if workload.shape.family == "bloom" or workload.rows == 1 or not block.attends:
         return 0.0
     return float(HALF * workload.rows * workload.config.max_length**2)
 
@@ -279,7 +285,8 @@ def answer_parts(workload: Workload, number: int) -> dict[str, float]:
     shape = workload.shape
     read, written = number * workload.config.max_length // 2, number * workload.config.max_new_tokens
     width = FULL if shape.family == "bloom" and workload.packed else HALF
-    cache = 2.0 * width * shape.layers * shape.kv_heads * shape.head_dim * (read + written)
+    layers = workload.total(lambda block: block.attends)
+    cache = 2.0 * width * layers * shape.kv_heads * shape.head_dim * (read + written)
     parts = _passing_through(workload, read, number, 0.0)
     return {**parts, "keys and values": cache, "fragmentation": parts["fragmentation"] + SPARE_EVALUATION[1] * cache}
 
@@ -291,10 +298,7 @@ def _passing_through(workload: Workload, tokens: int, rows: int, logits: float) 
         widest = (2 * FULL + HALF) * shape.heads * tokens / rows + 8 * FULL * shape.hidden
         block = tokens * max(widest, 4 * FULL * shape.intermediate + 2 * FULL * shape.hidden)
     else:
-        wide = {linear.name for linear in workload.adapted} & {
-            "gate_proj",
-            "up_proj",
-        }  # these need one more tensor, for the adapter's output
+        wide = workload.targets & {"gate_proj", "up_proj", "gate_up_proj"}  # one more tensor: the adapter's output
         block = tokens * (HALF * (4 if wide else 3) * shape.intermediate + 2 * FULL * shape.hidden)
     static = static_parts(workload)
     spare = SPARE_EVALUATION[0] * max(block, logits) + (SPARE_PACKED * sum(static.values()) if workload.packed else 0)

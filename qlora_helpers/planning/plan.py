@@ -7,9 +7,10 @@ from typing import Any
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device
 from qlora_helpers.errors import UserError, nearest
-from qlora_helpers.planning import architectures, gpus, memory, step_time
+from qlora_helpers.planning import architectures, gpus, memory, quantization, step_time
 from qlora_helpers.planning.gpus import CONTEXT_GIB, GPUS, Gpu
-from qlora_helpers.planning.memory import GIB, METHODS
+from qlora_helpers.planning.memory import GIB
+from qlora_helpers.planning.quantization import METHODS
 
 TIGHT = 0.9  # fraction of the GPU's memory above which the error of the plan may decide
 
@@ -105,7 +106,7 @@ def plan_memory(config: Config, device: Device | str | float | None = None, meth
         model=config.model,
         parameters=workload.shape.parameters,
         trained=memory.trained_parameters(workload),
-        method=method or memory.method_of(config),
+        method=method or quantization.method_of(config),
         training=_gib(memory.training_parts(workload)),
         evaluation=_gib(memory.evaluation_parts(workload)),
         context=gpu.context if gpu else CONTEXT_GIB,
@@ -118,8 +119,9 @@ def plan_memory(config: Config, device: Device | str | float | None = None, meth
 
 
 def by_method(config: Config, device: Device | str | float | None = None) -> dict[str, Plan]:
-    """Return plans of the same run as QLoRA, LoRA and full fine-tuning."""
-    return {method: plan_memory(config, device, method) for method in METHODS}
+    """Return plans of the same run as QLoRA, LoRA and full fine-tuning, without those that the model does not allow."""
+    possible = [method for method in METHODS if not quantization.refusal(quantization.of_method(config, method))]
+    return {method: plan_memory(config, device, method) for method in possible}
 
 
 def fastest_split(config: Config, device: Device | str | float) -> Config:
@@ -149,13 +151,20 @@ def nearest_fit(config: Config, device: Device | str | float) -> Config | None:
 
     Returns None if none fits with rows of 64 tokens or more.
     """
+    stored = [config, *([quantized] if (quantized := _quantized(config)) else [])]
     while config.max_length >= 64:
-        for stored in dict.fromkeys((config.quantization, "nf4")):
-            candidate = fastest_split(config.replace(quantization=stored), device)
+        for base in stored:
+            candidate = fastest_split(base.replace(max_length=config.max_length), device)
             if plan_memory(candidate, device).fits:
                 return candidate
         config = config.replace(max_length=config.max_length // 2)
     return None
+
+
+def _quantized(config: Config) -> Config | None:
+    """Return the config with its base model in nf4, or None if it is quantized already or the model cannot be."""
+    changed = config.replace(quantization="nf4")
+    return changed if config.quantization == "none" and not quantization.refusal(changed) else None
 
 
 def _splits(config: Config) -> Iterator[Config]:
@@ -202,7 +211,7 @@ def _advice(config: Config, plan: Plan, gpu: Gpu) -> list[Advice]:
 
 
 def _changes(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
-    if config.quantization == "none":
+    if _quantized(config):
         yield "quantization=nf4, the base model in 4 bits", {"quantization": "nf4"}
     if not config.gradient_checkpointing:
         yield "gradient_checkpointing=true", {"gradient_checkpointing": True}

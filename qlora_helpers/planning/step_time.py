@@ -25,7 +25,8 @@ REACHED_ON_CPU = 1.0
 def seconds(config: Config, gpu: Gpu, method: str | None = None) -> float:
     """Return the seconds of one optimizer step on `gpu`, with every row at the maximum length.
 
-    `method` is lora or qlora; None means the config's own. Raises `UserError` if the model's config cannot be loaded.
+    `method` is lora or qlora; None means the config's own. Experts that are no linear layers do not count, so for their
+    models this is a lower bound. Raises `UserError` if the model's config cannot be loaded.
     """
     workload = memory.workload_of(config, method)
     launches = workload.shape.layers * LAUNCH * (UNPACKED if workload.packed else 1)

@@ -24,7 +24,7 @@ from qlora_helpers.models import hub, qlora, safetensors_io
 from qlora_helpers.models.qlora import attach_lora, check_targets, load_base, save_biases, train_in_float32
 from qlora_helpers.planning import compute_dtype
 from qlora_helpers.runs import RunFolder
-from qlora_helpers.training import batches, checks, oom
+from qlora_helpers.training import batches, checks, oom, trl_config
 from qlora_helpers.training.callbacks import CopyToDrive, LogWriter, Progress, SaveBest
 from qlora_helpers.training.checks import Guard
 
@@ -77,6 +77,7 @@ def _attempt(context: RunContext, callbacks: Sequence[TrainerCallback]) -> None:
     base_losses = losses.baseline(base, context)
     _write_manifest(context, base)
     trainer = build_trainer(attach_lora(base, config), context, callbacks)
+    trl_config.write(run, config, context.device, trainer.args, trainer.train_dataset)
     trainer.add_callback(LogWriter(run / "log.jsonl", losses.mean_loss(base_losses)))
     _fit(trainer, context)
     _save_results(trainer, context, base_losses)

@@ -11,7 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from qlora_helpers import Config, UserError
-from qlora_helpers.config import preset_names
+from qlora_helpers.config import ELSEWHERE, preset_names
 from qlora_helpers.files import ROOT
 
 GUANACO = {
@@ -72,6 +72,17 @@ PUBLISHED = {
         "keep_best": True,
     },
 }
+TODAYS = ("qwen3-4b", "llama32-3b", "gemma3-1b", "smollm3-3b")  # recipes of the project's own
+
+
+@pytest.mark.parametrize("name", TODAYS)
+def test_presets_for_todays_models_use_the_models_own_template_and_plan_offline(name):
+    from qlora_helpers.planning import architectures, plan
+
+    config = Config.preset(name)
+    assert (config.template, config.rank, config.target_modules) == ("auto", 16, ("all-linear",))
+    assert architectures.known(config.model)
+    assert plan.plan_memory(config, "t4").fits
 
 
 def refusal(**params):
@@ -145,6 +156,30 @@ def test_an_unknown_name_suggests_the_nearest():
     assert "'learning_rate'" in refusal(learning_rte=1e-3)
     assert "'tinyllama-guanaco-100'" in refusal(preset="tinylama-guanaco-100")
     assert "'cpu'" in refusal(profile="cpus")
+
+
+def test_names_of_other_libraries_get_ours():
+    fields = {field.name for field in dataclasses.fields(Config)}
+    for ours, theirs in ELSEWHERE.items():
+        assert re.match(r"\w+", ours)[0] in fields
+        for name in theirs.split():
+            assert name not in fields
+            assert refusal(**{name: 1}) == f"unknown parameter '{name}'. Fix: use {ours}."
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("r", "rank"),
+        ("lora_alpha", "alpha"),
+        ("num_train_epochs", "epochs"),
+        ("micro_batch_size", "batch_size"),
+        ("cutoff_len", "max_length"),
+        ("warmup_steps", "warmup_ratio, a fraction of the steps"),
+    ],
+)
+def test_a_usual_name_is_translated(name, ours):
+    assert refusal(**{name: 8}) == f"unknown parameter '{name}'. Fix: use {ours}."
 
 
 @pytest.mark.parametrize(
