@@ -155,7 +155,8 @@ def _score(metric: Any, texts: list[str], references: list[str]) -> Interval:
     else:
         scored = metric.corpus_score(texts, [references], n_bootstrap=BLEU_RESAMPLES)
         value, low, high = scored.score, scored._mean - scored._ci, scored._mean + scored._ci
-    return Interval(*(min(max(float(number), 0.0), 100.0) for number in (value, low, high)))  # rounding, and few rows
+    value, low, high = (min(max(float(number), 0.0), 100.0) for number in (value, low, high))  # rounding, and few rows
+    return Interval(value, low, high)
 
 
 def _script(reference: str) -> str:
