@@ -7,6 +7,7 @@ placeholders.
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property, lru_cache
@@ -28,6 +29,7 @@ CHAT_MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|[^\s<>\[\]]+")
 THOUGHT_MARK = re.compile(r"</?\|?(think|thinking|thought|reasoning)\|?>")  # part of an answer, not between turns
 TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # how chat templates ask for today's date
 PLACE = re.compile("\ue000(\\d+)\ue000")  # private-use characters, which occur in no text and no template
+PROBE = "\ue001"
 
 
 class UnplacedAnswer(ValueError):
@@ -210,6 +212,7 @@ class ChatTemplate:
         spans = []
         for number in asked:
             start, content_end = contents[number]
+            _check_place(turns, number, text[start:content_end])
             end = self._end(text, content_end)
             if end is None and number == len(turns) - 1:
                 text = text[:content_end] + end_text(self.config, self.tokenizer)
@@ -228,10 +231,19 @@ class ChatTemplate:
 
     @cached_property
     def ends(self) -> tuple[str, ...]:
-        """Tokens that end an answer: those that follow one in the middle and at the end of a conversation."""
-        text, spans = self.render(_sample(2))
-        found = [self._special.findall(text[start:end])[-1:] for start, end in spans]
-        return tuple(dict.fromkeys(token for tokens in found for token in tokens))
+        """Tokens that end an answer: in the middle and at the end of a conversation, and after a tool call."""
+        call = {"type": "function", "id": "call00000", "function": {"name": "clock", "arguments": {}}}
+        asked, _, asked_again, answer = _sample(2)
+        calls = {"role": "assistant", "content": "", "tool_calls": [call]}
+        with_tools = (asked, calls, asked_again | {"role": "tool", "tool_call_id": "call00000"}, answer)
+        last: list[str] = []
+        for sample in (_sample(2), with_tools):
+            try:
+                text, spans = self.render(sample)
+            except UnplacedAnswer:  # many templates take no tools
+                continue
+            last += [token for start, end in spans for token in self._special.findall(text[start:end])[-1:]]
+        return tuple(dict.fromkeys(last))
 
     @cached_property
     def marks(self) -> set[str]:
@@ -290,10 +302,15 @@ class ChatTemplate:
         options["chat_template"] = TODAY.sub(lambda call: repr(self._today.strftime(call[2])), source)
         if self.config.thinking is not None:
             options["enable_thinking"] = self.config.thinking
-        try:
-            return str(self.tokenizer.apply_chat_template(given, tools=tools, tokenize=False, **options))
-        except Exception as error:  # a template can raise many kinds of jinja errors
-            raise UnplacedAnswer(f"the chat template refuses these turns ({str(error).splitlines()[0]})") from None
+        # Some templates take the arguments of a tool call as an object, others as text.
+        given, other = _arguments(given, json.loads), _arguments(given, json.dumps)
+        reasons = []
+        for variant in [given] if given == other else [given, other]:
+            try:
+                return str(self.tokenizer.apply_chat_template(variant, tools=tools, tokenize=False, **options))
+            except Exception as error:  # a template can raise many kinds of jinja errors
+                reasons.append(str(error).splitlines()[0])
+        raise UnplacedAnswer(f"the chat template refuses these turns ({reasons[0]})")
 
     @cached_property
     def _today(self) -> date:
@@ -337,18 +354,23 @@ class ChatTemplate:
 
     def _by_difference(self, turns: list[Message], text: str, number: int, frame: Frame) -> Span:
         """Locate an answer that the template rewrites, as the part of the text that changes with it."""
-        probe = {"role": "assistant", "content": _place(number)}
+        probe = {"role": "assistant", "content": PROBE}
         other = self._apply([*turns[:number], probe, *turns[number + 1 :]])
-        place = other.find(_place(number))
+        place = other.find(PROBE)
         if place < 0:
             raise UnplacedAnswer("the chat template does not show an answer")
-        start = _shared(text, other)
-        end = max(start, len(text) - _shared(text[::-1], other[::-1]))
+        start = self._whole(text, _shared(text, other))
+        end = max(start, self._whole(text, len(text) - _shared(text[::-1], other[::-1])))
         if start == end:
             raise UnplacedAnswer("the chat template does not show an answer")
         if other[:place].endswith(frame.glue(number)):
             start = min(start, place - self._preamble_length(turns, number, frame))
         return start, end
+
+    def _whole(self, text: str, place: int) -> int:
+        """Return the start of the special token that `place` is inside of, or `place`."""
+        inside = (match for match in self._special.finditer(text) if match.start() < place < match.end())
+        return next((match.start() for match in inside), place)
 
     def _end(self, text: str, content_end: int) -> int | None:
         """Return where the end of an answer ends, or None if no special token follows its content."""
@@ -361,6 +383,34 @@ class ChatTemplate:
         tokens = {str(token.content) for token in self.tokenizer.added_tokens_decoder.values()}
         tokens |= set(self.tokenizer.all_special_tokens)
         return _any_of(token for token in tokens if token.strip() and not THOUGHT_MARK.fullmatch(token))
+
+
+def _arguments(turns: list[Message], change: Callable[[Any], Any]) -> list[Message]:
+    """Return the turns with the arguments of their tool calls as an object (`json.loads`) or as text (`json.dumps`)."""
+    wanted = str if change is json.loads else dict
+    changed = []
+    for turn in turns:
+        calls = []
+        for call in turn.get("tool_calls") or []:
+            function = call.get("function", {})
+            given = function.get("arguments")
+            try:
+                arguments = change(given) if isinstance(given, wanted) else given
+            except ValueError:  # text that is not JSON
+                arguments = given
+            calls.append(call | {"function": function | {"arguments": arguments}})
+        changed.append(turn | {"tool_calls": calls} if calls else turn)
+    return changed
+
+
+def _check_place(turns: list[Message], number: int, written: str) -> None:
+    """Raise `UnplacedAnswer` if a tool call is missing from an answer, or the result of a call is within it."""
+    calls = turns[number].get("tool_calls") or []
+    if not all(str(call.get("function", call).get("name")) in written for call in calls):
+        raise UnplacedAnswer("the chat template has no place for tool calls")
+    results = [turn["content"] for turn in turns[number + 1 :] if turn["role"] == "tool"]
+    if calls and any(result.strip() and result.strip() in written for result in results):
+        raise UnplacedAnswer("the chat template writes a tool's result inside an answer")
 
 
 def _with_input(turn: Message) -> Message:
