@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qlora_helpers import __version__, options
+from qlora_helpers.config import our_name
 from qlora_helpers.errors import UserError, nearest
 from qlora_helpers.options import Parser
 
@@ -56,7 +57,9 @@ def _check_names(argv: list[str], parsers: Mapping[str, Parser]) -> None:
     for word in argv[1:]:
         name = word.split("=")[0]
         if name.startswith("--") and name not in known:
-            raise UserError(f"unknown option '{name}'.{nearest(name, known)}")
+            ours = our_name(name[2:].replace("-", "_"))
+            fix = f" Fix: use --{ours.replace('_', '-')}." if ours else nearest(name, known)
+            raise UserError(f"unknown option '{name}'.{fix}")
 
 
 def _run(**args: Any) -> None:

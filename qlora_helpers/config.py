@@ -94,9 +94,9 @@ class Config:
         "guanaco", "prompt format; auto: the model's own chat template", choices=("guanaco", "instruction", "auto")
     )
     system: str | None = _field(None, "system prompt of rows that have none of their own")
-    thinking: bool | None = _field(None, "with or without thinking, for chat templates with a switch; None: their default")
-    template_date: str = _field("2026-01-01", "date in chat templates that write today's date: YYYY-MM-DD")
-    end_token: str | None = _field(None, "token that ends an answer where the template writes none; None: the tokenizer's")
+    thinking: bool | None = _field(None, "for chat templates with a switch; None: their default")
+    template_date: str = _field("2026-01-01", "what chat templates write as today's date")
+    end_token: str | None = _field(None, "ends an answer where the template writes no end")
     train_on: str = _field("assistant", "tokens that the loss is computed on", choices=("assistant", "all"))
     max_length: int = _field(256, "maximum number of tokens per row", low=8)
     over_length: str = _field("truncate", "what to do with longer rows", choices=("truncate", "drop"))
@@ -142,7 +142,7 @@ class Config:
     seconds_per_step: float | None = _field(
         None, "measured with the profile's model; None: estimated", low=0, identity=False
     )
-    max_thinking_tokens: int = _field(512, "additional tokens per answer with thinking=True", low=0, identity=False)
+    max_thinking_tokens: int = _field(512, "more tokens per answer with thinking=True", low=0, identity=False)
     max_new_tokens: int = _field(128, "maximum number of tokens per answer", low=1, identity=False)
     seed: int = _field(0, "seed of adapter weights, row order and dropout", low=0)
 
@@ -231,6 +231,11 @@ class Config:
         return "\n".join(lines)
 
 
+def our_name(name: str) -> str | None:
+    """Return our parameter for one of another tool, or None."""
+    return next((ours for ours, theirs in ELSEWHERE.items() if name in theirs.split()), None)
+
+
 def value_type(field: "dataclasses.Field[Any]") -> Any:
     """Return the type of a field's values, ignoring None."""
     hint = typing.get_type_hints(Config)[field.name]
@@ -288,7 +293,7 @@ def _check(values: dict[str, Any]) -> dict[str, Any]:
     checked = {}
     for name, value in values.items():
         if name not in fields:
-            ours = next((ours for ours, theirs in ELSEWHERE.items() if name in theirs.split()), None)
+            ours = our_name(name)
             hint = f" Fix: use {ours}." if ours else nearest(name, fields)
             raise UserError(f"unknown parameter '{name}'.{hint}")
         checked[name] = _check_value(name, value, hints[name], fields[name].metadata)

@@ -75,7 +75,10 @@ def modelfile(config: Config, tokenizer: Any, gguf: str) -> str:
         f'{user}{{{{ else if eq .Role "assistant" }}}}{answer.removeprefix(ask)}{{{{ .Content }}}}'
         '{{ end }}{{ end }}"""',
     ]
-    lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(token)}"' for token in rendering.end_tokens(config, tokenizer)]
+    lines += [
+        f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(token)}"'
+        for token in rendering.end_tokens(config, tokenizer)
+    ]
     return "\n".join([*lines, "PARAMETER temperature 0", "PARAMETER repeat_penalty 1.0", ""])  # the default is 1.1
 
 

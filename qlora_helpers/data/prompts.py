@@ -16,6 +16,7 @@ from qlora_helpers.errors import UserError
 IGNORE = -100  # label ignored by the cross-entropy loss
 BATCH = 1000  # rows tokenized at once: enough to be fast, few enough to limit memory
 
+
 @dataclass(frozen=True)
 class Example:
     """A tokenized row.

@@ -114,7 +114,9 @@ class AnswerReader:
         kept = ids[:end]
         text = self.tokenizer.decode(kept)
         thought, words = split_thought(text.strip().removeprefix(self.preamble))
-        plain = self.tokenizer.decode(self.tokenizer(words, add_special_tokens=False)["input_ids"], skip_special_tokens=True)
+        plain = self.tokenizer.decode(
+            self.tokenizer(words, add_special_tokens=False)["input_ids"], skip_special_tokens=True
+        )
         return {
             "answer": plain.strip(),
             "thought": thought,

@@ -84,7 +84,9 @@ def _header(config: Config, license: dict[str, Any], merged: bool) -> str:
 
 def _stored(config: Config, model: dict[str, Any]) -> str:
     share = model.get("four_bit_share")
-    return f"{config.quantization} ({share:.1%} of the weights outside its embeddings)" if share else config.quantization
+    return (
+        f"{config.quantization} ({share:.1%} of the weights outside its embeddings)" if share else config.quantization
+    )
 
 
 def _change(run: RunFolder, metrics: dict[str, Any], manifest: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from qlora_helpers.evaluation.context import RunContext
 from qlora_helpers.evaluation.losses import RowLoss
 from qlora_helpers.models import hub, qlora, safetensors_io
 from qlora_helpers.models.qlora import attach_lora, check_targets, load_base, save_biases, train_in_float32
-from qlora_helpers.planning import compute_dtype
+from qlora_helpers.planning import compute_dtype, quantization
 from qlora_helpers.runs import RunFolder
 from qlora_helpers.training import batches, checks, oom, trl_config
 from qlora_helpers.training.callbacks import CopyToDrive, LogWriter, Progress, SaveBest
@@ -52,6 +52,7 @@ def train(
         if run.finished:
             print(f"{run.path} is finished: nothing to train.")
             return run
+        quantization.check(config)
         device = compute_dtype.as_begun(compute_dtype.device_for(config), run.compute_dtype())
         limit_memory(device, config.memory_limit_gib)
         config = oom.choose_split(config, device)

@@ -30,8 +30,24 @@ def test_an_answer_ends_at_the_first_end_token(config, device, tokenizer):
     fixed = Fixed([[word, end, end], [word, word, word], [end, word, word]])
     said = answers.generate(fixed, tokenizer, config, device, asked("x", "y", "z"))
     assert said == [
-        {"prompt": "x", "reference": "r", "answer": "a", "thought": "", "stopped": True, "invented": False, "tokens": 1},
-        {"prompt": "y", "reference": "r", "answer": "aaa", "thought": "", "stopped": False, "invented": False, "tokens": 3},
+        {
+            "prompt": "x",
+            "reference": "r",
+            "answer": "a",
+            "thought": "",
+            "stopped": True,
+            "invented": False,
+            "tokens": 1,
+        },
+        {
+            "prompt": "y",
+            "reference": "r",
+            "answer": "aaa",
+            "thought": "",
+            "stopped": False,
+            "invented": False,
+            "tokens": 3,
+        },
         {"prompt": "z", "reference": "r", "answer": "", "thought": "", "stopped": True, "invented": False, "tokens": 0},
     ]
 
@@ -53,7 +69,13 @@ def test_answers_alone_and_in_a_batch_are_the_same(setup, config, device, tokeni
 
 def test_a_thought_is_no_part_of_the_answer(config, device, tokenizer):
     """Not if it is closed, not if it is empty, and not if the limit cuts it off."""
-    texts = ["<think>\nHm.\n</think>\n\nBlue.", "<think>\n\n</think>\n\nBlue.", "<think> Hm.", "Hm.</think>Blue.", "Blue."]
+    texts = [
+        "<think>\nHm.\n</think>\n\nBlue.",
+        "<think>\n\n</think>\n\nBlue.",
+        "<think> Hm.",
+        "Hm.</think>Blue.",
+        "Blue.",
+    ]
     reader = answers.AnswerReader(config, tokenizer)
     read = [reader.read(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     assert [one["answer"] for one in read] == ["Blue.", "Blue.", "", "Blue.", "Blue."]

@@ -191,7 +191,9 @@ def test_a_model_without_a_chat_template_can_use_the_built_in_templates(make_tok
 
 
 def test_replacing_the_models_own_template_gives_a_warning(tokenizer):
-    assert "must be prompted in that format" in rendering.template_warnings(Config(template="instruction"), tokenizer)[0]
+    assert (
+        "must be prompted in that format" in rendering.template_warnings(Config(template="instruction"), tokenizer)[0]
+    )
     assert rendering.template_warnings(Config(template="auto"), tokenizer) == []
 
 

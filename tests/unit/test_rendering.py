@@ -256,7 +256,11 @@ def test_start_tokens_come_once_and_end_tokens_are_never_added(adds):
     assert plain == written == [*head, *tokenizer("Good.", add_special_tokens=False)["input_ids"]]
 
 
-@given(st.lists(st.text(min_size=1, max_size=20).filter(str.strip), min_size=2, max_size=6).filter(lambda t: len(t) % 2 == 0))
+@given(
+    st.lists(st.text(min_size=1, max_size=20).filter(str.strip), min_size=2, max_size=6).filter(
+        lambda t: len(t) % 2 == 0
+    )
+)
 def test_whatever_the_texts_each_answer_is_trained_whole(texts):
     """For every quirk: the trained characters are the answers, as the template writes them."""
     row = conversation(*texts)
