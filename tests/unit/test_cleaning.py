@@ -171,6 +171,28 @@ def test_labels_may_repeat(prepare):
     assert not prepare(rows, n_samples=None).dropped
 
 
+def test_answers_may_follow_several_phrasings(prepare):
+    rows = [
+        {"instruction": f"{ask} item {i * 7919}?", "output": f"Answer {i * 104729}."}
+        for i in range(20)
+        for ask in ("Where is", "Would you please show me the place of")
+    ]
+    assert "answer equal to that of the row before" not in reasons(prepare(rows))
+
+
+def test_short_rows_in_chinese_are_kept(prepare):
+    short = [{"instruction": "一加一？", "output": "二"}, {"instruction": "日本首都？", "output": "东京"}]
+    data = prepare([*ROWS, *short, {"instruction": "Hi?", "output": "Ho."}], n_samples=None)
+    assert reasons(data) == ["too short: under 10 characters"]
+    assert data.dropped[0]["row"]["instruction"] == "Hi?"
+
+
+def test_a_changed_end_token_needs_another_encoding(small, tokenizer):
+    cleaned = cleaning.clean(small, tokenizer)
+    other = small.replace(end_token="<s>")
+    assert cleaning.select(cleaned, other, tokenizer).train[0].input_ids[-1] == tokenizer.bos_token_id
+
+
 def test_prompts_like_a_heldout_one_are_taken_out_of_training(prepare):
     rows = [{"instruction": f"Explain entry {i} of the list, please.", "output": f"Answer {i}."} for i in range(40)]
     heldout = prepare(rows, n_samples=None).heldout[0].row
