@@ -156,10 +156,10 @@ def _readable(cleaned: Cleaned, config: Config, marks: re.Pattern[str]) -> Itera
         previous = row.answer
         if row.split == VALIDATION:
             reason = "validation split, kept for selection"
-        if reason is None and (mark := marks.search(row.text)):
-            reason = f"a turn holds {mark.group()!r}, which only the template may write"
-        if reason is None and row.id in seen:
+        elif row.id in seen:
             reason = "same row twice"
+        elif reason is None and (mark := marks.search(row.text)):
+            reason = f"a turn holds {mark.group()!r}, which only the template may write"
         if reason:
             cleaned.drop(row, reason)
             continue

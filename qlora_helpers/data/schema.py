@@ -272,16 +272,20 @@ def _turns(cells: dict[str, Any], layout: str, changes: Counter[str]) -> list[Me
         cells |= _first_instance(cells["instances"])
     if layout == "prompt-completion" and isinstance(cells["question"], str) and isinstance(cells["answer"], str):
         return _completion(cells)
-    answer = cells["answer"]
-    if isinstance(answer, list):
-        turns = conversation.read(answer, changes)
-        if any(turn["role"] == "user" for turn in turns):  # the whole conversation, as in preference data sets
-            return turns
+    question, answer = cells["question"], cells["answer"]
+    if _is_turns(question):
+        asked = conversation.read(question, changes)
     else:
-        turns = [{"role": "assistant", "content": conversation.answer_text(answer)}]
-    if isinstance(cells["question"], list):
-        return conversation.read(cells["question"], changes) + turns
-    return [_question(conversation.text(cells["question"]).strip(), cells), *turns]
+        asked = [_question(conversation.text(question).strip(), cells)]
+    if not _is_turns(answer):
+        return [*asked, {"role": "assistant", "content": conversation.answer_text(answer)}]
+    answered = conversation.read(answer, changes)
+    # In preference data sets, answers can be whole conversations.
+    return answered if any(turn["role"] == "user" for turn in answered) else [*asked, *answered]
+
+
+def _is_turns(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
 
 
 def _question(content: str, cells: dict[str, Any]) -> Message:
