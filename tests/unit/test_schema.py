@@ -255,7 +255,7 @@ def test_columns_with_other_names_can_be_named():
 @pytest.mark.parametrize(
     ("columns", "says"),
     [
-        ("questoin=Frage", "Did you mean 'question'"),
+        ("questions=Frage", "Did you mean 'question'"),
         ("question", "no column is named for question"),
         ("question=Frage,answer=Reply", "rows.jsonl has no column 'Reply' (has: Antwort, Frage)"),
     ],
