@@ -62,20 +62,16 @@ class Config:
 
     dataset: str | None = _field(SAMPLE_DATA, "hub id, file, folder, 'sample' or 'python-stdlib'")
     dataset_revision: str = _field("main", "commit or branch of the data set on the hub")
-    subset: str | None = _field(None, "configuration of the data set on the hub, or subfolder of a folder")
-    split: str | None = _field(None, "split to read; None: train on the hub, all of a file or folder")
-    columns: str | None = _field(None, "what columns hold, such as question=Title,answer=Body")
+    subset: str | None = _field(None, "subset of the data set on the hub, or a subfolder")
+    split: str | None = _field(None, "split to read; None: train on the hub, all of a folder")
+    columns: str | None = _field(None, "what columns hold: question=Title,answer=Body")
     template: str = _field(
         "guanaco", "prompt format; auto: the model's own chat template", choices=("guanaco", "instruction", "auto")
     )
     system: str | None = _field(None, "system prompt of rows that have none of their own")
-    thinking: bool | None = _field(
-        None, "with or without thinking, for chat templates with a switch; None: their default"
-    )
+    thinking: bool | None = _field(None, "with or without thinking, for chat templates with a switch; None: their default")
     template_date: str = _field("2026-01-01", "date in chat templates that write today's date: YYYY-MM-DD")
-    end_token: str | None = _field(
-        None, "token that ends an answer where the template writes none; None: the tokenizer's"
-    )
+    end_token: str | None = _field(None, "token that ends an answer where the template writes none; None: the tokenizer's")
     train_on: str = _field("assistant", "tokens that the loss is computed on", choices=("assistant", "all"))
     max_length: int = _field(256, "maximum number of tokens per row", low=8)
     over_length: str = _field("truncate", "what to do with longer rows", choices=("truncate", "drop"))

@@ -196,12 +196,25 @@ def _fitting(
             cleaned.lengths.append(tokens)
         if example.cut and config.over_length == "drop":
             cleaned.drop(example.row, OVER.format(config.max_length))
-        elif example.problem:
-            cleaned.drop(example.row, example.problem)
+        elif problem := example.problem or _hidden_call(example, config, tokenizer):
+            cleaned.drop(example.row, problem)
         elif not example.trained:
             cleaned.drop(example.row, NOTHING_TRAINED.format(config.max_length))
         else:
             yield TokenizedRow(example.row, tokens, example.trained), example
+
+
+def _hidden_call(example: Example, config: Config, tokenizer: Any) -> str | None:
+    """Return a reason if the template ignores tool calls, so that an empty answer would be learned in their place."""
+    turns = example.row.messages
+    without = tuple({key: value for key, value in turn.items() if key != "tool_calls"} for turn in turns)
+    if without == turns:
+        return None
+    try:
+        shown = rendering.render(without, config, tokenizer)[0] != example.text
+    except rendering.UnplacedAnswer:
+        shown = True
+    return None if shown else "the chat template does not show tool calls"
 
 
 def _distinct(cleaned: Cleaned, rows: Iterable[Row], config: Config) -> Iterator[Row]:

@@ -193,6 +193,38 @@ def test_a_changed_end_token_needs_another_encoding(small, tokenizer):
     assert cleaning.select(cleaned, other, tokenizer).train[0].input_ids[-1] == tokenizer.bos_token_id
 
 
+SHOWS_CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for call in m.get('tool_calls') or [] %}<call>{{ call['function'] | tojson }}</call>{% endfor %}</s>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("auto", "the chat template does not show tool calls"),
+        ("instruction", "the instruction template has no place for tool calls"),
+        (SHOWS_CALLS, None),
+    ],
+)
+def test_tool_calls_that_the_template_does_not_show_are_dropped(make_tokenizer, write_rows, template, reason):
+    tokenizer = make_tokenizer()
+    if template == SHOWS_CALLS:
+        tokenizer.chat_template = SHOWS_CALLS
+    call = {"type": "function", "function": {"name": "look_up", "arguments": {"bird": "heron"}}}
+    turns = [
+        {"role": "user", "content": "Where do herons nest?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "Tall trees"},
+        {"role": "assistant", "content": "In tall trees."},
+    ]
+    config = Config(dataset=write_rows([{"messages": turns}]), template="auto" if reason is None else template)
+    cleaned = cleaning.clean(config, tokenizer, 0)
+    assert [drop["reason"] for drop in cleaned.dropped] == [reason] * (reason is not None)
+    assert len(cleaned.train) == (reason is None)
+
+
 def test_prompts_like_a_heldout_one_are_taken_out_of_training(prepare):
     rows = [{"instruction": f"Explain entry {i} of the list, please.", "output": f"Answer {i}."} for i in range(40)]
     heldout = prepare(rows, n_samples=None).heldout[0].row

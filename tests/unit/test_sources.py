@@ -312,7 +312,9 @@ def write_splits(folder, *names):
 )
 def test_the_splits_of_a_folder_come_from_its_names(tmp_path, names):
     rows = load(write_splits(tmp_path / "rows", *names)).rows
-    assert {row.origin.split()[0]: row.split for row in rows} == dict(zip(names, ("test", "", "validation"), strict=True))
+    assert {row.origin.split()[0]: row.split for row in rows} == dict(
+        zip(names, ("test", "", "validation"), strict=True)
+    )
     assert [row.split for row in rows[:20]] == ["test"] * 20  # first, so that of equal rows theirs is kept
 
 
