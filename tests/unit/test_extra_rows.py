@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qlora_helpers.config import Config
-from qlora_helpers.data import cleaning, prompts
+from qlora_helpers.data import cleaning, prompts, rendering
 
 FILES = [name for name in os.environ.get("QLORA_TEST_ROWS", "").split(os.pathsep) if name]
 
@@ -21,7 +21,7 @@ def test_every_row_is_counted_and_its_answers_are_trained(name, template, tokeni
     parts = sum(n for key, n in counts.items() if key not in ("rows read", "train, cut at the token limit"))
     assert counts["rows read"] == parts
     for example in data.train + data.heldout:
-        text, spans = prompts.render(example.row.messages, config, tokenizer)
+        text, spans = rendering.render(example.row.messages, config, tokenizer)
         pieces = prompts.show_labels(example, tokenizer).pieces
         if not example.cut:
             assert "".join(piece for kind, piece in pieces if kind != "masked") == "".join(text[a:b] for a, b in spans)
