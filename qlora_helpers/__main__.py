@@ -118,11 +118,14 @@ def _data(out: Path, max_tokens: int, n_heldout: int | None, template: str | Non
     tokenizer = hub.load_tokenizer(config)
     config = config.replace(template=template or ("auto" if tokenizer.chat_template else "instruction"))
     cleaned = cleaning.clean(config, tokenizer, None if n_heldout else lambda usable: min(1000, max(2, usable // 10)))
+    folder = runs.workdir(str(out))
+    report.write_dropped(cleaned, folder)  # also if too few rows are left
     cleaning.check_enough(cleaned, n_heldout or 2, 1)
     built = report.build(cleaned, config, tokenizer)
-    report.write(built, cleaned, runs.workdir(str(out)))
-    print(f"layout: {cleaned.loaded.layout}")
-    for name, count in built.tables[0].rows:
+    report.write(built, cleaned, folder)
+    print(f"layout: {cleaned.loaded.layout}", *(f"columns: {line}" for line in cleaned.loaded.columns), sep="\n")
+    altered = [(f"altered: {kind}", count) for kind, count in cleaned.loaded.altered.items()]
+    for name, count in [*built.tables[0].rows, *altered]:
         print(f"{count:>10,}  {name}")
     print(*filter(None, [built.advice]), f"Report: {out / 'report.md'}", sep="\n")
 

@@ -5,144 +5,46 @@ The order of the rows depends only on their text and the data seed, not on their
 
 import hashlib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import Any
 
 from qlora_helpers.config import Config
 from qlora_helpers.data import prompts, rendering, sources
+from qlora_helpers.data.cleaned import Cleaned, Data, NearDuplicate, TokenizedRow, fingerprint
 from qlora_helpers.data.near_duplicates import Index
 from qlora_helpers.data.prompts import Example
-from qlora_helpers.data.schema import Row
-from qlora_helpers.data.sources import Loaded
+from qlora_helpers.data.schema import TEST, VALIDATION, Row
 from qlora_helpers.errors import UserError
 
+__all__ = [
+    "Cleaned",
+    "Data",
+    "TokenizedRow",
+    "check_enough",
+    "check_no_leak",
+    "clean",
+    "fingerprint",
+    "identity",
+    "prepare",
+    "select",
+]
+
 NEAR_ROW, NEAR_PROMPT = "nearly the same as another row", "prompt nearly the same as a held-out one"
+SLIPS = 0.05  # largest share of answers equal to the one before that are mistakes rather than other phrasings
 
 
-@dataclass(frozen=True, slots=True)
-class TokenizedRow:
-    """A usable row, its length in tokens before truncation, and its number of trained tokens after truncation."""
-
-    row: Row
-    tokens: int
-    trained: int
-
-
-@dataclass(frozen=True, slots=True)
-class NearDuplicate:
-    """A dropped row, the kept row it resembles, their similarity from 0 to 1, and the reason for dropping it."""
-
-    dropped: Row
-    kept: Row
-    similarity: float
-    reason: str
-
-
-@dataclass
-class Cleaned:
-    """A data set after cleaning and splitting. Rows read = training + held-out + dropped rows.
-
-    `examples` holds encoded rows by row id, so that `select` does not tokenize them again: the held-out rows and the
-    first `n_samples` training rows. An encoded row takes about 145 bytes per token, too much to keep every row of a
-    large data set. `encoding` holds the settings and the tokenizer they were encoded with.
-    """
-
-    loaded: Loaded
-    train: list[TokenizedRow] = field(default_factory=list)
-    heldout: list[TokenizedRow] = field(default_factory=list)
-    dropped: list[dict[str, Any]] = field(default_factory=list)
-    near_duplicates: list[NearDuplicate] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)  # tokens of each tokenized row, dropped or not
-    examples: dict[str, Example] = field(default_factory=dict)
-    encoding: tuple[Any, ...] = ()
-
-    @property
-    def rows_read(self) -> int:
-        """Number of rows in the source, including unreadable ones."""
-        return len(self.loaded.rows) + len(self.loaded.rejected)
-
-    @property
-    def source_fingerprint(self) -> str:
-        """Hash of the rows read, independent of their order."""
-        return fingerprint(row.id for row in self.loaded.rows)
-
-    def drop(self, row: Row, reason: str) -> None:
-        """Record a dropped row with its reason."""
-        self.dropped.append({"reason": reason, "origin": row.origin, "row": row.to_record()})
-
-
-@dataclass(frozen=True)
-class Data:
-    """Encoded training rows, encoded held-out rows, which are never trained on, and the cleaned data set.
-
-    `rehearsal` contains rows of a second data set, mixed in to reduce forgetting. They are not included in `counts`.
-    """
-
-    train: list[Example]
-    heldout: list[Example]
-    cleaned: Cleaned
-    rehearsal: list[Example] = field(default_factory=list)
-    rehearsal_source: str | None = None
-
-    @property
-    def trained_on(self) -> list[Example]:
-        """All rows that a run trains on, including rehearsal rows."""
-        return [*self.train, *self.rehearsal]
-
-    @property
-    def dropped(self) -> list[dict[str, Any]]:
-        """Dropped rows, each with its reason."""
-        return self.cleaned.dropped
-
-    @property
-    def source_fingerprint(self) -> str:
-        """Hash of the rows read and of the rehearsal rows, if any, independent of their order."""
-        own = self.cleaned.source_fingerprint
-        return fingerprint([own, *(e.row.id for e in self.rehearsal)]) if self.rehearsal else own
-
-    @property
-    def heldout_fingerprint(self) -> str:
-        """Hash of the held-out rows. Runs can be compared only if it is equal."""
-        return fingerprint(example.row.id for example in self.heldout)
-
-    def counts(self) -> dict[str, int]:
-        """Count rows by what happened to them. Rows read = dropped + not asked for + held-out + train."""
-        return {
-            "rows read": self.cleaned.rows_read,
-            **{f"dropped: {reason}": n for reason, n in sorted(Counter(d["reason"] for d in self.dropped).items())},
-            "usable, not asked for": len(self.cleaned.train) - len(self.train),
-            "held-out": len(self.heldout),
-            "train": len(self.train),
-            "train, cut at the token limit": sum(example.cut > 0 for example in self.train),
-        }
-
-    def to_manifest(self) -> dict[str, Any]:
-        """Return the part of a run's manifest that describes its data."""
-        manifest = {
-            "source": self.cleaned.loaded.name,
-            "source_fingerprint": self.source_fingerprint,
-            "heldout_fingerprint": self.heldout_fingerprint,
-            "layout": self.cleaned.loaded.layout,
-            "counts": self.counts(),
-            "train_ids": [example.row.id for example in self.train],
-            "heldout_ids": [example.row.id for example in self.heldout],
-        }
-        if self.rehearsal:
-            ids = [example.row.id for example in self.rehearsal]
-            manifest["rehearsal"] = {"source": self.rehearsal_source, "rows": len(ids), "ids": ids}
-        return manifest
+# Reasons of rows whose answers do not fit; the number is `max_length`.
+OVER, NOTHING_TRAINED = "over {} tokens", "no trained token within {} tokens"
+REASONS = 5  # most frequent reasons in an error
+Usable = tuple[TokenizedRow, Example | None]
 
 
 def identity(config: Config, data: Data) -> dict[str, str]:
     """Return the hashes that identify a run: of the settings that affect its result, and of the data it read."""
     return {"config": config.identity, "data": data.source_fingerprint}
-
-
-def fingerprint(ids: Iterable[str]) -> str:
-    """Return a hash of row ids, independent of their order: 16 hex digits."""
-    return hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()[:16]
 
 
 def prepare(config: Config, tokenizer: Any) -> Data:
@@ -170,14 +72,29 @@ def select(cleaned: Cleaned, config: Config, tokenizer: Any) -> Data:
 
 
 def check_enough(cleaned: Cleaned, n_heldout: int, n_samples: int) -> None:
-    """Raise `UserError` if fewer than `n_heldout` held-out rows or `n_samples` training rows are left."""
+    """Raise `UserError` if fewer than `n_heldout` held-out rows or `n_samples` training rows are left.
+
+    The message says why rows were dropped, the most frequent reason first.
+    """
     left, held = len(cleaned.train), len(cleaned.heldout)
-    if held < n_heldout or left < n_samples:
+    if held >= n_heldout and left >= n_samples:
+        return
+    reasons = Counter(d["reason"] for d in cleaned.dropped).most_common()
+    limit = cleaned.max_length
+    too_long = sum(count for reason, count in reasons if reason in (OVER.format(limit), NOTHING_TRAINED.format(limit)))
+    if not left + held and too_long == len(cleaned.lengths) > 0:
         raise UserError(
-            f"n_samples: {n_samples} rows requested for training, but {left} usable rows are left "
-            f"({cleaned.rows_read} read, {len(cleaned.dropped)} dropped, {held} of {n_heldout} held out). "
-            f"Fix: n_samples={max(left, 1)} or less, a smaller n_heldout, or more data."
+            f"max_length: no answer survives {limit} tokens: the {too_long} rows have {min(cleaned.lengths)} to "
+            f"{max(cleaned.lengths)} tokens. Fix: max_length={max(cleaned.lengths)}, or shorter rows."
         )
+    why = "".join(f"; {count} × {reason}" for reason, count in reasons[:REASONS])
+    why += f"; {len(reasons) - REASONS} more reasons" if len(reasons) > REASONS else ""
+    fix = f"n_samples={left} or less, " if left else ""
+    raise UserError(
+        f"n_samples: {n_samples} rows requested for training, but {left} usable rows are left "
+        f"({cleaned.rows_read} read, {len(cleaned.dropped)} dropped, {held} of {n_heldout} held out{why}). "
+        f"Fix: {fix}a smaller n_heldout, or more data."
+    )
 
 
 def clean(config: Config, tokenizer: Any, n_heldout: int | Callable[[int], int] | None = None) -> Cleaned:
@@ -186,41 +103,63 @@ def clean(config: Config, tokenizer: Any, n_heldout: int | Callable[[int], int] 
     `n_heldout` is the number of held-out rows, by default `config.n_heldout`. It can be a function of the number of
     usable rows; then no encoded rows are kept. Raises `UserError` if the data set cannot be read.
     """
-    cleaned = Cleaned(sources.load(config), encoding=_encoding(config, tokenizer))
+    cleaned = Cleaned(sources.load(config), config.max_length, encoding=_encoding(config, tokenizer))
     cleaned.dropped.extend(cleaned.loaded.rejected)
     rows = list(_readable(cleaned, config, rendering.control_marks(config, tokenizer)))
-    rows.sort(key=lambda row: (_digest(f"{config.data_seed}\n{row.prompt}"), row.id))
+    rows.sort(key=lambda row: (row.split != TEST, _digest(f"{config.data_seed}\n{row.prompt}"), row.id))
     usable = _fitting(cleaned, _distinct(cleaned, rows, config), config, tokenizer)
     if callable(n_heldout):
-        counted = [(item, None) for item, _ in usable]
-        _split(cleaned, counted, config, n_heldout(len(counted)))
+        tests, others = _take_tests(cleaned, ((item, None) for item, _ in usable), None)
+        counted = list(others)
+        _split(cleaned, [*tests, *counted], config, len(tests) or n_heldout(len(counted)))
     else:
-        _split(cleaned, usable, config, config.n_heldout if n_heldout is None else n_heldout)
+        most = config.n_heldout if n_heldout is None else n_heldout
+        tests, others = _take_tests(cleaned, usable, most)
+        _split(cleaned, chain(tests, others), config, len(tests) or most)
     return cleaned
+
+
+def _take_tests(cleaned: Cleaned, usable: Iterator[Usable], most: int | None) -> tuple[list[Usable], Iterator[Usable]]:
+    """Return the rows of the test split, which come first, and the other rows. Drop test rows over `most`."""
+    tests: list[Usable] = []
+    for item in usable:
+        row = item[0].row
+        if row.split != TEST:
+            return tests, chain([item], usable)
+        if most is None or len(tests) < most:
+            tests.append(item)
+        else:
+            cleaned.drop(row, f"test split, over n_heldout={most}")
+    return tests, usable
 
 
 def _encoding(config: Config, tokenizer: Any) -> tuple[Any, ...]:
     """Return everything that `prompts.encode` depends on besides the row."""
-    return config.template, config.system, config.train_on, config.max_length, tokenizer
+    settings = (config.template, config.system, config.thinking, config.template_date, config.end_token)
+    return (*settings, config.train_on, config.max_length, tokenizer)
 
 
 def _readable(cleaned: Cleaned, config: Config, marks: re.Pattern[str]) -> Iterator[Row]:
     """Yield the rows that pass the checks of their text and contain no control markers.
 
-    An answer equal to that of the previous row in the file is an error, such as an answer shifted by a line. If less
-    than half of the answers are distinct, they are class labels, which may repeat.
+    A rare answer equal to that of the previous row in the file is an error, such as an answer shifted by a line. If
+    many are, they belong to several phrasings of a question. If less than half of the answers are distinct, they are
+    class labels, which may repeat.
     """
     rows = cleaned.loaded.rows
-    are_labels = 2 * len({row.answer for row in rows}) < len(rows)
+    repeats = sum(a.answer == b.answer for a, b in pairwise(rows))
+    may_repeat = 2 * len({row.answer for row in rows}) < len(rows) or repeats > max(1, SLIPS * len(rows))
     seen: set[str] = set()
     previous = ""
     for row in rows:
-        reason = _text_reason(row, config, None if are_labels else previous)
+        reason = _text_reason(row, config, None if may_repeat else previous)
         previous = row.answer
-        if reason is None and (mark := marks.search(row.text)):
-            reason = f"a turn holds {mark.group()!r}, which only the template may write"
-        if reason is None and row.id in seen:
+        if row.split == VALIDATION:
+            reason = "validation split, kept for selection"
+        elif row.id in seen:
             reason = "same row twice"
+        elif reason is None and (mark := marks.search(row.text)):
+            reason = f"a turn holds {mark.group()!r}, which only the template may write"
         if reason:
             cleaned.drop(row, reason)
             continue
@@ -229,13 +168,18 @@ def _readable(cleaned: Cleaned, config: Config, marks: re.Pattern[str]) -> Itera
 
 
 def _text_reason(row: Row, config: Config, previous: str | None) -> str | None:
-    if len(row.text.strip()) < config.min_chars:
+    if _is_shorter(row.text.strip(), config.min_chars):
         return f"too short: under {config.min_chars} characters"
     if len(row.text) > config.max_chars:
         return f"too long: over {config.max_chars} characters"
-    if any(_same(q["content"], a["content"]) for q, a in zip(row.messages[::2], row.messages[1::2], strict=True)):
+    if any(_same(question["content"], answer["content"]) for question, answer in row.rounds):
         return "answer equal to its prompt"
     return "answer equal to that of the row before" if row.answer == previous else None
+
+
+def _is_shorter(text: str, limit: int) -> bool:
+    """Return whether a text is shorter than `limit` characters. Wide ones, as in Chinese, say more and count double."""
+    return len(text) < limit and sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in text) < limit
 
 
 def _same(a: str, b: str) -> bool:
@@ -248,15 +192,29 @@ def _fitting(
     """Tokenize the rows and yield those with a trained token within the token limit."""
     for example in prompts.encode(rows, config, tokenizer):
         tokens = len(example.input_ids) + example.cut
-        cleaned.lengths.append(tokens)
+        if tokens:
+            cleaned.lengths.append(tokens)
         if example.cut and config.over_length == "drop":
-            cleaned.drop(example.row, f"over {config.max_length} tokens")
-        elif example.problem:
-            cleaned.drop(example.row, example.problem)
+            cleaned.drop(example.row, OVER.format(config.max_length))
+        elif problem := example.problem or _hidden_call(example, config, tokenizer):
+            cleaned.drop(example.row, problem)
         elif not example.trained:
-            cleaned.drop(example.row, f"no trained token within {config.max_length} tokens")
+            cleaned.drop(example.row, NOTHING_TRAINED.format(config.max_length))
         else:
             yield TokenizedRow(example.row, tokens, example.trained), example
+
+
+def _hidden_call(example: Example, config: Config, tokenizer: Any) -> str | None:
+    """Return a reason if the template ignores tool calls, so that an empty answer would be learned in their place."""
+    turns = example.row.messages
+    without = tuple({key: value for key, value in turn.items() if key != "tool_calls"} for turn in turns)
+    if without == turns:
+        return None
+    try:
+        shown = rendering.render(without, config, tokenizer)[0] != example.text
+    except rendering.UnplacedAnswer:
+        shown = True
+    return None if shown else "the chat template does not show tool calls"
 
 
 def _distinct(cleaned: Cleaned, rows: Iterable[Row], config: Config) -> Iterator[Row]:
@@ -307,7 +265,10 @@ def _rehearsal(
     """
     if not wanted:
         return [], None
-    second = config.replace(dataset=config.rehearsal_dataset, n_samples=wanted, rehearsal=0.0, over_length="truncate")
+    own = {"subset": None, "split": None, "columns": None}  # of the first data set
+    second = config.replace(
+        dataset=config.rehearsal_dataset, n_samples=wanted, rehearsal=0.0, over_length="truncate", **own
+    )
     cleaned = clean(second, tokenizer, n_heldout=0)
     index = Index(config.near_duplicates)
     for item in heldout:

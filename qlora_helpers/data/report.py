@@ -12,7 +12,7 @@ from typing import Any
 from qlora_helpers import files
 from qlora_helpers.config import Config
 from qlora_helpers.data import rendering, schema
-from qlora_helpers.data.cleaning import Cleaned, TokenizedRow, fingerprint
+from qlora_helpers.data.cleaned import Cleaned, TokenizedRow, fingerprint
 
 BINS = 8  # bins of the length histogram up to the token limit; one more counts longer rows
 SHOWN = 10  # rows in the sample table, and pairs in the table of duplicates
@@ -62,6 +62,7 @@ def build(cleaned: Cleaned, config: Config, tokenizer: Any) -> DataReport:
     facts = {
         "source": cleaned.loaded.name,
         "layout": cleaned.loaded.layout,
+        "columns": list(cleaned.loaded.columns),
         "model": config.model,
         "template": config.template,
         "max_tokens": config.max_length,
@@ -71,6 +72,7 @@ def build(cleaned: Cleaned, config: Config, tokenizer: Any) -> DataReport:
         "rows_read": cleaned.rows_read,
         "train": len(cleaned.train),
         "heldout": len(cleaned.heldout),
+        "heldout_from_test_split": sum(item.row.split == schema.TEST for item in cleaned.heldout),
         "dropped": len(cleaned.dropped),
         "dropped_by_reason": dict(sorted(Counter(d["reason"] for d in cleaned.dropped).items())),
         "tokens_mean": round(statistics.fmean(tokens), 1) if tokens else 0,
@@ -88,12 +90,18 @@ def build(cleaned: Cleaned, config: Config, tokenizer: Any) -> DataReport:
 
 
 def write(report: DataReport, cleaned: Cleaned, out: Path) -> None:
-    """Write `train.jsonl`, `heldout.jsonl`, `dropped.jsonl`, `report.md` and, last, `report.json` to `out`."""
+    """Write `train.jsonl`, `heldout.jsonl`, `report.md` and, last, `report.json` to `out`, beside `dropped.jsonl`."""
     for name, items in (("train", cleaned.train), ("heldout", cleaned.heldout)):
         files.write_jsonl(out / f"{name}.jsonl", (item.row.to_record() for item in items))
-    files.write_jsonl(out / "dropped.jsonl", cleaned.dropped)
     files.write_text(out / "report.md", report.markdown())
     files.write_json(out / "report.json", report.facts | {"advice": report.advice})
+
+
+def write_dropped(cleaned: Cleaned, out: Path) -> None:
+    """Write `dropped.jsonl` to `out`, and delete the other files that `write` left there for earlier rows."""
+    for name in ("report.json", "report.md", "heldout.jsonl", "train.jsonl"):
+        (out / name).unlink(missing_ok=True)
+    files.write_jsonl(out / "dropped.jsonl", cleaned.dropped)
 
 
 def _summary(facts: dict[str, Any]) -> str:
@@ -101,13 +109,16 @@ def _summary(facts: dict[str, Any]) -> str:
         f"{Path(facts['source']).name} (layout {facts['layout']}): {facts['rows_read']:,} rows read = "
         f"{facts['train']:,} train + {facts['heldout']:,} held-out + {facts['dropped']:,} dropped. "
         f"{facts['trained_share']:.0%} of the tokens within the limit are trained. "
+        f"Columns: {'; '.join(facts['columns'])}. "
         f"Tokens are counted with the tokenizer of {facts['model']} and the {facts['template']} template."
     )
 
 
 def _steps(facts: dict[str, Any]) -> Table:
     dropped = [[f"dropped: {reason}", n] for reason, n in facts["dropped_by_reason"].items()]
-    rows = [["read", facts["rows_read"]], *dropped, ["held-out", facts["heldout"]], ["train", facts["train"]]]
+    tests = facts["heldout_from_test_split"]
+    held = f"held-out, {tests:,} from the test split" if tests else "held-out"
+    rows = [["read", facts["rows_read"]], *dropped, [held, facts["heldout"]], ["train", facts["train"]]]
     return Table("Rows", "Each dropped row is recorded with its reason.", ("step", "rows"), rows)
 
 
@@ -126,7 +137,7 @@ def _quality(cleaned: Cleaned, used: list[TokenizedRow], config: Config) -> dict
     """Count properties that are worth knowing but are not a reason to drop a row."""
     answers = Counter(item.row.answer for item in used)
     rows = cleaned.loaded.rows
-    given = sum("input" in item.row.messages[0] for item in used)
+    given = sum("input" in item.row.question for item in used)
     return {
         "answers under 4 tokens": sum(item.trained < 4 for item in used),
         "answer of another row": sum(n - 1 for n in answers.values()),
@@ -134,22 +145,21 @@ def _quality(cleaned: Cleaned, used: list[TokenizedRow], config: Config) -> dict
         "odd number of code fences": sum(item.row.answer.count("```") % 2 for item in used),
         "with an input where most have none": given if 2 * given < len(used) else 0,
         "without an input where most have one": len(used) - given if 2 * given >= len(used) > given else 0,
-        "several rounds": sum(len(row.messages) > 2 for row in rows),
-        "prompt of another row": len(rows)
-        - len({(r.messages[0]["content"], r.messages[0].get("input")) for r in rows}),
-        schema.SYSTEM: cleaned.loaded.altered[schema.SYSTEM],
-        schema.UNANSWERED: cleaned.loaded.altered[schema.UNANSWERED],
+        "several rounds": sum(len(row.rounds) > 1 for row in rows),
+        "prompt of another row": len(rows) - len({(r.question["content"], r.question.get("input")) for r in rows}),
+        "own system turn": sum(row.messages[0]["role"] == "system" for row in rows),
+        **dict(sorted(cleaned.loaded.altered.items())),
     }
 
 
 def _checks(facts: dict[str, Any]) -> Table:
-    text = "The last four checks count all readable rows; the others count usable rows."
+    text = "The checks from 'several rounds' on count all readable rows; the others count usable rows."
     return Table("Quality", text, ("check", "rows"), list(facts["quality"].items()))
 
 
 def _duplicates(cleaned: Cleaned) -> list[Table]:
     rows = [
-        [f"{t.similarity:.2f}", t.dropped.messages[0]["content"], t.kept.messages[0]["content"], t.reason]
+        [f"{t.similarity:.2f}", t.dropped.question["content"], t.kept.question["content"], t.reason]
         for t in cleaned.near_duplicates[:SHOWN]
     ]
     text = f"The first {len(rows)} of {len(cleaned.near_duplicates):,} rows dropped as near duplicates."
@@ -159,7 +169,7 @@ def _duplicates(cleaned: Cleaned) -> list[Table]:
 def _samples(used: list[TokenizedRow], config: Config) -> Table:
     """Sample rows by a hash of their ids, so that the same data always shows the same rows."""
     drawn = sorted(used, key=lambda item: files.short_hash([config.data_seed, "report", item.row.id]))[:SHOWN]
-    rows = [[item.row.messages[0]["content"], item.row.answer, item.tokens] for item in drawn]
+    rows = [[item.row.question["content"], item.row.answer, item.tokens] for item in drawn]
     return Table("Sample rows", "Drawn at random. Read them.", ("first question", "last answer", "tokens"), rows)
 
 

@@ -1,75 +1,91 @@
-"""Convert records to conversations: recognize their schema and give all rows the same structure."""
+"""Convert records to conversations: recognize what their columns hold and give all rows the same structure."""
 
 import hashlib
 import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import product
 from typing import Any
 
-from qlora_helpers.errors import UserError
+from qlora_helpers.data import conversation
+from qlora_helpers.data.conversation import Message
+from qlora_helpers.errors import UserError, nearest
 
-# `role` is system, user, assistant or tool; `content` is text. A question may have an `input`, an answer `tool_calls`.
-# `learn: False` marks an answer that is not trained on. The first turn of a conversation may have `tools`, as JSON.
-Message = dict[str, Any]
 # Replies can contain ### headings, so conversations are split only at these two markers.
 MARKER = re.compile(r"### (Human|Assistant):")
 # Markers that only a template should write: unusual in a row; in a generated answer, an invented turn.
 TURN_MARKER = re.compile(
     r"### ?(Human|Assistant|Instruction|Input|Response)\b|<\|(user|im_start|start_header_id)|\[INST\]"
 )
-# Half of a surrogate pair, the replacement character of a failed decoding, NUL: signs of broken text.
-BROKEN = re.compile("[\ud800-\udfff\ufffd\0]")
-# Bell, backspace, escape and its one-byte form, which color, move and erase text in a terminal or a notebook.
-STEERING = re.compile("[\a\b\x1b\x9b]")
-SCHEMAS = {  # name: required columns
-    "guanaco": {"text"},
-    "messages": {"messages"},
-    "instruction": {"instruction", "output"},
-    "prompt-completion": {"prompt", "completion"},
-    "question-answer": {"question", "answer"},
-    "self-instruct": {"instruction", "instances"},
+TEST, VALIDATION = "test", "validation"  # splits with a meaning
+
+# Names of columns by what they hold, the preferred ones first. Upper and lower case are the same.
+MESSAGES = ("messages", "conversations", "conversation")
+QUESTIONS = ("instruction", "question", "prompt", "query", "problem", "input")
+ANSWERS = ("output", "completion", "answer", "response", "chosen", "solution")
+FURTHER = {
+    "input": ("input", "context"),
+    "system": ("system", "system_prompt"),
+    "tools": ("tools",),
+    "label": ("label",),
 }
-PAIRS = {  # name: columns of the question and the answer
+USES = ("question", "answer", "input", "system", "messages", "tools")  # what the setting `columns` can name
+PAIRS = {  # name: columns of the question and the answer; pairs that are usual come before other combinations
     "instruction": ("instruction", "output"),
     "prompt-completion": ("prompt", "completion"),
     "question-answer": ("question", "answer"),
+} | {f"{question}-{answer}": (question, answer) for question, answer in product(QUESTIONS, ANSWERS)}
+SCHEMAS: dict[str, dict[str, str]] = {  # name: column of each use
+    **{name: {"messages": name} for name in MESSAGES},
+    **{name: {"question": question, "answer": answer} for name, (question, answer) in PAIRS.items()},
+    "self-instruct": {"question": "instruction", "instances": "instances"},
+    "chosen": {"messages": "chosen"},
+    "guanaco": {"text": "text"},
 }
-SYSTEM, UNANSWERED = "system turn left out", "unanswered last turn left out"
+SINGLE_ROUND = (["user", "assistant"], ["system", "user", "assistant"])
+Given = tuple[tuple[str, str], ...]  # columns that the user named: (use, column)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A conversation in which user and assistant alternate, ending with the assistant.
+    """A conversation that begins with a question, after an optional system turn, and ends with an answer.
 
-    `origin` is the row's position in its source, such as `line 3`. `layout` is the schema it was read from. `id` is
-    the first 16 hex digits of the sha256 of its turns, so rows with equal text have equal ids.
+    `origin` is the row's position in its source, such as `line 3`. `layout` is the schema it was read from. `split` is
+    `test` or `validation` if the source says so. `id` is the first 16 hex digits of the sha256 of its turns, so rows
+    with equal text have equal ids.
     """
 
     messages: tuple[Message, ...]
     origin: str
     layout: str = "messages"
+    split: str = ""
     id: str = field(init=False)
 
     def __post_init__(self) -> None:
-        turns = json.dumps([sorted(m.items()) for m in self.messages], ensure_ascii=False)
+        turns = json.dumps([sorted(m.items()) for m in self.messages], ensure_ascii=False, default=str)
         object.__setattr__(self, "id", hashlib.sha256(turns.encode()).hexdigest()[:16])
+
+    @property
+    def question(self) -> Message:
+        """The first question."""
+        return next(turn for turn in self.messages if turn["role"] == "user")
 
     @property
     def prompt(self) -> str:
         """The first question and its input, casefolded and with single spaces, for comparing rows."""
-        first = self.messages[0]
-        return " ".join(f"{first['content']} {first.get('input', '')}".casefold().split())
+        return " ".join(f"{self.question['content']} {self.question.get('input', '')}".casefold().split())
 
     @property
     def answer(self) -> str:
         """The last answer of the conversation."""
-        return self.messages[-1]["content"]
+        return _with_calls(self.messages[-1])
 
     @property
     def text(self) -> str:
         """All turns joined by newlines, for comparing whole rows."""
-        return "\n".join(f"{m['content']} {m.get('input', '')}" for m in self.messages)
+        return "\n".join(f"{_with_calls(m)} {m.get('input', '')}" for m in self.messages)
 
     @property
     def answers(self) -> tuple[Message, ...]:
@@ -90,57 +106,202 @@ class Row:
     def to_record(self) -> dict[str, Any]:
         """Return a record in the row's original schema, so that a written file can be read again.
 
-        Rows in the guanaco schema or one of `PAIRS` keep their columns; all others are written as `messages`.
+        Rows with one question and one answer keep the columns of these, and guanaco rows keep theirs. All others are
+        written as `messages`.
         """
-        if self.layout == "guanaco":
+        roles = [turn["role"] for turn in self.messages]
+        plain = all(turn.keys() <= {"role", "content", "input"} for turn in self.messages)
+        if self.layout == "guanaco" and plain and not {"system", "tool"} & set(roles):
             names = {"user": "### Human:", "assistant": "### Assistant:"}
             return {"text": "".join(f"{names[m['role']]} {m['content']}" for m in self.messages)}
-        if self.layout not in PAIRS:
-            return {"messages": list(self.messages)}
-        first, last = self.messages
+        if self.layout not in PAIRS or not plain or roles not in SINGLE_ROUND:
+            return _messages_record(self.messages)
+        *system, first, last = self.messages
         question, answer = PAIRS[self.layout]
-        given = {"input": first.get("input", "")} if self.layout == "instruction" else {}
+        given = {"system": system[0]["content"]} if system else {}
+        if "input" in first or self.layout == "instruction":
+            given |= {"context" if question == "input" else "input": first.get("input", "")}
         return {question: first["content"], **given, answer: last["content"]}
 
 
-def recognize(records: list[Any], source: str) -> str:
-    """Return the most common schema among the first records.
+def _with_calls(turn: Message) -> str:
+    calls = turn.get("tool_calls")
+    return f"{turn['content']} {json.dumps(calls, ensure_ascii=False, default=str)}" if calls else turn["content"]
 
-    Raises `UserError` if no record has a known schema. The message lists the columns of the first record.
+
+def _messages_record(messages: tuple[Message, ...]) -> dict[str, Any]:
+    tools = messages[0].get("tools")
+    turns = [{key: value for key, value in turn.items() if key != "tools"} for turn in messages]
+    return {"messages": turns, "tools": tools} if tools else {"messages": turns}
+
+
+def parse_columns(setting: str | None) -> Given:
+    """Return the columns named in the setting `columns`, such as `question=Title,answer=Body`.
+
+    Raises `UserError` if it has another form or names an unknown use.
     """
-    counts = Counter(name for name in map(_schema_of, records) if name)
-    if counts:
-        return counts.most_common(1)[0][0]
-    columns = set(records[0]) if records and isinstance(records[0], dict) else set()
-    known = "; ".join(" + ".join(sorted(needed)) for needed in SCHEMAS.values())
-    has = ", ".join(sorted(map(str, columns))) or "none"
-    raise UserError(f"dataset: {source} lacks the required columns (has: {has}). Fix: rename them to one of: {known}.")
+    pairs = [part.partition("=") for part in setting.split(",")] if setting else []
+    for use, _, column in pairs:
+        if use.strip() not in USES:
+            raise UserError(f"columns: {use.strip()!r} is not what a column can be.{nearest(use.strip(), USES)}")
+        if not column.strip():
+            raise UserError(f"columns: no column is named for {use.strip()}. Fix: columns=question=NAME,answer=NAME.")
+    return tuple((use.strip(), column.strip()) for use, _, column in pairs)
 
 
-def _schema_of(record: Any) -> str | None:
-    columns = set(record) if isinstance(record, dict) else set()
-    return next((name for name, needed in SCHEMAS.items() if needed <= columns), None)
+def recognize(records: list[Any], source: str, given: Given = ()) -> str:
+    """Return the most common schema among the first records. `given` are columns that the user named.
+
+    Raises `UserError` if no record has a known schema, a named column, or a question and an answer in its text.
+    """
+    tables = [tuple(record) for record in records if isinstance(record, dict)]
+    has = ", ".join(sorted(map(str, tables[0]))) if tables else ""
+    for _, column in given:
+        if not any(_fold(column) in map(_fold, names) for names in tables):
+            raise UserError(
+                f"columns: {source} has no column {column!r} (has: {has or 'none'}). Fix: name one of these."
+            )
+    counts = Counter(name for name in (_schema_of(names, given) for names in tables) if name)
+    if not counts:
+        raise UserError(
+            f"dataset: {source} lacks the required columns (has: {has or 'none'}). Fix: name them as in "
+            "columns=question=NAME,answer=NAME, or rename them: messages; or a question "
+            f"({', '.join(QUESTIONS)}) and an answer ({', '.join(ANSWERS)})."
+        )
+    layout = counts.most_common(1)[0][0]
+    texts = [record[name] for record in records if isinstance(record, dict) for name in record if _fold(name) == "text"]
+    if layout == "guanaco" and not any(isinstance(text, str) and MARKER.search(text) for text in texts):
+        raise UserError(
+            f"dataset: {source} has a column of plain text, in which no question and answer are marked. Fix: write "
+            "them into two columns, question and answer, or mark them with '### Human:' and '### Assistant:'."
+        )
+    return layout
 
 
-def to_row(record: Any, layout: str, origin: str, altered: Counter[str]) -> Row:
-    """Convert a record with the schema `layout` to a row.
+def describe_columns(records: list[Any], layout: str, given: Given = ()) -> str:
+    """Return what each column of the records is taken for, and the names of those that are not used."""
+    tables = [record for record in records if isinstance(record, dict)]
+    names = tuple(dict.fromkeys(name for record in tables for name in record if _is_named(name)))
+    used = columns_of(names, layout, given)
+    if "label" in used and not any(_label(record.get(used["label"])) is not None for record in tables):
+        del used["label"]
+    listed = ", ".join(f"{column} = {'conversation' if use == 'text' else use}" for use, column in used.items())
+    unused = [name for name in names if name not in used.values()]
+    return f"{listed}; not used: {', '.join(unused)}" if unused else listed
 
-    Rows from which a turn is left out are counted in `altered`, by kind of turn.
+
+def _is_named(name: Any) -> bool:
+    """Return whether a column has a name of its own, unlike the index that pandas writes."""
+    return isinstance(name, str) and bool(name.strip()) and not name.startswith(("Unnamed: ", "__index_level_"))
+
+
+def _fold(name: Any) -> str:
+    return str(name).strip().casefold()
+
+
+def _schema_of(names: tuple[Any, ...], given: Given) -> str | None:
+    """Return the first schema whose columns are there. A column that the user named replaces others for its use."""
+    present = set(map(_fold, names))
+    uses = {use for use, column in given if _fold(column) in present}
+    present -= {_fold(column) for _, column in given}
+    if uses & {"question", "answer"}:
+        present -= {*MESSAGES, "chosen", "text"}
+    present -= set(QUESTIONS) - {"input"} if "question" in uses else set()
+    present -= set(ANSWERS) if "answer" in uses else set()
+    return next((name for name, needed in SCHEMAS.items() if {*needed.values()} <= present | uses), None)
+
+
+def columns_of(names: tuple[Any, ...], layout: str, given: Given = ()) -> dict[str, Any]:
+    """Return the column of each use in a schema, among those with `names`. Uses without a column are left out."""
+    return dict(_columns_of(names, layout, given))
+
+
+@lru_cache(maxsize=1024)
+def _columns_of(names: tuple[Any, ...], layout: str, given: Given) -> dict[str, Any]:
+    here = {_fold(name): name for name in reversed(names)}
+    named = {use: here[_fold(column)] for use, column in given if _fold(column) in here}
+    found = {use: named.get(use, here.get(column)) for use, column in SCHEMAS[layout].items()}
+    for use, choices in FURTHER.items():
+        if use == "input" and "answer" not in found:
+            continue
+        taken = {*found.values(), *named.values()}
+        free = (here[name] for name in choices if name in here and here[name] not in taken)
+        found[use] = named.get(use, next(free, None))
+    return {use: column for use, column in found.items() if column is not None}
+
+
+def to_row(record: Any, layout: str, origin: str, altered: Counter[str], given: Given = ()) -> Row:
+    """Convert a record with the schema `layout` to a row. `given` are columns that the user named.
+
+    Rows from which something is left out, joined or not learned are counted in `altered`, by kind of change.
 
     Raises `ValueError` with the reason if the record must be dropped.
     """
-    missing = SCHEMAS[layout] - (set(record) if isinstance(record, dict) else set())
+    columns = columns_of(tuple(record), layout, given) if isinstance(record, dict) else {}
+    missing = [dict(given).get(use, column) for use, column in SCHEMAS[layout].items() if use not in columns]
     if missing:
         raise ValueError(f"no column {', '.join(sorted(missing))}")
-    if layout == "guanaco":
-        turns = parse_guanaco(_text(record["text"]))
-    elif layout == "messages":
-        turns = _messages(record["messages"], altered)
-    elif layout == "self-instruct":
-        turns = _first_instance(record)
+    if None in record:
+        raise ValueError("more cells than columns")
+    cells = {use: record[column] for use, column in columns.items()}
+    if _label(cells.get("label")) is False:
+        raise ValueError("label is false: the answer is not to be learned")
+    changes: Counter[str] = Counter()
+    turns = _turns(cells, layout, changes)
+    if turns and turns[0]["role"] != "system" and (system := conversation.optional(cells.get("system"))):
+        turns = [{"role": "system", "content": system}, *turns]
+    turns = conversation.arrange(turns, changes)
+    if tools := conversation.tools(cells.get("tools")):
+        turns = [turns[0] | {"tools": tools}, *turns[1:]]
+    row = Row(tuple(turns), origin, layout)
+    altered.update(+changes)
+    return row
+
+
+def _label(value: Any) -> bool | None:
+    """Return whether an answer is desirable, as preference data sets mark it. Numbers are classes and say nothing."""
+    return conversation.flag(value) if isinstance(value, bool) or str(value).lower() in ("true", "false") else None
+
+
+def _turns(cells: dict[str, Any], layout: str, changes: Counter[str]) -> list[Message]:
+    if "text" in cells:
+        return parse_guanaco(conversation.text(cells["text"]))
+    if "messages" in cells:
+        return conversation.read(cells["messages"], changes)
+    if "instances" in cells:
+        cells |= _first_instance(cells["instances"])
+    if layout == "prompt-completion" and isinstance(cells["question"], str) and isinstance(cells["answer"], str):
+        return _completion(cells)
+    question, answer = cells["question"], cells["answer"]
+    if _is_turns(question):
+        asked = conversation.read(question, changes)
     else:
-        turns = _pair(record, *PAIRS[layout])
-    return Row(tuple(_check_turns(turns, altered)), origin, layout)
+        asked = [_question(conversation.text(question).strip(), cells)]
+    if not _is_turns(answer):
+        return [*asked, {"role": "assistant", "content": conversation.answer_text(answer)}]
+    answered = conversation.read(answer, changes)
+    # In preference data sets, answers can be whole conversations.
+    return answered if any(turn["role"] == "user" for turn in answered) else [*asked, *answered]
+
+
+def _is_turns(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
+
+
+def _question(content: str, cells: dict[str, Any]) -> Message:
+    more = conversation.optional(cells.get("input"))
+    return {"role": "user", "content": content} | ({"input": more} if more else {})
+
+
+def _completion(cells: dict[str, Any]) -> list[Message]:
+    """Return a prompt and its completion without changing the joined text, except for blanks at the end.
+
+    Blank lines that begin the completion are moved to the prompt.
+    """
+    prompt, completion = conversation.text(cells["question"]), conversation.text(cells["answer"])
+    answer = conversation.answer_text(completion)
+    blank = completion[: len(completion.rstrip()) - len(answer)]
+    return [_question(prompt + blank, cells), {"role": "assistant", "content": answer}]
 
 
 def parse_guanaco(text: str) -> list[Message]:
@@ -152,55 +313,7 @@ def parse_guanaco(text: str) -> list[Message]:
     return [{"role": roles[r], "content": c.strip()} for r, c in zip(parts[1::2], parts[2::2], strict=True)]
 
 
-def _pair(record: Any, question: str, answer: str) -> list[Message]:
-    turns = [{"role": "user", "content": _text(record[question]).strip()}]
-    if record.get("input"):
-        turns[0]["input"] = _text(record["input"]).strip()
-    return [*turns, {"role": "assistant", "content": _text(record[answer]).strip()}]
-
-
-def _first_instance(record: Any) -> list[Message]:
-    instances = record["instances"]
+def _first_instance(instances: Any) -> dict[str, Any]:
     if not isinstance(instances, list) or not instances or not isinstance(instances[0], dict):
         raise ValueError("instances is no list of inputs and outputs")
-    first = instances[0]
-    return _pair({**first, "instruction": record["instruction"], "output": first.get("output")}, *PAIRS["instruction"])
-
-
-def _messages(messages: Any, altered: Counter[str]) -> list[Message]:
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise ValueError("messages is no list of turns")
-    turns = []
-    for message in messages:
-        turn = {"role": _text(message.get("role")), "content": _text(message.get("content")).strip()}
-        if message.get("input"):
-            turn["input"] = _text(message["input"]).strip()
-        turns.append(turn)
-    kept = [turn for turn in turns if turn["role"] != "system"]
-    altered[SYSTEM] += len(kept) < len(turns)
-    return kept
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        raise ValueError("null where text should be")
-    if not isinstance(value, str):
-        raise ValueError(f"{type(value).__name__} where text should be")
-    if BROKEN.search(value):
-        raise ValueError("broken encoding")
-    if STEERING.search(value):
-        raise ValueError("codes that steer a terminal")
-    return value
-
-
-def _check_turns(turns: list[Message], altered: Counter[str]) -> list[Message]:
-    if turns and turns[-1]["role"] == "user":  # some OASST trees end with an unanswered question
-        turns = turns[:-1]
-        altered[UNANSWERED] += bool(turns)
-    if not turns:
-        raise ValueError("no answer")
-    if [turn["role"] for turn in turns] != ["user", "assistant"] * (len(turns) // 2):
-        raise ValueError("turns do not alternate between user and assistant")
-    if not all(turn["content"] for turn in turns):
-        raise ValueError("an empty turn")
-    return turns
+    return {"input": instances[0].get("input"), "answer": instances[0].get("output")}

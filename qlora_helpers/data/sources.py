@@ -1,31 +1,36 @@
-"""Load rows from the hub, a file in one of four formats, a folder of files, the sample data or Python's docstrings."""
+"""Load rows from the hub, a file, a folder, the sample data or Python's docstrings."""
 
-import csv
 import itertools
-import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qlora_helpers.config import PYTHON_DOCS, SAMPLE_DATA, Config
-from qlora_helpers.data import python_docs, schema
-from qlora_helpers.data.schema import Row
+from qlora_helpers.data import python_docs, readers, schema
+from qlora_helpers.data.readers import READERS, Records
+from qlora_helpers.data.schema import TEST, VALIDATION, Row
 from qlora_helpers.errors import UserError
 from qlora_helpers.files import ROOT
 from qlora_helpers.models import hub
 
-Records = Iterator[tuple[str, Any]]
 SCHEMA_RECORDS = 100  # records from which the schema of a file is recognized
+SPLIT_WORDS = {  # words in the names of files, folders and splits
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "heldout"), TEST),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), VALIDATION),
+}
 
 
 @dataclass(frozen=True)
 class Loaded:
     """The rows of a source in order, and the rejected records with their reasons.
 
-    `layout` is the recognized schema, several joined by ` + `. `altered` counts the rows from which a turn was left
-    out. `name` identifies the source in reports.
+    `layout` is the recognized schema, several joined by ` + `. `columns` says what each column is taken for, one line
+    per schema. `altered` counts the rows from which something was left out, by kind of change. `name` identifies the
+    source in reports.
     """
 
     rows: list[Row]
@@ -33,25 +38,42 @@ class Loaded:
     layout: str
     altered: Counter[str]
     name: str
+    columns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Records with a schema of their own, such as those of a file, and the name of their split, which may be empty."""
+
+    name: str
+    records: Records
+    split: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The split that the name stands for: train, test, validation, or none of these."""
+        words = re.split(r"[^a-z]+", self.split.lower())
+        return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "")
 
 
 def load(config: Config) -> Loaded:
     """Load the configured data set. Raises `UserError` if the source cannot be read as rows."""
+    given = schema.parse_columns(config.columns)
     if config.dataset is None:
         raise UserError(
             f"dataset: the preset '{config.preset_name}' does not define one. Fix: pass dataset=FILE or a hub id."
         )
     if config.dataset == PYTHON_DOCS:
-        return _parse([(PYTHON_DOCS, python_docs.records())], python_docs.source_name())
+        return _parse([Part(PYTHON_DOCS, python_docs.records())], python_docs.source_name(), given)
     if config.dataset == SAMPLE_DATA:
-        path = sample_data()
-    elif _is_path(config.dataset):
-        path = Path(config.dataset).expanduser()
-    else:
-        records = _from_hub(config.dataset, config.dataset_revision)
-        return _parse([(config.dataset, records)], config.dataset)
-    name = SAMPLE_DATA if config.dataset == SAMPLE_DATA else str(path)
-    return _parse(((str(file), _from_file(file, path)) for file in _files(path)), name)
+        return _parse(_local_parts(sample_data(), None), SAMPLE_DATA, given)
+    if not _is_path(config.dataset):
+        return _parse([Part(config.dataset, _from_hub(config))], config.dataset, given)
+    path = Path(config.dataset).expanduser()
+    parts = _local_parts(path, config.subset)
+    if config.split:
+        parts = _one_split(parts, config.split, path)
+    return _parse(parts, str(path), given)
 
 
 def public_name(config: Config) -> str | None:
@@ -79,35 +101,75 @@ def own_data(name: str) -> Path:
 
 def _is_path(dataset: str) -> bool:
     path = Path(dataset).expanduser()
-    return path.exists() or path.suffix in READERS or dataset.count("/") != 1
+    return path.exists() or readers.suffix(path) in READERS or dataset.count("/") != 1
 
 
-def _from_hub(name: str, revision: str) -> Records:
+def _from_hub(config: Config) -> Records:
     import datasets
 
     if not hub.reachable():
         datasets.config.HF_HUB_OFFLINE = True  # use the cache, or fail immediately
+    name, revision = str(config.dataset), config.dataset_revision
     try:
-        rows = datasets.load_dataset(name, revision=revision, split="train")
-    except Exception as error:  # many kinds: no network, unknown id or revision, gated data set
+        rows = datasets.load_dataset(name, config.subset, revision=revision, split=config.split or "train")
+    except Exception as error:  # many kinds: no network, unknown id, revision, subset or split, gated data set
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"dataset: '{name}' at revision {revision} is not available on the hub ({why}). "
             "Fix: check the name and the connection, or pass dataset=FILE."
         ) from None
-    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+    yield from readers.numbered(rows)
+
+
+def _local_parts(path: Path, subset: str | None) -> list[Part]:
+    """Return the parts of a file or a folder. Rows of a folder are preceded by the name of their file.
+
+    A folder's splits come from the names of its files and subfolders, or from `datasets`, if that wrote it.
+    """
+    if subset:
+        if not (path / subset).is_dir():
+            raise UserError(f"subset: {path} has no folder '{subset}'. Fix: check the name, or leave subset out.")
+        path = path / subset
+    if path.is_dir() and readers.is_saved(path):
+        return [Part(str(path), records, split) for split, records in readers.read_saved(path).items()]
+    if not path.is_dir():
+        return [
+            Part(str(file), records, split) for file in _files(path) for split, records in readers.read(file).items()
+        ]
+    parts = []
+    for file in _files(path):
+        name = file.relative_to(path)
+        for split, records in readers.read(file).items():
+            words = split or " ".join(reversed(name.parts))  # the name of the file before those of its folders
+            parts.append(Part(str(file), _named(name.as_posix(), records), words))
+    return parts
+
+
+def _named(name: str, records: Records) -> Records:
+    return ((f"{name} {place}", record) for place, record in records)
+
+
+def _one_split(parts: list[Part], split: str, path: Path) -> list[Part]:
+    """Return the parts of one split as ordinary rows. Raises `UserError` if there are none."""
+    chosen = [replace(part, split="") for part in parts if split in (part.split, part.kind)]
+    if not chosen:
+        has = ", ".join(sorted({part.kind or part.split for part in parts} - {""})) or "none"
+        raise UserError(
+            f"split: {path} has no split '{split}' (has: {has}). Fix: name one of these, or leave split out."
+        )
+    return chosen
 
 
 def _files(path: Path) -> list[Path]:
     """Return the file itself, or all files of a supported format in the folder and its subfolders, sorted by path."""
     if path.is_dir():
-        readable = [file for file in path.rglob("*") if file.suffix in READERS and file.is_file()]
+        readable = [file for file in path.rglob("*") if readers.suffix(file) in READERS and file.is_file()]
         if not readable:
             raise UserError(f"dataset: {path} contains no {_suffixes()} file. Fix: add one.")
         return sorted(readable, key=lambda file: file.relative_to(path).as_posix())
     if not path.is_file():
         raise UserError(f"dataset: the file {path} does not exist. Fix: check the path.")
-    if path.suffix not in READERS:
+    if readers.suffix(path) not in READERS:
         raise UserError(f"dataset: {path} is not a {_suffixes()} file. Fix: convert it to one of these formats.")
     return [path]
 
@@ -117,94 +179,33 @@ def _suffixes() -> str:
     return f"{', '.join(others)} or {last}"
 
 
-def _from_file(file: Path, source: Path) -> Records:
-    """Yield records with their origin: the line or row, preceded by the file name if the source is a folder."""
-    head = f"{file.relative_to(source).as_posix()} " if source.is_dir() else ""
-    try:
-        for place, record in READERS[file.suffix](file):
-            yield f"{head}{place}", record
-    except OSError as error:
-        raise UserError(f"dataset: cannot read {file} ({error.strerror}). Fix: check the file.") from None
+def _parse(parts: Iterable[Part], source: str, given: schema.Given) -> Loaded:
+    """Convert the records of all parts to rows. The schema is recognized separately for each part, such as a file.
 
-
-def _read_jsonl(path: Path) -> Records:
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            text = _decode(raw, path, number).strip()
-            if text:
-                yield f"line {number}", _json(text, path, number)
-
-
-def _read_json(path: Path) -> Records:
-    content = _decode(path.read_bytes(), path, 1)
-    rows = _json(content, path, 1) if content.strip() else []
-    if not isinstance(rows, list):
-        raise UserError(f"dataset: {path} is not a list of rows. Fix: write it as [{{…}}, {{…}}].")
-    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _read_csv(path: Path) -> Records:
-    csv.field_size_limit(2**31 - 1)  # a long answer can exceed the default of 128 KiB
-    with path.open("rb") as file:
-        reader = csv.DictReader((_decode(raw, path, n) for n, raw in enumerate(file, 1)), strict=True)
-        try:
-            for row in reader:
-                yield f"line {reader.line_num}", row
-        except csv.Error as error:
-            raise UserError(
-                f"dataset: {path} is not valid CSV on line {reader.reader.line_num} ({error}). Fix: correct the line."
-            ) from None
-
-
-def _read_parquet(path: Path) -> Records:
-    from pyarrow import ArrowException, parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(1000))
-            yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
-    except ArrowException as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"dataset: {path} is not a readable Parquet file ({why}). Fix: export it again.") from None
-
-
-READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-
-
-def _decode(raw: bytes, path: Path, line: int) -> str:
-    try:
-        return raw.decode("utf-8-sig" if line == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        line += raw[: error.start].count(b"\n")
-        raise UserError(f"dataset: {path} is not UTF-8 on line {line}. Fix: save it as UTF-8.") from None
-
-
-def _json(text: str, path: Path, line: int) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line += getattr(error, "lineno", 1) - 1
-        why = getattr(error, "msg", str(error).split(":")[0])
-        raise UserError(f"dataset: {path} is not valid JSON on line {line} ({why}). Fix: correct the line.") from None
-
-
-def _parse(parts: Iterable[tuple[str, Records]], source: str) -> Loaded:
-    """Convert the records of all parts to rows. The schema is recognized separately for each part, such as a file."""
+    Test rows come first, so that of equal rows theirs is kept. Without any other rows, there is no split.
+    """
+    parts = sorted(parts, key=lambda part: part.kind != TEST)
+    is_split = any(part.kind not in (TEST, VALIDATION) for part in parts)
     rows: list[Row] = []
     rejected: list[dict[str, Any]] = []
     layouts: dict[str, None] = {}
+    columns: dict[str, None] = {}
     altered: Counter[str] = Counter()
-    for name, records in parts:
-        first = list(itertools.islice(records, SCHEMA_RECORDS))
+    for part in parts:
+        first = list(itertools.islice(part.records, SCHEMA_RECORDS))
         if not first:
             continue
-        layout = schema.recognize([record for _, record in first], name)
-        layouts[layout] = None
-        for origin, record in itertools.chain(first, records):
+        records = [record for _, record in first]
+        layout = schema.recognize(records, part.name, given)
+        layouts[layout] = columns[schema.describe_columns(records, layout, given)] = None
+        split = part.kind if is_split and part.kind in (TEST, VALIDATION) else ""
+        for origin, record in itertools.chain(first, part.records):
             try:
-                rows.append(schema.to_row(record, layout, origin, altered))
+                row = schema.to_row(record, layout, origin, altered, given)
             except ValueError as error:
                 rejected.append({"reason": str(error), "origin": origin, "row": record})
+            else:
+                rows.append(replace(row, split=split) if split else row)
     if not layouts:
         raise UserError(f"dataset: {source} is empty or has no rows. Fix: use a file with one JSON object per line.")
-    return Loaded(rows, rejected, " + ".join(layouts), altered, source)
+    return Loaded(rows, rejected, " + ".join(layouts), altered, source, tuple(columns))

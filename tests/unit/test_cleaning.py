@@ -171,6 +171,60 @@ def test_labels_may_repeat(prepare):
     assert not prepare(rows, n_samples=None).dropped
 
 
+def test_answers_may_follow_several_phrasings(prepare):
+    rows = [
+        {"instruction": f"{ask} item {i * 7919}?", "output": f"Answer {i * 104729}."}
+        for i in range(20)
+        for ask in ("Where is", "Would you please show me the place of")
+    ]
+    assert "answer equal to that of the row before" not in reasons(prepare(rows))
+
+
+def test_short_rows_in_chinese_are_kept(prepare):
+    short = [{"instruction": "一加一？", "output": "二"}, {"instruction": "日本首都？", "output": "东京"}]
+    data = prepare([*ROWS, *short, {"instruction": "Hi?", "output": "Ho."}], n_samples=None)
+    assert reasons(data) == ["too short: under 10 characters"]
+    assert data.dropped[0]["row"]["instruction"] == "Hi?"
+
+
+def test_a_changed_end_token_needs_another_encoding(small, tokenizer):
+    cleaned = cleaning.clean(small, tokenizer)
+    other = small.replace(end_token="<s>")
+    assert cleaning.select(cleaned, other, tokenizer).train[0].input_ids[-1] == tokenizer.bos_token_id
+
+
+SHOWS_CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% for call in m.get('tool_calls') or [] %}<call>{{ call['function'] | tojson }}</call>{% endfor %}</s>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("auto", "the chat template does not show tool calls"),
+        ("instruction", "the instruction template has no place for tool calls"),
+        (SHOWS_CALLS, None),
+    ],
+)
+def test_tool_calls_that_the_template_does_not_show_are_dropped(make_tokenizer, write_rows, template, reason):
+    tokenizer = make_tokenizer()
+    if template == SHOWS_CALLS:
+        tokenizer.chat_template = SHOWS_CALLS
+    call = {"type": "function", "function": {"name": "look_up", "arguments": {"bird": "heron"}}}
+    turns = [
+        {"role": "user", "content": "Where do herons nest?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "Tall trees"},
+        {"role": "assistant", "content": "In tall trees."},
+    ]
+    config = Config(dataset=write_rows([{"messages": turns}]), template="auto" if reason is None else template)
+    cleaned = cleaning.clean(config, tokenizer, 0)
+    assert [drop["reason"] for drop in cleaned.dropped] == [reason] * (reason is not None)
+    assert len(cleaned.train) == (reason is None)
+
+
 def test_prompts_like_a_heldout_one_are_taken_out_of_training(prepare):
     rows = [{"instruction": f"Explain entry {i} of the list, please.", "output": f"Answer {i}."} for i in range(40)]
     heldout = prepare(rows, n_samples=None).heldout[0].row

@@ -98,8 +98,7 @@ def test_the_written_rows_can_be_read_again(data, write_rows, tmp_path):
     ("content", "options", "says"),
     [
         (b'{"instruction": "a question", "output": "an answer"}\n{"instruc\n', (), "line 2"),
-        (b'{"instruction": "a question", "output": "an answer"}\n', (), "0 usable rows are left"),
-        (b"\xff\xfe", (), "not UTF-8 on line 1"),
+        (b"\xff", (), "not UTF-8 on line 1"),
         (b"", (), "is empty"),
         (b'{"a": 1}', (), "lacks the required columns"),
         (b'{"a": 1}', ("--max-tokens", "0"), "max_length: 0 is too small"),
@@ -114,6 +113,80 @@ def test_bad_input_gives_a_one_line_error_and_no_files(data, tmp_path, content, 
     assert says in err
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_what_each_column_is_taken_for_is_printed_and_reported(data, write_rows, tmp_path):
+    rows = [{"prompt": row["instruction"], "chosen": row["output"], "rejected": "No."} for row in ROWS]
+    code, out, _ = data(write_rows(rows))
+    assert code == 0
+    line = "prompt = question, chosen = answer; not used: rejected"
+    assert f"columns: {line}" in out.splitlines()
+    assert line in (tmp_path / "out" / "report.md").read_text()
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["columns"] == [line]
+
+
+def test_changes_to_rows_are_printed(data, write_rows):
+    asked = {"role": "user", "content": "Please."}
+    told = [{"role": "assistant", "content": row["output"]} for row in ROWS]
+    rows = [{"messages": [asked, asked | {"content": f"Number {n}?"}, turn]} for n, turn in enumerate(told)]
+    _, out, _ = data(write_rows(rows))
+    assert "30  altered: turns of one role joined" in out
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "says"),
+    [
+        (ROWS[:1], (), "0 usable rows are left"),
+        (
+            [*ROWS[:3], *ROWS[:2], {"instruction": None, "output": "x"}],
+            ("--n-heldout", "3"),
+            "; 2 × same row twice; 1 × null where text should be",
+        ),
+        (
+            [{**row, "output": "word " * 700 + row["output"]} for row in ROWS],
+            (),
+            "no answer survives 512 tokens: the 30 rows have",
+        ),
+        (
+            [{**row, "instruction": "word " * 700 + row["instruction"]} for row in ROWS],
+            ("--over-length", "truncate"),
+            "no answer survives 512 tokens: the 30 rows have",
+        ),
+    ],
+)
+def test_if_too_few_rows_are_left_the_error_says_why_and_only_the_dropped_rows_are_written(
+    data, write_rows, tmp_path, rows, options, says
+):
+    data(write_rows(ROWS))  # leaves files that no longer hold
+    code, _, err = data(write_rows(rows), *options)
+    assert code == 2
+    assert says in err
+    assert len(err.splitlines()) == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["dropped.jsonl"]
+    read = len(rows) - len(read_jsonl(tmp_path / "out" / "dropped.jsonl"))
+    assert read <= 3
+
+
+def test_the_test_split_of_a_folder_is_held_out(data, tmp_path):
+    (tmp_path / "rows").mkdir()
+    for name, part in (("train", ROWS[:14]), ("test", [*ROWS[14:26], ROWS[0]]), ("validation", ROWS[26:])):
+        (tmp_path / "rows" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    code, out, _ = data(tmp_path / "rows")
+    assert code == 0
+    train, heldout, dropped = parts(tmp_path / "out")
+    assert "13  held-out, 13 from the test split" in out
+    assert sorted(row["instruction"] for row in heldout) == sorted(
+        row["instruction"] for row in [*ROWS[14:26], ROWS[0]]
+    )
+    assert sorted(row["instruction"] for row in train) == sorted(row["instruction"] for row in ROWS[1:14])
+    assert sorted(row["reason"] for row in dropped) == [
+        "same row twice",
+        *["validation split, kept for selection"] * 4,
+    ]
+    data(tmp_path / "rows", "--n-heldout", "5")
+    train, heldout, dropped = parts(tmp_path / "out")
+    assert (len(train), len(heldout)) == (13, 5)
+    assert [row["reason"] for row in dropped].count("test split, over n_heldout=5") == 8
 
 
 def test_unusual_but_readable_files(data, tmp_path):
