@@ -12,13 +12,14 @@ from typing import Any
 
 from qlora_helpers.config import Config
 from qlora_helpers.data import prompts, rendering, sources
-from qlora_helpers.data.near_duplicates import Index
+from qlora_helpers.data.leaks import HeldOut, parts
+from qlora_helpers.data.near_duplicates import Index, same_text
 from qlora_helpers.data.prompts import Example
 from qlora_helpers.data.schema import Row
 from qlora_helpers.data.sources import Loaded
 from qlora_helpers.errors import UserError
 
-NEAR_ROW, NEAR_PROMPT = "nearly the same as another row", "prompt nearly the same as a held-out one"
+NEAR_ROW = "nearly the same as another row"
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,10 +262,10 @@ def _fitting(
 
 def _distinct(cleaned: Cleaned, rows: Iterable[Row], config: Config) -> Iterator[Row]:
     """Yield one row of each group of near duplicates: the first in the order of the split."""
-    index = Index(config.near_duplicates)
+    index = Index(config.near_duplicates, same_text)
     kept: list[Row] = []
     for row in rows:
-        match = index.first_similar(row.text)
+        match = index.first_similar(parts(row))
         if match is None:
             kept.append(row)
             yield row
@@ -276,24 +277,26 @@ def _distinct(cleaned: Cleaned, rows: Iterable[Row], config: Config) -> Iterator
 def _split(
     cleaned: Cleaned, usable: Iterable[tuple[TokenizedRow, Example | None]], config: Config, n_heldout: int
 ) -> None:
-    """Hold out the first `n_heldout` rows, then use every row whose prompt is unlike the held-out ones for training.
+    """Hold out the first `n_heldout` rows, then use every row that is no leak (see `leaks`) for training.
 
-    Held-out prompts are also unlike each other, so that held-out rows are independent. `usable` may be an iterator,
-    so that rows are tokenized while they are split and unused encodings are released.
+    Held-out rows are also unlike each other, so that they are independent. `usable` may be an iterator, so that rows
+    are tokenized while they are split and unused encodings are released.
     """
-    index = Index(config.near_duplicates)
+    held = HeldOut(cleaned.loaded.rows, config.near_duplicates)
     leaks: list[NearDuplicate] = []
     for item, example in usable:
         full = len(cleaned.heldout) == n_heldout
-        match = index.first_similar(item.row.prompt, add=not full)
-        if match is not None:
-            leaks.append(NearDuplicate(item.row, cleaned.heldout[match[0]].row, match[1], NEAR_PROMPT))
+        leak = held.leak(item.row)
+        if leak is not None:
+            leaks.append(NearDuplicate(item.row, leak.heldout, leak.similarity, leak.reason))
             continue
         if example and not (full and config.n_samples and len(cleaned.train) >= config.n_samples):
             cleaned.examples[item.row.id] = example
+        if not full:
+            held.add(item.row)
         (cleaned.train if full else cleaned.heldout).append(item)
-    for leak in leaks:
-        cleaned.drop(leak.dropped, leak.reason)
+    for leaked in leaks:
+        cleaned.drop(leaked.dropped, leaked.reason)
     cleaned.near_duplicates.extend(leaks)
 
 
