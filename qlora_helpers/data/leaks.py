@@ -58,8 +58,8 @@ class HeldOut:
     def __init__(self, rows: Iterable[Row], threshold: float) -> None:
         sample = list({row.id: row for row in heapq.nsmallest(SAMPLE, rows, key=lambda row: row.id)}.values())
         self._phrases = _set_phrases(sample)
-        same = partial(same_question, common=self._common_words(sample[:QUESTIONS]))
-        tests = {NEAR_PROMPT: same, NEAR_ANSWER: same, NEAR_ROUND: same_text}
+        worded = partial(same_question, common=self._common_words(sample[:QUESTIONS]))
+        tests = {NEAR_PROMPT: worded, NEAR_ANSWER: same_question, NEAR_ROUND: same_text}
         self._indexes = {reason: Index(threshold, test) for reason, test in tests.items()}
         self._owners: dict[str, list[Row]] = {reason: [] for reason in tests}
 

@@ -16,7 +16,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -145,7 +144,8 @@ def _aligned(a: list[str], b: list[str]) -> bool:
 
 
 def _in_code(tokens: list[str], i: int) -> bool:
-    return not OPERATORS.isdisjoint(tokens[max(i - 1, 0) : i + 2]) or tokens[i + 1 : i + 2] in (["("], ["["])
+    """Return whether a symbol or a number stands next to token `i`."""
+    return any(token != PART for token in _symbols(" ".join(tokens[max(i - 1, 0) : i + 2])))
 
 
 def _symbols(words: str) -> list[str]:
