@@ -98,9 +98,10 @@ class HeldOut:
         return len(question["content"].encode()) >= GREETING and question["content"] not in self._phrases
 
     def _common_words(self, sample: list[Row]) -> frozenset[str]:
+        if len(sample) < ENOUGH:
+            return frozenset()
         counts = Counter(word for row in sample for word in set(normalize(self._opening(row)).split()))
-        least = max(COMMON * len(sample), 1) if len(sample) >= ENOUGH else len(sample) + 1
-        return frozenset(word for word, count in counts.items() if count >= least)
+        return frozenset(word for word, count in counts.items() if count >= COMMON * len(sample))
 
 
 def _asked(question: Message) -> str:

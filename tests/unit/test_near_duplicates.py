@@ -45,7 +45,7 @@ def swap_two_sentences(text, rng):
     return PART.join([*before, " ".join(sentences)])
 
 
-PROSE = re.compile(r"[\w\s.,;:!?'’\"\0-]+")
+PROSE = re.compile(r"([^\W\d_]|[\s.,;:!?’\"\0]|\b-\b)+")  # without numbers and symbols, which keep their place
 EDITS = {
     "spelling": misspell,
     "punctuation": lambda text, rng: re.sub(r"(?<=[a-z])[.,;:](?=\s|$)", "", text) + "!!",
@@ -63,15 +63,13 @@ def matches(texts, same=same_text):
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_planted_edits_of_prose_are_found_and_nothing_else(edit):
-    """Half of the rows of prose get an edited copy; no other row may match."""
+    """Every longer row of prose gets an edited copy; no other row may match."""
     rng = random.Random(1)
-    originals = [text for text in rows() if PROSE.fullmatch(text) and text.count(". ") > 1 and "'" not in text]
-    copies = [EDITS[edit](text, rng) for text in originals[::2]]
+    originals = rows()
+    copies = [EDITS[edit](text, rng) for text in originals if PROSE.fullmatch(text) and text.split(PART)[-1].count(". ") > 1]
     hits = matches([*originals, *copies])
-    planted = set(range(len(originals), len(originals) + len(copies)))
-    assert len(planted) > 15
-    assert len(hits & planted) / len(planted) >= 0.95
-    assert hits <= planted
+    assert len(copies) > 10
+    assert hits == set(range(len(originals), len(originals) + len(copies)))
 
 
 DIFFERENT = {
@@ -86,6 +84,7 @@ DIFFERENT = {
     "dots of a path": ("Go up with the command cd ..", "Go up with the command cd ."),
     "option": ("Search all the folders with grep -r word .", "Search all the folders with grep -R word ."),
     "call": ("What does the class List(items) copy here?", "What does the class list(items) copy here?"),
+    "argument": ("What is the value of max(a) in Python?", "What is the value of max(A) in Python?"),
     "identifier": ("What does total = sum(values) mean?", "What does total = sum(value) mean?"),
     "underscore": ("What is the use of user_name in this?", "What is the use of username in this?"),
     "factorial": ("What is the result of 5! + 3 here?", "What is the result of 5 + 3 here?"),
@@ -100,17 +99,17 @@ DIFFERENT = {
     "Chinese": ("请问法国的首都是哪一座城市？", "请问德国的首都是哪一座城市？"),
     "umlaut": ("Was bedeutet in diesem Satz das Wort schon?", "Was bedeutet in diesem Satz das Wort schön?"),
 }
-CODE = ("option", "call", "identifier", "backticks")
+LOOSE = ("identifier", "backticks")
 
 
 @pytest.mark.parametrize("same", [same_text, same_question])
-@pytest.mark.parametrize("kind", [kind for kind in DIFFERENT if kind not in CODE])
+@pytest.mark.parametrize("kind", [kind for kind in DIFFERENT if kind not in LOOSE])
 def test_texts_that_differ_where_it_matters_are_different(kind, same):
     assert matches(DIFFERENT[kind], same) == set()
 
 
-@pytest.mark.parametrize("kind", CODE)
-def test_spelling_case_and_quotes_of_code_matter_in_training_rows_only(kind):
+@pytest.mark.parametrize("kind", LOOSE)
+def test_spelling_and_quotes_of_code_matter_in_training_rows_only(kind):
     assert matches(DIFFERENT[kind]) == set()
     assert matches(DIFFERENT[kind], same_question) == {1}
 
@@ -177,7 +176,7 @@ def test_a_word_of_its_own_on_both_sides_makes_another_question():
 
 def test_a_question_and_its_answer_do_not_trade_places():
     assert matches([f"Good morning.{PART}Guten Morgen.", f"Guten Morgen.{PART}Good morning."]) == set()
-    assert matches([f"One day. Two nights.{PART}Fine.", f"Two nights. One day.{PART}Fine."]) == {1}
+    assert matches([f"One cold day. Two long nights.{PART}Fine.", f"Two long nights. One cold day.{PART}Fine."]) == {1}
 
 
 def test_moved_lines_of_code_make_another_text():
