@@ -29,7 +29,7 @@ PART = "\0"  # between the turns and fields of a row, whose text never contains 
 MARKS = "".join(c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c)[0] == "M") + "\u200c\u200d"
 WORD = rf"[\w{MARKS}]"
 LETTER = r"[^\W\d_]"
-CLOSING = "[\"'”’»)\\]`*]"
+CLOSING = r"(?:[\"'”’»)\]]|\*\*)"
 INVISIBLE = re.compile("[\xad\u200b\u200e\u200f\u2060\ufeff]")
 # Each alternative starts with the characters it is about, and looks behind afterwards, which is many times as fast.
 APOSTROPHE = re.compile(rf"['’](?<={LETTER}.)(?={LETTER})")
@@ -47,9 +47,12 @@ PROSE = re.compile(
     re.DOTALL,
 )
 UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")  # Han and Kana: every character is a token
-TOKEN = re.compile(rf"(\d++(?:\.\d+)+|{WORD}++|\n|\S)(?=([(\[])?)")
+TOKEN = re.compile(rf"(\d++(?:\.\d+)+|{WORD}++|\n|\S)(?=(\S?))")  # and the character that follows
 LETTERS = re.compile(rf"(?:{LETTER}|[{MARKS}])+")
-OPERATORS = frozenset("+-*/%=<>!&|^~@$#\\.:?;")
+OPERATORS = frozenset("+-*/%=<>!&|^~@$#\\.:?;")  # make code of a word that they are attached to
+ASSIGNING = frozenset("=<>+|&")  # the same, even across spaces
+BRACKETS = frozenset("([")
+CODE = OPERATORS | BRACKETS | {"{"}  # a sentence with one of these is no prose
 EMPHASIS = frozenset("`*\"'")
 SLIP = 5  # letters of the shortest word in which a wrong letter counts as a slip of spelling
 WORDS_PER_SLIP = 10
@@ -58,19 +61,32 @@ WORDS_PER_SLIP = 10
 def normalize(text: str) -> str:
     """Return the tokens of a text, with spaces between tokens and line breaks between sentences.
 
-    Tokens are words, numbers, single symbols, and single characters of scripts without spaces. Punctuation of prose is left out. Case is kept only in code: in a word
-    beside an operator or a bracket that follows a word directly, as in `f(x)`.
+    Tokens are words, numbers, single symbols, and single characters of scripts without spaces. Punctuation of prose is
+    left out. Case is kept only in code.
     """
     text = APOSTROPHE.sub("", INVISIBLE.sub("", unicodedata.normalize("NFC", text))).replace(PART, f"\n{PART}\n")
     found = TOKEN.findall(UNSPACED.sub(r" \g<0> ", PROSE.sub(" ", STOP.sub("\n", text))))
-    calls = [False, *(bool(bracket) for _, bracket in found)]  # calls[i]: token i is a bracket right after a word
-    operator = [False, *(token in OPERATORS or calls[i] for i, (token, _) in enumerate(found)), False]
-    words = [
-        token if bracket or operator[i] or operator[i + 2] else token.casefold()
-        for i, (token, bracket) in enumerate(found)
-    ]
+    words = [token for token, _ in found]
+    for i, token in enumerate(words):
+        if not token.islower() and (folded := token.casefold()) != token and not _in_code(found, i):
+            words[i] = folded
     sentences = (" ".join(line.split()) for line in " ".join(words).split("\n"))
     return "\n".join(line for line in sentences if line)
+
+
+def _in_code(found: list[tuple[str, str]], i: int) -> bool:
+    """Return whether token `i` is a part of code, as in `a = b`, `a.b`, `-a`, `a(`, and after `f(`.
+
+    Each token comes with the character that follows it, or "".
+    """
+    following = found[i][1]
+    before, after = found[i - 1] if i else ("", ""), found[i + 1][0] if i + 1 < len(found) else ""
+    if before[0] in ASSIGNING or after in ASSIGNING:
+        return True
+    called = i > 1 and before[0] in BRACKETS and found[i - 2][1] == before[0] and found[i - 2][0] not in OPERATORS
+    return bool(following and (after in OPERATORS or after in BRACKETS)) or bool(
+        before[1] and (before[0] in OPERATORS or called)
+    )
 
 
 def shingles(words: str) -> set[int]:
@@ -95,7 +111,7 @@ def same_text(a: str, b: str) -> bool:
 
     A sentence moves only within its part, and symbols and numbers keep their order.
     """
-    if _aligned(a.split(), b.split()):
+    if _aligned(a.split("\n"), b.split("\n")):
         return True
     return _symbols(a) == _symbols(b) and _aligned(_sorted_sentences(a), _sorted_sentences(b))
 
@@ -139,18 +155,17 @@ def _without_accents(word: str) -> str:
 
 
 def _aligned(a: list[str], b: list[str]) -> bool:
-    """Return whether the tokens are equal in order, except for a few slips of spelling outside code."""
-    if len(a) != len(b):
+    """Return whether the tokens of the sentences are equal in order, except for a few slips of spelling in prose."""
+    in_a, in_b = " ".join(a).split(), " ".join(b).split()
+    if len(in_a) != len(in_b):
         return False
-    different = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
-    if len(different) > max(1, len(a) // WORDS_PER_SLIP):
+    different = [i for i, (x, y) in enumerate(zip(in_a, in_b, strict=True)) if x != y]
+    if not different:
+        return True
+    if len(different) > max(1, len(in_a) // WORDS_PER_SLIP):
         return False
-    return all(is_slip(a[i], b[i]) and not _in_code(a, i) for i in different)
-
-
-def _in_code(tokens: list[str], i: int) -> bool:
-    """Return whether a symbol or a number stands next to token `i`."""
-    return any(token != PART for token in _symbols(" ".join(tokens[max(i - 1, 0) : i + 2])))
+    prose = [CODE.isdisjoint(words) for words in map(str.split, a) for _ in words]
+    return all(prose[i] and is_slip(in_a[i], in_b[i]) for i in different)
 
 
 def _symbols(words: str) -> list[str]:
@@ -160,7 +175,7 @@ def _symbols(words: str) -> list[str]:
 
 def _sorted_sentences(words: str) -> list[str]:
     parts = (sorted(part.split("\n")) for part in words.split(PART))
-    return [token for part in parts for sentence in [*part, PART] for token in sentence.split()]
+    return [sentence for part in parts for sentence in [*part, PART]]
 
 
 @dataclass
@@ -199,9 +214,10 @@ class Index:
         signature = self._empty.copy()
         signature.update_batch(grams)
         for number in sorted(self._lsh.query(signature)):
-            similarity = jaccard(grams, shingles(self.texts[number]))
-            if similarity >= self.threshold and self.same(words, self.texts[number]):
-                return number, similarity
+            if self.same(words, self.texts[number]):
+                similarity = jaccard(grams, shingles(self.texts[number]))
+                if similarity >= self.threshold:
+                    return number, similarity
         if add:
             self._lsh.insert(len(self.texts), signature, check_duplication=False)
             self._position[key] = len(self.texts)

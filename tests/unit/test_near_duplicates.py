@@ -66,7 +66,9 @@ def test_planted_edits_of_prose_are_found_and_nothing_else(edit):
     """Every longer row of prose gets an edited copy; no other row may match."""
     rng = random.Random(1)
     originals = rows()
-    copies = [EDITS[edit](text, rng) for text in originals if PROSE.fullmatch(text) and text.split(PART)[-1].count(". ") > 1]
+    copies = [
+        EDITS[edit](text, rng) for text in originals if PROSE.fullmatch(text) and text.split(PART)[-1].count(". ") > 1
+    ]
     hits = matches([*originals, *copies])
     assert len(copies) > 10
     assert hits == set(range(len(originals), len(originals) + len(copies)))
@@ -83,6 +85,8 @@ DIFFERENT = {
     "bracket": ("Say whether every ( of a text is closed.", "Say whether every [ of a text is closed."),
     "dots of a path": ("Go up with the command cd ..", "Go up with the command cd ."),
     "option": ("Search all the folders with grep -r word .", "Search all the folders with grep -R word ."),
+    "pattern": ("List the files anaconda.* in the folder.", "List the files anaconda* in the folder."),
+    "file": ("Find the file with find -name passwd here.", "Find the file with find -name passw here."),
     "call": ("What does the class List(items) copy here?", "What does the class list(items) copy here?"),
     "argument": ("What is the value of max(a) in Python?", "What is the value of max(A) in Python?"),
     "identifier": ("What does total = sum(values) mean?", "What does total = sum(value) mean?"),
@@ -99,7 +103,7 @@ DIFFERENT = {
     "Chinese": ("请问法国的首都是哪一座城市？", "请问德国的首都是哪一座城市？"),
     "umlaut": ("Was bedeutet in diesem Satz das Wort schon?", "Was bedeutet in diesem Satz das Wort schön?"),
 }
-LOOSE = ("identifier", "backticks")
+LOOSE = ("identifier", "file", "backticks")
 
 
 @pytest.mark.parametrize("same", [same_text, same_question])
