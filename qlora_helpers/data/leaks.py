@@ -12,7 +12,7 @@ Set phrases are left out: greetings, labels and standard replies that many rows 
 import heapq
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -59,7 +59,11 @@ class HeldOut:
         sample = list({row.id: row for row in heapq.nsmallest(SAMPLE, rows, key=lambda row: row.id)}.values())
         self._phrases = _set_phrases(sample)
         worded = partial(same_question, common=self._common_words(sample[:QUESTIONS]))
-        tests = {NEAR_PROMPT: worded, NEAR_ANSWER: same_question, NEAR_ROUND: same_text}
+        tests: dict[str, Callable[[str, str], bool]] = {
+            NEAR_PROMPT: worded,
+            NEAR_ANSWER: same_question,
+            NEAR_ROUND: same_text,
+        }
         self._indexes = {reason: Index(threshold, test) for reason, test in tests.items()}
         self._owners: dict[str, list[Row]] = {reason: [] for reason in tests}
 
