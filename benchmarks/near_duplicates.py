@@ -42,13 +42,13 @@ The rider steers a little into every fall.
 The front wheel supports this by itself.
 Spinning wheels contribute less than is often believed.
 
-Warum ist der Himmel am Abend so rot, Herr Lehrer?
+Warum leuchtet der Himmel am Abend so rot, Herr Lehrer?
 Das Licht legt einen längeren Weg zurück.
 Blaues Licht wird dabei stärker gestreut.
 Übrig bleibt der rote Anteil.
 
 Wie lange muss ein Brotteig im Kühlschrank ruhen?
-Eine ganze Nacht ist gut, aber nicht nötig.
+Eine ganze Nacht reicht, aber kürzer geht auch.
 Kälte verlangsamt die Hefe deutlich.
 Der Geschmack wird dadurch kräftiger.
 
@@ -135,7 +135,7 @@ SWAPS = {  # a frame, and values that each make another question
     "language": [("How do I read a line from a file in {}?", ["C", "C++", "C#", "F#", "D", "R"])],
     "number": [
         ("What is {} plus 12, as a word?", ["3", "4", "-4", "0.4", "40", "4.0"]),
-        ("Wie viele Tage haben {} Wochen genau?", ["3", "4", "5"]),
+        ("Wie viele Stunden haben {} Wochen genau?", ["3", "4", "5"]),
         ("一共有{}个苹果，每人分到几个？", ["12", "13", "1.3"]),
     ],
     "identifier": [

@@ -95,7 +95,7 @@ def test_a_constant_instruction_with_another_input_is_no_leak():
 
 
 def test_words_of_many_questions_may_be_replaced():
-    others = [chat(f"How {verb} I mend a {noun}{i}?", f"Mend it {i} times.") for i in range(30)
+    others = [chat(f"How {verb} I sew a {noun}{i}?", f"Sew it {i} times.") for i in range(30)
               for verb in ("do", "can") for noun in ("sock", "boat")]  # fmt: skip
     rows = [chat(f"How {verb} I bake a good loaf in my oven at home?", f"One {verb}.") for verb in ("do", "can")]
     assert leak(*rows) is None  # too few rows to tell which words are common

@@ -196,9 +196,9 @@ def test_texts_that_differ_only_at_the_end_of_a_long_document_are_different():
 @pytest.mark.parametrize(
     ("a", "b", "slip"),
     [
-        ("receive", "recieve", True),
-        ("necessary", "necesary", True),
-        ("library", "librery", True),
+        ("quarterly", "quartelry", True),
+        ("copper", "coper", True),
+        ("lantern", "lantarn", True),
         ("функция", "фукнция", True),
         ("affect", "effect", False),
         ("angles", "angel", False),
@@ -218,7 +218,7 @@ def test_a_slip_is_one_letter_of_a_long_word(a, b, slip):
 def test_many_slips_make_another_text():
     text = "several letters within another sentence"
     assert matches([text, text.replace("letters", "lettars")]) == {1}
-    assert not same_text(text, "severel lettars withen anothor sentance")
+    assert not same_text(text, "severel lettars withen anothor sentunce")
 
 
 def test_the_similarity_is_the_jaccard_index():
