@@ -14,7 +14,8 @@ from typing import Any
 from qlora_helpers.config import Config
 from qlora_helpers.data import prompts, rendering, sources
 from qlora_helpers.data.cleaned import Cleaned, Data, NearDuplicate, TokenizedRow, fingerprint
-from qlora_helpers.data.near_duplicates import Index
+from qlora_helpers.data.leaks import HeldOut, parts
+from qlora_helpers.data.near_duplicates import Index, same_text
 from qlora_helpers.data.prompts import Example
 from qlora_helpers.data.schema import TEST, VALIDATION, Row
 from qlora_helpers.errors import UserError
@@ -32,7 +33,7 @@ __all__ = [
     "select",
 ]
 
-NEAR_ROW, NEAR_PROMPT = "nearly the same as another row", "prompt nearly the same as a held-out one"
+NEAR_ROW = "nearly the same as another row"
 SLIPS = 0.05  # largest share of answers equal to the one before that are mistakes rather than other phrasings
 
 
@@ -196,33 +197,20 @@ def _fitting(
             cleaned.lengths.append(tokens)
         if example.cut and config.over_length == "drop":
             cleaned.drop(example.row, OVER.format(config.max_length))
-        elif problem := example.problem or _hidden_call(example, config, tokenizer):
-            cleaned.drop(example.row, problem)
+        elif example.problem:
+            cleaned.drop(example.row, example.problem)
         elif not example.trained:
             cleaned.drop(example.row, NOTHING_TRAINED.format(config.max_length))
         else:
             yield TokenizedRow(example.row, tokens, example.trained), example
 
 
-def _hidden_call(example: Example, config: Config, tokenizer: Any) -> str | None:
-    """Return a reason if the template ignores tool calls, so that an empty answer would be learned in their place."""
-    turns = example.row.messages
-    without = tuple({key: value for key, value in turn.items() if key != "tool_calls"} for turn in turns)
-    if without == turns:
-        return None
-    try:
-        shown = rendering.render(without, config, tokenizer)[0] != example.text
-    except rendering.UnplacedAnswer:
-        shown = True
-    return None if shown else "the chat template does not show tool calls"
-
-
 def _distinct(cleaned: Cleaned, rows: Iterable[Row], config: Config) -> Iterator[Row]:
     """Yield one row of each group of near duplicates: the first in the order of the split."""
-    index = Index(config.near_duplicates)
+    index = Index(config.near_duplicates, same_text)
     kept: list[Row] = []
     for row in rows:
-        match = index.first_similar(row.text)
+        match = index.first_similar(parts(row))
         if match is None:
             kept.append(row)
             yield row
@@ -234,24 +222,26 @@ def _distinct(cleaned: Cleaned, rows: Iterable[Row], config: Config) -> Iterator
 def _split(
     cleaned: Cleaned, usable: Iterable[tuple[TokenizedRow, Example | None]], config: Config, n_heldout: int
 ) -> None:
-    """Hold out the first `n_heldout` rows, then use every row whose prompt is unlike the held-out ones for training.
+    """Hold out the first `n_heldout` rows, then use every row that is no leak (see `leaks`) for training.
 
-    Held-out prompts are also unlike each other, so that held-out rows are independent. `usable` may be an iterator,
-    so that rows are tokenized while they are split and unused encodings are released.
+    Held-out rows are also unlike each other, so that they are independent. `usable` may be an iterator, so that rows
+    are tokenized while they are split and unused encodings are released.
     """
-    index = Index(config.near_duplicates)
+    held = HeldOut(cleaned.loaded.rows, config.near_duplicates)
     leaks: list[NearDuplicate] = []
     for item, example in usable:
         full = len(cleaned.heldout) == n_heldout
-        match = index.first_similar(item.row.prompt, add=not full)
-        if match is not None:
-            leaks.append(NearDuplicate(item.row, cleaned.heldout[match[0]].row, match[1], NEAR_PROMPT))
+        leak = held.leak(item.row)
+        if leak is not None:
+            leaks.append(NearDuplicate(item.row, leak.heldout, leak.similarity, leak.reason))
             continue
         if example and not (full and config.n_samples and len(cleaned.train) >= config.n_samples):
             cleaned.examples[item.row.id] = example
+        if not full:
+            held.add(item.row)
         (cleaned.train if full else cleaned.heldout).append(item)
-    for leak in leaks:
-        cleaned.drop(leak.dropped, leak.reason)
+    for leaked in leaks:
+        cleaned.drop(leaked.dropped, leaked.reason)
     cleaned.near_duplicates.extend(leaks)
 
 
@@ -260,8 +250,8 @@ def _rehearsal(
 ) -> tuple[list[Example], str | None]:
     """Return `wanted` rows of the rehearsal data set, and its name.
 
-    They are the first ones in the order of the data seed whose prompts are unlike every held-out prompt. Raises
-    `UserError` if there are too few.
+    They are the first ones in the order of the data seed that are no leak of a held-out row. Raises `UserError` if
+    there are too few.
     """
     if not wanted:
         return [], None
@@ -270,10 +260,10 @@ def _rehearsal(
         dataset=config.rehearsal_dataset, n_samples=wanted, rehearsal=0.0, over_length="truncate", **own
     )
     cleaned = clean(second, tokenizer, n_heldout=0)
-    index = Index(config.near_duplicates)
+    held = HeldOut(cleaned.loaded.rows, config.near_duplicates)
     for item in heldout:
-        index.first_similar(item.row.prompt)
-    rows = [item for item in cleaned.train if index.first_similar(item.row.prompt, add=False) is None]
+        held.add(item.row)
+    rows = [item for item in cleaned.train if held.leak(item.row) is None]
     if len(rows) < wanted:
         raise UserError(
             f"rehearsal: {wanted} rows requested, but {config.rehearsal_dataset} has {len(rows)} usable ones. "
@@ -295,9 +285,11 @@ def _digest(text: str) -> str:
 
 
 def check_no_leak(data: Data) -> None:
-    """Raise `UserError` if a held-out prompt is also trained on, which would make the held-out loss meaningless."""
-    trained = {example.row.prompt for example in data.trained_on}
-    both = [example.row for example in data.heldout if example.row.prompt in trained]
+    """Raise `UserError` if a held-out question or answer is also trained on: the held-out loss would mean nothing."""
+    held = HeldOut(data.cleaned.loaded.rows, 1.0)
+    for example in data.heldout:
+        held.add(example.row)
+    both = [example.row for example in data.trained_on if held.leak(example.row)]
     if both:
         raise UserError(
             f"held-out set: {len(both)} of its rows are also trained on (first: {both[0].origin}). "

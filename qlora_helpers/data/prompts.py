@@ -107,7 +107,8 @@ def _example(
     if straddling and (split := _tokenize_apart(text, spans, ids, tokenizer)):
         ids, offsets = split
         answer, straddling = _answer_labels(ids, offsets, spans, text)
-    labels = list(ids) if config.train_on == "all" else answer
+    all_learned = all(turn.get("learn", True) for turn in row.messages)
+    labels = list(ids) if config.train_on == "all" and all_learned else answer
     keep = config.max_length
     problem = "an answer shares a token with its question" if straddling else None
     return Example(row, text, ids[:keep], labels[:keep], offsets[:keep], max(0, len(ids) - keep), problem)

@@ -108,8 +108,9 @@ def general_examples(config: Config, tokenizer: Any) -> list[Example]:
     """The project's general questions, in the model's own chat template if it has one."""
     template = "auto" if getattr(tokenizer, "chat_template", None) else config.template
     general = config.replace(
-        dataset=str(sources.general_data()), template=template, max_length=GENERAL_LENGTH, train_on="assistant"
-    )
+        dataset=str(sources.general_data()), template=template, max_length=GENERAL_LENGTH, train_on="assistant",
+        subset=None, split=None, columns=None,
+    )  # fmt: skip
     return list(prompts.encode(sources.load(general).rows, general, tokenizer))
 
 

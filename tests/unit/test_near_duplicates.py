@@ -5,76 +5,220 @@ import random
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from qlora_helpers.data.near_duplicates import Index, jaccard, normalize, shingles
+from qlora_helpers.data.near_duplicates import (
+    PART,
+    Index,
+    is_slip,
+    jaccard,
+    normalize,
+    same_question,
+    same_text,
+    shingles,
+)
 from qlora_helpers.data.schema import parse_guanaco
 from qlora_helpers.data.sources import sample_data
-
-STRANGERS = ["harbour", "violin", "quickly", "copper", "seventeen", "winter", "lantern"]
 
 
 def rows():
     """Return each sample conversation as one text."""
     lines = sample_data().read_text("utf-8").splitlines()
-    return ["\n".join(turn["content"] for turn in parse_guanaco(json.loads(line)["text"])) for line in lines]
+    return [PART.join(turn["content"] for turn in parse_guanaco(json.loads(line)["text"])) for line in lines]
 
 
-def change_a_word(text, rng):
-    words = text.split(" ")
-    words[rng.randrange(len(words))] = rng.choice(STRANGERS)
-    return " ".join(words)
+def misspell(text, rng):
+    """Swap two letters within a long word that has no neighbors of code."""
+    words = [match.span() for match in re.finditer(r"(?<=[a-z] )[a-z]{7,}(?= [a-z])", text)]
+    start, end = rng.choice([span for span in words if len(set(text[span[0] : span[1]])) > 4])
+    i = next(i for i in range(start + 1, end - 1) if text[i] != text[i + 1])
+    return text[:i] + text[i + 1] + text[i] + text[i + 2 :]
 
 
 def swap_two_sentences(text, rng):
-    parts = re.split(r"(?<=[.!?])\s+", text)
-    i = rng.randrange(len(parts) - 1)
-    parts[i], parts[i + 1] = parts[i + 1], parts[i]
-    return " ".join(parts)
+    """Swap two sentences within the last part."""
+    *before, last = text.split(PART)
+    sentences = re.split(r"(?<=[.!?])[ \n]+", last)
+    i = rng.randrange(len(sentences) - 1)
+    sentences[i], sentences[i + 1] = sentences[i + 1], sentences[i]
+    return PART.join([*before, " ".join(sentences)])
 
 
+PROSE = re.compile(r"([^\W\d_]|[\s.,;:!?’\"\0]|\b-\b)+")  # without numbers and symbols, which keep their place
 EDITS = {
-    "a word": change_a_word,
-    "punctuation": lambda text, rng: re.sub(r"[.,;:]", "", text) + "!!",
+    "spelling": misspell,
+    "punctuation": lambda text, rng: re.sub(r"(?<=[a-z])[.,;:](?=\s|$)", "", text) + "!!",
+    "spacing": lambda text, rng: text.replace(" ", "  "),
     "case": lambda text, rng: text.upper(),
     "two sentences": swap_two_sentences,
 }
 
 
-def matches(texts):
+def matches(texts, same=same_text):
     """Return the positions of the texts that the index considers near duplicates of an earlier text."""
-    index = Index(0.7)
+    index = Index(0.7, same)
     return {number for number, text in enumerate(texts) if index.first_similar(text) is not None}
 
 
 @pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("part", ["whole", "short"])
-def test_planted_edits_are_found_and_nothing_else(edit, part):
-    """Half of the rows get an edited copy; no other row may match. Short rows are three sentences of a row."""
+def test_planted_edits_of_prose_are_found_and_nothing_else(edit):
+    """Every longer row of prose gets an edited copy; no other row may match."""
     rng = random.Random(1)
-    originals = rows() if part == "whole" else [" ".join(re.split(r"(?<=[.!?])\s+", text)[:3]) for text in rows()]
-    originals = list(dict.fromkeys(text for text in originals if len(re.split(r"(?<=[.!?])\s+", text)) > 2))
-    copies = [EDITS[edit](text, rng) for text in originals[::2]]
+    originals = rows()
+    copies = [
+        EDITS[edit](text, rng) for text in originals if PROSE.fullmatch(text) and text.split(PART)[-1].count(". ") > 1
+    ]
     hits = matches([*originals, *copies])
-    planted = set(range(len(originals), len(originals) + len(copies)))
-    assert len(planted) > 90
-    assert len(hits & planted) / len(planted) >= 0.95
-    assert len(hits & planted) / len(hits) >= 0.95
+    assert len(copies) > 10
+    assert hits == set(range(len(originals), len(originals) + len(copies)))
 
 
-def test_texts_with_different_numbers_are_different():
-    """All of these pairs have similar letters, so that only the numbers distinguish them."""
-    short = "Calculate the area of a circle whose radius is exactly {} meters, and explain each step of the way."
-    story = next(text for text in rows() if len(shingles(normalize(text))) > 400).replace("{", "").replace("}", "")
-    long = story + " Count to {}: {}, {}, {}, {}, {}."
-    pairs = {
-        "short, one number": ([short.format(4), short.format(5)], set()),
-        "short, the same number": ([short.format(4), short.format(4).upper()], {1}),
-        "long, one number": ([long.format(4, *range(5)), long.format(9, *range(5))], {1}),
-        "long, many numbers": ([long.format(4, *range(5)), long.format(9, *range(11, 16))], set()),
-    }
-    for name, (texts, want) in pairs.items():
-        assert jaccard(*(shingles(normalize(text)) for text in texts)) > 0.7, name
-        assert matches(texts) == want, name
+DIFFERENT = {
+    "operator": ("What does a += b do in Python?", "What does a -= b do in Python?"),
+    "comparison": ("What does a << b do in Python?", "What does a >> b do in Python?"),
+    "language": ("How do I print a line in C?", "How do I print a line in C++?"),
+    "sharp": ("How do I print a line in C++?", "How do I print a line in C#?"),
+    "decimal point": ("Round the number 1.5 to the next integer.", "Round the number 15 to the next integer."),
+    "sign": ("Take the absolute value of -5 in Python.", "Take the absolute value of 5 in Python."),
+    "number": ("What is the area of a circle of radius 4?", "What is the area of a circle of radius 5?"),
+    "bracket": ("Say whether every ( of a text is closed.", "Say whether every [ of a text is closed."),
+    "dots of a path": ("Go up with the command cd ..", "Go up with the command cd ."),
+    "option": ("Search all the folders with grep -r word .", "Search all the folders with grep -R word ."),
+    "pattern": ("List the files anaconda.* in the folder.", "List the files anaconda* in the folder."),
+    "file": ("Find the file with find -name passwd here.", "Find the file with find -name passw here."),
+    "call": ("What does the class List(items) copy here?", "What does the class list(items) copy here?"),
+    "argument": ("What is the value of max(a) in Python?", "What is the value of max(A) in Python?"),
+    "identifier": ("What does total = sum(values) mean?", "What does total = sum(value) mean?"),
+    "underscore": ("What is the use of user_name in this?", "What is the use of username in this?"),
+    "factorial": ("What is the result of 5! + 3 here?", "What is the result of 5 + 3 here?"),
+    "backticks": (
+        "What is printed by the shell command echo `date` here?",
+        "What is printed by the shell command echo date here?",
+    ),
+    "name": ("Which river flows through the town of Passau?", "Which river flows through the town of Torun?"),
+    "Devanagari": ("इस शब्द का अर्थ क्या है: दिन", "इस शब्द का अर्थ क्या है: दीन"),
+    "Arabic": ("ما معنى هذه الكلمة في الجملة: كَتَبَ", "ما معنى هذه الكلمة في الجملة: كُتِبَ"),
+    "Thai": ("คำนี้แปลว่าอะไรในภาษาไทย: ป่า", "คำนี้แปลว่าอะไรในภาษาไทย: ป้า"),
+    "Chinese": ("请问法国的首都是哪一座城市？", "请问德国的首都是哪一座城市？"),
+    "umlaut": ("Was bedeutet in diesem Satz das Wort schon?", "Was bedeutet in diesem Satz das Wort schön?"),
+}
+LOOSE = ("identifier", "file", "backticks")
+
+
+@pytest.mark.parametrize("same", [same_text, same_question])
+@pytest.mark.parametrize("kind", [kind for kind in DIFFERENT if kind not in LOOSE])
+def test_texts_that_differ_where_it_matters_are_different(kind, same):
+    assert matches(DIFFERENT[kind], same) == set()
+
+
+@pytest.mark.parametrize("kind", LOOSE)
+def test_spelling_and_quotes_of_code_matter_in_training_rows_only(kind):
+    assert matches(DIFFERENT[kind]) == set()
+    assert matches(DIFFERENT[kind], same_question) == {1}
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("Hello, world", "hello world!"),
+        ("He asked: “Is it late?” It was.", 'he asked, "is it late" — it was'),
+        ("That isn't a well-known book.", "that isn’t a well known book"),
+        ("Comment ça va aujourd'hui ?", "comment ça va aujourd’hui?"),
+        ("x = a+b;  y = f(a,b)", "x=a + b\ny = f(a, b)"),
+        ("你好，今天的天气怎么样？", "你好今天的天气怎么样"),
+        ("यह किताब है। वह कलम है।", "यह किताब है वह कलम है"),
+        ("How do I print a line in C++?", "how do i print a line in C++"),
+        ("Cafe\u0301s are open.", "Cafés are open."),
+        ("zero\u200bwidth", "zerowidth"),
+    ],
+)
+def test_punctuation_spacing_and_case_of_prose_do_not_matter(texts):
+    assert matches(texts) == {1}
+    assert matches(texts, same_question) == {1}
+
+
+FRAME = "Tell me one thing about {} that a child of ten would enjoy."
+INSTRUCTION = (
+    "You sort the letters that reach a museum. Read the letter below and name the room that has to answer it: the "
+    "archive (documents, photographs), the shop (orders, refunds) or the workshop (repairs). Answer with one word. "
+)
+SLOTS = ["comets", "bees", "harps", "salt", "tunnels", "ferns", "owls", "ink", "dunes", "looms", "kelp", "brass"]
+
+
+@pytest.mark.parametrize("same", [same_text, same_question])
+@pytest.mark.parametrize("frame", [FRAME, INSTRUCTION + "My {} broke.", "Hi" + PART + "Hello!" + PART + FRAME])
+def test_rows_in_one_frame_are_different(frame, same):
+    texts = [frame.format(slot) for slot in SLOTS]
+    assert jaccard(*(shingles(normalize(text)) for text in texts[:2])) > 0.5
+    assert matches(texts, same) == set()
+
+
+QUESTION = "How do I find all the files that changed today?"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "Please, how do I find all the files that changed today?",
+        "How do I find all the files today that changed?",
+        "How can I find all the files that changed today?",
+        "how do i fnid all the flies that changed today",
+    ],
+)
+def test_another_wording_is_the_same_question_but_another_row(other):
+    words = [normalize(text) for text in (QUESTION, other)]
+    assert same_question(*words, common={"do", "can", "how"}) == ("flies" not in other)
+    assert not same_text(*words)
+
+
+def test_a_word_of_its_own_on_both_sides_makes_another_question():
+    other = normalize("How do I find all the folders that changed today?")
+    assert not same_question(normalize(QUESTION), other)
+    assert same_question(normalize(QUESTION), other, common={"folders", "files"})
+
+
+def test_a_question_and_its_answer_do_not_trade_places():
+    assert matches([f"Good morning.{PART}Guten Morgen.", f"Guten Morgen.{PART}Good morning."]) == set()
+    assert matches([f"One cold day. Two long nights.{PART}Fine.", f"Two long nights. One cold day.{PART}Fine."]) == {1}
+
+
+def test_moved_lines_of_code_make_another_text():
+    assert matches(["x = 1\ny = x\nprint(y, x)", "y = x\nx = 1\nprint(y, x)"]) == set()
+
+
+def test_texts_that_differ_only_at_the_end_of_a_long_document_are_different():
+    document = " ".join(f"Sentence number {i} of a long document." for i in range(1000))
+    assert len(document) > 30_000
+    assert matches([f"{document} Who wrote it?", f"{document} When was it printed?"]) == set()
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "slip"),
+    [
+        ("quarterly", "quartelry", True),
+        ("copper", "coper", True),
+        ("lantern", "lantarn", True),
+        ("функция", "фукнция", True),
+        ("affect", "effect", False),
+        ("angles", "angel", False),
+        ("minimum", "maximum", False),
+        ("bread", "braid", False),
+        ("form", "from", False),
+        ("schon", "schön", False),
+        ("सड़कें", "सड़कों", False),
+        ("item12", "item13", False),
+    ],
+)
+def test_a_slip_is_one_letter_of_a_long_word(a, b, slip):
+    assert is_slip(a, b) is slip
+    assert is_slip(b, a) is slip
+
+
+def test_many_slips_make_another_text():
+    text = "several letters within another sentence"
+    assert matches([text, text.replace("letters", "lettars")]) == {1}
+    assert not same_text(text, "severel lettars withen anothor sentunce")
 
 
 def test_the_similarity_is_the_jaccard_index():
@@ -84,23 +228,25 @@ def test_the_similarity_is_the_jaccard_index():
     assert jaccard(a, a) == 1
 
 
-@pytest.mark.parametrize("text", ["", "a", "?!", "日本語のテキスト", "\U0001f389"])
-def test_short_and_foreign_texts_have_shingles(text):
+@given(st.text())
+def test_every_text_equals_itself_and_its_normal_form_is_stable(text):
     assert shingles(normalize(text))
     assert matches([text, text]) == {1}
+    assert normalize(f" {text}\n") == normalize(text)
 
 
-def test_different_foreign_texts_are_different():
-    russian = ["Что такое переменная в программировании?", "Как компьютеры хранят данные на диске?"]
-    assert matches(russian) == set()
+@given(st.lists(st.from_regex(r"[a-z]{3,9}", fullmatch=True), min_size=8, max_size=12), st.sampled_from("+*/%<=&|^#"))
+def test_one_more_operator_always_makes_another_text(words, operator):
+    i = len(words) // 2
+    assert matches([" ".join(words), " ".join([*words[:i], operator, *words[i:]])]) == set()
 
 
 def test_the_first_similar_text_is_returned_with_its_similarity():
-    index = Index(0.7)
+    index = Index(0.7, same_text)
     for text in ("The harbour lies to the north of the old town.", "A violin has four strings and no frets."):
         assert index.first_similar(text) is None
     assert index.first_similar("a violin has four strings, and no frets") == (1, 1.0)
-    number, similarity = index.first_similar("A violin has five strings and no frets.")
+    number, similarity = index.first_similar("A violin has four strigns and no frets.")
     assert number == 1
     assert 0.7 <= similarity < 1
     assert index.first_similar("Copper conducts heat.", add=False) is None
