@@ -94,6 +94,9 @@ def data(data: Parser) -> None:
         choices=("guanaco", "instruction", "auto"),
         help="prompt format (default: auto if the model has a chat template, else instruction)",
     )
+    data.option("--columns", metavar="X=Y", help="what columns hold: question=Title,answer=Body")
+    data.option("--split", help="split to read, such as train")
+    data.option("--subset", help="subset on the hub, or subfolder")
     data.option("--near-duplicates", type=float, metavar="T", help="Jaccard similarity of duplicate rows (default 0.7)")
     data.option("--n-heldout", type=int, metavar="N", help="held-out rows (default: a tenth, at most 1,000)")
     data.option("--data-seed", type=int, metavar="S", help="seed of the split (default 0)")

@@ -7,6 +7,7 @@ from typing import Any
 
 from qlora_helpers.config import Config
 from qlora_helpers.data import rendering
+from qlora_helpers.data.builtin_templates import answer_prefix, render_question
 from qlora_helpers.data.schema import Message
 
 # Placeholders made of private-use characters, which occur in no text and no template.
@@ -31,7 +32,8 @@ def _builtin_template(config: Config) -> str:
     """Convert a built-in template to Jinja. The markers come from the code that renders the training rows."""
     template = config.template
     system = f"{config.system}\n\n" if config.system else ""
-    whole = rendering.render_question({"role": "user", "content": USER_1, "input": INPUT}, template)
+    end = repr(config.end_token) if config.end_token else "eos_token"
+    whole = render_question({"role": "user", "content": USER_1, "input": INPUT}, template)
     head, rest = whole.split(USER_1)
     between, tail = rest.split(INPUT)
     message = f"the {template} template has turns of system, user and assistant only"
@@ -43,7 +45,7 @@ def _builtin_template(config: Config) -> str:
         f"{{% if message['input'] %}}{{{{ {between!r} + message['input'] }}}}{{% endif %}}"
         f"{{{{ {tail!r} }}}}"
         "{% elif message['role'] == 'assistant' %}"
-        f"{{{{ {rendering.answer_prefix(template)!r} + message['content'] + eos_token }}}}"
+        f"{{{{ {answer_prefix(template)!r} + message['content'] + {end} }}}}"
         f"{{% else %}}{{{{ raise_exception({message!r}) }}}}{{% endif %}}{{% endfor %}}"
     )
 

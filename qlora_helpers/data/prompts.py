@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora_helpers.config import Config
 from qlora_helpers.data import rendering
-from qlora_helpers.data.rendering import Span, UnplacedAnswer
+from qlora_helpers.data.builtin_templates import Span, UnplacedAnswer
 from qlora_helpers.data.schema import Row
 from qlora_helpers.errors import UserError
 

@@ -44,8 +44,9 @@ def generate(
 ) -> list[dict[str, Any]]:
     """Greedy answers to each prompt, or to the conversation in `turns`; `shots` are example turns that precede it.
 
-    Adds to each entry: `answer`; `thought`, what the model wrote as a thought before it; `stopped`, whether the model ended it within `max_new_tokens`; `invented`, whether the
-    model continued with a turn of someone else; `tokens`, the length of the answer.
+    Adds to each entry: `answer`; `thought`, what the model wrote as a thought before it; `stopped`, whether the model
+    ended it within the limit of tokens; `invented`, whether the model continued with a turn of someone else; `tokens`,
+    the number of tokens it wrote.
     """
     turns = [entry.get("turns") or [{"role": "user", "content": entry["prompt"]}] for entry in asked]
     texts = [rendering.render_prompt(with_shots(one, shots), config, tokenizer) for one in turns]

@@ -72,7 +72,8 @@ def check_quantized(base: Any, config: Config) -> None:
     if types - wanted:
         stored = " and ".join(sorted(types))
         raise UserError(
-            f"quantization: {config.model} is stored in {stored}, not {config.quantization}. Fix: quantization={stored}."
+            f"quantization: {config.model} is stored in {stored}, not {config.quantization}. "
+            f"Fix: quantization={stored}."
         )
     share = four_bit_share(base)
     if wanted and share < MIN_SHARE:

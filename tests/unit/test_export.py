@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_helpers import UserError, files
 from qlora_helpers.__main__ import main
-from qlora_helpers.data import chat_template, prompts, rendering
+from qlora_helpers.data import chat_template, rendering
 from qlora_helpers.export import gguf as export_gguf
 from qlora_helpers.export import merge, parity, pipeline
 from qlora_helpers.models import bundled, hub, qlora, safetensors_io

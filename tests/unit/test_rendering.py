@@ -26,7 +26,8 @@ QUIRKS = {
         "<eos>", ["Good.", "Fine."], ["<eos>", "<stop>"],
     ),
     "an empty thought in the last answer": (
-        HEAD + "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<stop>\n"
+        HEAD + "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m['content'] }}<stop>\n"
         "{% endfor %}" + ASK,
         "<stop>", ["Good.", "<think>\n\n</think>\n\nFine."], ["<stop>"],
     ),
@@ -36,7 +37,8 @@ QUIRKS = {
         "<stop>", ["Good.", "Fine."], ["<stop>"],
     ),
     "a prompt that ends within a token": (
-        HEAD + "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<stop>\n"
+        HEAD + "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m['content'] }}<stop>\n"
         "{% endfor %}{% if add_generation_prompt %}<turn>assistant\n<think>\n{% endif %}",
         "<stop>", ["Good.", "\n</think>\n\nFine."], ["<stop>"],
     ),
@@ -140,7 +142,7 @@ def test_a_template_without_an_end_is_taught_one(tmp_path):
     assert set(tokenizer.convert_ids_to_tokens(rendering.end_tokens(config, tokenizer))) == {"<user>", "<eos>"}
     assert "does not end an answer" in rendering.template_warnings(config, tokenizer)[0]
     assert rendering.template_warnings(config, make_tokenizer(PLAIN)) == []
-    with pytest.raises(UserError, match="end_token: '<over>' is not a token of .*Fix: "):
+    with pytest.raises(UserError, match="end_token: '<over>' is not a token of "):
         encode(row, tokenizer, end_token="<over>")
 
 
@@ -148,14 +150,15 @@ def test_without_any_end_token_the_message_asks_for_one():
     tokenizer = make_tokenizer(PLAIN)
     tokenizer.eos_token = None
     assert trained_parts(encode(ROW, tokenizer), tokenizer) == ["Good.<stop>", "Fine.<stop>"]  # the template has one
-    with pytest.raises(UserError, match="has no end token. Fix: end_token=TOKEN"):
+    with pytest.raises(UserError, match="has no end token"):
         next(prompts.encode([ROW], Config(), tokenizer))
 
 
 THINKING = (  # drops thoughts before the last question, and shows the last one in its own way
     "{% for m in messages %}<turn>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
     "{% set parts = m['content'].split('</think>') %}"
-    "{% if loop.last %}<think>\n{{ parts[0].replace('<think>', '').strip() if parts | length > 1 }}\n</think>\n\n{% endif %}"
+    "{% if loop.last %}<think>\n{{ parts[0].replace('<think>', '').strip() if parts | length > 1 }}\n"
+    "</think>\n\n{% endif %}"
     "{{ parts[-1].lstrip('\n') }}{% else %}{{ m['content'] }}{% endif %}<stop>\n{% endfor %}"
     "{% if add_generation_prompt %}<turn>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
@@ -180,8 +183,8 @@ def test_thoughts_are_content_and_earlier_ones_may_be_dropped(thinking, last, wa
 
 def test_a_template_that_hides_an_answer_drops_only_that_row():
     """And the reason names the cause."""
-    hiding = "{% for m in messages if m['content'] != 'Hide.' %}<turn>{{ m['role'] }}\n{{ m['content'] }}<stop>\n{% endfor %}"
-    tokenizer = make_tokenizer(hiding + ASK)
+    hiding = PLAIN.replace("in messages", "in messages if m['content'] != 'Hide.'")
+    tokenizer = make_tokenizer(hiding)
     rows = [conversation("Well?", "Hide."), conversation("Well?", "Good.")]
     first, second = prompts.encode(rows, Config(template="auto"), tokenizer)
     assert (first.problem, first.trained) == ("the chat template does not show an answer", 0)
@@ -212,7 +215,8 @@ def test_a_rows_own_system_prompt_wins():
 
 
 TOOLS = HEAD + (
-    "{% if m.tool_calls %}<to>{{ m.tool_calls[0].function.name }}{% else %}{{ m['content'] }}{% endif %}<stop>\n{% endfor %}"
+    "{% if m.tool_calls %}<to>{{ m.tool_calls[0].function.name }}{% else %}{{ m['content'] }}{% endif %}<stop>\n"
+    "{% endfor %}"
 )
 
 
