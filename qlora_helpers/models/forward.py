@@ -18,6 +18,8 @@ def logits_at(model: Any, ids: torch.Tensor, columns: torch.Tensor) -> torch.Ten
     They come from the model's own forward pass, so they include whatever a family does after its output head. Models
     that can leave out logits compute only these.
     """
+    # A trainer wraps the forward pass of the adapter's model to return float32, which takes three times the memory.
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
     options = {"logits_to_keep": columns} if accepts(model, "logits_to_keep") else {}
     logits: torch.Tensor = model(input_ids=ids, use_cache=False, **options).logits
     return logits if logits.shape[1] == len(columns) else logits[:, columns]  # some families ignore the argument

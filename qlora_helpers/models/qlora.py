@@ -67,7 +67,8 @@ def check_quantized(base: Any, config: Config) -> None:
     bitsandbytes quantizes linear layers only: experts stored as one three-dimensional tensor stay in 16 bits. A model
     that was saved in 4 bits keeps the type that it was saved with.
     """
-    types = {m.weight.quant_state.quant_type for m in base.modules() if isinstance(m, bnb.nn.Linear4bit)}
+    states = (getattr(parameter, "quant_state", None) for parameter in base.parameters())
+    types = {state.quant_type for state in states if state is not None}
     wanted = set() if config.quantization == "none" else {config.quantization}
     if types - wanted:
         stored = " and ".join(sorted(types))

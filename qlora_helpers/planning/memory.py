@@ -20,7 +20,7 @@ NESTED = 256  # scales that share a second scale, with double quantization
 BLOCK_8BIT = 256  # optimizer values that share a scale in 8-bit AdamW
 LOSS_COPIES = 3  # float32 matrices of tokens x vocabulary at the loss: log-softmax, its gradient, the logits' gradient
 WORKSPACE = 64 * 2**20  # cuBLAS, forward and backward
-EVALUATION_LOGITS = 512  # tokens whose logits `evaluation` keeps at once: x 49,152 words x 4 bytes is 96 MiB
+EVALUATION_LOGITS = 512  # tokens whose logits `evaluation` converts to float32 at once
 MOST_ROWS, MOST_ANSWERS = 8, 128  # more rows at once are not faster; a batch of answers takes as many steps as one
 
 # Memory that the allocator reserves beyond what is used, as fractions fitted by least squares to the measured settings
@@ -271,9 +271,11 @@ def _most(workload: Workload, parts: Callable[[Workload, int], dict[str, float]]
 def heldout_parts(workload: Workload, rows: int) -> dict[str, float]:
     """Return bytes by part while the losses of `rows` held-out rows are computed."""
     tokens = rows * workload.config.max_length
-    logits = min(EVALUATION_LOGITS, tokens) * workload.shape.vocabulary * 2 * FULL
+    # The logits of all rows, those of one row again, and in float32, with their log-softmax, those of some tokens.
+    length = workload.config.max_length
+    logits = HALF * (tokens + length) + 2 * FULL * min(EVALUATION_LOGITS, length)
     kept = HALF * 2 * workload.shape.hidden * tokens
-    return _passing_through(workload, tokens, rows, float(logits + kept))
+    return _passing_through(workload, tokens, rows, float(logits * workload.shape.vocabulary + kept))
 
 
 def answer_parts(workload: Workload, number: int) -> dict[str, float]:

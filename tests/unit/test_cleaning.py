@@ -203,7 +203,7 @@ SHOWS_CALLS = (
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("auto", "the chat template does not show tool calls"),
+        ("auto", "the chat template has no place for tool calls"),
         ("instruction", "the instruction template has no place for tool calls"),
         (SHOWS_CALLS, None),
     ],

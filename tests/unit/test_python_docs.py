@@ -36,12 +36,12 @@ def test_the_source_name_includes_the_python_version(loaded):
 
 
 def test_there_are_enough_rows_for_the_published_experiment(tokenizer):
-    """1,080 rows for training and 120 held out. The dropped rows include real duplicates and real outliers."""
+    """1,080 rows for training and 120 held out. The dropped rows include real leaks and real outliers."""
     config = Config.preset("tinyllama-coding")
     assert config.dataset == "python-stdlib"
     data = cleaning.prepare(config.replace(model="tiny", template="instruction", max_length=2000), tokenizer)
     assert (len(data.train), len(data.heldout)) == (1080, 120)
     reasons = {drop["reason"] for drop in data.dropped}
-    assert {"nearly the same as another row", "over 2000 tokens"} <= reasons
+    assert {"answer nearly the same as a held-out one", "over 2000 tokens"} <= reasons
     assert data.to_manifest()["source"] == python_docs.source_name()
     assert any(">>>" in example.row.answer for example in data.train)

@@ -207,7 +207,9 @@ def test_a_row_cannot_break_out_of_its_turn(write_rows, config, template, chat, 
     settings = config.replace(dataset=write_rows(rows), template=template, near_duplicates=1.0)
     cleaned = cleaning.clean(settings, tokenizer, lambda usable: 0)
     assert [item.row.messages[0]["content"] for item in cleaned.train] == [plain["instruction"]]
-    assert [drop["reason"] for drop in cleaned.dropped] == ["a turn holds a mark that only the template may write"]
+    (reason,) = [drop["reason"] for drop in cleaned.dropped]
+    assert reason.startswith("a turn holds '")
+    assert reason.endswith("', which only the template may write")
 
 
 @pytest.mark.parametrize(
