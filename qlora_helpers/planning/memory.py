@@ -26,9 +26,10 @@ MOST_ROWS, MOST_ANSWERS = 8, 128  # more rows at once are not faster; a batch of
 # Memory that the allocator reserves beyond what is used, as fractions fitted by least squares to the measured settings
 # that are not held back for scoring. The first is of one float32 matrix of tokens x vocabulary, whose gaps are not
 # filled again, the second of the activations.
-SPARE = (0.51, 0.05)
-SPARE_CHECKPOINTING = (0.95, 0.31)  # recomputed blocks lie between those that stay
+SPARE = (0.58, 0.05)
+SPARE_CHECKPOINTING = (0.81, 0.35)  # recomputed blocks lie between those that stay
 SPARE_EVALUATION = (0.28, 0.05)  # without gradients: of temporary tensors, and of keys and values
+SPARE_LOGITS = 0.03  # of the logits in an evaluation, most of which are one tensor
 SPARE_PACKED = 0.03  # of 4-bit weights, which lie in gaps left by the 16-bit weights they were made from
 
 
@@ -303,7 +304,8 @@ def _passing_through(workload: Workload, tokens: int, rows: int, logits: float) 
         wide = workload.targets & {"gate_proj", "up_proj", "gate_up_proj"}  # one more tensor: the adapter's output
         block = tokens * (HALF * (4 if wide else 3) * shape.intermediate + 2 * FULL * shape.hidden)
     static = static_parts(workload)
-    spare = SPARE_EVALUATION[0] * max(block, logits) + (SPARE_PACKED * sum(static.values()) if workload.packed else 0)
+    temporary = max(SPARE_EVALUATION[0] * block, SPARE_LOGITS * logits)
+    spare = temporary + (SPARE_PACKED * sum(static.values()) if workload.packed else 0)
     return {
         **static,
         "activations": block if block >= logits else 0.0,
