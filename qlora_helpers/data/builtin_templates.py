@@ -27,7 +27,7 @@ def end_text(config: Config, tokenizer: Any) -> str:
     end = config.end_token or tokenizer.eos_token
     if not end:
         raise UserError(f"template: the tokenizer of {config.model} has no end token. Fix: end_token=TOKEN.")
-    if tokenizer.convert_tokens_to_ids(end) in (None, tokenizer.unk_token_id):
+    if tokenizer.convert_tokens_to_ids(end) in (None, tokenizer.unk_token_id) and end != tokenizer.unk_token:
         raise UserError(f"end_token: {end!r} is not a token of {config.model}. Fix: choose one of its special tokens.")
     return str(end)
 

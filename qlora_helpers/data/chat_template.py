@@ -6,7 +6,7 @@ A server that uses another prompt format, or does not know where an answer ends,
 from typing import Any
 
 from qlora_helpers.config import Config
-from qlora_helpers.data import rendering
+from qlora_helpers.data import prompts, rendering
 from qlora_helpers.data.builtin_templates import answer_prefix, render_question
 from qlora_helpers.data.schema import Message
 
@@ -16,9 +16,9 @@ USER_1, INPUT, ASSISTANT_1, USER_2, ASSISTANT_2 = (f"\ue000{number}\ue000" for n
 
 def chat_template(config: Config, tokenizer: Any) -> str:
     """Return a Jinja chat template that renders conversations as in training, including the start token."""
-    start = "{{ bos_token }}" if starts_with_bos(tokenizer) else ""
     if config.template != "auto":
-        return start + _builtin_template(config)
+        return _start(config, tokenizer) + _builtin_template(config)
+    start = "{{ bos_token }}" if starts_with_bos(tokenizer) else ""
     template = tokenizer.get_chat_template()
     if rendering.render_prompt(_turns(USER_1), config, tokenizer).startswith(tokenizer.bos_token or USER_1):
         start = ""  # the template already writes it
@@ -26,6 +26,21 @@ def chat_template(config: Config, tokenizer: Any) -> str:
         system = f"[{{'role': 'system', 'content': {config.system!r}}}]"
         start += f"{{% if messages[0]['role'] != 'system' %}}{{% set messages = {system} + messages %}}{{% endif %}}"
     return start + template
+
+
+def _start(config: Config, tokenizer: Any) -> str:
+    """Return the beginning with which a rendered prompt has the tokens of training.
+
+    Some tokenizers put a space before a text, but not before a text that begins with their start token.
+    """
+    prompt = rendering.render_prompt(_turns("Hi"), config, tokenizer)
+    (ids,), _ = prompts.tokenize([prompt], tokenizer)
+    bos = tokenizer.bos_token or ""
+    starts = {bos: "{{ bos_token }}", f"{bos} ": "{{ bos_token + ' ' }}"} if starts_with_bos(tokenizer) else {"": ""}
+    same = (
+        text for start, text in starts.items() if tokenizer(start + prompt, add_special_tokens=False)["input_ids"] == ids
+    )
+    return next(same, next(iter(starts.values())))
 
 
 def _builtin_template(config: Config) -> str:

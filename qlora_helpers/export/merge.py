@@ -92,6 +92,7 @@ def merge(source: Source, out: Path) -> None:
     stops = rendering.end_tokens(source.config, tokenizer)
     tokenizer.chat_template = chat_template.chat_template(source.config, tokenizer)
     tokenizer.save_pretrained(out)
+    _copy_sentencepiece(source.base, out, tokenizer)
     _write_configs(source, out, tokenizer, stops)
     card = model_card.render(source.run, source.config, source.run.read("metrics.json"), merged=True)
     files.write_text(out / "README.md", card)
@@ -144,6 +145,20 @@ def _check_shape(tensor: StoredTensor, value: torch.Tensor, source: Source) -> N
 
 def _size(shape: Any) -> str:
     return " x ".join(map(str, shape))
+
+
+def _copy_sentencepiece(base: Path, out: Path, tokenizer: Any) -> None:
+    """Copy the SentencePiece model, if there is one, for programs that read it instead of `tokenizer.json`.
+
+    Such programs, llama.cpp's converter among them, find added tokens in `tokenizer_config.json`, where transformers 5
+    no longer writes them.
+    """
+    if not (base / "tokenizer.model").exists():
+        return
+    shutil.copyfile(base / "tokenizer.model", out / "tokenizer.model")
+    config = json.loads((out / "tokenizer_config.json").read_text("utf-8"))
+    added = {number: token.__getstate__() for number, token in tokenizer.added_tokens_decoder.items()}
+    files.write_json(out / "tokenizer_config.json", config | {"added_tokens_decoder": added})
 
 
 def _write_configs(source: Source, out: Path, tokenizer: Any, stops: list[int]) -> None:

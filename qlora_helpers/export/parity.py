@@ -6,21 +6,20 @@ differently, or the end of an answer is not recognized. Each is measured separat
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import gguf
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+from transformers import AutoModelForCausalLM
 
 from qlora_helpers.config import Config
 from qlora_helpers.data import prompts, rendering, sources
 from qlora_helpers.device import GIB, Device, detect
 from qlora_helpers.errors import UserError
+from qlora_helpers.export import gguf_reader
 from qlora_helpers.export.merge import Source
-from qlora_helpers.models import bundled, hub, qlora, safetensors_io
+from qlora_helpers.models import hub, qlora, safetensors_io
 
 PROMPTS = 20
 NEW_TOKENS = 32  # per greedy answer: two models that differ do so early
@@ -143,16 +142,33 @@ def compare(
 ) -> Parity:
     """Load an export as any program would, with its own tokenizer, chat template and end tokens, and compare it.
 
-    `export` is a merged folder or a GGUF file, `name` selects its limits, and `ends` are the expected end tokens.
+    `export` is a merged folder or a GGUF file, `name` selects its limits, and `ends` are the expected end tokens. A
+    GGUF file runs in llama.cpp if that is installed.
     """
-    model, tokenizer, own_ends = _load(export, device)
+    if export.is_dir() or not gguf_reader.llama_cpp_installed():
+        model, tokenizer, own_ends = _load(export, device)
+        responses = _responses(model, tokenizer, own_ends, reference, questions)
+        return judge(name, device.dtype, reference, responses, set(own_ends) == set(ends))
+    same_ends = set(gguf_reader.end_tokens(export)) == set(ends)
+    return judge(name, "float16", reference, llama_cpp_responses(export, reference, questions), same_ends)
+
+
+def _responses(
+    model: Any, tokenizer: Any, ends: list[int], reference: list[Response], questions: Sequence[str]
+) -> Iterator[Response]:
     ids = [_prompt(tokenizer, question) for question in questions]
-    answers = _answers(model, ids, own_ends)
-    responses = (
-        Response(prompt, answer, stopped, _logprobs(model, r.prompt, r.answer))
-        for r, prompt, (answer, stopped) in zip(reference, ids, answers, strict=True)
-    )
-    return judge(name, device.dtype, reference, responses, set(own_ends) == set(ends))
+    answers = _answers(model, ids, ends)
+    for r, prompt, (answer, stopped) in zip(reference, ids, answers, strict=True):
+        yield Response(prompt, answer, stopped, _logprobs(model, r.prompt, r.answer))
+
+
+def llama_cpp_responses(file: Path, reference: list[Response], questions: Sequence[str]) -> Iterator[Response]:
+    """Yield the responses of a GGUF file in llama.cpp, which computes in 16 bits or fewer."""
+    longest = max(len(r.prompt) + len(r.answer) for r in reference)
+    llama = gguf_reader.LlamaCpp(file, context=2 * longest + NEW_TOKENS)
+    for r, question in zip(reference, questions, strict=True):
+        prompt, answer, stopped, _ = llama.answer(question, NEW_TOKENS)
+        yield Response(prompt, answer, stopped, llama.logprobs(r.prompt, r.answer))
 
 
 def judge(name: str, dtype: str, reference: list[Response], export: Iterable[Response], same_ends: bool) -> Parity:
@@ -234,38 +250,12 @@ def _load(export: Path, device: Device) -> tuple[Any, Any, list[int]]:
     """Load model, tokenizer and end tokens from the export alone."""
     options: dict[str, Any] = {"dtype": getattr(torch, device.dtype)}
     options["device_map"] = {"": 0} if device.kind == "cuda" else None
-    if export.is_dir():
-        model = AutoModelForCausalLM.from_pretrained(export, use_safetensors=True, **options)
-        eos = model.generation_config.eos_token_id
-        ends = eos if isinstance(eos, list) else [eos]
-        return model.eval(), hub.saved_tokenizer(export), [end for end in ends if end is not None]
-    source: dict[str, Any] = {"pretrained_model_name_or_path": export.parent, "gguf_file": export.name}
-    with _no_gguf_progress_bar():
-        model = AutoModelForCausalLM.from_pretrained(**source, **options, **bundled.unpacked())
-    fields = gguf.GGUFReader(export).fields  # servers stop at both end tokens; transformers reads only the first
-    keys = [f"tokenizer.ggml.{key}_token_id" for key in ("eos", "eot")]
-    ends = [int(fields[key].contents()) for key in keys if key in fields]
-    return model.eval(), gguf_tokenizer(export), ends
-
-
-@contextmanager
-def _no_gguf_progress_bar() -> Iterator[None]:
-    """Hide the bar of transformers' GGUF reader, which ignores `transformers.utils.logging.disable_progress_bar`."""
-    reader: Any = modeling_gguf_pytorch_utils
-    progress_bar = reader.tqdm
-    reader.tqdm = lambda steps, **_: steps
-    try:
-        yield
-    finally:
-        reader.tqdm = progress_bar
-
-
-def gguf_tokenizer(file: Path) -> Any:
-    """Return a GGUF file's tokenizer as transformers reads it, with a start token if the file asks for one."""
-    fields = gguf.GGUFReader(file).fields
-    tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    tokenizer.add_bos_token = bool(fields["tokenizer.ggml.add_bos_token"].contents())  # ignored by older versions
-    return tokenizer
+    if not export.is_dir():
+        return gguf_reader.load(export, options), gguf_reader.load_tokenizer(export), gguf_reader.end_tokens(export)
+    model = AutoModelForCausalLM.from_pretrained(export, use_safetensors=True, **options)
+    eos = model.generation_config.eos_token_id
+    ends = eos if isinstance(eos, list) else [eos]
+    return model.eval(), hub.saved_tokenizer(export), [end for end in ends if end is not None]
 
 
 def _prompt(tokenizer: Any, question: str) -> list[int]:

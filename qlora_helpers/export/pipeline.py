@@ -17,7 +17,8 @@ from qlora_helpers.runs import GGUF, MERGED, RunFolder
 
 SPARE = 2**28  # bytes for the tokenizer, model cards and the file system
 # Disk space that a GGUF file takes while it is written, as a multiple of the 16-bit weights.
-SHARE = {"f16": 1.0, "q8_0": 0.55, "q4_k_m": 1.4}
+# Its metadata is corrected in a copy, and q4_k_m is made from f16.
+SHARE = {"f16": 2.0, "q8_0": 1.1, "q4_k_m": 1.4}
 
 
 def ship(run: RunFolder, out: Path, kind: str | None = None) -> list[Parity]:
@@ -33,12 +34,12 @@ def ship(run: RunFolder, out: Path, kind: str | None = None) -> list[Parity]:
     if kind is not None:
         gguf.check_kind(kind)
     source = merge.source(run)
-    if kind:
-        gguf.check(source.base)
     identity = _identity(source, kind)
     if out.exists() and any(out.iterdir()):
         return _read_existing(out, identity)
     _check_disk(source, out, kind)
+    if kind:
+        gguf.check(source.base)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         made = Path(scratch) / out.name

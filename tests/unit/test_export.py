@@ -1,4 +1,4 @@
-"""Exports: transformers loads the GGUF files back, and broken exports are detected and not written."""
+"""Merged folders answer like their adapter, and broken ones are detected and not written."""
 
 import dataclasses
 import json
@@ -6,18 +6,16 @@ import re
 import shutil
 from pathlib import Path
 
-import gguf
 import jinja2
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from qlora_helpers import UserError, files
+from qlora_helpers import UserError
 from qlora_helpers.__main__ import main
 from qlora_helpers.data import chat_template, rendering
-from qlora_helpers.export import gguf as export_gguf
 from qlora_helpers.export import merge, parity, pipeline
-from qlora_helpers.models import bundled, hub, qlora, safetensors_io
+from qlora_helpers.models import qlora, safetensors_io
 
 
 @pytest.fixture(scope="module")
@@ -43,78 +41,18 @@ def source(run):
 
 @pytest.fixture(scope="module")
 def shipped(run, tmp_path_factory):
-    """A correct export of each kind, and its comparison with the adapter."""
-    folder = tmp_path_factory.mktemp("out")
-    return {kind: (folder / kind, pipeline.ship(run, folder / kind, kind)) for kind in export_gguf.WRITABLE}
+    """A correct merged export, and its comparison with the adapter."""
+    out = tmp_path_factory.mktemp("out") / "merged-only"
+    (compared,) = pipeline.ship(run, out)
+    return out, compared
 
 
-def logprobs(model, ids):
-    with torch.no_grad():
-        return torch.log_softmax(model.eval()(input_ids=torch.tensor([ids])).logits.float(), -1)
-
-
-@pytest.mark.parametrize(("kind", "most"), [("f16", 1e-3), ("q8_0", 0.5)])
-def test_transformers_loads_the_gguf_back(shipped, kind, most):
-    out, _ = shipped[kind]
-    files = {"pretrained_model_name_or_path": out / "gguf", "gguf_file": f"model-{kind}.gguf"}
-    back = AutoModelForCausalLM.from_pretrained(**files, **bundled.unpacked(), dtype=torch.float32)
-    merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32)
-    want = AutoTokenizer.from_pretrained(out / "merged")
-    got = parity.gguf_tokenizer(out / "gguf" / f"model-{kind}.gguf")
-    text = "### Human: Explain 'x' 2024?\n\n  Ünï 😀### Assistant: x = 1</s>"
-    ids = want(text)["input_ids"]
-    assert got(text)["input_ids"] == ids
-    assert got.chat_template == want.chat_template
-    assert back.config.eos_token_id == want.eos_token_id
-    assert (logprobs(back, ids) - logprobs(merged, ids)).abs().max() < most
-    types = {t.tensor_type.name for t in gguf.GGUFReader(out / "gguf" / f"model-{kind}.gguf").tensors}
-    assert types == {"F32", kind.upper()}
-
-
-def sentencepiece_like():
-    """A tokenizer like Llama 2's: tokens with a word-start marker, and byte tokens as a fallback."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import LlamaTokenizer
-
-    lines = (files.ROOT / "data" / "general.jsonl").read_text("utf-8").splitlines()
-    learned = Tokenizer(models.BPE())
-    learned.pre_tokenizer = pre_tokenizers.Metaspace()
-    learned.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=400, show_progress=False))
-    content = json.loads(learned.to_str())["model"]
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *content["vocab"]]
-    merges = [tuple(merge) for merge in content["merges"]]
-    return LlamaTokenizer(vocab={name: place for place, name in enumerate(names)}, merges=merges)
-
-
-def test_llama2_like_tokenizer_is_read_back(tmp_path, shipped, config):
-    merged = tmp_path / "merged"
-    shutil.copytree(shipped["f16"][0] / "merged", merged)
-    want = sentencepiece_like()
-    want.chat_template = chat_template.chat_template(config, want)
-    want.save_pretrained(merged)
-    change(merged / "config.json", vocab_size=1000)
-    export_gguf.write(merged, tmp_path / "model.gguf", "f16")
-    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
-    got = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
-    for text in ("Which planet takes the longest?", "### Human: 17 x 6?\n\n  é😀### Assistant: ab</s>"):
-        assert got(text)["input_ids"] == hub.saved_tokenizer(merged)(text)["input_ids"]
-    names, merges, scores, kinds = (
-        fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges", "scores", "token_type")
-    )
-    score = dict(zip(names, scores, strict=True))
-    ranks = [score[token] for token in dict.fromkeys(merge.replace(" ", "") for merge in merges)]
-    # llama.cpp merges by score alone, so an earlier merge has a higher score.
-    assert ranks == sorted(set(ranks), reverse=True)
-    assert kinds.count(gguf.TokenType.BYTE) == 256
-
-
-def test_correct_exports_pass_and_are_complete(shipped, run):
-    for kind, (out, compared) in shipped.items():
-        assert [result.name for result in compared] == ["merged", kind]
-        assert all(result.problems() == [] and result.prompts == 20 for result in compared)
-        assert sorted(path.name for path in out.iterdir()) == ["gguf", "merged", "parity.json"]
-        assert not [path for path in out.parent.iterdir() if path.name.startswith(".")]
-        assert json.loads((out / "parity.json").read_text())["exports"][0]["problems"] == []
+def test_correct_export_passes_and_is_complete(shipped):
+    out, compared = shipped
+    assert (compared.name, compared.problems(), compared.prompts) == ("merged", [], 20)
+    assert sorted(path.name for path in out.iterdir()) == ["merged", "parity.json"]
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    assert json.loads((out / "parity.json").read_text())["exports"][0]["problems"] == []
 
 
 def planted(source, tmp_path, fault):
@@ -155,40 +93,36 @@ def test_planted_fault_is_detected_and_named(source, tmp_path, fault):
 
 
 def test_limits_in_16_bits_allow_for_rounding(shipped):
-    exact = shipped["f16"][1][0]
-    noisy = dataclasses.replace(exact, kl=2e-3, top1=0.96, same_texts=12, same_stops=12)
+    noisy = dataclasses.replace(shipped[1], kl=2e-3, top1=0.96, same_texts=12, same_stops=12)
     assert len(noisy.problems()) == 3
     assert dataclasses.replace(noisy, dtype="bfloat16").problems() == []
 
 
 def test_one_different_end_is_allowed_where_weights_are_rounded(shipped):
-    merged, packed = shipped["q8_0"][1]
+    merged, packed = shipped[1], dataclasses.replace(shipped[1], name="q8_0")
     assert len(dataclasses.replace(merged, same_texts=20, same_stops=19).problems()) == 1
     assert dataclasses.replace(packed, same_texts=20, same_stops=19).problems() == []
     assert len(dataclasses.replace(packed, same_texts=20, same_stops=18).problems()) == 1
 
 
-@pytest.mark.parametrize("fault", ["template", "stop"])
-def test_gguf_without_template_or_end_token_is_detected(source, tmp_path, monkeypatch, fault):
-    name = {"template": "add_chat_template", "stop": "add_eos_token_id"}[fault]
-    monkeypatch.setattr(gguf.GGUFWriter, name, lambda *_: None)
-    merge.merge(source, tmp_path / "merged")
-    export_gguf.write(tmp_path / "merged", tmp_path / "model.gguf", "f16")
-    (result,) = pipeline.verify(source, {"f16": tmp_path / "model.gguf"})
-    with pytest.raises(UserError, match=FAULTS[fault]):
-        parity.check(result)
-
-
 def test_broken_export_writes_nothing(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_gguf, "_permuted", lambda name, weight, config: weight)
-    with pytest.raises(UserError, match="the f16 model does not answer like its adapter"):
-        pipeline.ship(run, tmp_path / "out", "f16")
+    """The merge doubles one weight matrix after the adapter is added."""
+    merge_weights = merge._merge_weights
+
+    def broken(source, out):
+        merge_weights(source, out)
+        tensor = next(t for t in safetensors_io.tensors(out) if t.name.endswith("0.self_attn.q_proj.weight"))
+        tensor.overwrite(2 * tensor.read().float(), tensor.file)
+
+    monkeypatch.setattr(merge, "_merge_weights", broken)
+    with pytest.raises(UserError, match="the merged model does not answer like its adapter"):
+        pipeline.ship(run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_answers_end_at_the_same_token_in_every_export(source, tmp_path, shipped):
     """A frequent token becomes the end token, so that some answers end. Without it, the answers differ."""
-    out, _ = shipped["f16"]
+    out, _ = shipped
     device, questions = parity.choose_device(source.base), parity.questions()
     responses = parity.adapter_responses(source, device, questions)
     tokens = {token for response in responses for token in response.answer}
@@ -236,27 +170,6 @@ def test_modelfile_writes_the_format_of_training(config, tokenizer, make_row, te
     assert "FROM ./model-f16.gguf" in text
 
 
-def change(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "bloom"}, "family 'bloom' is not supported"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "scaled as 'llama3'"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "scaled as 'linear'"),
-        ({"attention_bias": True}, "linear layers with biases"),
-    ],
-)
-def test_unsupported_model_is_refused(source, tmp_path, changes, message):
-    merge.merge(source, tmp_path / "merged")
-    change(tmp_path / "merged" / "config.json", **changes)
-    with pytest.raises(UserError, match=message + r".*Fix"):
-        export_gguf.write(tmp_path / "merged", tmp_path / "model.gguf", "f16")
-    assert not (tmp_path / "model.gguf").exists()
-
-
 def test_full_disk_is_reported_before_anything_is_written(run, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(UserError, match=r"needs 0.\d GB, but only 0.0 GB are free. Fix"):
@@ -270,12 +183,12 @@ def test_prompt_longer_than_the_context_is_refused(source, device):
 
 
 def test_export_command(run, shipped, capsys):
-    out = shipped["q8_0"][0]
-    assert main(["export", str(run.path), "--out", str(out), "--gguf", "q8_0"]) == 0
+    out = shipped[0]
+    assert main(["export", str(run.path), "--out", str(out)]) == 0
     output = capsys.readouterr().out
     assert "nothing to export" in output
-    assert "| q8_0 |" in output
-    assert main(["export", str(run.path), "--out", str(out), "--gguf", "f16"]) == 2
+    assert "| merged |" in output
+    assert main(["export", str(run.path), "--out", str(out.parent)]) == 2
     assert "contains something else. Fix" in capsys.readouterr().err
     assert main(["export", str(run.path), "--out", "x", "--gguf", "q8"]) == 2
     assert "Did you mean 'q8_0'?" in capsys.readouterr().err

@@ -67,16 +67,33 @@ def full_disk(run, tmp_path, monkeypatch):
 
 
 def no_llama_cpp(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("qlora_helpers.export.gguf.find_spec", lambda name: object())
+    monkeypatch.setattr("qlora_helpers.export.gguf_reader.llama_cpp_installed", lambda: False)
 
 
-def configured(**values):
-    def plant(run, tmp_path, monkeypatch):
-        base = shutil.copytree(run.config().model, tmp_path / "base")
-        change(base / "config.json", **values)
-        change_config(run, model=str(base))
+def no_sentencepiece(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("qlora_helpers.export.gguf.find_spec", lambda name: None)
 
-    return plant
+
+def refused_by_the_converter(run, tmp_path, monkeypatch):
+    """A converter that knows no architecture: it fails as llama.cpp's does."""
+    (tmp_path / "llama.cpp").mkdir()
+    script = tmp_path / "llama.cpp" / "convert_hf_to_gguf.py"
+    script.write_text("raise SystemExit('ERROR:hf-to-gguf:Model UnheardOfForCausalLM is not supported')")
+    monkeypatch.setenv("QLORA_LLAMA_CPP", str(script.parent))
+    monkeypatch.setattr("qlora_helpers.export.gguf.find_spec", lambda name: object())
+
+
+def no_converter(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_LLAMA_CPP", str(tmp_path))
+    monkeypatch.setattr("qlora_helpers.export.gguf.find_spec", lambda name: object())
+
+
+def no_package_index(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    monkeypatch.setattr("qlora_helpers.export.gguf.find_spec", lambda name: object())
 
 
 def nothing(run, tmp_path, monkeypatch):
@@ -90,9 +107,15 @@ CASES = [
     (other_revision, "q8_0", f"model: 'someone/model' at revision {TRAINED_ON} is neither"),
     (full_disk, "q8_0", "disk: .* needs 0.3 GB, but only 0.0 GB are free"),
     (no_llama_cpp, "q4_k_m", "gguf: q4_k_m needs llama.cpp, which is not installed"),
+    (no_sentencepiece, "f16", "gguf: .* needs sentencepiece, which is not installed"),
     (nothing, "q4_0", "gguf: unknown kind 'q4_0'. Did you mean 'q[48]_"),
-    (configured(model_type="bloom"), "f16", "gguf: model family 'bloom' is not supported"),
-    (configured(rope_parameters={"rope_type": "yarn"}), "f16", "gguf: rotary positions scaled as 'yarn'"),
+    (
+        refused_by_the_converter,
+        "f16",
+        r"gguf: llama.cpp cannot convert .* \(Model UnheardOfForCausalLM is not supported\)",
+    ),
+    (no_converter, "f16", "gguf: QLORA_LLAMA_CPP=.* has no convert_hf_to_gguf.py"),
+    (no_package_index, "f16", "gguf: pip could not download llama-cpp-python=="),
 ]
 
 

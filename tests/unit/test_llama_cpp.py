@@ -6,12 +6,10 @@ start token is added.
 
 import importlib.util
 
-import numpy as np
 import pytest
-import torch
 
 from qlora_helpers.__main__ import main
-from qlora_helpers.export import gguf, merge, parity, serve
+from qlora_helpers.export import gguf, gguf_reader, merge, parity, serve
 from qlora_helpers.models import bundled, hub
 
 pytestmark = [
@@ -43,49 +41,24 @@ def made(request, base, make_run, tmp_path_factory):
     return request.param, merged, reference
 
 
-def opened(path):
-    import llama_cpp
-
-    return llama_cpp.Llama(str(path), n_ctx=512, logits_all=True, n_threads=1, n_threads_batch=1, verbose=False)
-
-
-def llama_cpp_responses(llama, reference):
-    """Yield a response and its text for each question, as llama.cpp's server formats, tokenizes and ends it."""
-    for question, r in zip(parity.questions(), reference, strict=True):
-        turns = [{"role": "user", "content": question}]
-        # One token more than compared, because the last generated token is not in `input_ids`.
-        completion = llama.create_chat_completion(turns, temperature=0.0, max_tokens=parity.NEW_TOKENS + 1)
-        ids = llama.input_ids[: llama.n_tokens].tolist()
-        prompt = ids[: completion["usage"]["prompt_tokens"]]
-        answer = ids[len(prompt) :]
-        choice = completion["choices"][0]
-        stopped = choice["finish_reason"] == "stop" and len(answer) < parity.NEW_TOKENS
-        llama.reset()
-        llama.eval(r.prompt + r.answer)
-        scores = torch.from_numpy(np.array(llama.scores[len(r.prompt) - 1 : llama.n_tokens]))
-        llama.reset()
-        logprobs = torch.log_softmax(scores.float(), -1)
-        yield parity.Response(prompt, answer, stopped, logprobs), choice["message"]["content"]
-
-
 @pytest.mark.parametrize("kind", gguf.KINDS)
 def test_llama_cpp_answers_like_the_adapter(made, tmp_path, kind):
     template, merged, reference = made
     gguf.write(merged, tmp_path / "model.gguf", kind)
-    llama = opened(tmp_path / "model.gguf")
-    responses, texts = zip(*llama_cpp_responses(llama, reference), strict=True)
-    result = parity.judge(kind, "bfloat16", reference, responses, same_ends=True)  # llama.cpp rounds to 16 or 8 bits
+    responses = list(parity.llama_cpp_responses(tmp_path / "model.gguf", reference, parity.questions()))
+    result = parity.judge(kind, "float16", reference, responses, same_ends=True)
     print(result)
     assert result.problems() == []
     tokenizer = hub.saved_tokenizer(merged)
-    for response, text in zip(responses, texts, strict=True):
+    file = gguf_reader.LlamaCpp(tmp_path / "model.gguf", context=512)
+    for question, response in zip(parity.questions()[:5], responses, strict=False):
+        *_, stopped, text = file.answer(question, parity.NEW_TOKENS)
         assert "<|im_end|>" not in text
-        if response.stopped:
-            assert tokenizer.decode(response.answer) == text
+        assert not stopped or tokenizer.decode(response.answer) == text
     if template == "auto":
         assert any(response.stopped for response in responses)
     for text in TEXTS:
-        assert llama.tokenize(text.encode(), add_bos=True, special=True) == tokenizer(text)["input_ids"]
+        assert file.llama.tokenize(text.encode(), add_bos=True, special=True) == tokenizer(text)["input_ids"]
 
 
 def test_export_command_writes_q4_k_m(make_run, base, tmp_path, capfd):
@@ -106,7 +79,7 @@ def test_openai_client_gets_the_same_answer_as_llama_cpp(made, tmp_path, serving
     gguf.write(merged, tmp_path / "mine.gguf", "f16")
     question = [{"role": "user", "content": "How do computers store data?"}]
     request = {"messages": question, "temperature": 0.0, "max_tokens": 24}
-    answer = opened(tmp_path / "mine.gguf").create_chat_completion(**request)["choices"][0]["message"]["content"]
+    *_, answer = gguf_reader.LlamaCpp(tmp_path / "mine.gguf", context=512).answer(question[0]["content"], 23)
     own = {**request, "extra_body": {"repeat_penalty": 1.0}}  # the server's default is 1.1
     with serving(tmp_path / "mine.gguf", "/v1/models") as (name, ask):
         assert name == "mine"

@@ -103,6 +103,27 @@ def test_merged_folder_loads_in_plain_transformers(make_run, bases, tmp_path):
     assert (out / "LICENSE").read_text() == "free"
 
 
+def test_merged_folder_decodes_greedily_whatever_the_base_samples_with(make_run, bases, tmp_path):
+    base = shutil.copytree(bases["bf16"], tmp_path / "base")
+    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.3}
+    files.write_json(base / "generation_config.json", {"eos_token_id": [1, 5], **sampling})
+    merge.merge(merge.source(make_run(base)), tmp_path / "merged")
+    written = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert written.keys() == {"do_sample", "eos_token_id", "bos_token_id", "pad_token_id"}
+    assert (written["do_sample"], written["eos_token_id"]) == (False, [1, 5])
+
+
+def test_sentencepiece_model_comes_with_the_added_tokens(make_run, bases, tokenizer, tmp_path):
+    base = shutil.copytree(bases["bf16"], tmp_path / "base")
+    (base / "tokenizer.model").write_bytes(b"pieces")
+    merge.merge(merge.source(make_run(base)), tmp_path / "merged")
+    assert (tmp_path / "merged" / "tokenizer.model").read_bytes() == b"pieces"
+    added = json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert {number: token["content"] for number, token in added.items()} == {"0": "<s>", "1": "</s>"}
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert loaded("a</s> b")["input_ids"] == tokenizer("a</s> b")["input_ids"]
+
+
 def broken(run, tmp_path, name, **changes):
     """Copy the run and change one of its files."""
     copy = RunFolder(tmp_path / "broken")

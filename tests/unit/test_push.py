@@ -100,7 +100,9 @@ def run(make_run):
 @pytest.fixture(scope="module")
 def shipped(run, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "shipped"
-    pipeline.ship(run, out, "f16")
+    pipeline.ship(run, out)
+    for name in ("Modelfile", "model-f16.gguf"):
+        files.write_text(out / "gguf" / name, "as written by an export with a GGUF file")
     (out / "rows.jsonl").write_text("")
     (out / "merged" / "pytorch_model.bin").write_text("")
     return out
