@@ -16,12 +16,10 @@ USER_1, INPUT, ASSISTANT_1, USER_2, ASSISTANT_2 = (f"\ue000{number}\ue000" for n
 
 def chat_template(config: Config, tokenizer: Any) -> str:
     """Return a Jinja chat template that renders conversations as in training, including the start token."""
+    start = _start(config, tokenizer)
     if config.template != "auto":
-        return _start(config, tokenizer) + _builtin_template(config)
-    start = "{{ bos_token }}" if starts_with_bos(tokenizer) else ""
+        return start + _builtin_template(config)
     template = tokenizer.get_chat_template()
-    if rendering.render_prompt(_turns(USER_1), config, tokenizer).startswith(tokenizer.bos_token or USER_1):
-        start = ""  # the template already writes it
     if config.system:
         system = f"[{{'role': 'system', 'content': {config.system!r}}}]"
         start += f"{{% if messages[0]['role'] != 'system' %}}{{% set messages = {system} + messages %}}{{% endif %}}"
@@ -34,13 +32,14 @@ def _start(config: Config, tokenizer: Any) -> str:
     Some tokenizers put a space before a text, but not before a text that begins with their start token.
     """
     prompt = rendering.render_prompt(_turns("Hi"), config, tokenizer)
+    bos = tokenizer.bos_token
+    if not starts_with_bos(tokenizer) or prompt.startswith(bos):  # none, or the template already writes it
+        return ""
     (ids,), _ = prompts.tokenize([prompt], tokenizer)
-    bos = tokenizer.bos_token or ""
-    starts = {bos: "{{ bos_token }}", f"{bos} ": "{{ bos_token + ' ' }}"} if starts_with_bos(tokenizer) else {"": ""}
-    same = (
-        text for start, text in starts.items() if tokenizer(start + prompt, add_special_tokens=False)["input_ids"] == ids
-    )
-    return next(same, next(iter(starts.values())))
+    for start, text in ((bos, "{{ bos_token }}"), (f"{bos} ", "{{ bos_token + ' ' }}")):
+        if tokenizer(start + prompt, add_special_tokens=False)["input_ids"] == ids:
+            return text
+    return "{{ bos_token }}"
 
 
 def _builtin_template(config: Config) -> str:
