@@ -11,13 +11,8 @@ from qlora_helpers.config import BUNDLED_MODEL, Config
 from qlora_helpers.errors import UserError
 from qlora_helpers.models import bundled
 
-DOWNLOADED = [
-    "*.safetensors",
-    "*.json",
-    "tokenizer.model",
-    "LICENSE*",
-    "NOTICE*",
-]  # no code, and no weight formats that can contain code
+# No code, and no weight formats that can contain code.
+DOWNLOADED = ["*.safetensors", "*.json", "tokenizer.model", "LICENSE*", "NOTICE*"]
 
 
 def is_local(config: Config) -> bool:

@@ -62,6 +62,11 @@ def known(name: str) -> dict[str, Any] | None:
     return None
 
 
+def _infinite(value: dict[str, Any]) -> Any:
+    """Convert what transformers writes for an infinite number, which JSON lacks."""
+    return float(value["__float__"]) if set(value) == {"__float__"} else value
+
+
 def load(model: str, revision: str = "main") -> Shape:
     """Return the shape of a model: one known offline, a folder with a `config.json`, such a file, or a hub id.
 
@@ -82,7 +87,7 @@ def read(model: str, revision: str = "main") -> dict[str, Any]:
     if not file.is_file():
         file = _from_hub(model, revision)
     try:
-        config = json.loads(file.read_text("utf-8"))
+        config = json.loads(file.read_text("utf-8"), object_hook=_infinite)
     except (OSError, ValueError) as error:
         raise UserError(f"config: {file} cannot be read ({error}). Fix: pass a model's config.json.") from None
     if not isinstance(config, dict):
