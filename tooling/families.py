@@ -78,7 +78,8 @@ def judge(row: Row, tokenizer: Any) -> str:
 
 def template_rows() -> Iterator[list[str]]:
     """Yield a row of the table for every kind of chat template."""
-    for name, (template, eos, *_) in templates.QUIRKS.items():
+    further = {"tool calls": (templates.TOOLS, "<stop>"), "no end of an answer": (templates.ENDLESS, "<eos>")}
+    for name, (template, eos, *_) in (templates.QUIRKS | further).items():
         tokenizer = templates.make_tokenizer(template, eos)
         yield [name, *(judge(row, tokenizer) for row in conversations().values())]
 

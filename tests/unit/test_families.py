@@ -1,10 +1,12 @@
 """Every family: held-out losses are the model's own, in 16 and in 4 bits, and what is not in 4 bits is found."""
 
+import sys
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_helpers import Config, UserError
+from qlora_helpers import Config, UserError, files
 from qlora_helpers.data.prompts import IGNORE, Example
 from qlora_helpers.data.schema import Row
 from qlora_helpers.evaluation import losses
@@ -91,3 +93,16 @@ def test_a_model_saved_in_another_4_bit_type_is_not_called_nf4(device, tmp_path)
     with pytest.raises(UserError, match="is stored in fp4, not nf4"):
         qlora.load_base(Config(model=str(tmp_path / "fp4")), device)
     assert qlora.load_base(Config(model=str(tmp_path / "fp4"), quantization="fp4"), device)
+
+
+def test_the_page_of_templates_is_what_the_command_writes():
+    """`python tooling/families.py` writes the page. Trying every family takes minutes, the templates a second."""
+    sys.path.insert(0, str(files.ROOT / "tooling"))
+    import families
+
+    page = (files.ROOT / "docs" / "families.md").read_text("utf-8")
+    rows = list(families.template_rows())
+    assert all(f"| {' | '.join(row)} |" in page for row in rows)
+    assert not any("wrong" in cell for row in rows for cell in row)
+    assert all(cell == "ok" for row in rows for cell in row[1:-1])
+    assert rows[-2][-1] == "ok"  # a template that takes tool calls

@@ -65,6 +65,16 @@ QUIRKS = {
 }  # fmt: skip
 
 
+ENDLESS = (
+    "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+TOOLS = (
+    HEAD + "{% if m.tool_calls %}<to>{{ m.tool_calls[0].function.name }}{% else %}{{ m['content'] }}{% endif %}<stop>\n"
+    "{% endfor %}" + ASK
+)
+
+
 def make_tokenizer(template, eos="<stop>", absorbing=()):
     """Byte-level tokenizer in which two line breaks are one token; the tokens in `absorbing` absorb the next space."""
     words = Tokenizer(models.BPE())
@@ -133,8 +143,7 @@ def test_end_tokens_that_absorb_the_line_break_are_trained():
 
 def test_a_template_without_an_end_is_taught_one(tmp_path):
     """The mark of the next turn ends earlier answers; the end token is added to the last one, and a warning says so."""
-    template = "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}{% endfor %}"
-    tokenizer = make_tokenizer(template + "{% if add_generation_prompt %}<assistant>\n{% endif %}", "<eos>")
+    tokenizer = make_tokenizer(ENDLESS, "<eos>")
     row = conversation("Well?", "Good.", "And?", "Fine.")
     assert trained_parts(encode(row, tokenizer), tokenizer) == ["Good.<user>", "Fine.<eos>"]
     assert trained_parts(encode(row, tokenizer, end_token="<stop>"), tokenizer)[-1] == "Fine.<stop>"
@@ -214,12 +223,6 @@ def test_a_rows_own_system_prompt_wins():
         assert want in next(prompts.encode([ROW], Config(template=template), tokenizer)).text
 
 
-TOOLS = HEAD + (
-    "{% if m.tool_calls %}<to>{{ m.tool_calls[0].function.name }}{% else %}{{ m['content'] }}{% endif %}<stop>\n"
-    "{% endfor %}"
-)
-
-
 def test_tool_calls_are_trained_and_results_are_not():
     call = {"type": "function", "function": {"name": "clock", "arguments": {}}}
     turns = (
@@ -228,7 +231,7 @@ def test_tool_calls_are_trained_and_results_are_not():
         {"role": "tool", "content": "Noon"},
         {"role": "assistant", "content": "It is noon."},
     )
-    tokenizer = make_tokenizer("{{ (tools or []) | length }}" + TOOLS + ASK)
+    tokenizer = make_tokenizer("{{ (tools or []) | length }}" + TOOLS)
     example = encode(Row(turns, "line 1"), tokenizer)
     assert trained_parts(example, tokenizer) == ["<to>clock<stop>", "It is noon.<stop>"]
     assert example.text.startswith("1<turn>user")
