@@ -74,6 +74,9 @@ class ChatTemplate:
             start, content_end = contents[number]
             _check_place(turns, number, text[start:content_end])
             end = self._end(text, content_end)
+            if turns[number].get("tool_calls"):  # what changes with a call may include the turn of its result
+                ends = any_of({*self._plain_ends, self.tokenizer.eos_token} - {None}).search(text, start, content_end)
+                end = ends.end() if ends else end
             if end is None and number == len(turns) - 1:
                 text = text[:content_end] + end_text(self.config, self.tokenizer)
                 end = len(text)
@@ -96,14 +99,19 @@ class ChatTemplate:
         asked, _, asked_again, answer = sample(2)
         calls = {"role": "assistant", "content": "", "tool_calls": [call]}
         with_tools = (asked, calls, asked_again | {"role": "tool", "tool_call_id": "call00000"}, answer)
-        last: list[str] = []
-        for turns in (sample(2), with_tools):
-            try:
-                text, spans = self.render(turns)
-            except UnplacedAnswer:  # many templates take no tools
-                continue
-            last += [token for start, end in spans for token in self._special.findall(text[start:end])[-1:]]
-        return tuple(dict.fromkeys(last))
+        try:
+            return tuple(dict.fromkeys([*self._plain_ends, *self._last_tokens(with_tools)]))
+        except UnplacedAnswer:  # many templates take no tools
+            return self._plain_ends
+
+    @cached_property
+    def _plain_ends(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self._last_tokens(sample(2))))
+
+    def _last_tokens(self, messages: Turns) -> list[str]:
+        """Return the special token at the end of each answer."""
+        text, spans = self.render(messages)
+        return [token for start, end in spans for token in self._special.findall(text[start:end])[-1:]]
 
     @cached_property
     def marks(self) -> set[str]:
@@ -203,14 +211,13 @@ class ChatTemplate:
     def _preamble_length(self, turns: list[Message], number: int, frame: Frame) -> int:
         """Return the number of characters between the end of the generation prompt and the content of an answer."""
         prompt = self._frame(tuple(turn["role"] for turn in turns[:number]), add_generation_prompt=True)
-        glue = frame.glue(number)
-        rest = glue[_shared(glue, prompt.tail) :]
+        rest = _after_prompt(frame.glue(number), prompt.tail)
         return len(rest) if rest.strip("\n") else 0
 
     def _before_answer(self, roles: tuple[str, ...]) -> str:
         """Return what the template writes between the generation prompt after these roles and the next answer."""
         glue = self._frame((*roles, "assistant")).before[-1]
-        return glue[_shared(glue, self._frame(roles, add_generation_prompt=True).tail) :]
+        return _after_prompt(glue, self._frame(roles, add_generation_prompt=True).tail)
 
     def _by_difference(self, turns: list[Message], text: str, number: int, frame: Frame) -> Span:
         """Locate an answer that the template rewrites, as the part of the text that changes with it."""
@@ -286,6 +293,16 @@ def sample(rounds: int) -> Turns:
     """Return a conversation of placeholders."""
     roles = ("user", "assistant") * rounds
     return tuple({"role": role, "content": _place(number)} for number, role in enumerate(roles))
+
+
+def _after_prompt(glue: str, prompt: str) -> str:
+    """Return the part of the text before an answer that follows the generation prompt.
+
+    The prompt is the beginning that both share. In some templates they differ in blanks, and then in everything after.
+    """
+    length = _shared(glue, prompt)
+    place = glue.find(prompt.strip()) if length == 0 else -1
+    return glue[place + len(prompt.strip()) :] if place >= 0 else glue[length:]
 
 
 def _shared(a: str, b: str) -> int:

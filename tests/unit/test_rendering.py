@@ -239,6 +239,27 @@ def test_tool_calls_are_trained_and_results_are_not():
     assert refused.problem == "the guanaco template has no place for tool calls"
 
 
+def test_the_result_of_a_call_is_never_trained():
+    """Not if its turn looks different without the call, and not if the template writes it inside the answer."""
+    call = {"type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    turns = (
+        {"role": "user", "content": "What time is it?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "Noon"},
+        {"role": "assistant", "content": "It is noon."},
+    )
+    called = "{% set calls = messages | selectattr('tool_calls', 'defined') | list | length %}"
+    result = "{% if m['role'] == 'tool' %}{{ '<to>result of a call: ' if calls else '<to>text: ' }}{% endif %}"
+    tokenizer = make_tokenizer(called + TOOLS.replace("\n{% if", "\n" + result + "{% if", 1))
+    assert trained_parts(encode(Row(turns, "line 1"), tokenizer), tokenizer) == ["<to>clock<stop>", "It is noon.<stop>"]
+    inside = TOOLS.replace("<stop>\n", "{% if m.tool_calls %}{{ messages[2].content }}{% endif %}<stop>\n", 1)
+    hiding = inside.replace("in messages", "in messages if m['role'] != 'tool' or not messages[1].tool_calls")
+    tokenizer = make_tokenizer(hiding)
+    example = encode(Row(turns, "line 1"), tokenizer)
+    assert "clockNoon<stop>" in example.text
+    assert "Noon" not in "".join(trained_parts(example, tokenizer))
+
+
 @pytest.mark.parametrize("template", ["guanaco", "auto"])
 def test_an_answer_marked_as_not_to_be_learned_is_never_trained(template):
     tokenizer = make_tokenizer(PLAIN)
