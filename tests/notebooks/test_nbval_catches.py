@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FAULTS = {
-    "the wrong turn is masked": ("data/prompts.py", "spans.append((start, len(text)))", "spans.append((0, start))"),
+    "the wrong turn is masked": ("data/builtin_templates.py", "spans.append((start, len(text)))", "spans.append((0, start))"),
     "another split": ("data/cleaning.py", '_digest(f"{config.data_seed}\\n{row.prompt}")', "row.prompt[::-1]"),
 }  # fmt: skip
 
