@@ -101,7 +101,7 @@ def measure(n_in: int, n_out: int) -> CpuSpeed:
     operations = 2 * 2 * n_in * n_out  # per token: a multiplication and an addition, forward and backward
     speed = {name: FEW_TOKENS * operations / few[name] for name in CANDIDATES}
     speed |= {name: TOKENS * operations / min(taken[name] for taken in many) for name in hopeful}
-    return CpuSpeed(**{name: round(value / 1e9, 1) for name, value in speed.items()})
+    return CpuSpeed(**{name: round(value / 1e9, 1) or value / 1e9 for name, value in speed.items()})
 
 
 def _seconds(dtype: str, tokens: int, n_in: int, n_out: int) -> float:
