@@ -192,7 +192,7 @@ class ChatTemplate:
         """Return what the template writes around turns with these roles. Raises `UnplacedAnswer`."""
         key = (roles, *options)
         if key not in self.frames:
-            turns = [{"role": role, "content": _place(number)} for number, role in enumerate(roles)]
+            turns = [{"role": role, "content": place_of(number)} for number, role in enumerate(roles)]
             parts = PLACE.split(self._apply(turns, **options))
             self.frames[key] = Frame(tuple(map(int, parts[1::2])), tuple(parts[:-1:2]), parts[-1])
         return self.frames[key]
@@ -285,14 +285,15 @@ def _with_input(turn: Message) -> Message:
     return given | {"content": f"{turn['content']}\n\n{turn['input']}"} if turn.get("input") else given
 
 
-def _place(number: int) -> str:
+def place_of(number: int) -> str:
+    """Return the placeholder of a turn."""
     return f"\ue000{number}\ue000"
 
 
 def sample(rounds: int) -> Turns:
     """Return a conversation of placeholders."""
     roles = ("user", "assistant") * rounds
-    return tuple({"role": role, "content": _place(number)} for number, role in enumerate(roles))
+    return tuple({"role": role, "content": place_of(number)} for number, role in enumerate(roles))
 
 
 def _after_prompt(glue: str, prompt: str) -> str:

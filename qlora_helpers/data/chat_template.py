@@ -8,10 +8,10 @@ from typing import Any
 from qlora_helpers.config import Config
 from qlora_helpers.data import prompts, rendering
 from qlora_helpers.data.builtin_templates import answer_prefix, render_question
+from qlora_helpers.data.chat_rendering import place_of
 from qlora_helpers.data.schema import Message
 
-# Placeholders made of private-use characters, which occur in no text and no template.
-USER_1, INPUT, ASSISTANT_1, USER_2, ASSISTANT_2 = (f"\ue000{number}\ue000" for number in range(5))
+USER_1, INPUT, ASSISTANT_1, USER_2, ASSISTANT_2 = map(place_of, range(5))
 
 
 def chat_template(config: Config, tokenizer: Any) -> str:

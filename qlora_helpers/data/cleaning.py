@@ -136,7 +136,7 @@ def _take_tests(cleaned: Cleaned, usable: Iterator[Usable], most: int | None) ->
 
 def _encoding(config: Config, tokenizer: Any) -> tuple[Any, ...]:
     """Return everything that `prompts.encode` depends on besides the row."""
-    settings = (config.template, config.system, config.thinking, config.template_date, config.end_token)
+    settings = (getattr(config, name) for name in rendering.SETTINGS)
     return (*settings, config.train_on, config.max_length, tokenizer)
 
 

@@ -10,6 +10,8 @@ from qlora_helpers.data.chat_rendering import ChatTemplate, any_of, sample
 from qlora_helpers.errors import UserError
 from qlora_helpers.models import hub
 
+SETTINGS = ("template", "system", "thinking", "template_date", "end_token")  # what a rendered text depends on
+
 
 def template_of(config: Config, tokenizer: Any) -> "BuiltinTemplate | ChatTemplate":
     """Return the template that the config names. Raises `UserError` if the model lacks what the template needs."""

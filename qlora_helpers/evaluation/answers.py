@@ -1,6 +1,5 @@
 """Greedy answers of a model to held-out questions."""
 
-import inspect
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
@@ -12,6 +11,7 @@ from qlora_helpers.data import rendering
 from qlora_helpers.data.prompts import Example, tokenize
 from qlora_helpers.data.schema import TURN_MARKER, Message
 from qlora_helpers.device import Device, autocast
+from qlora_helpers.models import forward
 from qlora_helpers.planning.memory import MOST_ANSWERS
 
 PUBLISHED_PROMPTS = ("Explain what is a variable in programming.", "How do computers store data?")
@@ -76,8 +76,7 @@ def with_shots(turns: Sequence[Message], shots: Shots) -> Shots:
 
 def cache_argument(model: Any) -> str:
     """Name of the cache argument in this version of transformers: newer versions warn about the old name."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values"
+    return "cache" if forward.accepts(model, "cache") else "past_key_values"
 
 
 def _continue(

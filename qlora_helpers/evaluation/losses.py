@@ -8,7 +8,7 @@ import torch
 
 from qlora_helpers import files
 from qlora_helpers.config import Config
-from qlora_helpers.data import prompts, sources
+from qlora_helpers.data import prompts, rendering, sources
 from qlora_helpers.data.cleaning import Data
 from qlora_helpers.data.prompts import IGNORE, Example
 from qlora_helpers.device import Device, autocast
@@ -23,7 +23,6 @@ from qlora_helpers.runs import RunFolder
 SHOTS = 3  # examples in the prompt of the base model
 SHOTS_FROM = 200  # the shortest of this many training rows are shown
 GENERAL_LENGTH = 512
-LOGITS = memory.EVALUATION_LOGITS
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,11 @@ def _batch_losses(model: Any, batch: list[Example]) -> list[RowLoss]:
     rows = []
     for example, row_logits, row_labels in zip(batch, logits, labels[:, columns], strict=True):
         trained = row_labels != IGNORE
-        parts = zip(row_logits[trained].split(LOGITS), row_labels[trained].split(LOGITS), strict=True)
+        parts = zip(
+            row_logits[trained].split(memory.EVALUATION_LOGITS),
+            row_labels[trained].split(memory.EVALUATION_LOGITS),
+            strict=True,
+        )
         sums = [torch.nn.functional.cross_entropy(part.float(), wanted, reduction="none") for part, wanted in parts]
         total = torch.cat(sums).double().sum().item() if sums else 0.0
         rows.append(RowLoss(example.row.id, total, int(trained.sum()), answer_bytes(example)))
@@ -134,8 +137,8 @@ def after_shots(example: Example, shots: Shots, config: Config, tokenizer: Any) 
 
 def baseline_folder(config: Config, data: Data, device: Device, folder: Path) -> RunFolder:
     """Folder of the base model's losses, named after everything that they depend on, including the dtype."""
-    keys = ("model", "revision", "quantization", "double_quant", "template", "system", "train_on", "max_length")
-    depends = [getattr(config, key) for key in (*keys, "max_new_tokens", "n_answers")]
+    keys = ("model", "revision", "quantization", "double_quant", *rendering.SETTINGS, "train_on", "max_length")
+    depends = [getattr(config, key) for key in (*keys, "max_new_tokens", "max_thinking_tokens", "n_answers")]
     depends += [device.dtype, data.heldout_fingerprint]
     return RunFolder(folder / f"base-{files.short_hash(depends)}")
 

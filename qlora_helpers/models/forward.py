@@ -6,10 +6,14 @@ from typing import Any
 import torch
 
 
+def inner(model: Any) -> Any:
+    """Return the base model of an adapter, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def accepts(model: Any, argument: str) -> bool:
     """Whether the forward pass of a model, or of the base model of an adapter, has an argument of this name."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return argument in inspect.signature(inner.forward).parameters
+    return argument in inspect.signature(inner(model).forward).parameters
 
 
 def logits_at(model: Any, ids: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -19,7 +23,7 @@ def logits_at(model: Any, ids: torch.Tensor, columns: torch.Tensor) -> torch.Ten
     that can leave out logits compute only these.
     """
     # A trainer wraps the forward pass of the adapter's model to return float32, which takes three times the memory.
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = inner(model)
     options = {"logits_to_keep": columns} if accepts(model, "logits_to_keep") else {}
     logits: torch.Tensor = model(input_ids=ids, use_cache=False, **options).logits
     return logits if logits.shape[1] == len(columns) else logits[:, columns]  # some families ignore the argument

@@ -13,6 +13,7 @@ import torch
 
 from qlora_helpers.data.prompts import IGNORE
 from qlora_helpers.device import Device
+from qlora_helpers.models import forward
 
 Features = list[dict[str, list[int]]]
 Batch = dict[str, Any]  # keyword arguments of the model
@@ -134,8 +135,7 @@ def collator(model: Any, device: Device) -> Collator | None:
 
 def _takes_columns(model: Any) -> bool:
     """Whether the model's forward pass can skip logits and accepts labels that are already shifted."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    parameters = inspect.signature(inner.forward).parameters
+    parameters = inspect.signature(forward.inner(model).forward).parameters
     accepts_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return "logits_to_keep" in parameters and accepts_any
 

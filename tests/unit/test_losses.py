@@ -49,7 +49,7 @@ def test_what_is_trained_is_never_passed_over(setup, device):
 def test_more_tokens_than_go_through_the_head_at_once(setup, device, monkeypatch):
     built, examples = setup
     whole = losses.heldout_losses(built, examples, device)
-    monkeypatch.setattr(losses, "LOGITS", 7)
+    monkeypatch.setattr(losses.memory, "EVALUATION_LOGITS", 7)
     parts = losses.heldout_losses(built, examples, device)
     assert [row.loss_sum for row in parts] == pytest.approx([row.loss_sum for row in whole], rel=1e-5)
 
@@ -103,3 +103,12 @@ def test_the_general_questions_are_frozen(config, tokenizer):
     assert cleaning.fingerprint(example.row.id for example in examples) == "f1baae56cf136ba8"
     assert not any(example.cut for example in examples)
     assert examples[0].text.startswith("<|im_start|>user")  # the model's own template
+
+
+CHANGES = ({"thinking": False}, {"template_date": "2024-07-26"}, {"end_token": "<s>"}, {"system": "Hi"})
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_base_model_that_is_prompted_otherwise_is_measured_again(config, data, device, tmp_path, change):
+    plain, other = (losses.baseline_folder(c, data, device, tmp_path) for c in (config, config.replace(**change)))
+    assert plain.name != other.name
