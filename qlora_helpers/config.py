@@ -48,6 +48,7 @@ ELSEWHERE = {
     "n_heldout": "val_size val_set_size",
     "keep_best": "load_best_model_at_end",
 }
+UNPACKED = 0.05  # share of weights in 16 bits, besides embeddings, above which 4 bits save too little
 MANY_RUNS = ("sample_counts", "seconds_per_run")  # keys of a profile that concern many runs and are not in `Config`
 
 

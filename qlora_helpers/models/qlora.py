@@ -16,13 +16,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
-from qlora_helpers.config import Config
+from qlora_helpers.config import UNPACKED, Config
 from qlora_helpers.device import Device, keep_freed_memory
 from qlora_helpers.errors import UserError
 from qlora_helpers.models.hub import from_pretrained
 
 ALL_LINEAR = ("all-linear",)
-MIN_SHARE = 0.9  # of the weights outside the embeddings; norms, biases and short convolutions stay in 16 bits
 
 hf_logging.disable_progress_bar()  # hides the bar for reading weights; downloads keep theirs
 
@@ -77,7 +76,7 @@ def check_quantized(base: Any, config: Config) -> None:
             f"Fix: quantization={stored}."
         )
     share = four_bit_share(base)
-    if wanted and share < MIN_SHARE:
+    if wanted and 1 - share > UNPACKED:
         raise UserError(
             f"quantization: only {share:.0%} of the weights of {config.model} outside its embeddings can be stored in "
             "4 bits; its other weights are not in linear layers. Fix: quantization=none, or another model."

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-from qlora_helpers.config import Config
+from qlora_helpers.config import UNPACKED, Config
 from qlora_helpers.errors import UserError, nearest
 from qlora_helpers.planning import architectures
 
 METHODS = ("qlora", "lora", "full")
-UNPACKED = 0.05  # share of weights in 16 bits, besides embeddings, above which 4 bits save too little
 
 
 def method_of(config: Config) -> str:

@@ -190,7 +190,7 @@ def test_four_bit_weights_are_those_that_bitsandbytes_packs(name, tmp_path, devi
 
     config = tiny(name) | {"hidden_size": 64, "word_embed_proj_dim": 64, "n_embd": 64}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).save_pretrained(tmp_path)
-    monkeypatch.setattr(qlora, "MIN_SHARE", 0)  # experts would be refused
+    monkeypatch.setattr(qlora, "UNPACKED", 1)  # experts would be refused
     model = qlora.load_base(Config.from_params(profile="cpu", model=str(tmp_path)), device)
     packed = [module.weight for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     assert counted(config)[1].packable == sum(qlora.true_size(weight) for weight in packed) > 0
