@@ -111,7 +111,9 @@ class Config:
     rehearsal_dataset: str = _field(SAMPLE_DATA, "source of rehearsal rows: hub id, file, or 'sample'")
     n_samples: int | None = _field(None, "number of training rows; None: all usable rows", low=1)
     n_heldout: int = _field(100, "number of held-out rows, which are never trained on", low=2)
+    heldout_max_length: int = _field(2048, "maximum number of tokens per held-out row", low=8)
     data_seed: int = _field(0, "seed of the split into held-out and training rows", low=0)
+    draw: int | None = _field(None, "seed of the choice of training rows; None: seed", low=0)
 
     rank: int = _field(16, "rank r of the LoRA adapter", low=1)
     alpha: int = _field(32, "the adapter's output is scaled by alpha / r", low=1)
@@ -188,6 +190,11 @@ class Config:
         return self.batch_size * self.gradient_accumulation
 
     @property
+    def training_draw(self) -> int:
+        """Seed of the choice of training rows."""
+        return self.seed if self.draw is None else self.draw
+
+    @property
     def identity(self) -> str:
         """Fingerprint of every setting that affects the result. Two runs may share a folder only if it is equal.
 
@@ -199,7 +206,7 @@ class Config:
             for field, value in zip(dataclasses.fields(self), self.to_dict().values(), strict=True)
             if field.metadata["identity"]
         }
-        deciding["effective_batch"] = self.effective_batch
+        deciding |= {"effective_batch": self.effective_batch, "draw": self.training_draw}
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:

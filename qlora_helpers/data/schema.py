@@ -53,14 +53,15 @@ class Row:
     """A conversation that begins with a question, after an optional system turn, and ends with an answer.
 
     `origin` is the row's position in its source, such as `line 3`. `layout` is the schema it was read from. `split` is
-    `test` or `validation` if the source says so. `id` is the first 16 hex digits of the sha256 of its turns, so rows
-    with equal text have equal ids.
+    `test` or `validation` if the source says so. Rows of one `group`, such as a document, depend on each other. `id` is
+    the first 16 hex digits of the sha256 of its turns, so rows with equal text have equal ids.
     """
 
     messages: tuple[Message, ...]
     origin: str
     layout: str = "messages"
     split: str = ""
+    group: str = ""
     id: str = field(init=False)
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Differences in held-out loss between models that were measured on the same rows, with 95% intervals."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -12,27 +12,39 @@ from matplotlib.ticker import MaxNLocator
 from qlora_helpers import plots
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import intervals
-from qlora_helpers.evaluation.intervals import Interval
+from qlora_helpers.evaluation.intervals import Estimate, Interval
 from qlora_helpers.evaluation.losses import RowLoss
+
+SAME, UNSURE = "the same", "not distinguishable"
 
 
 @dataclass(frozen=True)
 class Arm:
     """One side of a comparison: the row losses of each training seed, on the same rows. An untrained base model has a
     single entry.
+
+    `labels` name the seeds, by default by their number. Arms with the same labels are compared seed by seed.
     """
 
     name: str
     seeds: list[list[RowLoss]]
     trained: bool = True
+    labels: tuple[Hashable, ...] = ()
+
+    @property
+    def pairing(self) -> tuple[Hashable, ...]:
+        """Labels of the seeds."""
+        return self.labels or tuple(range(len(self.seeds)))
 
 
 @dataclass(frozen=True)
 class Difference:
     """Loss of `b` minus loss of `a`, per trained token (nats) or per byte (bits), with its 95% interval.
 
-    Below zero, `b` is better. `seeds` is the smaller number of training seeds of the two; an untrained model does not
-    count.
+    Below zero, `b` is better. `rows` and `tokens` are what it was measured on, `clusters` the number of independent
+    groups of rows. `seeds` is the smaller number of training seeds of the two; an untrained model does not count.
+    `family` is the number of verdicts whose intervals hold at once with 95% confidence. `detectable` is the smallest
+    effect that has an 80% chance to be detected. Effects within `margin` do not matter in practice.
     """
 
     a: str
@@ -43,41 +55,87 @@ class Difference:
     rows: int
     seeds: int
     unit: str = "token"
+    tokens: int = 0
+    clusters: int = 0
+    family: int = 1
+    detectable: float = 0.0
+    margin: float | None = None
 
     @property
     def verdict(self) -> str:
-        """better, worse or not distinguishable: read from the interval alone."""
+        """better, worse, the same or not distinguishable: read from the interval alone.
+
+        "The same" needs a margin: the whole interval is inside it.
+        """
+        if self.margin and -self.margin < self.low and self.high < self.margin:
+            return SAME
         if self.high < 0:
             return "better"
-        return "worse" if self.low > 0 else "not distinguishable"
+        return "worse" if self.low > 0 else UNSURE
+
+    @property
+    def bounds(self) -> str:
+        """The value with its interval."""
+        low, high = ("no end" if math.isinf(end) else f"{end:+.4f}" for end in (self.low, self.high))
+        return f"{self.value:+.4f}, 95% interval {low} to {high}"
+
+    @property
+    def limit(self) -> str:
+        """What could have been detected, or nothing if the verdict is clear."""
+        if self.verdict != UNSURE or not 0 < self.detectable < math.inf:
+            return ""
+        return f"an effect of {self.detectable:.4f} would be detected in 80% of such comparisons"
 
     def __str__(self) -> str:
-        bounds = f"{self.value:+.4f}, 95% interval {self.low:+.4f} to {self.high:+.4f}"
-        joint = "from" if self.verdict == "not distinguishable" else "than"
-        return f"{self.b} is {self.verdict} {joint} {self.a} ({bounds})"
+        joint = {UNSURE: "from", SAME: f"within ±{self.margin} as"}.get(self.verdict, "than")
+        size = f"; {math.expm1(self.value):+.1%} perplexity" if self.unit == "token" else ""
+        limit = f"; {self.limit}" if self.limit else ""
+        return f"{self.b} is {self.verdict} {joint} {self.a} ({self.bounds}{size}{limit})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; an infinite end of the interval is null."""
-        plain = {k: None if isinstance(v, float) and math.isinf(v) else v for k, v in asdict(self).items()}
+        """Plain values; a number that is not finite is null."""
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
         return plain | {"verdict": self.verdict, "text": str(self)}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "Difference":
         """The difference that `to_dict` wrote."""
         known: dict[str, Any] = {field.name: plain[field.name] for field in fields(cls) if field.name in plain}
-        ends = {"low": -math.inf, "high": math.inf}
-        return cls(**known | {name: end for name, end in ends.items() if known[name] is None})
+        ends = {"low": -math.inf, "high": math.inf, "detectable": math.inf}
+        return cls(**known | {name: end for name, end in ends.items() if known.get(name, 0) is None})
 
 
-def difference(a: Arm, b: Arm, unit: str = "token") -> Difference:
-    """Mean difference over seeds, per `unit` ("token" or "byte"), rows weighted by their number of units.
+def difference(a: Arm, b: Arm, unit: str = "token", margin: float | None = None) -> Difference:
+    """The difference between two arms, which forms a family of its own: see `family`."""
+    (((one,)),) = family([[(a, b)]], unit, margin)
+    return one
 
-    The interval covers the choice of held-out rows, which are resampled with the losses of both models, and, where an
-    arm has several seeds, the choice of seeds. With a single seed it holds for these two adapters only. Raises
-    `UserError` if the two were not measured on the same rows.
+
+def family(
+    pairs: Sequence[Sequence[tuple[Arm, Arm]]], unit: str = "token", margin: float | None = None
+) -> list[list[Difference]]:
+    """Differences whose intervals all hold at once with 95% confidence. The pairs of a list are of the same rows.
+
+    Each is the mean over seeds, per `unit` ("token" or "byte"), rows weighted by their number of units. The interval
+    covers the choice of held-out rows, or of the groups they belong to, which are resampled with the losses of both
+    models, and, where an arm has several seeds, the choice of seeds and of the training rows that are drawn by them.
+    With a single seed it holds for these two adapters only.
+
+    Raises `UserError` if two arms of a list were not measured on the same rows.
     """
-    interval, rows = contrast([a, b], [-1, 1], unit)
-    return Difference(a.name, b.name, interval.value, interval.low, interval.high, rows, fewest_seeds([a, b]), unit)
+    made = [[contrast([a, b], [-1, 1], unit) for a, b in group] for group in pairs]
+    joint = intervals.simultaneous([[one.estimate for one in group] for group in made])
+    size = sum(map(len, pairs))
+    return [
+        [
+            Difference(
+                a.name, b.name, interval.value, interval.low, interval.high, one.rows, fewest_seeds([a, b]), unit,
+                one.tokens, len(one.estimate.above), size, interval.detectable, margin,
+            )
+            for (a, b), one, interval in zip(group, contrasts, found, strict=True)
+        ]
+        for group, contrasts, found in zip(pairs, made, joint, strict=True)
+    ]  # fmt: skip
 
 
 def fewest_seeds(arms: Iterable[Arm]) -> int:
@@ -85,42 +143,86 @@ def fewest_seeds(arms: Iterable[Arm]) -> int:
     return min((len(arm.seeds) for arm in arms if arm.trained), default=1)
 
 
-def contrast(arms: Sequence[Arm], factors: Sequence[float], unit: str = "token") -> tuple[Interval, int]:
-    """Sum of the arms' losses times `factors`, and the number of rows that count.
+@dataclass(frozen=True)
+class Contrast:
+    """A weighted sum of losses, and the numbers of rows and tokens that count in it."""
+
+    estimate: Estimate
+    rows: int
+    tokens: int
+
+    @property
+    def interval(self) -> Interval:
+        """Its 95% interval, not simultaneous with any other."""
+        ((interval,),) = intervals.simultaneous([[self.estimate]])
+        return interval
+
+
+def contrast(arms: Sequence[Arm], factors: Sequence[float], unit: str = "token") -> Contrast:
+    """Sum of the arms' losses times `factors`.
 
     Factors of -1 and 1 give a difference, those of a least-squares line its slope. Rows are resampled with all their
-    losses, since every arm was measured on the same rows.
+    losses, since every arm was measured on the same rows. A row counts with the tokens of the last arm, also if other
+    templates of other arms split its answers into other tokens, as long as the answers are whole. Raises `UserError`
+    if the arms were not measured on the same rows.
     """
-    first = arms[0].seeds[0]
+    reference = arms[-1].seeds[0]
+    weights = np.array([row.tokens if unit == "token" else row.bytes for row in reference], dtype=float)
     for arm in arms:
-        if any(_keys(losses, unit) != _keys(first, unit) for losses in arm.seeds):
-            raise UserError(
-                f"comparison: {arms[0].name} and {arm.name} were measured on different held-out rows. Fix: run both "
-                "with the same data set, data_seed, n_heldout, template and max_length."
-            )
-    weights = np.array([row.tokens if unit == "token" else row.bytes for row in first], dtype=float)
-    if unit == "byte":  # a row that one of them truncated is another text
-        for arm in arms[1:]:
-            weights *= [x.bytes == y.bytes for x, y in zip(first, arm.seeds[0], strict=True)]
+        for losses in arm.seeds:
+            weights *= _comparable(losses, reference, unit, (arm.name, arms[-1].name))
     counted = weights > 0
     if not counted.any():
         raise UserError("comparison: no held-out row is whole in both runs. Fix: a larger max_length.")
+    clusters = _clusters([row for row, counts in zip(reference, counted, strict=True) if counts])
     scale = np.asarray(factors, dtype=float) / (1.0 if unit == "token" else math.log(2))
     sums = [
         np.array([[row.loss_sum for row in seed] for seed in arm.seeds])[:, counted] * factor
         for arm, factor in zip(arms, scale, strict=True)
     ]
-    means = np.array([arm.mean(axis=0) for arm in sums])
+    means = np.array([part.mean(axis=0) for part in sums])
     gap = means.sum(axis=0)
     gap[np.abs(gap) < 1e-12 * np.abs(means).sum(axis=0)] = 0  # equal losses may differ by rounding
-    over_rows = intervals.ratio(gap, weights[counted])
-    by_seed = (intervals.seed_error(arm.sum(axis=1) / weights[counted].sum()) for arm in sums)
-    return intervals.widen(over_rows, *by_seed), int(counted.sum())
+    seeds: dict[tuple[Hashable, ...], np.ndarray] = {}
+    for arm, part in zip(arms, sums, strict=True):
+        if len(arm.seeds) > 1:
+            seeds[arm.pairing] = seeds.get(arm.pairing, 0) + _summed(part, clusters)
+    tokens = sum(row.tokens for row, counts in zip(reference, counted, strict=True) if counts)
+    return Contrast(
+        Estimate(_summed(gap, clusters), _summed(weights[counted], clusters), seeds), int(counted.sum()), tokens
+    )
 
 
-def _keys(losses: list[RowLoss], unit: str) -> list[tuple[str, int]]:
-    """What must agree: the rows and, per token, their numbers of tokens."""
-    return [(row.id, row.tokens if unit == "token" else 0) for row in losses]
+def _comparable(losses: list[RowLoss], reference: list[RowLoss], unit: str, names: tuple[str, str]) -> np.ndarray:
+    """Which rows can be compared. Raises `UserError` if the rows differ, or per token, if another part of a row counts.
+
+    A row is the same text if its tokens agree, or if its answers are whole on both sides.
+    """
+    ids = [row.id for row in losses] == [row.id for row in reference]
+    if ids:
+        whole = [x.bytes == y.bytes > 0 for x, y in zip(losses, reference, strict=True)]
+        equal = [x.tokens == y.tokens for x, y in zip(losses, reference, strict=True)]
+        if unit == "byte":  # a row that one of them truncated is another text
+            return np.array(whole)
+        if all(one or other for one, other in zip(whole, equal, strict=True)):
+            return np.ones(len(losses))
+    raise UserError(
+        f"comparison: {names[0]} and {names[1]} were measured on different held-out rows. Fix: run both "
+        "with the same data set, data_seed, n_heldout, template and max_length."
+    )
+
+
+def _clusters(rows: list[RowLoss]) -> np.ndarray:
+    """Number of the cluster of each row. A row without a group is a cluster of its own."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(row.group or f"row {row.id}", len(numbers)) for row in rows])
+
+
+def _summed(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """Sum the last axis, which is over rows, within each cluster."""
+    sums = np.zeros((*values.shape[:-1], clusters.max() + 1))
+    np.add.at(sums, (..., clusters), values)
+    return sums
 
 
 @plots.styled

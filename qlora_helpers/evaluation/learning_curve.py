@@ -68,13 +68,14 @@ class Curve:
     def at(self, rows: float) -> Interval:
         """Value of the line at `rows`, minus the loss of the base model."""
         factors = [1, np.log2(rows)] @ _fit(self.arms, 1)
-        return differences.contrast([*self.arms.values(), self.base], [*factors, -1])[0]
+        return differences.contrast([*self.arms.values(), self.base], [*factors, -1]).interval
 
     def _judged(self, factors: np.ndarray) -> Difference:
         arms = list(self.arms.values())
-        change, rows = differences.contrast(arms, list(factors))
+        made = differences.contrast(arms, list(factors))
+        change = made.interval
         return Difference(
-            "n rows", "2 n rows", change.value, change.low, change.high, rows, differences.fewest_seeds(arms)
+            "n rows", "2 n rows", change.value, change.low, change.high, made.rows, differences.fewest_seeds(arms)
         )
 
     def __str__(self) -> str:

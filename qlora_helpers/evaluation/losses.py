@@ -30,12 +30,14 @@ class RowLoss:
     """Loss of one row, summed over its trained tokens in float32 (nats).
 
     `bytes` is the length of its answers in UTF-8; 0 for a truncated row, since tokenizers truncate at different places.
+    Rows of one `group`, such as a document, depend on each other; a row without one is independent.
     """
 
     id: str
     loss_sum: float
     tokens: int
     bytes: int
+    group: str = ""
 
 
 def mean_loss(losses: list[RowLoss]) -> float:
@@ -91,7 +93,7 @@ def _batch_losses(model: Any, batch: list[Example]) -> list[RowLoss]:
         )
         sums = [torch.nn.functional.cross_entropy(part.float(), wanted, reduction="none") for part, wanted in parts]
         total = torch.cat(sums).double().sum().item() if sums else 0.0
-        rows.append(RowLoss(example.row.id, total, int(trained.sum()), answer_bytes(example)))
+        rows.append(RowLoss(example.row.id, total, int(trained.sum()), answer_bytes(example), example.row.group))
     return rows
 
 

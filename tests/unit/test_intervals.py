@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from qlora_helpers.evaluation import intervals
-from qlora_helpers.evaluation.intervals import Interval
+from qlora_helpers.evaluation.intervals import Estimate
 
 
 def test_the_ratio_and_its_error():
@@ -34,18 +34,13 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     assert 0.92 <= held / 400 <= 0.98
 
 
-def test_seeds_widen_by_welch():
-    """Variances 1 and 4 with 63 and 2 degrees of freedom: 25 / (1/63 + 16/2) = 3.12 of them together."""
-    rows = Interval(0.0, -stats.t.ppf(0.975, 63), stats.t.ppf(0.975, 63), error=1.0, freedom=63)
-    result = intervals.widen(rows, (2.0, 2))
-    assert result.high == pytest.approx(stats.t.ppf(0.975, 25 / (1 / 63 + 16 / 2)) * np.sqrt(5))
-    assert result.low == -result.high
-    assert intervals.widen(rows, (0.0, 0)) == rows
-
-
-def test_the_error_of_seeds():
-    assert intervals.seed_error([1.0]) == (0.0, 0)
-    assert intervals.seed_error([1.0, 2.0, 3.0]) == (pytest.approx(1 / np.sqrt(3)), 2)
+def test_seeds_widen_by_student():
+    """Rows that all shift alike leave the spread of three seeds alone: Student's t with two degrees of freedom."""
+    base = np.full(50, 2.0)
+    seeds = np.array([[shift] * 50 for shift in (-0.2, 0.0, 0.2)])
+    estimate = Estimate(base + seeds.mean(axis=0), np.ones(50), {(0, 1, 2): base + seeds})
+    ((result,),) = intervals.simultaneous([[estimate]])
+    assert result.high - result.value == pytest.approx(stats.t.ppf(0.975, 2) * 0.2 / 3**0.5)
 
 
 def test_a_share_of_none_is_not_surely_none():

@@ -107,7 +107,7 @@ def test_runs_that_learned_nothing_show_nothing():
 
 def test_other_heldout_rows_are_refused():
     sizes = {2: arm("2 rows", 2.0), 4: arm("4 rows", [1.9] * 5, tokens=TOKENS[:5])}
-    with pytest.raises(UserError, match="2 rows and 4 rows were measured on different held-out rows"):
+    with pytest.raises(UserError, match="were measured on different held-out rows"):
         _ = Curve("curve", arm("base", 3.0), sizes).doubling
 
 
