@@ -1,33 +1,81 @@
-"""Does fine-tuning help, and is it the data? Train on 100, 200 and all usable rows, and on 100 rows for more steps.
+"""At which size does a fine-tune pay? Train on 100, 200 and 400 rows of several draws, and judge against every rival.
 
-usage: python benchmarks/study.py DATASET --out DIR [--model FOLDER] [--seeds 3] [--profile gpu]
+usage: python benchmarks/study.py DATASET --out DIR [--samples 100 200 400] [--draws 9] [--model FOLDER] [--workers 6]
 
-The recipe is that of the presets tinyllama-guanaco-100 and -200, on any model and rows. The run on 100 rows is repeated
-with as many steps as the one on 200 rows. Finished runs are reused, so the study can be stopped and restarted.
+The recipe is that of the preset tinyllama-guanaco-100, on any model and rows. Each size is trained with the epochs of
+the recipe, and again with as many steps as the largest, on each draw of training rows with a seed of its own; two more
+seeds of the first draw show what the seed alone changes. The first run is alone on the device, so that its speed is
+that of one run; the others share it. Finished runs are reused, so the study can be stopped and continued.
 """
 
 import argparse
+import statistics
 import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
 from pathlib import Path
 
-from qlora_helpers import runs
+from qlora_helpers import files, runs
 from qlora_helpers.config import BUNDLED_MODEL, PROFILES, Config
 from qlora_helpers.data import cleaning
 from qlora_helpers.evaluation import comparison, report
+from qlora_helpers.evaluation.losses import mean_loss, read_losses
 from qlora_helpers.experiments import matrix
+from qlora_helpers.experiments.matrix import PlannedRun
 from qlora_helpers.models import hub
 
+SEEDS_OF_ONE_DRAW = 3
+ONE_DRAW = "one draw"
 
-def ladder(dataset: str, model: str, profile: str) -> dict[str, Config]:
-    """Return the four experiments. "All" rows are those left after 100 are held out."""
-    config = Config.from_params(preset="tinyllama-guanaco-100", profile=profile, model=model, dataset=dataset)
-    usable = len(cleaning.prepare(config, hub.load_tokenizer(config)).cleaned.train)
-    return {
-        "100 rows": config.replace(n_samples=100),
-        f"100 rows, {2 * config.steps(100)} steps": config.replace(n_samples=100, epochs=2 * config.epochs),
-        "200 rows": config.replace(n_samples=200),
-        f"all {usable} rows": config.replace(n_samples=usable),
-    }
+
+def plan(config: Config, sizes: list[int], draws: int, folder: Path) -> list[PlannedRun]:
+    """Return every run of the study. Answers are measured for the first draw only."""
+    tokenizer = hub.load_tokenizer(config)
+    cleaned = cleaning.clean(config.replace(n_samples=max(sizes)), tokenizer)
+    settings = {s.name: s for s in [*matrix.size_settings(config, sizes), *matrix.equal_step_settings(config, sizes)]}
+    planned = matrix.batch_runs(settings.values(), range(draws), cleaned, tokenizer, folder)
+    first = planned[0]
+    for seed in range(1, SEEDS_OF_ONE_DRAW):
+        again = first.config.replace(seed=seed, draw=first.config.training_draw)
+        planned.append(PlannedRun(ONE_DRAW, f"one-draw-seed{seed}", again, first.data, tokenizer, folder))
+    return [
+        item
+        if item.config.seed == 0
+        else PlannedRun(
+            item.experiment, item.name, item.config.replace(n_answers=1), item.data, tokenizer, item.folder
+        )
+        for item in planned
+    ]
+
+
+def train(item: PlannedRun) -> str:
+    """Train one run in this process."""
+    from qlora_helpers.training import trainer
+
+    trainer.train(item.config, item.data, item.tokenizer, item.run)
+    return item.name
+
+
+def train_all(missing: list[PlannedRun], workers: int, limit: float) -> None:
+    """Train the runs, several at a time. After `limit` seconds, no further one is begun."""
+    began = time.monotonic()
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        running: set[Future[str]] = set()
+        for item in missing:
+            if len(running) == workers:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                print(*(f"{future.result()}: finished" for future in done), sep="\n", flush=True)
+            if time.monotonic() - began > limit:
+                break
+            running.add(pool.submit(train, item))
+
+
+def spread(planned: list[PlannedRun]) -> dict[str, float]:
+    """Standard deviation of the held-out loss over draws, each with its own seed, and over seeds of one draw."""
+    first = planned[0].experiment
+    over_draws = [mean_loss(read_losses(item.run)) for item in planned if item.experiment == first]
+    over_seeds = over_draws[:1] + [mean_loss(read_losses(item.run)) for item in planned if item.experiment == ONE_DRAW]
+    return {"draws and seeds": statistics.stdev(over_draws), "seeds": statistics.stdev(over_seeds)}
 
 
 def main() -> None:
@@ -35,20 +83,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--samples", type=int, nargs="+", default=[100, 200, 400])
+    parser.add_argument("--draws", type=int, default=9)
     parser.add_argument("--model", default=BUNDLED_MODEL)
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--profile", default="gpu", choices=PROFILES)
+    parser.add_argument("--workers", type=int, default=6, help="runs at a time")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="begin no run after this many seconds")
     args = parser.parse_args()
     folder = runs.workdir(str(args.out))
-    started = time.time()
+    config = Config.from_params(
+        preset="tinyllama-guanaco-100", profile=args.profile, model=args.model, dataset=args.dataset, n_heldout=100
+    )
+    planned = plan(config, args.samples, args.draws, folder)
+    if not planned[0].run.finished:
+        train(planned[0])
+    train_all([item for item in planned if not item.run.finished], args.workers, args.limit)
+    finished = [item for item in planned if item.run.finished]
+    print(f"{len(finished)} of {len(planned)} runs are finished.")
+    if len(finished) < len(planned):
+        return
     trained: dict[str, list[runs.RunFolder]] = {}
-    for name, config in ladder(args.dataset, args.model, args.profile).items():
-        (item, *more) = matrix.plan_runs({name: config.replace(n_seeds=args.seeds, equal_steps=False)}, folder)
-        trained |= matrix.train_missing([item, *more])
-        print(f"{name}: {time.time() - started:.0f} s since the start", flush=True)
+    for item in planned:
+        if item.experiment != ONE_DRAW:
+            trained.setdefault(item.experiment, []).append(item.run)
     result = comparison.compare(trained)
     report.write(result, trained, folder)
-    print(report.table_markdown(result), *report.verdicts(result), *report.forgetting(result), sep="\n")
+    files.write_json(folder / "spread.json", spread(planned))
+    print(report.table_markdown(result, speed=False), *report.verdicts(result), *report.forgetting(result), sep="\n")
 
 
 if __name__ == "__main__":
