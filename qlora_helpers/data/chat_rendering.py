@@ -75,7 +75,8 @@ class ChatTemplate:
             _check_place(turns, number, text[start:content_end])
             end = self._end(text, content_end)
             if turns[number].get("tool_calls"):  # what changes with a call may include the turn of its result
-                ends = any_of({*self._plain_ends, self.tokenizer.eos_token} - {None}).search(text, start, content_end)
+                called = max(text.find(name, start) for name in _called(turns[number]))
+                ends = any_of({*self._plain_ends, self.tokenizer.eos_token} - {None}).search(text, called, content_end)
                 end = ends.end() if ends else end
             if end is None and number == len(turns) - 1:
                 text = text[:content_end] + end_text(self.config, self.tokenizer)
@@ -232,7 +233,17 @@ class ChatTemplate:
             raise UnplacedAnswer("the chat template does not show an answer")
         if other[:place].endswith(frame.glue(number)):
             start = min(start, place - self._preamble_length(turns, number, frame))
-        return start, end
+        return start + self._header_length(turns[:number], text[start:end]), end
+
+    def _header_length(self, before: list[Message], written: str) -> int:
+        """Return the length of the generation prompt at the beginning of a part of the text.
+
+        Some templates write another blank before the turn of a tool call, which makes the whole turn differ.
+        """
+        asking = self._apply(before, add_generation_prompt=True)
+        header = asking[_shared(asking, self._apply(before)) :]
+        starts = header.strip() and written.lstrip().startswith(header.strip())
+        return len(written) - len(_after_prompt(written, header)) if starts else 0
 
     def _whole(self, text: str, place: int) -> int:
         """Return the start of the special token that `place` is inside of, or `place`."""
@@ -271,13 +282,24 @@ def _arguments(turns: list[Message], change: Callable[[Any], Any]) -> list[Messa
 
 
 def _check_place(turns: list[Message], number: int, written: str) -> None:
-    """Raise `UnplacedAnswer` if a tool call is missing from an answer, or the result of a call is within it."""
-    calls = turns[number].get("tool_calls") or []
-    if not all(str(call.get("function", call).get("name")) in written for call in calls):
+    """Raise `UnplacedAnswer` if a tool call or a thought is missing, or the result of a call is within the answer.
+
+    Many templates leave out the thoughts of earlier answers, as the model is used; that of the last is to be learned.
+    """
+    calls = _called(turns[number])
+    if not all(name in written for name in calls):
         raise UnplacedAnswer("the chat template has no place for tool calls")
+    thought = turns[number]["content"].partition("</think>")[0].removeprefix("<think>").strip()
+    if number == len(turns) - 1 and "</think>" in turns[number]["content"] and thought not in written:
+        raise UnplacedAnswer("the chat template leaves out the thought of an answer")
     results = [turn["content"] for turn in turns[number + 1 :] if turn["role"] == "tool"]
     if calls and any(result.strip() and result.strip() in written for result in results):
         raise UnplacedAnswer("the chat template writes a tool's result inside an answer")
+
+
+def _called(turn: Message) -> list[str]:
+    """Return the names of the functions that a turn calls."""
+    return [str(call.get("function", call).get("name")) for call in turn.get("tool_calls") or []]
 
 
 def _with_input(turn: Message) -> Message:
@@ -299,11 +321,18 @@ def sample(rounds: int) -> Turns:
 def _after_prompt(glue: str, prompt: str) -> str:
     """Return the part of the text before an answer that follows the generation prompt.
 
-    The prompt is the beginning that both share. In some templates they differ in blanks, and then in everything after.
+    The prompt is the beginning that both share. In some templates they differ in blanks, which are skipped.
     """
-    length = _shared(glue, prompt)
-    place = glue.find(prompt.strip()) if length == 0 else -1
-    return glue[place + len(prompt.strip()) :] if place >= 0 else glue[length:]
+    at = 0
+    for mark in prompt:
+        rest = glue[at:].lstrip()
+        if glue.startswith(mark, at):
+            at += 1
+        elif rest.startswith(mark):
+            at = len(glue) - len(rest) + 1
+        elif not mark.isspace():
+            break
+    return glue[at:]
 
 
 def _shared(a: str, b: str) -> int:

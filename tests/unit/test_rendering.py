@@ -260,6 +260,49 @@ def test_the_result_of_a_call_is_never_trained():
     assert "Noon" not in "".join(trained_parts(example, tokenizer))
 
 
+CALL = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+WITH_TOOL = (
+    {"role": "user", "content": "What time is it?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "Noon"},
+    {"role": "assistant", "content": "It is noon."},
+)
+BLANKS = {
+    "a blank in the generation prompt that no turn has": (
+        TOOLS.replace("<stop>\n", "<stop>").replace("prompt %}", "prompt %}{{ '\\n' }}"), "<to>clock<stop>"
+    ),
+    "a blank before the turn of a call": (
+        TOOLS.replace("<stop>\n", "<stop>").replace("<turn>", "{{ '\n' if m.tool_calls }}<turn>", 1), "<to>clock<stop>"
+    ),
+    "a blank after the last result of a call": (
+        TOOLS.replace("<stop>\n", "{{ '\n' if m['role'] == 'tool' and not loop.last }}<stop>\n"), "<to>clock<stop>"
+    ),
+    "a call in a turn of its own": (
+        HEAD + "{{ m['content'] }}<stop>\n{% if m.tool_calls %}<turn>call\n{{ m.tool_calls[0].function.name }}<stop>\n"
+        "{% endif %}{% endfor %}" + ASK,
+        "<stop>\n<turn>call\nclock<stop>",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("quirk", BLANKS)
+def test_the_header_of_an_answer_is_never_trained(quirk):
+    template, called = BLANKS[quirk]
+    tokenizer = make_tokenizer(template)
+    example = encode(Row(WITH_TOOL, "line 1"), tokenizer)
+    assert trained_parts(example, tokenizer) == [called, "It is noon.<stop>"]
+
+
+def test_a_row_whose_last_thought_the_template_leaves_out_is_refused():
+    tokenizer = make_tokenizer(HEAD + "{{ m['content'].split('</think>')[-1] }}<stop>\n{% endfor %}" + ASK)
+    thought = conversation("Well?", "<think>Hm.</think>Good.", "And?", "Fine.")
+    assert trained_parts(encode(thought, tokenizer), tokenizer) == ["Good.<stop>", "Fine.<stop>"]
+    last = conversation("Well?", "Good.", "And?", "<think>Hm.</think>Fine.")
+    assert encode(last, tokenizer).problem == "the chat template leaves out the thought of an answer"
+    empty = conversation("Well?", "<think>\n\n</think>\n\nGood.")
+    assert encode(empty, tokenizer).problem is None
+
+
 @pytest.mark.parametrize("template", ["guanaco", "auto"])
 def test_an_answer_marked_as_not_to_be_learned_is_never_trained(template):
     tokenizer = make_tokenizer(PLAIN)
