@@ -99,9 +99,9 @@ class Shape:
         return sum(block.count for block in self.blocks)
 
     @property
-    def linear_weights(self) -> int:
-        """Number of weights of the linear layers, except those of the output head."""
-        return sum(part.count * (part.matrices - part.others) for part in self.parts)
+    def multiplied(self) -> int:
+        """Number of weights that each token is multiplied with: those of the linear layers and of the output head."""
+        return sum(part.count * (part.matrices - part.others) for part in self.parts) + self.vocabulary * self.hidden
 
     @property
     def packable(self) -> int:

@@ -135,7 +135,7 @@ def test_a_folder_a_file_and_the_hub(tmp_path, model_folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("{}", "has model_type = None"),
         ('{"model_type": "unheard_of"}', "transformers builds no model of type 'unheard_of'"),
@@ -144,12 +144,12 @@ def test_a_folder_a_file_and_the_hub(tmp_path, model_folder, monkeypatch):
         ("{", "cannot be read"),
     ],
 )
-def test_a_config_that_cannot_be_used_is_one_line(tmp_path, text, said):
+def test_a_config_that_cannot_be_used_is_one_line(tmp_path, text, message):
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
         architectures.load(str(path))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -224,23 +224,23 @@ def test_trained_parameters_of_a_hybrid_are_the_models_own(tmp_path, device, in_
 
 
 @pytest.mark.parametrize(
-    ("name", "targets", "said"),
+    ("name", "targets", "message"),
     [
         ("phi3", "q_proj", "from down_proj, gate_up_proj, o_proj, qkv_proj, or all-linear; usual: o_proj, qkv_proj."),
         ("gpt2", "q_proj", "from c_attn, c_fc, c_proj, or all-linear; usual: c_attn."),
         ("gpt2", "c_attn", None),
     ],
 )
-def test_a_wrong_target_names_the_layers_and_the_usual_ones(name, targets, said, in_process):
+def test_a_wrong_target_names_the_layers_and_the_usual_ones(name, targets, message, in_process):
     from qlora_helpers.models import qlora
 
     config = Config.from_params(profile="cpu", target_modules=targets)
     model = counted(tiny(name))[0]
-    if said is None:
+    if message is None:
         return qlora.check_targets(model, config)
     with pytest.raises(UserError) as caught:
         qlora.check_targets(model, config)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def planned(tmp_path, name, quantization_config=None, **settings):
@@ -275,7 +275,7 @@ NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_typ
 
 
 @pytest.mark.parametrize(
-    ("stored", "settings", "said"),
+    ("stored", "settings", "message"),
     [
         (NF4, {}, None),
         (NF4, {"quantization": "fp4"}, "stays as it is. Fix: quantization=nf4, double_quant=true."),
@@ -287,9 +287,9 @@ NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_typ
         ("gibberish", {}, "not supported here. Fix: use the 16-bit model"),
     ],
 )
-def test_a_quantized_checkpoint_stays_what_it_is_or_is_refused(tmp_path, stored, settings, said):
+def test_a_quantized_checkpoint_stays_what_it_is_or_is_refused(tmp_path, stored, settings, message):
     reason = quantization.refusal(planned(tmp_path, "llama", stored, **settings))
-    assert (reason is None) if said is None else (said in reason)
+    assert (reason is None) if message is None else (message in reason)
 
 
 KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
