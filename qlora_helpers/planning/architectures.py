@@ -1,9 +1,7 @@
 """Shape of a model from its config: layers, widths, parameter counts. Needs neither torch nor the weights."""
 
-import base64
 import json
 import os
-import pickle
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -163,7 +161,7 @@ def _built_elsewhere(config: str) -> Shape | str:
         return f"not done after {SECONDS} s"
     if done.returncode:
         return (done.stderr.strip().splitlines() or ["no output"])[-1]
-    return pickle.loads(base64.b64decode(done.stdout.splitlines()[-1]))
+    return Shape.from_dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def _count(name: str, config: dict[str, Any], *keys: str, default: int | None = None) -> int:

@@ -3,12 +3,10 @@
 `architectures` starts this module as a process of its own: planning itself stays free of torch.
 """
 
-import base64
 import json
-import pickle
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -24,13 +22,13 @@ TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk")  # names of the num
 
 
 def main() -> None:
-    """Read a config from standard input, and print the `Shape` of its model as one line."""
+    """Read a config from standard input, and print the `Shape` of its model as one line of JSON."""
     logging.set_verbosity_error()
     try:
         shape = measure(build(json.load(sys.stdin)))
     except Exception as error:  # any class of model may raise anything for a config that does not suit it
         sys.exit(" ".join(f"{type(error).__name__}: {error}".split())[:200])
-    print(base64.b64encode(pickle.dumps(shape)).decode())
+    print(json.dumps(asdict(shape)))
 
 
 def build(config: dict[str, Any]) -> Any:

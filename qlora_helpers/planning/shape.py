@@ -1,6 +1,7 @@
 """Shape of a model: everything that its memory depends on, as numbers of weights per block."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from qlora_helpers.errors import UserError
 
@@ -87,6 +88,16 @@ class Shape:
     blocks: tuple[Block, ...]
     outside: Block
     usual_targets: tuple[str, ...]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Shape":
+        """Return the shape with the values of `dataclasses.asdict`, in which lists may stand for tuples, as in JSON."""
+        *blocks, outside = (
+            Block(**{**part, "linears": tuple(Linear(**linear) for linear in part["linears"])})
+            for part in (*values["blocks"], values["outside"])
+        )
+        targets = tuple(values["usual_targets"])
+        return cls(**{**values, "blocks": tuple(blocks), "outside": outside, "usual_targets": targets})
 
     @property
     def parts(self) -> tuple[Block, ...]:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from qlora_helpers.config import Config
 from qlora_helpers.errors import UserError
 from qlora_helpers.planning import architectures, meta_device, plan, quantization
+from qlora_helpers.planning.shape import Shape
 
 SIZES = {
     "vocab_size": 96,
@@ -66,7 +68,7 @@ def in_process(monkeypatch):
 def counted(config):
     """The model of a config on the meta device, and its shape as `meta_device` counts it, without the process."""
     model = meta_device.build(config)
-    return model, meta_device.measure(model)
+    return model, Shape.from_dict(json.loads(json.dumps(asdict(meta_device.measure(model)))))
 
 
 @pytest.mark.parametrize("name", architectures.known_models())
