@@ -67,10 +67,9 @@ def lookup(hidden: int, intermediate: int) -> CpuSpeed:
 
 def _stored(path: Path) -> dict[str, Any]:
     try:
-        stored = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
         return {}
-    return stored if isinstance(stored, dict) else {}
 
 
 def _speed(entry: Any) -> CpuSpeed | None:

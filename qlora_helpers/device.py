@@ -59,7 +59,7 @@ def detect(compute_dtype: str = "auto") -> Device:
     On a CPU, auto is the faster dtype for the bundled model; `compute_dtype.device_for` chooses for a config's model.
     Raises `UserError` for bfloat16 on a GPU that only emulates it.
     """
-    return _gpu(compute_dtype) if _has_gpu() else _cpu(compute_dtype)
+    return _gpu(compute_dtype) if _has_gpu() else cpu(compute_dtype)
 
 
 def profile() -> str:
@@ -109,7 +109,8 @@ def _gpu(compute_dtype: str) -> Device:
     return device if compute_dtype == "auto" else device.computing_in(compute_dtype)
 
 
-def _cpu(compute_dtype: str) -> Device:
+def cpu(compute_dtype: str = "auto") -> Device:
+    """Return the CPU of this machine, also if it has a GPU. The arguments are those of `detect`."""
     import psutil
 
     memory = psutil.virtual_memory()

@@ -108,11 +108,11 @@ def _copy_changed(source: Path, target: Path) -> None:
     for entry in sorted(_visible(source), key=lambda entry: entry.name == LAST):
         there = target / entry.name
         if entry.name == "checkpoints":
-            whole = [path for path in _visible(entry) if (path / runs.SEAL).exists()]
-            for checkpoint in whole:
+            complete = [path for path in _visible(entry) if (path / runs.SEAL).exists()]
+            for checkpoint in complete:
                 if not (there / checkpoint.name).exists():
                     _copy(checkpoint, there / checkpoint.name)
-            for old in set(_visible(there)) - {there / path.name for path in whole}:
+            for old in set(_visible(there)) - {there / path.name for path in complete}:
                 shutil.rmtree(old)
         elif entry.is_dir():
             _copy_changed(entry, there)
@@ -137,11 +137,10 @@ def _copy(source: Path, target: Path) -> None:
         else:
             shutil.copy2(source, part)
         os.replace(part, target)
-    except shutil.Error as error:  # copytree collects all errors; the first names the cause
+    except OSError as error:
         _remove(part)
-        raise OSError(None, str(error.args[0][0][2])) from None
-    except OSError:
-        _remove(part)
+        if isinstance(error, shutil.Error):  # copytree collects all errors; the first names the cause
+            raise OSError(None, str(error.args[0][0][2])) from None
         raise
 
 

@@ -72,9 +72,8 @@ def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     names = set(namespace.get("__annotations__", {}))
     for source in namespace.get("In", []):
         if source.lstrip().startswith(MARK):
-            for node in ast.parse(source).body:
-                targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-                names |= {target.id for target in targets if isinstance(target, ast.Name)}
+            nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+            names |= {node.id for node in nodes if isinstance(node.ctx, ast.Store)}
     if not names:
         raise UserError("parameters: none found. Fix: run the cell that begins with '# Parameters' first.")
     return {name: namespace[name] for name in names}

@@ -19,8 +19,7 @@ class Parser(argparse.ArgumentParser):
 
     def option(self, *names: str, group: Any = None, **kwargs: Any) -> None:
         """Add an option, to `group` if one is given."""
-        (group or self).add_argument(*names, **kwargs)
-        self.options += names
+        self.options += (group or self).add_argument(*names, **kwargs).option_strings
 
     def settings(self, *leave_out: str, aliases: Mapping[str, str] | None = None) -> None:
         """Add an option for every setting of `Config` except those in `leave_out`, with its help and limits."""
@@ -30,9 +29,8 @@ class Parser(argparse.ArgumentParser):
             names = [f"--{field.name.replace('_', '-')}", *filter(None, [(aliases or {}).get(field.name)])]
             kind = value_type(field)
             kwargs: dict[str, Any] = {"dest": field.name, "help": _help(field)}
-            if kind is bool:
-                names += [f"--no-{name.removeprefix('--')}" for name in names]
-                kwargs |= {"action": _OnOff, "nargs": 0}
+            if kind is bool:  # without `--name` or `--no-name` it is None, and the preset decides
+                kwargs["action"] = argparse.BooleanOptionalAction
             elif kind in (int, float):
                 kwargs |= {"type": kind, "metavar": "N" if kind is int else "X"}
             self.option(*names, **kwargs)
@@ -40,13 +38,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise `UserError` instead of printing the usage."""
         raise UserError(message)
-
-
-class _OnOff(argparse.Action):
-    """Store true for `--name` and false for `--no-name`. Without either it is None, and the preset decides."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, not str(option_string).startswith("--no-"))
 
 
 def _help(field: "dataclasses.Field[Any]") -> str:

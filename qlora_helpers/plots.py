@@ -115,7 +115,7 @@ def levels(weights: "dict[str, torch.Tensor]", levels: list[float]) -> Figure:
 def round_trip_errors(errors: dict[str, float]) -> Figure:
     """Plot the relative error in percent of weights after quantization and dequantization, by storage."""
     figure, (axes,) = new_figure("Quantization error", 1.3 + 0.5 * len(errors))
-    _bars(axes, errors, [f"{error:.2f} %" for error in errors.values()])
+    _stack(axes, list(errors), {"": list(errors.values())}, [f"{error:.2f} %" for error in errors.values()])
     axes.set(xlabel="relative error of the weights (%)", ylabel="storage")
     return figure
 
@@ -124,16 +124,9 @@ def round_trip_errors(errors: dict[str, float]) -> Figure:
 def trainable_per_layer(counts: dict[str, int]) -> Figure:
     """Plot the number of trainable parameters by adapted layer."""
     figure, (axes,) = new_figure(f"{sum(counts.values()):,} trainable parameters", 1.3 + 0.5 * len(counts))
-    _bars(axes, {name: n / 1000 for name, n in counts.items()}, [f"{n:,}" for n in counts.values()])
+    _stack(axes, list(counts), {"": [n / 1000 for n in counts.values()]}, [f"{n:,}" for n in counts.values()])
     axes.set(xlabel="trainable parameters (thousands)", ylabel="layer")
     return figure
-
-
-def _bars(axes: Axes, values: dict[str, float], labels: list[str]) -> None:
-    bars = axes.barh(list(values), list(values.values()), color=BLUE, height=0.6)
-    axes.bar_label(bars, labels, padding=4)
-    axes.invert_yaxis()
-    axes.margins(x=0.2)
 
 
 @styled

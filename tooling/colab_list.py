@@ -34,9 +34,8 @@ def convert(freeze: str, system: str, as_of: str) -> str:
 
 
 def _read(source: str, name: str) -> str:
-    if "://" not in source:
-        return (Path(source) / name).read_text("utf-8")
-    with urlopen(f"{source}/{name}", timeout=60) as answer:
+    folder = source if "://" in source else Path(source).resolve().as_uri()
+    with urlopen(f"{folder}/{name}", timeout=60) as answer:
         return answer.read().decode()
 
 

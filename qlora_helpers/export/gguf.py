@@ -29,6 +29,7 @@ from qlora_helpers import files
 from qlora_helpers.data import chat_template
 from qlora_helpers.errors import UserError, nearest
 from qlora_helpers.export import gguf_reader
+from qlora_helpers.export.gguf_reader import field
 from qlora_helpers.models import hub
 
 # The version of requirements-full.txt, so that the tests read the files with the llama.cpp that converted them.
@@ -38,7 +39,6 @@ SCRIPT = "convert_hf_to_gguf.py"
 PARTS = (SCRIPT, "conversion/", "gguf-py/gguf/", "LICENSE")  # of llama.cpp: 2 MB of 176
 Q4 = "q4_k_m"  # written by llama.cpp's quantizer, from an f16 file
 KINDS = ("f16", "q8_0", Q4)
-END_KEYS = (Keys.Tokenizer.EOS_ID, Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID)  # llama.cpp stops at each of them
 FIX = "Fix: ship the merged folder."
 
 
@@ -167,7 +167,7 @@ def _quantize(f16_file: Path, target: Path) -> None:
 def _complete(folder: Path, file: Path) -> None:
     """Correct metadata that the converter leaves out or guesses. The file is rewritten only if something differs."""
     reader = gguf.GGUFReader(file)
-    changes = {key: value for key, value in _metadata(folder, reader) if _field(reader, key) != value.value}
+    changes = {key: value for key, value in _metadata(folder, reader) if field(reader, key) != value.value}
     if not changes:
         return
     rewritten = file.with_name(f".{file.name}-new")
@@ -184,12 +184,12 @@ def _metadata(folder: Path, reader: gguf.GGUFReader) -> Iterator[tuple[str, Meta
     yield Keys.Tokenizer.CHAT_TEMPLATE, MetadataDetails(Type.STRING, tokenizer.chat_template)
     yield Keys.Tokenizer.ADD_BOS, MetadataDetails(Type.BOOL, chat_template.starts_with_bos(tokenizer))
     ends = json.loads((folder / "generation_config.json").read_text("utf-8"))["eos_token_id"]
-    for key, token in zip(END_KEYS, ends if isinstance(ends, list) else [ends], strict=False):
+    for key, token in zip(gguf_reader.END_KEYS, ends if isinstance(ends, list) else [ends], strict=False):
         yield key, MetadataDetails(Type.UINT32, token)
-    if _field(reader, Keys.Tokenizer.MODEL) == "llama":
+    if field(reader, Keys.Tokenizer.MODEL) == "llama":
         yield Keys.Tokenizer.ADD_PREFIX, MetadataDetails(Type.BOOL, tokenizer.tokenize("a")[0] != "a")
-        if len(set(_field(reader, Keys.Tokenizer.SCORES))) == 1:  # the converter's placeholder without tokenizer.model
-            scores = _scores(_field(reader, Keys.Tokenizer.LIST), tokenizer)
+        if len(set(field(reader, Keys.Tokenizer.SCORES))) == 1:  # the converter's placeholder without tokenizer.model
+            scores = _scores(field(reader, Keys.Tokenizer.LIST), tokenizer)
             yield Keys.Tokenizer.SCORES, MetadataDetails(Type.ARRAY, scores, sub_type=Type.FLOAT32)
 
 
@@ -201,8 +201,3 @@ def _scores(names: list[str], tokenizer: Any) -> list[float]:
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     rank = {"".join(merge): -float(number) for number, merge in reversed(list(enumerate(merges)))}
     return [rank.get(name, -1e9) for name in names]
-
-
-def _field(reader: gguf.GGUFReader, key: str) -> Any:
-    field = reader.get_field(key)
-    return field.contents() if field else None

@@ -9,11 +9,13 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from gguf import Keys
 from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 
 from qlora_helpers.models import bundled
 
+END_KEYS = (Keys.Tokenizer.EOS_ID, Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID)  # llama.cpp stops at each of them
 # Tensors by which llama.cpp divides the rotary frequencies: of Llama 3, and of long-context models up to their original
 # context length.
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight")
@@ -24,9 +26,15 @@ def llama_cpp_installed() -> bool:
     return find_spec("llama_cpp") is not None
 
 
+def field(reader: gguf.GGUFReader, key: str) -> Any:
+    """Return a value of the file's metadata, or None."""
+    entry = reader.get_field(key)
+    return entry.contents() if entry else None
+
+
 def architecture(file: Path) -> str:
     """Return llama.cpp's name of the file's architecture."""
-    return str(gguf.GGUFReader(file).fields["general.architecture"].contents())
+    return str(field(gguf.GGUFReader(file), Keys.General.ARCHITECTURE))
 
 
 def in_transformers(architecture: str) -> bool:
@@ -36,9 +44,8 @@ def in_transformers(architecture: str) -> bool:
 
 def end_tokens(file: Path) -> list[int]:
     """Return the ids of the file's end tokens. Servers stop at each of them; transformers reads only the first."""
-    fields = gguf.GGUFReader(file).fields
-    keys = [f"tokenizer.ggml.{key}_token_id" for key in ("eos", "eot", "eom")]
-    return [int(fields[key].contents()) for key in keys if key in fields]
+    reader = gguf.GGUFReader(file)
+    return [int(token) for key in END_KEYS if (token := field(reader, key)) is not None]
 
 
 def load(file: Path, options: dict[str, Any]) -> Any:
@@ -56,11 +63,10 @@ def load_tokenizer(file: Path) -> Any:
     Where llama.cpp puts a space before every text, also after a special token, so does this tokenizer. As transformers
     reads the file, it would do so only at the beginning.
     """
-    fields = gguf.GGUFReader(file).fields
+    reader = gguf.GGUFReader(file)
     tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    tokenizer.add_bos_token = bool(fields["tokenizer.ggml.add_bos_token"].contents())  # ignored by older versions
-    prefix = fields.get("tokenizer.ggml.add_space_prefix")
-    if prefix is not None and prefix.contents():
+    tokenizer.add_bos_token = bool(field(reader, Keys.Tokenizer.ADD_BOS))  # ignored by older versions
+    if field(reader, Keys.Tokenizer.ADD_PREFIX):
         steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
         tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
         tokenizer.backend_tokenizer.pre_tokenizer = None
@@ -73,9 +79,9 @@ def _scale_rotary_frequencies(model: Any, reader: gguf.GGUFReader) -> None:
         if tensor.name in ROPE_FACTORS:
             frequencies = model.base_model.rotary_emb.inv_freq
             frequencies /= torch.tensor(np.array(tensor.data)).to(frequencies)
-    for name, field in reader.fields.items():
+    for name in reader.fields:
         if name.endswith(".rope.scaling.attn_factor"):
-            model.base_model.rotary_emb.attention_scaling = float(field.contents())
+            model.base_model.rotary_emb.attention_scaling = float(field(reader, name))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_helpers.config import Config
 from qlora_helpers.data import prompts, rendering, sources
-from qlora_helpers.device import GIB, Device, detect
+from qlora_helpers.device import GIB, Device, cpu, detect
 from qlora_helpers.errors import UserError
 from qlora_helpers.export import gguf_reader
 from qlora_helpers.export.merge import Source
@@ -213,7 +213,7 @@ def table(compared: Sequence[Parity]) -> str:
     lines = ["| export | same tokens | same ends | equal answers | top-1 | KL mean | KL max | verdict |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for p in compared:
-        verdict = "; ".join(p.problems()) or "sound"
+        verdict = "; ".join(p.problems()) or "passes"
         lines.append(
             f"| {p.name} | {p.same_layout} of {p.prompts} | {'yes' if p.same_ends else 'no'} "
             f"| {p.same_texts} of {p.prompts} | {p.top1:.1%} | {p.kl:.1e} | {p.kl_max:.1e} | {verdict} |"
@@ -228,7 +228,7 @@ def choose_device(base: Path) -> Device:
     """
     weights = sum(torch.Size(tensor.shape).numel() for tensor in safetensors_io.tensors(base))
     first = detect()
-    devices = [first] if first.kind == "cpu" else [first, _cpu(first)]
+    devices = [first] if first.kind == "cpu" else [first, cpu("float32")]
     for dtype, size in (("float32", 4), (first.dtype, 2)):
         for device in devices:
             if device.free_gib > ROOM * weights * size / GIB:
@@ -237,13 +237,6 @@ def choose_device(base: Path) -> Device:
         f"parity: {weights / 1e9:.1f} billion weights need {ROOM * weights * 2 / GIB:.0f} GiB of memory. "
         "Fix: close other programs, or export on a machine with more memory."
     )
-
-
-def _cpu(gpu: Device) -> Device:
-    import psutil
-
-    memory = psutil.virtual_memory()
-    return replace(gpu, kind="cpu", name="CPU", memory_gib=memory.total / GIB, free_gib=memory.available / GIB)
 
 
 def _load(export: Path, device: Device) -> tuple[Any, Any, list[int]]:

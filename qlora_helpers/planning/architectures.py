@@ -1,12 +1,16 @@
 """Shape of a model from its config: layers, widths, parameter counts. Needs neither torch nor the weights."""
 
 import json
-from dataclasses import dataclass
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from qlora_helpers.config import BUNDLED_MODEL, Config
 from qlora_helpers.errors import UserError
 from qlora_helpers.planning.shape import ATTENDED, Block, Linear, Shape
 
@@ -40,6 +44,7 @@ LLAMA_LIKE = {
     "olmo2": Traits(qk_norms="all heads"),
 }
 FAMILIES = (*LLAMA_LIKE, "bloom")
+SECONDS = 600  # building the largest models takes about a minute
 
 
 @cache
@@ -73,6 +78,14 @@ def load(model: str, revision: str = "main") -> Shape:
     Raises `UserError` if the config cannot be loaded, or if transformers does not know its model type.
     """
     return from_config(model, read(model, revision))
+
+
+def load_or_bundled(config: Config) -> Shape:
+    """Return the shape of the config's model, or of the bundled model if it is unknown."""
+    try:
+        return load(config.model, config.revision)
+    except UserError:
+        return load(BUNDLED_MODEL)
 
 
 def read(model: str, revision: str = "main") -> dict[str, Any]:
@@ -125,9 +138,30 @@ def from_config(name: str, config: dict[str, Any]) -> Shape:
         return _bloom(name, config)
     if not isinstance(kind, str):
         raise UserError(f"config: {name} has model_type = {kind!r}. Fix: pass the model's own config.json.")
-    from qlora_helpers.planning import meta_device
+    counted = _built_elsewhere(
+        json.dumps({key: value for key, value in config.items() if key != "quantization_config"})
+    )
+    if isinstance(counted, str):
+        raise UserError(
+            f"config: {name} cannot be planned: transformers builds no model of type '{kind}' from it ({counted}). "
+            "Fix: pass the model's own config.json, or update transformers."
+        )
+    return replace(counted, name=name)
 
-    return meta_device.count(name, config)
+
+@cache
+def _built_elsewhere(config: str) -> Shape | str:
+    """Return the shape that `meta_device` counts in a process of its own, or why it could not, in a line."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "qlora_helpers.planning.meta_device"]
+    texts: dict[str, Any] = {"text": True, "encoding": "utf-8", "errors": "replace"}
+    try:
+        done = subprocess.run(command, input=config, env=environment, capture_output=True, timeout=SECONDS, **texts)
+    except subprocess.TimeoutExpired:
+        return f"not done after {SECONDS} s"
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or ["no output"])[-1]
+    return Shape.from_dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def _count(name: str, config: dict[str, Any], *keys: str, default: int | None = None) -> int:

@@ -3,7 +3,6 @@
 from qlora_helpers import cpu_speed
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device, detect, on_cpu, profile
-from qlora_helpers.errors import UserError
 from qlora_helpers.planning import architectures
 
 
@@ -19,7 +18,8 @@ def device_for(config: Config) -> Device:
         return device.computing_in(config.compute_dtype)
     if device.kind == "cuda":
         return device
-    return on_cpu(device, product_size(config))
+    shape = architectures.load_or_bundled(config)
+    return on_cpu(device, (shape.hidden, shape.intermediate))
 
 
 def as_begun(device: Device, dtype: str | None) -> Device:
@@ -34,12 +34,3 @@ def as_begun(device: Device, dtype: str | None) -> Device:
         if getattr(speed, dtype, 0.0) * cpu_speed.WORTHWHILE < getattr(speed, device.dtype, 0.0):
             print(f"This run began in {dtype} and keeps it, although it is slow here ({speed.reason}).")
     return device.computing_in(dtype, f"the run began in {dtype}")
-
-
-def product_size(config: Config) -> tuple[int, int]:
-    """Return the hidden and intermediate size of the config's model, or of the bundled model if they are unknown."""
-    try:
-        shape = architectures.load(config.model, config.revision)
-    except UserError:
-        return cpu_speed.USUAL_SIZE
-    return shape.hidden, shape.intermediate

@@ -48,13 +48,7 @@ def peaks(line: dict[str, Any], moments: tuple[str, ...] = MOMENTS) -> tuple[flo
     return max(planned[moment] for moment in moments), max(line[f"{moment}_reserved"] for moment in moments)
 
 
-def error(line: dict[str, Any], moments: tuple[str, ...] = MOMENTS) -> float:
-    """Return the relative error of the planned peak over `moments`. Above zero, the plan is too high."""
-    planned, measured = peaks(line, moments)
-    return planned / measured - 1
-
-
 def score(lines: list[dict[str, Any]], moments: tuple[str, ...] = MOMENTS) -> dict[str, float]:
-    """Return the number of settings, and the median and the largest absolute error."""
-    errors = [abs(error(line, moments)) for line in lines]
+    """Return the number of settings, and the median and the largest relative error of the planned peak, unsigned."""
+    errors = [abs(planned / measured - 1) for planned, measured in (peaks(line, moments) for line in lines)]
     return {"settings": len(errors), "median": median(errors), "worst": max(errors)}

@@ -1,92 +1,44 @@
 """Shape of any model that transformers knows, counted on torch's meta device, which has shapes but no memory.
 
-`count` starts this module as a process of its own: planning itself stays free of torch.
+`architectures` starts this module as a process of its own: planning itself stays free of torch.
 """
 
-import dataclasses
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
-from functools import cache
+from dataclasses import asdict, replace
 from typing import Any
 
-from qlora_helpers.errors import UserError
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from qlora_helpers.models.qlora import usual_targets
 from qlora_helpers.planning.shape import ATTENDED, Block, Linear, Shape
 
 TOP_K = ("num_experts_per_tok", "top_k_experts", "moe_topk")  # names of the number of experts that a token passes
-SECONDS = 600  # building the largest models takes about a minute
-
-
-def count(name: str, config: dict[str, Any]) -> Shape:
-    """Return the shape of a model from its `config.json`.
-
-    Raises `UserError` if transformers does not know the model type, or if it cannot build a model from this config.
-    """
-    answer = _ask(json.dumps({key: value for key, value in config.items() if key != "quantization_config"}))
-    if "error" in answer:
-        raise UserError(
-            f"config: {name} cannot be planned: transformers builds no model of type '{config['model_type']}' from it "
-            f"({answer['error']}). Fix: pass the model's own config.json, or update transformers."
-        )
-    return shape(name, config["model_type"], answer)
-
-
-def shape(name: str, family: str, answer: dict[str, Any]) -> Shape:
-    """Return the shape from the plain values of `measure`."""
-    parts = [Block(**{**part, "linears": tuple(Linear(**one) for one in part["linears"])}) for part in answer["parts"]]
-    return Shape(
-        **answer["numbers"],
-        name=name,
-        family=family,
-        usual_targets=tuple(answer["usual_targets"]),
-        blocks=tuple(parts[:-1]),
-        outside=parts[-1],
-    )
-
-
-@cache
-def _ask(config: str) -> dict[str, Any]:
-    """Return what `main` prints for a config, or a dict with the key `error`."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "qlora_helpers.planning.meta_device"]
-    try:
-        done = subprocess.run(
-            command, input=config, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=SECONDS
-        )
-        return json.loads(done.stdout.splitlines()[-1])
-    except subprocess.TimeoutExpired:
-        return {"error": f"not done after {SECONDS} s"}
-    except (IndexError, ValueError):
-        return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}
 
 
 def main() -> None:
-    """Read a config from standard input, and print the counts of its model as one line of JSON."""
-    from transformers.utils import logging
-
+    """Read a config from standard input, and print the `Shape` of its model as one line of JSON."""
     logging.set_verbosity_error()
     try:
-        answer = measure(build(json.load(sys.stdin)))
+        shape = measure(build(json.load(sys.stdin)))
     except Exception as error:  # any class of model may raise anything for a config that does not suit it
-        answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
-    print(json.dumps(answer))
+        sys.exit(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+    print(json.dumps(asdict(shape)))
 
 
 def build(config: dict[str, Any]) -> Any:
     """Return the model of a config on the meta device. Code that comes with a model is never run."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), trust_remote_code=False)
 
 
-def measure(model: Any) -> dict[str, Any]:
-    """Return the numbers of a `Shape` and its parts, the blocks first, as plain values."""
-    from qlora_helpers.models.qlora import usual_targets
-
+def measure(model: Any) -> Shape:
+    """Return the shape of a model."""
     config = model.config.get_text_config()
     heads = _number(config, "num_attention_heads", 1)
     numbers = {
@@ -98,17 +50,19 @@ def measure(model: Any) -> dict[str, Any]:
         "positions": _number(config, "max_position_embeddings", 0) or None,
         "embeddings": _embeddings(model),
     }
-    folder, blocks = _blocks(model, config)
-    alike = Counter(_part(model, block, numbers, config) for block in blocks)
-    parts = [dataclasses.replace(block, count=number) for block, number in alike.items()]
-    outside = _part(model, model, numbers, config, without=f"{folder}.")
-    widths = [linear.n_in for part in parts for linear in part.linears if linear.reads != ATTENDED]
-    numbers["intermediate"] = max([*widths, _number(config, "intermediate_size", 1)])
-    return {
-        "numbers": numbers,
-        "parts": [dataclasses.asdict(part) for part in (*parts, outside)],
-        "usual_targets": usual_targets(model),
-    }
+    folder, modules = _blocks(model, config)
+    alike = Counter(_part(model, module, numbers, config) for module in modules)
+    blocks = tuple(replace(block, count=number) for block, number in alike.items())
+    widths = [linear.n_in for block in blocks for linear in block.linears if linear.reads != ATTENDED]
+    return Shape(
+        **numbers,
+        name=type(model).__name__,
+        family=model.config.model_type,
+        intermediate=max([*widths, _number(config, "intermediate_size", 1)]),
+        blocks=blocks,
+        outside=_part(model, model, numbers, config, without=f"{folder}."),
+        usual_targets=tuple(usual_targets(model)),
+    )
 
 
 def _number(config: Any, name: str, default: int) -> int:
@@ -118,12 +72,10 @@ def _number(config: Any, name: str, default: int) -> int:
 
 def _blocks(model: Any, config: Any) -> tuple[str, list[Any]]:
     """Return the path and the modules of the list of blocks: the largest one with a module per hidden layer."""
-    from torch.nn import ModuleList
-
     found = [
         (name, list(module))
         for name, module in model.named_modules()
-        if isinstance(module, ModuleList) and len(module) == config.num_hidden_layers
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers
     ]
     if not found:
         raise ValueError(f"no list of {config.num_hidden_layers} blocks")
@@ -132,25 +84,19 @@ def _blocks(model: Any, config: Any) -> tuple[str, list[Any]]:
 
 def _embeddings(model: Any) -> int:
     """Weights of all embeddings and of the output head. A tied matrix counts once."""
-    from torch.nn import Embedding
-
-    matrices = [module.weight for module in model.modules() if isinstance(module, Embedding)]
+    matrices = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     head = model.get_output_embeddings()
     return sum({id(weight): weight.numel() for weight in [*matrices, *([head.weight] if head else [])]}.values())
 
 
 def _part(model: Any, root: Any, numbers: dict[str, Any], config: Any, without: str = "\0") -> Block:
     """Count the modules under `root`, except those whose path starts with `without`."""
-    from torch.nn import Embedding
-    from torch.nn import Linear as TorchLinear
-    from transformers.pytorch_utils import Conv1D
-
     layers, norms, biases, others, normed, experts = {}, 0, 0, 0, 0, 0
     head = model.get_output_embeddings()
     for path, module in root.named_modules():
-        if path.startswith(without) or isinstance(module, Embedding):
+        if path.startswith(without) or isinstance(module, nn.Embedding):
             continue
-        if isinstance(module, TorchLinear | Conv1D) and module is not head:
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
             layers[path] = module
             continue
         for name, parameter in module.named_parameters(recurse=False):
@@ -190,9 +136,6 @@ def _linears(layers: dict[str, Any], hidden: int) -> list[Linear]:
     Which tensor a layer reads follows from its place: within a module, the last layer that writes to the residual
     stream reads the module's inner values, and all others of one input width read the same tensor.
     """
-    from torch.nn import Linear as TorchLinear
-    from transformers.pytorch_utils import Conv1D
-
     sizes = {path: tuple(layer.weight.shape) for path, layer in layers.items()}
     sizes = {path: size if isinstance(layers[path], Conv1D) else size[::-1] for path, size in sizes.items()}
     parent = {path: path.rpartition(".")[0] for path in sizes}
@@ -203,7 +146,7 @@ def _linears(layers: dict[str, Any], hidden: int) -> list[Linear]:
         reads = f"{parent[path]} {n_in}"
         if output.get(parent[path]) == path:
             reads = ATTENDED if "att" in parent[path] else path
-        packable = type(layers[path]) in (TorchLinear, Conv1D)
+        packable = type(layers[path]) in (nn.Linear, Conv1D)
         name = path.rpartition(".")[2]
         described.append(Linear(name, n_in, n_out, layers[path].bias is not None, reads, packable))
     return described

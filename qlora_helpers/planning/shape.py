@@ -1,6 +1,7 @@
 """Shape of a model: everything that its memory depends on, as numbers of weights per block."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from qlora_helpers.errors import UserError
 
@@ -88,6 +89,16 @@ class Shape:
     outside: Block
     usual_targets: tuple[str, ...]
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Shape":
+        """Return the shape with the values of `dataclasses.asdict`, in which lists may stand for tuples, as in JSON."""
+        *blocks, outside = (
+            Block(**{**part, "linears": tuple(Linear(**linear) for linear in part["linears"])})
+            for part in (*values["blocks"], values["outside"])
+        )
+        targets = tuple(values["usual_targets"])
+        return cls(**{**values, "blocks": tuple(blocks), "outside": outside, "usual_targets": targets})
+
     @property
     def parts(self) -> tuple[Block, ...]:
         """All blocks, and what is outside of them."""
@@ -99,9 +110,9 @@ class Shape:
         return sum(block.count for block in self.blocks)
 
     @property
-    def linear_weights(self) -> int:
-        """Number of weights of the linear layers, except those of the output head."""
-        return sum(part.count * (part.matrices - part.others) for part in self.parts)
+    def multiplied(self) -> int:
+        """Number of weights that each token is multiplied with: those of the linear layers and of the output head."""
+        return sum(part.count * (part.matrices - part.others) for part in self.parts) + self.vocabulary * self.hidden
 
     @property
     def packable(self) -> int:

@@ -7,9 +7,8 @@ products count, and their speed is measured on this machine.
 """
 
 from qlora_helpers import cpu_speed
-from qlora_helpers.config import BUNDLED_MODEL, Config
-from qlora_helpers.errors import UserError
-from qlora_helpers.planning import architectures, compute_dtype, memory
+from qlora_helpers.config import Config
+from qlora_helpers.planning import architectures, memory
 from qlora_helpers.planning.gpus import Gpu
 
 LAUNCH = 6.4e-3  # seconds per block and pass, forward and backward, for any number of tokens
@@ -30,8 +29,7 @@ def seconds(config: Config, gpu: Gpu, method: str | None = None) -> float:
     """
     workload = memory.workload_of(config, method)
     launches = workload.shape.layers * LAUNCH * (UNPACKED if workload.packed else 1)
-    weights = workload.shape.linear_weights + workload.shape.vocabulary * workload.shape.hidden
-    products = PRODUCTS * weights * workload.tokens / (REACHED * gpu.tflops * 1e12)
+    products = PRODUCTS * workload.shape.multiplied * workload.tokens / (REACHED * gpu.tflops * 1e12)
     again = RECOMPUTED if config.gradient_checkpointing else 1
     return config.gradient_accumulation * (launches + products) * again
 
@@ -44,14 +42,9 @@ def here(config: Config) -> tuple[float, str]:
     """
     if config.seconds_per_step is not None:
         return config.seconds_per_step, "measured with the profile's own model"
-    hidden, intermediate = compute_dtype.product_size(config)
-    speed = cpu_speed.lookup(hidden, intermediate)
-    try:
-        shape = architectures.load(config.model, config.revision)
-    except UserError:
-        shape = architectures.load(BUNDLED_MODEL)
-    weights = shape.linear_weights + shape.vocabulary * shape.hidden
-    operations = PRODUCTS * weights * config.effective_batch * config.max_length
+    shape = architectures.load_or_bundled(config)
+    speed = cpu_speed.lookup(shape.hidden, shape.intermediate)
+    operations = PRODUCTS * shape.multiplied * config.effective_batch * config.max_length
     taken = operations / (REACHED_ON_CPU * getattr(speed, speed.dtype) * 1e9)
     return taken, f"from the measured speed of this CPU, {getattr(speed, speed.dtype):.0f} GFLOP/s in {speed.dtype}"
 

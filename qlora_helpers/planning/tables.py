@@ -49,12 +49,11 @@ def training_time(
     They hold for `device`, or without one for the smallest known GPU that fits. The list is empty if none fits; hours
     are None for full fine-tuning.
     """
-    gpu = None if device is None else plan.gpu_of(device, config)
-    name = device if isinstance(device, str) else f"a GPU of {gpu.memory:g} GiB" if gpu else None
-    if gpu is None and (fitting := other_gpus(planned)):
-        name, gpu = fitting[0], GPUS[fitting[0]]
-    if gpu is None:
+    device = next(iter(other_gpus(planned)), None) if device is None else device
+    if device is None:
         return []
+    gpu = plan.gpu_of(device, config)
+    name = device if isinstance(device, str) else f"a GPU of {gpu.memory:g} GiB"
     step = step_time.seconds(config, gpu, planned.method) if planned.method != "full" else None
     lines = []
     for rows in n_rows:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from qlora_helpers.config import Config
 from qlora_helpers.errors import UserError
 from qlora_helpers.planning import architectures, meta_device, plan, quantization
+from qlora_helpers.planning.shape import Shape
 
 SIZES = {
     "vocab_size": 96,
@@ -60,14 +62,13 @@ def tiny(name):
 @pytest.fixture
 def in_process(monkeypatch):
     """Count in this process: starting another takes seconds."""
-    monkeypatch.setattr(meta_device, "_ask", lambda config: meta_device.measure(meta_device.build(json.loads(config))))
+    monkeypatch.setattr(architectures, "_built_elsewhere", lambda config: counted(json.loads(config))[1])
 
 
 def counted(config):
     """The model of a config on the meta device, and its shape as `meta_device` counts it, without the process."""
     model = meta_device.build(config)
-    answer = json.loads(json.dumps(meta_device.measure(model)))
-    return model, meta_device.shape("any", config["model_type"], answer)
+    return model, Shape.from_dict(json.loads(json.dumps(asdict(meta_device.measure(model)))))
 
 
 @pytest.mark.parametrize("name", architectures.known_models())
@@ -136,7 +137,7 @@ def test_a_folder_a_file_and_the_hub(tmp_path, model_folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("{}", "has model_type = None"),
         ('{"model_type": "unheard_of"}', "transformers builds no model of type 'unheard_of'"),
@@ -145,12 +146,12 @@ def test_a_folder_a_file_and_the_hub(tmp_path, model_folder, monkeypatch):
         ("{", "cannot be read"),
     ],
 )
-def test_a_config_that_cannot_be_used_is_one_line(tmp_path, text, said):
+def test_a_config_that_cannot_be_used_is_one_line(tmp_path, text, message):
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
         architectures.load(str(path))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -186,11 +187,11 @@ def test_four_bit_weights_are_those_that_bitsandbytes_packs(name, tmp_path, devi
     import bitsandbytes as bnb
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from qlora_helpers.models import qlora
+    from qlora_helpers.models import base, qlora
 
     config = tiny(name) | {"hidden_size": 64, "word_embed_proj_dim": 64, "n_embd": 64}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).save_pretrained(tmp_path)
-    monkeypatch.setattr(qlora, "UNPACKED", 1)  # experts would be refused
+    monkeypatch.setattr(base, "UNPACKED", 1)  # experts would be refused
     model = qlora.load_base(Config.from_params(profile="cpu", model=str(tmp_path)), device)
     packed = [module.weight for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     assert counted(config)[1].packable == sum(qlora.true_size(weight) for weight in packed) > 0
@@ -225,23 +226,23 @@ def test_trained_parameters_of_a_hybrid_are_the_models_own(tmp_path, device, in_
 
 
 @pytest.mark.parametrize(
-    ("name", "targets", "said"),
+    ("name", "targets", "message"),
     [
         ("phi3", "q_proj", "from down_proj, gate_up_proj, o_proj, qkv_proj, or all-linear; usual: o_proj, qkv_proj."),
         ("gpt2", "q_proj", "from c_attn, c_fc, c_proj, or all-linear; usual: c_attn."),
         ("gpt2", "c_attn", None),
     ],
 )
-def test_a_wrong_target_names_the_layers_and_the_usual_ones(name, targets, said, in_process):
+def test_a_wrong_target_names_the_layers_and_the_usual_ones(name, targets, message, in_process):
     from qlora_helpers.models import qlora
 
     config = Config.from_params(profile="cpu", target_modules=targets)
     model = counted(tiny(name))[0]
-    if said is None:
+    if message is None:
         return qlora.check_targets(model, config)
     with pytest.raises(UserError) as caught:
         qlora.check_targets(model, config)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def planned(tmp_path, name, quantization_config=None, **settings):
@@ -276,7 +277,7 @@ NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_typ
 
 
 @pytest.mark.parametrize(
-    ("stored", "settings", "said"),
+    ("stored", "settings", "message"),
     [
         (NF4, {}, None),
         (NF4, {"quantization": "fp4"}, "stays as it is. Fix: quantization=nf4, double_quant=true."),
@@ -288,9 +289,9 @@ NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_typ
         ("gibberish", {}, "not supported here. Fix: use the 16-bit model"),
     ],
 )
-def test_a_quantized_checkpoint_stays_what_it_is_or_is_refused(tmp_path, stored, settings, said):
+def test_a_quantized_checkpoint_stays_what_it_is_or_is_refused(tmp_path, stored, settings, message):
     reason = quantization.refusal(planned(tmp_path, "llama", stored, **settings))
-    assert (reason is None) if said is None else (said in reason)
+    assert (reason is None) if message is None else (message in reason)
 
 
 KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",

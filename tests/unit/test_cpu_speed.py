@@ -285,5 +285,6 @@ def test_apple_silicon_uses_its_cpu(config, measured, monkeypatch):
 
 
 def test_an_unknown_model_is_measured_at_the_usual_size(config):
-    assert compute_dtype.product_size(config.replace(model="no/such-model")) == cpu_speed.USUAL_SIZE
+    shape = architectures.load_or_bundled(config.replace(model="no/such-model"))
+    assert (shape.hidden, shape.intermediate) == cpu_speed.USUAL_SIZE
     assert hub.is_local(config)

@@ -59,13 +59,13 @@ def fail(monkeypatch):
     """Return a function that makes every copy to Drive fail after the first `after`, with half of a file written."""
 
     def fail_with(number, after=0):
-        copies, honest = iter(range(after)), shutil.copy2
+        copies, original = iter(range(after)), shutil.copy2
 
         def copy(source, target, **kwargs):
             if runs.DRIVE in Path(target).parents and next(copies, None) is None:
                 Path(target).write_bytes(Path(source).read_bytes()[: Path(source).stat().st_size // 2])
                 raise OSError(number, errno.errorcode[number])
-            return honest(source, target, **kwargs)
+            return original(source, target, **kwargs)
 
         monkeypatch.setattr(shutil, "copy2", copy)
 
@@ -128,9 +128,9 @@ def test_a_drive_that_fails_during_a_run_loses_nothing(train, fail, capsys, numb
     if gone:
         monkeypatch.setattr(drive, "_remove", lambda part: None)
     run = train()
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     there = RunFolder(runs.DRIVE / "qlora_runs" / "exp1")
-    lines = [line for line in said.splitlines() if "could not be updated" in line]
+    lines = [line for line in printed.splitlines() if "could not be updated" in line]
     assert lines
     assert all("Fix" in line and str(run.path) in line for line in lines)
     assert run.path == drive.HERE / "qlora_runs" / "exp1"

@@ -82,7 +82,7 @@ def test_a_parameter_that_is_not_a_setting_is_checked_for_its_type(tmp_path, kin
 
 
 def test_a_text_is_shown_as_it_stands():
-    page = notebook.texts([{"prompt": "<b>x</b>\ny", "said": None}], ["prompt", "said"]).to_html()
+    page = notebook.texts([{"prompt": "<b>x</b>\ny", "answer": None}], ["prompt", "answer"]).to_html()
     assert "&lt;b&gt;x&lt;/b&gt;\ny" in page
     assert "–" in page
     assert "pre-wrap" in page

@@ -179,7 +179,7 @@ def test_a_t4_is_the_same_by_name_by_size_and_as_a_device():
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "message"),
     [
         (["--device", "t4"], 0, "fits: 3.18 GiB of 14.74"),
         (["--preset", "llama31-8b", "--memory", "16"], 3, "does not fit: 2"),
@@ -199,13 +199,13 @@ def test_a_t4_is_the_same_by_name_by_size_and_as_a_device():
         (["--bias", "some"], 2, "bias: 'some' is not one of"),
     ],
 )
-def test_the_command(capsys, monkeypatch, words, code, said):
+def test_the_command(capsys, monkeypatch, words, code, message):
     from qlora_helpers.models import hub
 
     monkeypatch.setattr(hub, "reachable", lambda: False)
     assert main(["plan", *words]) == code
     seen = capsys.readouterr()
-    assert said in (seen.err if code == 2 else seen.out)
+    assert message in (seen.err if code == 2 else seen.out)
     assert code != 2 or seen.err.count("\n") == 1
 
 
@@ -245,7 +245,7 @@ def test_hours_grow_with_rows_and_epochs(capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--preset", "tinyllama-guanaco-100", "--device", "t4"], "100       5       125"),
         (["--preset", "tinyllama-guanaco-100", "--device", "t4"], "measured on an H100"),
@@ -253,9 +253,9 @@ def test_hours_grow_with_rows_and_epochs(capsys):
         (["--method", "full", "--device", "h100"], "no estimate for this method"),
     ],
 )
-def test_the_time_and_where_it_comes_from(capsys, words, said):
+def test_the_time_and_where_it_comes_from(capsys, words, message):
     main(["plan", *words])
-    assert said in capsys.readouterr().out
+    assert message in capsys.readouterr().out
 
 
 def test_zero_rows_are_refused(capsys):
@@ -276,9 +276,9 @@ def test_out_of_memory_names_planned_and_reserved_memory_and_a_fit(tmp_path):
     config = Config.preset("llama31-8b")
     with pytest.raises(UserError) as caught:
         oom.shrink(config, T4, RunFolder(tmp_path), 14.2)
-    said = str(caught.value)
+    message = str(caught.value)
     for words in ("23.6 of 14.7", "GiB were planned", "14.2 GiB were reserved", "batch_size=1", "on_oom=shrink"):
-        assert words in said
+        assert words in message
 
 
 def test_shrinking_halves_to_the_end_and_then_stops(tmp_path):
@@ -310,7 +310,7 @@ def test_what_ran_out_of_memory_when_it_was_tried_did_not_fit_the_plan():
 
 
 @pytest.mark.parametrize(
-    ("gap", "memory_", "seconds", "said"),
+    ("gap", "memory_", "seconds", "message"),
     [
         ((-0.2, -0.1), (2, 2), (1, 1), "Take B: its held-out loss is lower."),
         ((0.1, 0.2), (2, 1), (1, 1), "Take A: its held-out loss is lower."),
@@ -319,20 +319,20 @@ def test_what_ran_out_of_memory_when_it_was_tried_did_not_fit_the_plan():
         ((-0.1, 0.1), (2, 2), (1, 1), "Take either"),
     ],
 )
-def test_which_to_take_follows_from_the_interval_then_memory_then_time(gap, memory_, seconds, said):
+def test_which_to_take_follows_from_the_interval_then_memory_then_time(gap, memory_, seconds, message):
     result = Difference("A", "B", sum(gap) / 2, *gap, rows=9, seeds=1)
     rows = [
         {"run": name, "peak GiB": size, "seconds a step": time}
         for name, size, time in zip("AB", memory_, seconds, strict=True)
     ]
-    assert comparison.recommend(result, rows).startswith(said)
+    assert comparison.recommend(result, rows).startswith(message)
 
 
 def test_the_plan_is_printed_before_the_weights_are_loaded(capsys, tmp_path):
     oom.announce(Config.preset("llama31-8b"), T4)
-    said = capsys.readouterr().out
-    assert said.startswith("Memory: does not fit: 23.")
-    assert "- max_length=1024" in said
+    message = capsys.readouterr().out
+    assert message.startswith("Memory: does not fit: 23.")
+    assert "- max_length=1024" in message
     unknown = tmp_path / "config.json"
     unknown.write_text("{}")
     oom.announce(Config.preset("llama31-8b", model=str(tmp_path)), T4)
