@@ -97,10 +97,10 @@ def test_long_rows_are_cut_or_dropped(prepare):
     rows = [*ROWS, {"instruction": "Long?", "output": "word " * 200}]
     cut, dropped = prepare(rows, n_samples=None), prepare(rows, n_samples=None, over_length="drop")
     assert len(cut.train) == 31
-    assert sum(example.cut > 0 for example in cut.train + cut.heldout) == 1
+    assert sum(example.cut > 0 for example in cut.train) == 1
     assert len(dropped.train) == 30
     assert reasons(dropped) == ["over 64 tokens"]
-    assert all(len(example.input_ids) <= 64 for example in cut.train + cut.heldout)
+    assert all(len(example.input_ids) <= 64 for example in cut.train)
 
 
 def test_rows_without_a_trained_token_are_dropped(prepare):
