@@ -256,7 +256,7 @@ def _rehearsal(
     """
     if not wanted:
         return [], None
-    own = {"subset": None, "split": None, "columns": None, "group_by": None}  # of the first data set
+    own: dict[str, Any] = {"subset": None, "split": None, "columns": None, "group_by": None}  # of the first data set
     own |= {"keep_best": False, "early_stopping_patience": None, "draw": config.data_seed}
     second = config.replace(
         dataset=config.rehearsal_dataset, n_samples=wanted, rehearsal=0.0, over_length="truncate", **own
