@@ -125,7 +125,8 @@ def _data(out: Path, max_tokens: int, n_heldout: int | None, template: str | Non
     report.write(built, cleaned, folder)
     print(f"layout: {cleaned.loaded.layout}", *(f"columns: {line}" for line in cleaned.loaded.columns), sep="\n")
     altered = [(f"altered: {kind}", count) for kind, count in cleaned.loaded.altered.items()]
-    for name, count in [*built.tables[0].rows, *altered]:
+    groups = [(f"groups, {built.facts['heldout_groups']:,} of them held out", built.facts["groups"])]
+    for name, count in [*built.tables[0].rows, *(groups if built.facts["groups"] else []), *altered]:
         print(f"{count:>10,}  {name}")
     print(*filter(None, [built.advice]), f"Report: {out / 'report.md'}", sep="\n")
 

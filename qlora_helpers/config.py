@@ -85,6 +85,8 @@ class Config:
     n_samples: int | None = _field(None, "number of training rows; None: all usable rows", low=1)
     n_heldout: int = _field(100, "number of held-out rows, which are never trained on", low=2)
     heldout_max_length: int = _field(2048, "maximum number of tokens per held-out row", low=8)
+    n_selection: int | None = _field(None, "rows to choose the checkpoint on; None: n_heldout", low=2)
+    group_by: str | None = _field(None, "field of rows that belong together, never split")
     data_seed: int = _field(0, "seed of the split into held-out and training rows", low=0)
     draw: int | None = _field(None, "seed of the choice of training rows; None: seed", low=0)
 
@@ -112,7 +114,7 @@ class Config:
     )
     eval_steps: int | None = _field(None, "steps between held-out losses; None: once per epoch", low=1)
     save_steps: int = _field(50, "steps between checkpoints", low=1, identity=False)
-    keep_best: bool = _field(False, "end with the checkpoint of the lowest held-out loss")
+    keep_best: bool = _field(False, "end with the best checkpoint on the selection rows")
     early_stopping_patience: int | None = _field(None, "stop after this many evaluations without a new low", low=1)
     n_seeds: int = _field(1, "training seeds per experiment in a comparison", low=1, identity=False)
     equal_steps: bool = _field(False, "also train the smaller experiment for as many steps", identity=False)
@@ -166,6 +168,12 @@ class Config:
     def training_draw(self) -> int:
         """Seed of the choice of training rows."""
         return self.seed if self.draw is None else self.draw
+
+    @property
+    def selection_rows(self) -> int:
+        """Number of rows that the best checkpoint or the end of training is chosen on; 0 if nothing is chosen."""
+        chooses = self.keep_best or self.early_stopping_patience
+        return (self.n_selection or self.n_heldout) if chooses else 0
 
     @property
     def identity(self) -> str:

@@ -32,17 +32,21 @@ class NearDuplicate:
 
 @dataclass
 class Cleaned:
-    """A data set after cleaning and splitting. Rows read = training + held-out + dropped rows.
+    """A data set after cleaning and splitting. Rows read = training + held-out + selection + dropped rows.
 
-    `examples` holds encoded rows by row id, so that `select` does not tokenize them again: the held-out rows and the
-    first `n_samples` training rows. An encoded row takes about 145 bytes per token, too much to keep every row of a
-    large data set. `encoding` holds the settings and the tokenizer they were encoded with.
+    `train` and `heldout` are in the order of the split; a draw orders the training rows anew. `selection` are rows of
+    the source's validation split, if a checkpoint is chosen on them.
+
+    `examples` holds encoded rows by row id, so that `select` does not tokenize them again: the held-out rows and those
+    that the config's own draw trains and chooses on. An encoded row takes about 145 bytes per token, too much to keep
+    every row of a large data set. `encoding` holds the settings and the tokenizer they were encoded with.
     """
 
     loaded: Loaded
     max_length: int
     train: list[TokenizedRow] = field(default_factory=list)
     heldout: list[TokenizedRow] = field(default_factory=list)
+    selection: list[TokenizedRow] = field(default_factory=list)
     dropped: list[dict[str, Any]] = field(default_factory=list)
     near_duplicates: list[NearDuplicate] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)  # tokens of each tokenized row, dropped or not
@@ -69,6 +73,8 @@ class Data:
     """Encoded training rows, encoded held-out rows, which are never trained on, and the cleaned data set.
 
     `rehearsal` contains rows of a second data set, mixed in to reduce forgetting. They are not included in `counts`.
+    `selection` are rows that the checkpoint is chosen on; none if nothing is chosen or too few are left. `draw` is the
+    seed of the choice of training rows.
     """
 
     train: list[Example]
@@ -76,6 +82,8 @@ class Data:
     cleaned: Cleaned
     rehearsal: list[Example] = field(default_factory=list)
     rehearsal_source: str | None = None
+    selection: list[Example] = field(default_factory=list)
+    draw: int = 0
 
     @property
     def trained_on(self) -> list[Example]:
@@ -99,12 +107,14 @@ class Data:
         return fingerprint(example.row.id for example in self.heldout)
 
     def counts(self) -> dict[str, int]:
-        """Count rows by what happened to them. Rows read = dropped + not asked for + held-out + train."""
+        """Count rows by what happened to them. Rows read = dropped + not asked for + held-out + selection + train."""
+        usable = len(self.cleaned.train) + len(self.cleaned.selection)
         return {
             "rows read": self.cleaned.rows_read,
             **{f"dropped: {reason}": n for reason, n in sorted(Counter(d["reason"] for d in self.dropped).items())},
-            "usable, not asked for": len(self.cleaned.train) - len(self.train),
+            "usable, not asked for": usable - len(self.train) - len(self.selection),
             "held-out": len(self.heldout),
+            **({"selection": len(self.selection)} if self.selection else {}),
             "train": len(self.train),
             "train, cut at the token limit": sum(example.cut > 0 for example in self.train),
         }
@@ -117,9 +127,12 @@ class Data:
             "heldout_fingerprint": self.heldout_fingerprint,
             "layout": self.cleaned.loaded.layout,
             "counts": self.counts(),
+            "draw": self.draw,
             "train_ids": [example.row.id for example in self.train],
             "heldout_ids": [example.row.id for example in self.heldout],
         }
+        if self.selection:
+            manifest["selection_ids"] = [example.row.id for example in self.selection]
         if self.rehearsal:
             ids = [example.row.id for example in self.rehearsal]
             manifest["rehearsal"] = {"source": self.rehearsal_source, "rows": len(ids), "ids": ids}

@@ -1,14 +1,14 @@
 """Clean and split a data set: drop unusable rows with a reason, then select held-out rows, then training rows.
 
-The order of the rows depends only on their text and the data seed, not on their order in the file.
+The order of the rows depends only on their text and two seeds, not on their order in the file.
 """
 
-import hashlib
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, pairwise
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from qlora_helpers.config import Config
@@ -18,7 +18,8 @@ from qlora_helpers.data.leaks import HeldOut, parts
 from qlora_helpers.data.near_duplicates import Index, same_text
 from qlora_helpers.data.prompts import Example
 from qlora_helpers.data.schema import TEST, VALIDATION, Row
-from qlora_helpers.errors import UserError
+from qlora_helpers.data.splitting import Fit, Split, in_draw, split_key
+from qlora_helpers.errors import UserError, nearest
 
 __all__ = [
     "Cleaned",
@@ -40,7 +41,6 @@ SLIPS = 0.05  # largest share of answers equal to the one before that are mistak
 # Reasons of rows whose answers do not fit; the number is `max_length`.
 OVER, NOTHING_TRAINED = "over {} tokens", "no trained token within {} tokens"
 REASONS = 5  # most frequent reasons in an error
-Usable = tuple[TokenizedRow, Example | None]
 
 
 def identity(config: Config, data: Data) -> dict[str, str]:
@@ -58,16 +58,25 @@ def prepare(config: Config, tokenizer: Any) -> Data:
 
 
 def select(cleaned: Cleaned, config: Config, tokenizer: Any) -> Data:
-    """Select the first `n_samples` training rows and the held-out rows of a cleaned data set, encoded.
+    """Select the first `n_samples` training rows of a draw, the rows to choose a checkpoint on, and the held-out rows.
 
-    `cleaned` may come from a config with another `n_samples`, because the split does not depend on it. Raises
-    `UserError` if too few usable rows are left, or if a training prompt is also held out.
+    They are returned encoded: training rows up to `max_length` tokens, the others up to `heldout_limit`. Rows to choose
+    on come from the validation split, then from the training rows that follow in the draw; if they are fewer than
+    `selection_rows`, there are none. `cleaned` may come from a config with another `n_samples` or draw, because the
+    split does not depend on them. Raises `UserError` if too few usable rows are left, or if a training prompt is also
+    held out.
     """
     check_enough(cleaned, config.n_heldout, config.n_samples or 1)
-    train = _examples(cleaned, cleaned.train[: config.n_samples], config, tokenizer)
-    heldout = _examples(cleaned, cleaned.heldout, config, tokenizer)
+    drawn = in_draw(cleaned.train, config.training_draw)
+    size = config.n_samples or len(drawn)
+    chosen = [*cleaned.selection, *drawn[size:]][: config.selection_rows]
+    train = _examples(cleaned, drawn[:size], config, tokenizer, config.max_length)
+    heldout, selection = (
+        _examples(cleaned, items, config, tokenizer, prompts.heldout_limit(config))
+        for items in (cleaned.heldout, chosen if len(chosen) == config.selection_rows else [])
+    )
     rehearsal, source = _rehearsal(config, tokenizer, cleaned.heldout, round(config.rehearsal * len(train)))
-    data = Data(train, heldout, cleaned, rehearsal, source)
+    data = Data(train, heldout, cleaned, rehearsal, source, selection, config.training_draw)
     check_no_leak(data)
     return data
 
@@ -105,39 +114,55 @@ def clean(config: Config, tokenizer: Any, n_heldout: int | Callable[[int], int] 
     usable rows; then no encoded rows are kept. Raises `UserError` if the data set cannot be read.
     """
     cleaned = Cleaned(sources.load(config), config.max_length, encoding=_encoding(config, tokenizer))
+    _check_groups(cleaned, config)
     cleaned.dropped.extend(cleaned.loaded.rejected)
     rows = list(_readable(cleaned, config, rendering.control_marks(config, tokenizer)))
-    rows.sort(key=lambda row: (row.split != TEST, _digest(f"{config.data_seed}\n{row.prompt}"), row.id))
-    usable = _fitting(cleaned, _distinct(cleaned, rows, config), config, tokenizer)
+    rows.sort(key=lambda row: split_key(row, config.data_seed))
+    rows = list(_distinct(cleaned, rows, config))
+    fit: Fit = partial(_fitting, cleaned, config, tokenizer)
     if callable(n_heldout):
-        tests, others = _take_tests(cleaned, ((item, None) for item, _ in usable), None)
-        counted = list(others)
-        _split(cleaned, [*tests, *counted], config, len(tests) or n_heldout(len(counted)))
+        known = {item.row.id: (item, None) for item, _ in fit(rows)}
+        fit = partial(_known, known)
+        counts = Counter(row.split == TEST for row in rows if row.id in known)
+        most = counts[True] or n_heldout(counts[False])
     else:
         most = config.n_heldout if n_heldout is None else n_heldout
-        tests, others = _take_tests(cleaned, usable, most)
-        _split(cleaned, chain(tests, others), config, len(tests) or most)
+    _divide(Split(cleaned, config, fit), rows, most)
     return cleaned
 
 
-def _take_tests(cleaned: Cleaned, usable: Iterator[Usable], most: int | None) -> tuple[list[Usable], Iterator[Usable]]:
-    """Return the rows of the test split, which come first, and the other rows. Drop test rows over `most`."""
-    tests: list[Usable] = []
-    for item in usable:
-        row = item[0].row
-        if row.split != TEST:
-            return tests, chain([item], usable)
-        if most is None or len(tests) < most:
-            tests.append(item)
-        else:
-            cleaned.drop(row, f"test split, over n_heldout={most}")
-    return tests, usable
+def _known(items: dict[str, tuple[TokenizedRow, None]], rows: Iterable[Row]) -> Iterator[tuple[TokenizedRow, None]]:
+    return (items[row.id] for row in rows if row.id in items)
+
+
+def _check_groups(cleaned: Cleaned, config: Config) -> None:
+    """Raise `UserError` if no row has a value in the field that the user named."""
+    if config.group_by and not any(row.group for row in cleaned.loaded.rows):
+        raise UserError(
+            f"group_by: no row of {cleaned.loaded.name} has a value in a field '{config.group_by}'."
+            f"{nearest(config.group_by, cleaned.loaded.fields)}"
+        )
+
+
+def _divide(split: Split, rows: list[Row], most: int) -> None:
+    """Hold out rows of the test split, or the first of all, and use the others. Test rows over `most` are dropped."""
+    tests, validation, others = (
+        deque(row for row in rows if (row.split if row.split in (TEST, VALIDATION) else "") == name)
+        for name in (TEST, VALIDATION, "")
+    )
+    usable = split.hold_out(tests, most)
+    for row in tests:
+        split.cleaned.drop(row, f"test split, over n_heldout={most}")
+    split.hold_out(others, min(usable, most) or most)
+    split.choose_on(validation)
+    split.train_on(others)
+    split.finish()
 
 
 def _encoding(config: Config, tokenizer: Any) -> tuple[Any, ...]:
-    """Return everything that `prompts.encode` depends on besides the row."""
+    """Return everything that `prompts.encode` depends on besides the row and the token limit."""
     settings = (getattr(config, name) for name in rendering.SETTINGS)
-    return (*settings, config.train_on, config.max_length, tokenizer)
+    return (*settings, config.train_on, tokenizer)
 
 
 def _readable(cleaned: Cleaned, config: Config, marks: re.Pattern[str]) -> Iterator[Row]:
@@ -155,7 +180,7 @@ def _readable(cleaned: Cleaned, config: Config, marks: re.Pattern[str]) -> Itera
     for row in rows:
         reason = _text_reason(row, config, None if may_repeat else previous)
         previous = row.answer
-        if row.split == VALIDATION:
+        if row.split == VALIDATION and not config.selection_rows:
             reason = "validation split, kept for selection"
         elif row.id in seen:
             reason = "same row twice"
@@ -188,21 +213,23 @@ def _same(a: str, b: str) -> bool:
 
 
 def _fitting(
-    cleaned: Cleaned, rows: Iterable[Row], config: Config, tokenizer: Any
+    cleaned: Cleaned, config: Config, tokenizer: Any, rows: Iterable[Row]
 ) -> Iterator[tuple[TokenizedRow, Example]]:
-    """Tokenize the rows and yield those with a trained token within the token limit."""
-    for example in prompts.encode(rows, config, tokenizer):
+    """Tokenize the rows and yield those with a trained token within `max_length`, encoded up to `heldout_limit`."""
+    whole = config.replace(max_length=prompts.heldout_limit(config))
+    for example in prompts.encode(rows, whole, tokenizer):
         tokens = len(example.input_ids) + example.cut
+        trained = prompts.shortened(example, config.max_length).trained
         if tokens:
             cleaned.lengths.append(tokens)
-        if example.cut and config.over_length == "drop":
+        if tokens > config.max_length and config.over_length == "drop":
             cleaned.drop(example.row, OVER.format(config.max_length))
         elif example.problem:
             cleaned.drop(example.row, example.problem)
-        elif not example.trained:
+        elif not trained:
             cleaned.drop(example.row, NOTHING_TRAINED.format(config.max_length))
         else:
-            yield TokenizedRow(example.row, tokens, example.trained), example
+            yield TokenizedRow(example.row, tokens, trained), example
 
 
 def _distinct(cleaned: Cleaned, rows: Iterable[Row], config: Config) -> Iterator[Row]:
@@ -219,32 +246,6 @@ def _distinct(cleaned: Cleaned, rows: Iterable[Row], config: Config) -> Iterator
             cleaned.near_duplicates.append(NearDuplicate(row, kept[match[0]], match[1], NEAR_ROW))
 
 
-def _split(
-    cleaned: Cleaned, usable: Iterable[tuple[TokenizedRow, Example | None]], config: Config, n_heldout: int
-) -> None:
-    """Hold out the first `n_heldout` rows, then use every row that is no leak (see `leaks`) for training.
-
-    Held-out rows are also unlike each other, so that they are independent. `usable` may be an iterator, so that rows
-    are tokenized while they are split and unused encodings are released.
-    """
-    held = HeldOut(cleaned.loaded.rows, config.near_duplicates)
-    leaks: list[NearDuplicate] = []
-    for item, example in usable:
-        full = len(cleaned.heldout) == n_heldout
-        leak = held.leak(item.row)
-        if leak is not None:
-            leaks.append(NearDuplicate(item.row, leak.heldout, leak.similarity, leak.reason))
-            continue
-        if example and not (full and config.n_samples and len(cleaned.train) >= config.n_samples):
-            cleaned.examples[item.row.id] = example
-        if not full:
-            held.add(item.row)
-        (cleaned.train if full else cleaned.heldout).append(item)
-    for leaked in leaks:
-        cleaned.drop(leaked.dropped, leaked.reason)
-    cleaned.near_duplicates.extend(leaks)
-
-
 def _rehearsal(
     config: Config, tokenizer: Any, heldout: list[TokenizedRow], wanted: int
 ) -> tuple[list[Example], str | None]:
@@ -255,7 +256,8 @@ def _rehearsal(
     """
     if not wanted:
         return [], None
-    own = {"subset": None, "split": None, "columns": None}  # of the first data set
+    own: dict[str, Any] = {"subset": None, "split": None, "columns": None, "group_by": None}  # of the first data set
+    own |= {"keep_best": False, "early_stopping_patience": None, "draw": config.data_seed}
     second = config.replace(
         dataset=config.rehearsal_dataset, n_samples=wanted, rehearsal=0.0, over_length="truncate", **own
     )
@@ -269,19 +271,17 @@ def _rehearsal(
             f"rehearsal: {wanted} rows requested, but {config.rehearsal_dataset} has {len(rows)} usable ones. "
             "Fix: a smaller rehearsal, or a larger rehearsal_dataset."
         )
-    return _examples(cleaned, rows[:wanted], second, tokenizer), cleaned.loaded.name
+    return _examples(cleaned, rows[:wanted], second, tokenizer, second.max_length), cleaned.loaded.name
 
 
-def _examples(cleaned: Cleaned, items: list[TokenizedRow], config: Config, tokenizer: Any) -> list[Example]:
-    """Return the encoded rows. Tokenizes only rows that `cleaned` does not already hold in this encoding."""
+def _examples(cleaned: Cleaned, items: list[TokenizedRow], config: Config, tokenizer: Any, limit: int) -> list[Example]:
+    """Return the rows encoded up to `limit` tokens. Tokenizes only rows that `cleaned` does not hold in that length."""
     known = cleaned.examples if cleaned.encoding == _encoding(config, tokenizer) else {}
-    missing = [item.row for item in items if item.row.id not in known]
-    known.update((example.row.id, example) for example in prompts.encode(missing, config, tokenizer))
-    return [known[item.row.id] for item in items]
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    long_enough = {key for key, example in known.items() if not example.cut or len(example.input_ids) >= limit}
+    missing = [item.row for item in items if item.row.id not in long_enough]
+    encoded = prompts.encode(missing, config.replace(max_length=limit), tokenizer)
+    known.update((example.row.id, example) for example in encoded)
+    return [prompts.shortened(known[item.row.id], limit) for item in items]
 
 
 def check_no_leak(data: Data) -> None:
@@ -289,9 +289,9 @@ def check_no_leak(data: Data) -> None:
     held = HeldOut(data.cleaned.loaded.rows, 1.0)
     for example in data.heldout:
         held.add(example.row)
-    both = [example.row for example in data.trained_on if held.leak(example.row)]
+    both = [example.row for example in [*data.trained_on, *data.selection] if held.leak(example.row)]
     if both:
         raise UserError(
-            f"held-out set: {len(both)} of its rows are also trained on (first: {both[0].origin}). "
+            f"held-out set: {len(both)} of its rows are also trained on or chosen on (first: {both[0].origin}). "
             "Fix: remove them from the data set."
         )

@@ -2,18 +2,21 @@
 
 import html
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import groupby, islice, pairwise
 from textwrap import shorten
 from typing import Any
 
-from qlora_helpers.config import Config
+from qlora_helpers.config import BUNDLED_MODEL, Config
 from qlora_helpers.data import rendering
 from qlora_helpers.data.builtin_templates import Span, UnplacedAnswer
 from qlora_helpers.data.schema import Row
 from qlora_helpers.errors import UserError
+from qlora_helpers.models import hub
 
 IGNORE = -100  # label ignored by the cross-entropy loss
+BUNDLED_POSITIONS = 8192  # of the bundled model
 BATCH = 1000  # rows tokenized at once: enough to be fast, few enough to limit memory
 
 
@@ -91,6 +94,38 @@ def encode(rows: Iterable[Row], config: Config, tokenizer: Any) -> Iterator[Exam
                 yield Example(row, "", [], [], [], 0, problem)
             else:
                 yield _example(row, text, spans, ids, offsets, config, tokenizer)
+
+
+def shortened(example: Example, limit: int) -> Example:
+    """Return the example cut to `limit` tokens."""
+    over = len(example.input_ids) - limit
+    if over <= 0:
+        return example
+    ids, labels, offsets = example.input_ids[:limit], example.labels[:limit], example.offsets[:limit]
+    return replace(example, input_ids=ids, labels=labels, offsets=offsets, cut=example.cut + over)
+
+
+def heldout_limit(config: Config) -> int:
+    """Return the maximum number of tokens of a held-out row: `heldout_max_length`, if the model has as many positions.
+
+    It is never below `max_length`, within which every row has a trained token.
+    """
+    known = positions(config)
+    return max(config.max_length, min(config.heldout_max_length, known or config.heldout_max_length))
+
+
+@cache
+def positions(config: Config) -> int | None:
+    """Return the number of positions that the model's config states, or None if it states none or is not at hand."""
+    from transformers import AutoConfig
+
+    if config.model == BUNDLED_MODEL:
+        return BUNDLED_POSITIONS
+    try:
+        loaded = hub.from_pretrained(AutoConfig, config).get_text_config()
+    except UserError:
+        return None
+    return getattr(loaded, "max_position_embeddings", None)
 
 
 def _render(template: Any, row: Row) -> tuple[str, list[Span], str | None]:

@@ -29,7 +29,7 @@ def source_name() -> str:
 def records() -> Iterator[tuple[str, dict[str, str]]]:
     """Yield the qualified name and the record of every public function, class and method that has a docstring.
 
-    A record has the keys `instruction`, `input` (the signature) and `output` (the docstring).
+    A record has the keys `instruction`, `input` (the signature), `output` (the docstring) and `module`.
     """
     folder = Path(sysconfig.get_path("stdlib"))
     for name in sorted(sys.stdlib_module_names - SKIPPED):
@@ -51,7 +51,7 @@ def _from_source(file: Path, module: str) -> Iterator[tuple[str, dict[str, str]]
     for node, name in _public(tree, module):
         docstring = ast.get_docstring(node)
         if docstring:
-            yield _record(name, _signature(node), docstring)
+            yield _record(module, name, _signature(node), docstring)
 
 
 def _public(tree: Any, prefix: str) -> Iterator[tuple[Any, str]]:
@@ -82,12 +82,14 @@ def _built_in(module: str) -> Iterator[tuple[str, dict[str, str]]]:
             docstring = inspect.getdoc(part)
             if docstring:
                 text = getattr(part, "__text_signature__", None) or "(...)"
-                yield _record(path if module == "builtins" else f"{module}.{path}", f"{path}{text}", docstring)
+                named = path if module == "builtins" else f"{module}.{path}"
+                yield _record(module, named, f"{path}{text}", docstring)
 
 
 def _is_private(name: str) -> bool:
     return name.startswith("_") and name != "__init__"
 
 
-def _record(name: str, signature: str, docstring: str) -> tuple[str, dict[str, str]]:
-    return name, {"instruction": f"What does {name} do in Python?", "input": signature, "output": docstring}
+def _record(module: str, name: str, signature: str, docstring: str) -> tuple[str, dict[str, str]]:
+    question = f"What does {name} do in Python?"
+    return name, {"instruction": question, "input": signature, "output": docstring, "module": module}

@@ -56,7 +56,7 @@ class DataReport:
 
 def build(cleaned: Cleaned, config: Config, tokenizer: Any) -> DataReport:
     """Build the data report: rows at each step, lengths in tokens, quality checks, duplicates and ten sample rows."""
-    used = [*cleaned.train, *cleaned.heldout]
+    used = [*cleaned.train, *cleaned.heldout, *cleaned.selection]
     tokens = sorted(cleaned.lengths)
     kept = sum(min(item.tokens, config.max_length) for item in used)
     facts = {
@@ -73,6 +73,9 @@ def build(cleaned: Cleaned, config: Config, tokenizer: Any) -> DataReport:
         "train": len(cleaned.train),
         "heldout": len(cleaned.heldout),
         "heldout_from_test_split": sum(item.row.split == schema.TEST for item in cleaned.heldout),
+        "selection": len(cleaned.selection),
+        "groups": len({item.row.group for item in used} - {""}),
+        "heldout_groups": len({item.row.group for item in cleaned.heldout} - {""}),
         "dropped": len(cleaned.dropped),
         "dropped_by_reason": dict(sorted(Counter(d["reason"] for d in cleaned.dropped).items())),
         "tokens_mean": round(statistics.fmean(tokens), 1) if tokens else 0,
@@ -105,9 +108,11 @@ def write_dropped(cleaned: Cleaned, out: Path) -> None:
 
 
 def _summary(facts: dict[str, Any]) -> str:
+    chosen = f" + {facts['selection']:,} selection" if facts["selection"] else ""
+    grouped = f" They are in {facts['groups']:,} groups, and no group is on both sides." if facts["groups"] else ""
     return (
         f"{Path(facts['source']).name} (layout {facts['layout']}): {facts['rows_read']:,} rows read = "
-        f"{facts['train']:,} train + {facts['heldout']:,} held-out + {facts['dropped']:,} dropped. "
+        f"{facts['train']:,} train + {facts['heldout']:,} held-out{chosen} + {facts['dropped']:,} dropped.{grouped} "
         f"{facts['trained_share']:.0%} of the tokens within the limit are trained. "
         f"Columns: {'; '.join(facts['columns'])}. "
         f"Tokens are counted with the tokenizer of {facts['model']} and the {facts['template']} template."
@@ -118,7 +123,8 @@ def _steps(facts: dict[str, Any]) -> Table:
     dropped = [[f"dropped: {reason}", n] for reason, n in facts["dropped_by_reason"].items()]
     tests = facts["heldout_from_test_split"]
     held = f"held-out, {tests:,} from the test split" if tests else "held-out"
-    rows = [["read", facts["rows_read"]], *dropped, [held, facts["heldout"]], ["train", facts["train"]]]
+    chosen = [["selection", facts["selection"]]] if facts["selection"] else []
+    rows = [["read", facts["rows_read"]], *dropped, [held, facts["heldout"]], *chosen, ["train", facts["train"]]]
     return Table("Rows", "Each dropped row is recorded with its reason.", ("step", "rows"), rows)
 
 

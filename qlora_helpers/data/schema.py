@@ -108,8 +108,11 @@ class Row:
         """Return a record in the row's original schema, so that a written file can be read again.
 
         Rows with one question and one answer keep the columns of these, and guanaco rows keep theirs. All others are
-        written as `messages`.
+        written as `messages`. The group is a column of its own.
         """
+        return self._turns_record() | ({"group": self.group} if self.group else {})
+
+    def _turns_record(self) -> dict[str, Any]:
         roles = [turn["role"] for turn in self.messages]
         plain = all(turn.keys() <= {"role", "content", "input"} for turn in self.messages)
         if self.layout == "guanaco" and plain and not {"system", "tool"} & set(roles):
@@ -158,7 +161,7 @@ def recognize(records: list[Any], source: str, given: Given = ()) -> str:
     tables = [tuple(record) for record in records if isinstance(record, dict)]
     has = ", ".join(sorted(map(str, tables[0]))) if tables else ""
     for _, column in given:
-        if not any(_fold(column) in map(_fold, names) for names in tables):
+        if not any(fold(column) in map(fold, names) for names in tables):
             raise UserError(
                 f"columns: {source} has no column {column!r} (has: {has or 'none'}). Fix: name one of these."
             )
@@ -170,7 +173,7 @@ def recognize(records: list[Any], source: str, given: Given = ()) -> str:
             f"({', '.join(QUESTIONS)}) and an answer ({', '.join(ANSWERS)})."
         )
     layout = counts.most_common(1)[0][0]
-    texts = [record[name] for record in records if isinstance(record, dict) for name in record if _fold(name) == "text"]
+    texts = [record[name] for record in records if isinstance(record, dict) for name in record if fold(name) == "text"]
     if layout == "guanaco" and not any(isinstance(text, str) and MARKER.search(text) for text in texts):
         raise UserError(
             f"dataset: {source} has a column of plain text, in which no question and answer are marked. Fix: write "
@@ -179,13 +182,21 @@ def recognize(records: list[Any], source: str, given: Given = ()) -> str:
     return layout
 
 
-def describe_columns(records: list[Any], layout: str, given: Given = ()) -> str:
+def names_of(records: list[Any]) -> tuple[str, ...]:
+    """Return the names of the records' columns, in order."""
+    tables = [record for record in records if isinstance(record, dict)]
+    return tuple(dict.fromkeys(name for record in tables for name in record if _is_named(name)))
+
+
+def describe_columns(records: list[Any], layout: str, given: Given = (), group_by: str | None = None) -> str:
     """Return what each column of the records is taken for, and the names of those that are not used."""
     tables = [record for record in records if isinstance(record, dict)]
-    names = tuple(dict.fromkeys(name for record in tables for name in record if _is_named(name)))
+    names = names_of(records)
     used = columns_of(names, layout, given)
     if "label" in used and not any(_label(record.get(used["label"])) is not None for record in tables):
         del used["label"]
+    if group := next((name for name in names if group_by and fold(name) == fold(group_by)), None):
+        used["group"] = group
     listed = ", ".join(f"{column} = {'conversation' if use == 'text' else use}" for use, column in used.items())
     unused = [name for name in names if name not in used.values()]
     return f"{listed}; not used: {', '.join(unused)}" if unused else listed
@@ -196,15 +207,16 @@ def _is_named(name: Any) -> bool:
     return isinstance(name, str) and bool(name.strip()) and not name.startswith(("Unnamed: ", "__index_level_"))
 
 
-def _fold(name: Any) -> str:
+def fold(name: Any) -> str:
+    """Return a column's name for comparison: upper and lower case are the same."""
     return str(name).strip().casefold()
 
 
 def _schema_of(names: tuple[Any, ...], given: Given) -> str | None:
     """Return the first schema whose columns are there. A column that the user named replaces others for its use."""
-    present = set(map(_fold, names))
-    uses = {use for use, column in given if _fold(column) in present}
-    present -= {_fold(column) for _, column in given}
+    present = set(map(fold, names))
+    uses = {use for use, column in given if fold(column) in present}
+    present -= {fold(column) for _, column in given}
     if uses & {"question", "answer"}:
         present -= {*MESSAGES, "chosen", "text"}
     present -= set(QUESTIONS) - {"input"} if "question" in uses else set()
@@ -219,8 +231,8 @@ def columns_of(names: tuple[Any, ...], layout: str, given: Given = ()) -> dict[s
 
 @lru_cache(maxsize=1024)
 def _columns_of(names: tuple[Any, ...], layout: str, given: Given) -> dict[str, Any]:
-    here = {_fold(name): name for name in reversed(names)}
-    named = {use: here[_fold(column)] for use, column in given if _fold(column) in here}
+    here = {fold(name): name for name in reversed(names)}
+    named = {use: here[fold(column)] for use, column in given if fold(column) in here}
     found = {use: named.get(use, here.get(column)) for use, column in SCHEMAS[layout].items()}
     for use, choices in FURTHER.items():
         if use == "input" and "answer" not in found:

@@ -30,7 +30,7 @@ class Loaded:
 
     `layout` is the recognized schema, several joined by ` + `. `columns` says what each column is taken for, one line
     per schema. `altered` counts the rows from which something was left out, by kind of change. `name` identifies the
-    source in reports.
+    source in reports. `fields` are the names of the source's fields.
     """
 
     rows: list[Row]
@@ -39,6 +39,7 @@ class Loaded:
     altered: Counter[str]
     name: str
     columns: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,17 @@ def load(config: Config) -> Loaded:
             f"dataset: the preset '{config.preset_name}' does not define one. Fix: pass dataset=FILE or a hub id."
         )
     if config.dataset == PYTHON_DOCS:
-        return _parse([Part(PYTHON_DOCS, python_docs.records())], python_docs.source_name(), given)
+        group_by = config.group_by or "module"
+        return _parse([Part(PYTHON_DOCS, python_docs.records())], python_docs.source_name(), given, group_by)
     if config.dataset == SAMPLE_DATA:
-        return _parse(_local_parts(sample_data(), None), SAMPLE_DATA, given)
+        return _parse(_local_parts(sample_data(), None), SAMPLE_DATA, given, config.group_by)
     if not _is_path(config.dataset):
-        return _parse([Part(config.dataset, _from_hub(config))], config.dataset, given)
+        return _parse([Part(config.dataset, _from_hub(config))], config.dataset, given, config.group_by)
     path = Path(config.dataset).expanduser()
     parts = _local_parts(path, config.subset)
     if config.split:
         parts = _one_split(parts, config.split, path)
-    return _parse(parts, str(path), given)
+    return _parse(parts, str(path), given, config.group_by)
 
 
 def public_name(config: Config) -> str | None:
@@ -179,10 +181,17 @@ def _suffixes() -> str:
     return f"{', '.join(others)} or {last}"
 
 
-def _parse(parts: Iterable[Part], source: str, given: schema.Given) -> Loaded:
+def _group(record: dict[str, Any], field: str | None) -> str:
+    """Return the value of a field as text, or "" if there is none. Upper and lower case of its name are the same."""
+    value = next((value for name, value in record.items() if field and schema.fold(name) == schema.fold(field)), None)
+    return "" if value is None else str(value).strip()
+
+
+def _parse(parts: Iterable[Part], source: str, given: schema.Given, group_by: str | None) -> Loaded:
     """Convert the records of all parts to rows. The schema is recognized separately for each part, such as a file.
 
-    Test rows come first, so that of equal rows theirs is kept. Without any other rows, there is no split.
+    Test rows come first, so that of equal rows theirs is kept. Without any other rows, there is no split. Rows with
+    equal values in the field `group_by` are a group.
     """
     parts = sorted(parts, key=lambda part: part.kind != TEST)
     is_split = any(part.kind not in (TEST, VALIDATION) for part in parts)
@@ -190,6 +199,7 @@ def _parse(parts: Iterable[Part], source: str, given: schema.Given) -> Loaded:
     rejected: list[dict[str, Any]] = []
     layouts: dict[str, None] = {}
     columns: dict[str, None] = {}
+    fields: dict[str, None] = {}
     altered: Counter[str] = Counter()
     for part in parts:
         first = list(itertools.islice(part.records, SCHEMA_RECORDS))
@@ -197,7 +207,8 @@ def _parse(parts: Iterable[Part], source: str, given: schema.Given) -> Loaded:
             continue
         records = [record for _, record in first]
         layout = schema.recognize(records, part.name, given)
-        layouts[layout] = columns[schema.describe_columns(records, layout, given)] = None
+        layouts[layout] = columns[schema.describe_columns(records, layout, given, group_by)] = None
+        fields |= dict.fromkeys(schema.names_of(records))
         split = part.kind if is_split and part.kind in (TEST, VALIDATION) else ""
         for origin, record in itertools.chain(first, part.records):
             try:
@@ -205,7 +216,8 @@ def _parse(parts: Iterable[Part], source: str, given: schema.Given) -> Loaded:
             except ValueError as error:
                 rejected.append({"reason": str(error), "origin": origin, "row": record})
             else:
-                rows.append(replace(row, split=split) if split else row)
+                group = _group(record, group_by)
+                rows.append(replace(row, split=split, group=group) if split or group else row)
     if not layouts:
         raise UserError(f"dataset: {source} is empty or has no rows. Fix: use a file with one JSON object per line.")
-    return Loaded(rows, rejected, " + ".join(layouts), altered, source, tuple(columns))
+    return Loaded(rows, rejected, " + ".join(layouts), altered, source, tuple(columns), tuple(fields))

@@ -22,6 +22,7 @@ SETTINGS = {
     "effective_batches": ("effective_batch", "effective batch", "batch"),
 }
 LISTS = ("sample_counts", *SETTINGS)
+Drawn = dict[tuple[int | None, int], Data]  # rows by their number and draw
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class PlannedRun:
 
 
 def plan_runs(configs: dict[str, Config], folder: Path) -> list[PlannedRun]:
-    """Return all runs of a comparison: `n_seeds` runs of each experiment.
+    """Return all runs of a comparison: `n_seeds` runs of each experiment, each on its own draw of training rows.
 
     With `equal_steps`, the first experiment is also trained for as many steps as the last. More data and more steps are
     two causes, and only this control separates them.
@@ -62,11 +63,21 @@ def plan_runs(configs: dict[str, Config], folder: Path) -> list[PlannedRun]:
     planned = []
     for name, config in configs.items():
         tokenizer = hub.load_tokenizer(config)
-        data = cleaning.prepare(config, tokenizer)
+        cleaned = cleaning.clean(config, tokenizer)
+        drawn: Drawn = {}
         for seed in range(config.seed, config.seed + config.n_seeds):
             run_name = name.replace(", ", "-").replace(" ", "-") + (f"-seed{seed}" if seed != config.seed else "")
-            planned.append(PlannedRun(name, run_name, config.replace(seed=seed), data, tokenizer, folder))
+            own = config.replace(seed=seed)
+            planned.append(PlannedRun(name, run_name, own, _select(drawn, cleaned, own, tokenizer), tokenizer, folder))
     return planned
+
+
+def _select(drawn: Drawn, cleaned: Cleaned, config: Config, tokenizer: Any) -> Data:
+    """Return the rows of a config, selected once for all runs of the same size and draw."""
+    key = config.n_samples, config.training_draw
+    if key not in drawn:
+        drawn[key] = cleaning.select(cleaned, config, tokenizer)
+    return drawn[key]
 
 
 def missing_runs(planned: Iterable[PlannedRun]) -> tuple[list[PlannedRun], str]:
@@ -204,17 +215,16 @@ def _join(values: Iterable[Any]) -> str:
 def batch_runs(
     settings: Iterable[Setting], seeds: Iterable[int], cleaned: Cleaned, tokenizer: Any, folder: Path
 ) -> list[PlannedRun]:
-    """Return every run of the settings and seeds once. The base setting may also be a point of the curve."""
-    data: dict[int | None, Data] = {}
+    """Return every run of the settings and seeds once, each on the rows that its seed draws.
+
+    The base setting may also be a point of the curve.
+    """
+    drawn: Drawn = {}
     planned: dict[str, PlannedRun] = {}
     seeds = list(seeds)
     for setting in settings:
-        rows = setting.config.n_samples
-        if rows not in data:
-            data[rows] = cleaning.select(cleaned, setting.config, tokenizer)
         for seed in seeds:
-            name = f"{setting.folder}-seed{seed}"
-            planned[name] = PlannedRun(
-                setting.name, name, setting.config.replace(seed=seed), data[rows], tokenizer, folder
-            )
+            name, own = f"{setting.folder}-seed{seed}", setting.config.replace(seed=seed)
+            data = _select(drawn, cleaned, own, tokenizer)
+            planned[name] = PlannedRun(setting.name, name, own, data, tokenizer, folder)
     return list(planned.values())

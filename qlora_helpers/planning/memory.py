@@ -35,7 +35,7 @@ SPARE_PACKED = 0.03  # of 4-bit weights, which lie in gaps left by the 16-bit we
 
 @dataclass(frozen=True)
 class Workload:
-    """The properties of a run that its memory depends on. Every row counts with the maximum length."""
+    """The properties of a run that its memory depends on. Every row counts with the maximum length of its kind."""
 
     shape: Shape
     config: Config
@@ -50,6 +50,12 @@ class Workload:
     def tokens(self) -> int:
         """Tokens per forward pass."""
         return self.rows * self.config.max_length
+
+    @property
+    def heldout_length(self) -> int:
+        """Tokens of the longest held-out row, which may be longer than those that are trained on."""
+        limit = self.config.heldout_max_length
+        return max(self.config.max_length, min(limit, self.shape.positions or limit))
 
     @cached_property
     def targets(self) -> frozenset[str]:
@@ -247,14 +253,14 @@ def _attention_mask(workload: Workload, block: Block) -> float:
 
 def evaluation_parts(workload: Workload) -> dict[str, float]:
     """Return bytes by part at the peak of an evaluation: during held-out losses or during answers."""
-    losses = heldout_parts(workload, rows_at_once(workload))
+    losses = _whole_rows(workload, rows_at_once(workload))
     answers = answer_parts(workload, answers_at_once(workload))
     return max(losses, answers, key=lambda parts: sum(parts.values()))
 
 
 def rows_at_once(workload: Workload) -> int:
     """Return how many held-out rows to evaluate in one batch: at most as many as need no more memory than training."""
-    return _most(workload, heldout_parts, MOST_ROWS)
+    return _most(workload, _whole_rows, MOST_ROWS)
 
 
 def answers_at_once(workload: Workload) -> int:
@@ -269,14 +275,18 @@ def _most(workload: Workload, parts: Callable[[Workload, int], dict[str, float]]
     return most
 
 
-def heldout_parts(workload: Workload, rows: int) -> dict[str, float]:
-    """Return bytes by part while the losses of `rows` held-out rows are computed."""
-    tokens = rows * workload.config.max_length
+def heldout_parts(workload: Workload, rows: int, length: int | None = None) -> dict[str, float]:
+    """Return bytes by part while the losses of `rows` rows of `length` tokens (None: `max_length`) are computed."""
+    length = length or workload.config.max_length
+    tokens = rows * length
     # The logits of all rows, those of one row again, and in float32, with their log-softmax, those of some tokens.
-    length = workload.config.max_length
     logits = HALF * (tokens + length) + 2 * FULL * min(EVALUATION_LOGITS, length)
     kept = HALF * 2 * workload.shape.hidden * tokens
     return _passing_through(workload, tokens, rows, float(logits * workload.shape.vocabulary + kept))
+
+
+def _whole_rows(workload: Workload, rows: int) -> dict[str, float]:
+    return heldout_parts(workload, rows, workload.heldout_length)
 
 
 def answer_parts(workload: Workload, number: int) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from qlora_helpers.config import Config
@@ -147,14 +148,17 @@ def preset_on(preset: str, model: str | None, **params: Any) -> Config:
 
 
 def nearest_fit(config: Config, device: Device | str | float) -> Config | None:
-    """Return the first config that fits when splitting the batch, then quantizing the base model, then halving rows.
+    """Return the first config that fits when splitting the batch, then truncating held-out rows like training rows,
+    then quantizing the base model, then halving rows.
 
     Returns None if none fits with rows of 64 tokens or more.
     """
     stored = [config, *([quantized] if (quantized := _quantized(config)) else [])]
     while config.max_length >= 64:
-        for base in stored:
-            candidate = fastest_split(base.replace(max_length=config.max_length), device)
+        lengths = sorted({config.heldout_max_length, config.max_length}, reverse=True)
+        for base, longest in product(stored, lengths):
+            shorter = base.replace(max_length=config.max_length, heldout_max_length=longest)
+            candidate = fastest_split(shorter, device)
             if plan_memory(candidate, device).fits:
                 return candidate
         config = config.replace(max_length=config.max_length // 2)
@@ -223,5 +227,8 @@ def _changes(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
     if config.max_length >= 128:
         length = config.max_length // 2
         yield f"max_length={length}, longer rows are truncated", {"max_length": length}
+    if config.heldout_max_length > config.max_length:
+        changed = {"heldout_max_length": config.max_length}
+        yield f"heldout_max_length={config.max_length}, longer held-out rows are truncated", changed
     if config.bias != "none":
         yield "bias=none", {"bias": "none"}

@@ -23,7 +23,10 @@ REDRAW_SECONDS = 2.0
 
 
 class LogWriter(TrainerCallback):
-    """Writes `log.jsonl`, one line per step. After a restart, lines after the checkpoint are dropped."""
+    """Writes `log.jsonl`, one line per step. After a restart, lines after the checkpoint are dropped.
+
+    `base_loss` is the loss before training, of the rows that `eval_loss` is measured on.
+    """
 
     def __init__(self, path: Path, base_loss: float) -> None:
         self.path, self.base_loss = path, base_loss
@@ -52,7 +55,7 @@ class CopyToDrive(TrainerCallback):
 
 
 class SaveBest(TrainerCallback):
-    """Saves a checkpoint at every new minimum of the held-out loss, so that the best one is kept."""
+    """Saves a checkpoint at every new minimum of the evaluated loss, so that the best one is kept."""
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Compare with the best loss so far, which the trainer updates only after this call."""
@@ -70,13 +73,14 @@ class Bar:
     step: int
     steps: int
     loss: float | None
-    heldout: float | None
+    evaluated: float | None
     seconds_left: float | None
+    rows: str = "held-out"
 
     def __str__(self) -> str:
         parts = [f"step {self.step} of {self.steps}"]
         parts += [f"loss {self.loss:.3f}"] if self.loss is not None else []
-        parts += [f"held-out {self.heldout:.3f}"] if self.heldout is not None else []
+        parts += [f"{self.rows} {self.evaluated:.3f}"] if self.evaluated is not None else []
         if self.step < self.steps and self.seconds_left is not None:
             parts.append(f"about {in_words(self.seconds_left)} left")
         return ", ".join(parts)
@@ -90,9 +94,13 @@ class Bar:
 
 
 class Progress(TrainerCallback):
-    """Shows the progress of a run. It replaces transformers' own bar, which prints a line per step to a file."""
+    """Shows the progress of a run. It replaces transformers' own bar, which prints a line per step to a file.
 
-    def __init__(self) -> None:
+    `rows` says which rows are evaluated.
+    """
+
+    def __init__(self, rows: str = "held-out") -> None:
+        self._rows = rows
         self._began, self._first_step, self._shown = 0.0, 0, 0.0
         self._losses: dict[str, float] = {}
         self._handle: Any = None
@@ -121,7 +129,8 @@ class Progress(TrainerCallback):
         self._shown = time.monotonic()
         done = state.global_step - self._first_step
         left = (self._shown - self._began) / done * (state.max_steps - state.global_step) if done else None
-        bar = Bar(state.global_step, state.max_steps, self._losses.get("loss"), self._losses.get("eval_loss"), left)
+        losses = self._losses.get("loss"), self._losses.get("eval_loss")
+        bar = Bar(state.global_step, state.max_steps, *losses, left, self._rows)
         if in_notebook():
             if self._handle is None:
                 from IPython.display import display

@@ -52,7 +52,8 @@ def check_rows(data: Data) -> None:
 
     Cleaning drops such rows. This checks data from any source.
     """
-    for where, examples in (("training", data.trained_on), ("held-out", data.heldout)):
+    parts = {"training": data.trained_on, "held-out": data.heldout, "selection": data.selection}
+    for where, examples in parts.items():
         empty = next((example.row for example in examples if not example.trained), None)
         if empty:
             raise UserError(

@@ -24,9 +24,10 @@ from qlora_helpers.models import hub, qlora, safetensors_io
 from qlora_helpers.models.qlora import attach_lora, check_targets, load_base, save_biases, train_in_float32
 from qlora_helpers.planning import compute_dtype, quantization
 from qlora_helpers.runs import RunFolder
-from qlora_helpers.training import batches, checks, oom, trl_config
+from qlora_helpers.training import batches, checks, crossfit, oom, trl_config
 from qlora_helpers.training.callbacks import CopyToDrive, LogWriter, Progress, SaveBest
 from qlora_helpers.training.checks import Guard
+from qlora_helpers.training.crossfit import Evaluations
 
 FP16_SCALE = 1024.0  # the default, 65536, overflows at first, and the scaler would skip the first steps
 
@@ -79,7 +80,9 @@ def _attempt(context: RunContext, callbacks: Sequence[TrainerCallback]) -> None:
     _write_manifest(context, base)
     trainer = build_trainer(attach_lora(base, config), context, callbacks)
     trl_config.write(run, config, context.device, trainer.args, trainer.train_dataset)
-    trainer.add_callback(LogWriter(run / "log.jsonl", losses.mean_loss(base_losses)))
+    selection = context.data.selection
+    before = trainer.measure(selection) if selection else base_losses  # a new adapter changes nothing
+    trainer.add_callback(LogWriter(run / "log.jsonl", losses.mean_loss(before)))
     _fit(trainer, context)
     _save_results(trainer, context, base_losses)
 
@@ -88,11 +91,12 @@ class QloraTrainer(SFTTrainer):
     """SFTTrainer with small changes to logging, evaluation and checkpoints. The training loop is the library's."""
 
     device_: Device
-    heldout: list[Any]
+    evaluated_on: list[Any]
     identity: dict[str, str]
-    heldout_rows: list[RowLoss]
     rows_at_once: int
-    heldout_step = -1
+    last_evaluation: list[RowLoss]
+    evaluations: Evaluations | None = None  # those of a run that is cross-fitted
+    evaluated_step = -1
     peak_gib = 0.0  # of training steps
     eval_peak_gib = 0.0
     eval_seconds = 0.0  # of the last held-out losses, and of the answers after them
@@ -119,19 +123,22 @@ class QloraTrainer(SFTTrainer):
         Trainer.log(self, logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Held-out loss per trained token, by the function that measures it everywhere."""
-        self.measure()
-        self.heldout_step = self.state.global_step
-        metrics = {"eval_loss": losses.mean_loss(self.heldout_rows)}
+        """Loss per trained token of the rows to choose on, or else of the held-out rows."""
+        self.last_evaluation = self.measure(self.evaluated_on)
+        self.evaluated_step = self.state.global_step
+        if self.evaluations is not None:
+            self.evaluations[self.evaluated_step] = self.last_evaluation
+            crossfit.write(Path(str(self.args.output_dir)).parent, self.evaluations)
+        metrics = {"eval_loss": losses.mean_loss(self.last_evaluation)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def measure(self) -> None:
-        """Measure the held-out rows with the current weights."""
+    def measure(self, examples: list[Any]) -> list[RowLoss]:
+        """Return the losses of rows with the current weights, by the function that measures them everywhere."""
         self.eval_seconds = 0.0
         with self.evaluating(), checks.unchanged(self.model):
-            self.heldout_rows = losses.heldout_losses(self.model, self.heldout, self.device_, self.rows_at_once)
+            return losses.heldout_losses(self.model, examples, self.device_, self.rows_at_once)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -156,7 +163,7 @@ def build_trainer(model: Any, context: RunContext, callbacks: Sequence[TrainerCa
     """The trainer of a run. Rows are tokenized and labeled already, so TRL applies no template and no mask."""
     config, data, device = context.config, context.data, context.device
     rows = [{"input_ids": example.input_ids, "labels": example.labels} for example in data.trained_on]
-    callbacks = [Guard(), Progress(), *callbacks]
+    callbacks = [Guard(), Progress("selection" if data.selection else "held-out"), *callbacks]
     if config.keep_best:
         callbacks.append(SaveBest())
     if config.early_stopping_patience:
@@ -167,7 +174,7 @@ def build_trainer(model: Any, context: RunContext, callbacks: Sequence[TrainerCa
         model=model,
         args=_arguments(config, len(rows), device, context.run),
         train_dataset=Dataset.from_list(rows),
-        eval_dataset=Dataset.from_list(rows[:1]),  # never read: `evaluate` measures the held-out rows
+        eval_dataset=Dataset.from_list(rows[:1]),  # never read: `evaluate` measures rows of its own
         processing_class=context.tokenizer,
         data_collator=batches.collator(model, device),
         callbacks=callbacks,
@@ -176,8 +183,10 @@ def build_trainer(model: Any, context: RunContext, callbacks: Sequence[TrainerCa
     train_in_float32(model)
     if device.kind == "cuda" and device.dtype == "float16":
         trainer.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=FP16_SCALE)
-    trainer.rows_at_once, _ = losses.eval_batch_sizes(config, device)
-    trainer.device_, trainer.heldout, trainer.identity = device, data.heldout, context.identity
+    longest = max(len(example.input_ids) for example in [*data.heldout, *data.selection])
+    trainer.rows_at_once, _ = losses.eval_batch_sizes(config.replace(heldout_max_length=max(8, longest)), device)
+    trainer.device_, trainer.identity = device, context.identity
+    trainer.evaluated_on = data.selection or data.heldout
     return trainer
 
 
@@ -239,6 +248,7 @@ def _fit(trainer: QloraTrainer, context: RunContext) -> None:
     checkpoint = runs.last_checkpoint(context.run, context.identity)
     if checkpoint:
         print(f"Resuming from {checkpoint.name}.")
+    trainer.evaluations = crossfit.begin(context, checkpoint)
     forget_peak(trainer.device_)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     checks.check_moved(trainer.model)
@@ -248,15 +258,12 @@ def _save_results(trainer: QloraTrainer, context: RunContext, base_losses: list[
     """Save losses, answers, adapter, tokenizer and model card; `metrics.json` last, as the sign that all is there."""
     run, config = context.run, context.config
     model: Any = trainer.model
-    if config.keep_best:  # the best weights are loaded again: measure them, without a line in the log
-        trainer.measure()
-    elif trainer.heldout_step != trainer.state.global_step:
-        trainer.evaluate()
-    files.write_jsonl(run / "heldout_losses.jsonl", losses.to_rows(trainer.heldout_rows))
+    heldout = _heldout_losses(trainer, context)
+    files.write_jsonl(run / "heldout_losses.jsonl", losses.to_rows(heldout))
     print("Training is done. Answering the held-out questions …", flush=True)
     with trainer.evaluating():
         losses.measure_answers(model, context, run)
-    metrics = _metrics(trainer, context, base_losses)
+    metrics = _metrics(trainer, context, heldout, base_losses)
     model.save_pretrained(run.adapter)
     save_biases(model, run.adapter)
     context.tokenizer.save_pretrained(run.adapter)
@@ -264,7 +271,24 @@ def _save_results(trainer: QloraTrainer, context: RunContext, base_losses: list[
     files.write_json(run / "metrics.json", metrics)
 
 
-def _metrics(trainer: QloraTrainer, context: RunContext, base_losses: list[RowLoss]) -> dict[str, Any]:
+def _heldout_losses(trainer: QloraTrainer, context: RunContext) -> list[RowLoss]:
+    """Losses of the held-out rows with the final weights or, in cross-fitting, with those chosen without the row.
+
+    With `keep_best`, the best weights are loaded again.
+    """
+    config, data = context.config, context.data
+    if data.selection:
+        return trainer.measure(data.heldout)
+    if not config.keep_best and trainer.evaluated_step != trainer.state.global_step:
+        trainer.evaluate()
+    if trainer.evaluations is not None:
+        return crossfit.cross_fitted(trainer.evaluations, config)
+    return trainer.last_evaluation
+
+
+def _metrics(
+    trainer: QloraTrainer, context: RunContext, heldout: list[RowLoss], base_losses: list[RowLoss]
+) -> dict[str, Any]:
     """Content of `metrics.json`. Seconds and memory of training count its steps only."""
     model: Any = trainer.model
     state, device = trainer.state, trainer.device_
@@ -276,7 +300,7 @@ def _metrics(trainer: QloraTrainer, context: RunContext, base_losses: list[RowLo
         "steps": state.global_step,
         "epochs": context.config.epochs,
         "train_loss": sum(line["loss"] for line in steps) / len(steps),
-        "eval_loss": losses.mean_loss(trainer.heldout_rows),
+        "eval_loss": losses.mean_loss(heldout),
         "base_eval_loss": losses.mean_loss(base_losses),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seconds": round(seconds, 2),

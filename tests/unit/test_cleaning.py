@@ -9,6 +9,7 @@ from qlora_helpers import Config, UserError
 from qlora_helpers.data import cleaning, prompts
 
 ROWS = [{"instruction": f"Question number {i}?", "output": f"Answer {i}."} for i in range(40)]
+LONG = [{"instruction": f"Long story {i}?", "output": f"{i} words. " * 60} for i in range(10)]
 
 
 @pytest.fixture
@@ -81,6 +82,44 @@ def test_the_training_seed_does_not_affect_the_split(prepare):
     assert ids(prepare(seed=0).heldout) == ids(prepare(seed=1).heldout)
 
 
+def test_another_seed_draws_other_training_rows_and_holds_out_the_same(small, tokenizer):
+    cleaned = cleaning.clean(small, tokenizer)
+    first, second = (cleaning.select(cleaned, small.replace(seed=seed), tokenizer) for seed in (0, 1))
+    assert set(ids(first.train)) != set(ids(second.train))
+    assert ids(first.heldout) == ids(second.heldout)
+    assert not set(ids(second.train)) & set(ids(second.heldout))
+    assert (first.draw, second.to_manifest()["draw"]) == (0, 1)
+    more = cleaning.select(cleaned, small.replace(seed=1, n_samples=16), tokenizer)
+    assert ids(more.train)[:8] == ids(second.train)
+    given = cleaning.select(cleaned, small.replace(seed=1, draw=0), tokenizer)
+    assert given.to_manifest() == first.to_manifest()
+
+
+def test_all_rows_are_all_rows_in_every_draw(prepare):
+    assert set(ids(prepare(n_samples=None, seed=0).train)) == set(ids(prepare(n_samples=None, seed=1).train))
+
+
+@pytest.mark.parametrize("chooses", [{}, {"keep_best": True, "n_selection": 5}])
+def test_a_draw_from_rows_cleaned_for_another_is_the_same_draw(small, tokenizer, chooses):
+    cleaned = cleaning.clean(small.replace(seed=0, **chooses), tokenizer)
+    for seed in range(5):
+        own = small.replace(seed=seed, max_length=16, **chooses)
+        drawn, whole = cleaning.select(cleaned, own, tokenizer), cleaning.prepare(own, tokenizer)
+        for part in ("train", "heldout", "selection"):
+            assert getattr(drawn, part) == getattr(whole, part)
+
+
+def test_which_near_duplicate_is_kept_does_not_depend_on_the_draw(write_rows, tokenizer):
+    twins = [{"instruction": f"question number {i}", "output": f"Answer, {i}!"} for i in range(40)]
+    path = write_rows([*ROWS, *twins])
+    kept = []
+    for seed in (0, 1, 2):
+        cleaned = cleaning.clean(Config(dataset=path, n_samples=8, n_heldout=10, seed=seed), tokenizer)
+        kept.append([item.row.origin for item in [*cleaned.heldout, *cleaned.train]])
+        assert len(cleaned.near_duplicates) == 40
+    assert kept[0] == kept[1] == kept[2]
+
+
 def test_duplicates_are_dropped_but_a_different_answer_to_the_same_prompt_is_kept(prepare):
     other = {"instruction": "QUESTION  number 3?", "output": "It is something else altogether, as was shown."}
     data = prepare([*ROWS, ROWS[3], other], n_samples=None, n_heldout=2)
@@ -94,13 +133,35 @@ def test_a_different_input_makes_a_different_prompt(prepare):
 
 
 def test_long_rows_are_cut_or_dropped(prepare):
-    rows = [*ROWS, {"instruction": "Long?", "output": "word " * 200}]
+    rows = [*ROWS, *LONG]
     cut, dropped = prepare(rows, n_samples=None), prepare(rows, n_samples=None, over_length="drop")
-    assert len(cut.train) == 31
-    assert sum(example.cut > 0 for example in cut.train + cut.heldout) == 1
+    assert len(cut.train) == 40
+    assert sum(example.cut > 0 for example in cut.train) > 2
     assert len(dropped.train) == 30
-    assert reasons(dropped) == ["over 64 tokens"]
-    assert all(len(example.input_ids) <= 64 for example in cut.train + cut.heldout)
+    assert reasons(dropped) == ["over 64 tokens"] * 10
+    assert all(len(example.input_ids) <= 64 for example in cut.train)
+
+
+@pytest.mark.parametrize(
+    ("settings", "limit"),
+    [({}, 2048), ({"heldout_max_length": 100}, 100), ({"heldout_max_length": 8}, 64), ({"model": "tiny"}, 512)],
+)
+def test_heldout_rows_are_whole_up_to_their_own_limit(prepare, model_folder, settings, limit):
+    """No row is longer than the model has positions, or cut where a training row would not be."""
+    if "model" in settings:
+        settings = {"model": str(model_folder)}
+    long = [row | {"output": row["output"] * 3} for row in LONG]
+    data = prepare([*ROWS, *long], n_samples=None, n_heldout=25, **settings)
+    lengths = {item.row.id: item.tokens for item in data.cleaned.heldout}
+    assert max(lengths.values()) > 512
+    assert [len(example.input_ids) for example in data.heldout] == [min(n, limit) for n in lengths.values()]
+    assert all(example.cut == max(0, lengths[example.row.id] - limit) for example in data.heldout)
+    assert all(len(example.input_ids) <= 64 for example in data.train)
+
+
+def test_a_heldout_row_needs_a_trained_token_within_the_limit_of_training_rows(prepare):
+    data = prepare([*ROWS, {"instruction": "word " * 200, "output": "b"}], n_heldout=30)
+    assert reasons(data) == ["no trained token within 64 tokens"]
 
 
 def test_rows_without_a_trained_token_are_dropped(prepare):
@@ -268,7 +329,10 @@ def test_a_heldout_row_is_not_rehearsed(prepare, write_rows):
     assert {example.row.messages[0]["content"] for example in data.rehearsal} == {row["instruction"] for row in second}
 
 
-@pytest.mark.parametrize("settings", [{}, {"n_samples": None}, {"template": "auto", "n_heldout": 2}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"n_samples": None}, {"template": "auto", "n_heldout": 2}, {"seed": 3}, {"keep_best": True, "n_heldout": 4}],
+)
 def test_each_row_is_tokenized_once(prepare, tokenized, settings):
     data = prepare(**settings)
     assert len(tokenized) == len(ROWS) == data.cleaned.rows_read
@@ -287,6 +351,16 @@ def test_each_rehearsal_row_is_tokenized_once(prepare, write_rows, tokenized):
 def small(write_rows):
     """A config with 8 training rows and 10 held-out rows."""
     return Config(dataset=write_rows(ROWS), n_samples=8, n_heldout=10, max_length=64)
+
+
+def test_each_draw_tokenizes_only_the_rows_it_adds(small, tokenizer, tokenized):
+    cleaned = cleaning.clean(small, tokenizer)
+    seen = set(cleaned.examples)
+    for seed in (0, 1, 2, 1):
+        tokenized.clear()
+        drawn = cleaning.select(cleaned, small.replace(seed=seed), tokenizer)
+        assert tokenized.total() == len(set(ids(drawn.train)) - seen)
+        seen |= set(ids(drawn.train))
 
 
 def test_a_larger_selection_tokenizes_only_the_additional_rows(small, tokenizer, tokenized):

@@ -99,6 +99,26 @@ def test_a_split_keeps_the_effective_batch_and_fits_if_any_does(effective, gib, 
     assert plan.plan_memory(result, gib).fits or not plan.plan_memory(smallest, gib).fits
 
 
+def test_longer_heldout_rows_are_evaluated_fewer_at_once_and_never_more_than_the_positions():
+    config = Config.preset("tinyllama-guanaco-100", max_length=256)
+    loads = [memory.workload_of(config.replace(heldout_max_length=n)) for n in (8, 2048, 100_000)]
+    assert [load.heldout_length for load in loads] == [256, 2048, 2048]
+    short, long, _ = (memory.heldout_parts(load, 8, load.heldout_length)["logits and loss"] for load in loads)
+    assert long > 4 * short
+    single = Config.preset("llama2-7b-qlora", max_length=256, batch_size=1, gradient_accumulation=16)
+    rows = [memory.rows_at_once(memory.workload_of(single.replace(heldout_max_length=n))) for n in (256, 2048)]
+    assert rows == [8, 1]
+
+
+def test_shorter_heldout_rows_are_advised_where_they_decide():
+    config = Config.preset("gemma3-1b", max_length=256, batch_size=1, gradient_accumulation=16)
+    whole, cut = (plan.plan_memory(config.replace(heldout_max_length=n), 3.0) for n in (2048, 256))
+    assert not whole.fits
+    assert any("heldout_max_length=256, longer held-out rows are truncated" in str(one) for one in whole.advice)
+    assert cut.fits
+    assert plan.nearest_fit(config, 3.0).heldout_max_length == 256
+
+
 def test_a_large_gpu_gets_the_whole_batch_and_a_small_one_checkpointing():
     config = Config.preset("llama31-8b", max_length=256)
     whole, split = plan.fastest_split(config, 80.0), plan.fastest_split(config, "t4")

@@ -25,6 +25,12 @@ def test_rows_are_questions_signatures_and_docstrings(loaded):
     assert by_name["math.gcd"]["output"] == "Greatest Common Divisor."
 
 
+def test_rows_are_grouped_by_module(loaded):
+    groups = {row.group: row.origin for row in loaded.rows}
+    assert groups["json.decoder"].startswith("json.decoder.")
+    assert {"builtins", "math", "textwrap"} <= groups.keys()
+
+
 def test_private_names_and_programs_are_excluded(loaded):
     names = [row.origin for row in loaded.rows]
     assert not any(part.startswith("_") for name in names for part in name.split(".") if part != "__init__")
@@ -43,5 +49,8 @@ def test_there_are_enough_rows_for_the_published_experiment(tokenizer):
     assert (len(data.train), len(data.heldout)) == (1080, 120)
     reasons = {drop["reason"] for drop in data.dropped}
     assert {"answer nearly the same as a held-out one", "over 2000 tokens"} <= reasons
+    held, trained = ({example.row.group for example in part} for part in (data.heldout, data.train))
+    assert len(held) >= 10
+    assert not held & trained
     assert data.to_manifest()["source"] == python_docs.source_name()
     assert any(">>>" in example.row.answer for example in data.train)

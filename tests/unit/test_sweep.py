@@ -133,6 +133,18 @@ def test_every_run_is_planned_once(config, cleaned, tokenizer, tmp_path):
         assert Config.from_params(**item.config.params) == item.config
 
 
+def test_each_seed_trains_on_rows_of_its_own(config, cleaned, tokenizer, tmp_path):
+    def rows(own):
+        comparison = matrix.plan_runs({"exp1": own.replace(n_seeds=2)}, tmp_path)
+        batch = planned(own, cleaned, tokenizer, tmp_path, counts=[own.n_samples], seeds=[0, 1])
+        return [[{e.row.id for e in item.data.train} for item in plan] for plan in (comparison, batch)]
+
+    for first, second in rows(config):
+        assert first != second
+    for first, second in rows(config.replace(draw=5)):
+        assert first == second
+
+
 class Stopped(Exception):
     pass
 

@@ -1,18 +1,21 @@
 """A run and the files it writes; interrupted and resumed; faults that must not go unnoticed."""
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from qlora_helpers import UserError, runs
+from qlora_helpers import UserError, files, runs
 from qlora_helpers.data import cleaning
 from qlora_helpers.device import detect
 from qlora_helpers.evaluation import losses
+from qlora_helpers.evaluation.losses import RowLoss
 from qlora_helpers.models import qlora
 from qlora_helpers.planning import compute_dtype
 from qlora_helpers.runs import RunFolder
@@ -314,17 +317,59 @@ def test_checkpointing_gradients_changes_nothing(train):
 
 
 @pytest.mark.parametrize("recipe", [{"lr_scheduler": "cosine", "warmup_ratio": 0.25}, {"lr_scheduler": "constant"}])
-def test_the_best_checkpoint_is_the_result(train, data, config, recipe):
-    # a learning rate this high passes the lowest held-out loss on the way
-    run = train(keep_best=True, early_stopping_patience=2, learning_rate=0.5, save_steps=50, epochs=10, **recipe)
+def test_the_best_checkpoint_on_the_selection_rows_is_the_result(train, config, tokenizer, recipe):
+    # a learning rate this high passes the lowest loss on the way
+    chooses = {"keep_best": True, "early_stopping_patience": 2, "learning_rate": 0.5, "save_steps": 50, "epochs": 10}
+    rows = cleaning.prepare(config.replace(**chooses), tokenizer)
+    assert len(rows.selection) == len(rows.heldout) == 6
+    run = train(rows=rows, **chooses, **recipe)
     metrics = run.read("metrics.json")
-    held = [line["eval_loss"] for line in steps(run, "eval_loss")[1 : metrics["steps"] + 1]]
-    assert metrics["eval_loss"] == pytest.approx(min(held), rel=1e-6)
-    assert metrics["eval_loss"] < held[-1]
+    logged = [line["eval_loss"] for line in steps(run, "eval_loss")]
+    assert len(logged) == metrics["steps"] + 1
+    assert min(logged) < logged[-1]
     device = detect(config.compute_dtype)
-    loaded = qlora.load_adapter(qlora.load_base(config, device), run.adapter)
-    again = losses.mean_loss(losses.heldout_losses(loaded, data.heldout, device))
+    base = qlora.load_base(config, device)
+    first = losses.mean_loss(losses.heldout_losses(base, rows.selection, device))
+    loaded = qlora.load_adapter(base, run.adapter)
+    chosen, again = (
+        losses.mean_loss(losses.heldout_losses(loaded, part, device)) for part in (rows.selection, rows.heldout)
+    )
+    assert (first, chosen) == pytest.approx((logged[0], min(logged[1:])), rel=1e-5)
     assert again == pytest.approx(metrics["eval_loss"], rel=1e-5)
+    assert run.read("manifest.json")["data"]["selection_ids"] == [example.row.id for example in rows.selection]
+    assert not (run / "evaluations.jsonl").exists()
+
+
+def noise(level=5.0):
+    """A substitute for `heldout_losses`: rows of one token, whose losses say nothing about the weights."""
+    draws = np.random.default_rng(1)
+
+    def measured(model, examples, device, batch_size=1):
+        return [RowLoss(example.row.id, level + draws.normal(), 1, 1) for example in examples]
+
+    return measured
+
+
+@pytest.mark.parametrize("chosen_on", ["selection rows", "the other half"])
+def test_the_best_of_many_noisy_losses_is_not_reported(train, config, tokenizer, monkeypatch, capsys, chosen_on):
+    monkeypatch.setattr(losses, "heldout_losses", noise())
+    monkeypatch.setattr(losses, "measure_answers", lambda *args: None)
+    own = {"n_heldout": 60, "keep_best": True, "epochs": 5, "few_shot": False}
+    rows = cleaning.prepare(config.replace(**own), tokenizer)
+    if chosen_on == "the other half":
+        rows = dataclasses.replace(rows, selection=[])
+    run = train(rows=rows, **own)
+    reported = run.read("metrics.json")["eval_loss"]
+    assert reported == losses.mean_loss(losses.read_losses(run))
+    error = 1 / math.sqrt(60)
+    assert reported > 5 - error
+    assert min(line["eval_loss"] for line in steps(run, "eval_loss")) < 5 - 1.5 * error
+    assert ("judged by the checkpoint that the other half" in capsys.readouterr().out) == (not rows.selection)
+
+
+def test_rows_that_judge_cannot_choose(train, data):
+    with pytest.raises(UserError, match="chosen on"):
+        train(rows=dataclasses.replace(data, selection=data.heldout), keep_best=True)
 
 
 def test_a_cut_off_run_still_knows_its_best(train, tmp_path):
@@ -335,6 +380,13 @@ def test_a_cut_off_run_still_knows_its_best(train, tmp_path):
     train(run, **recipe)
     assert same(adapter(run), adapter(whole))
     assert without_timing(run.read("metrics.json")) == without_timing(whole.read("metrics.json"))
+    for name in ("evaluations.jsonl", "heldout_losses.jsonl"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes()
+    seen = files.read_jsonl(run / "evaluations.jsonl")
+    assert [line["step"] for line in seen[::6]] == list(range(1, 9))
+    assert {(line["id"], line["loss_sum"]) for line in seen} >= {
+        (row.id, row.loss_sum) for row in losses.read_losses(run)
+    }
 
 
 def test_keeping_the_best_logs_each_step_once(train):
