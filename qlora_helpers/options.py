@@ -86,6 +86,7 @@ def data(data: Parser) -> None:
         help="prompt format (default: auto if the model has a chat template, else instruction)",
     )
     data.option("--columns", metavar="X=Y", help="what columns hold: question=Title,answer=Body")
+    data.option("--group-by", metavar="FIELD", help="field of rows that depend on each other; a group is never split")
     data.option("--split", help="split to read, such as train")
     data.option("--subset", help="subset on the hub, or subfolder")
     data.option("--near-duplicates", type=float, metavar="T", help="Jaccard similarity of duplicate rows (default 0.7)")

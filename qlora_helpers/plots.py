@@ -191,7 +191,7 @@ def _draw_losses(axes: Axes, lines: list[dict[str, Any]]) -> None:
     mark = "-" if len(train) > 1 else "."  # a single step makes no line
     axes.plot(list(train), list(train.values()), mark, color=BLUE, linewidth=1, label="training")
     losses = list(heldout.values())
-    axes.plot(list(heldout), losses, "o-", color=VERMILION, linewidth=2.8, markersize=5, label="held-out")
+    axes.plot(list(heldout), losses, "o-", color=VERMILION, linewidth=2.8, markersize=5, label="not trained on")
     turn = _turning_point(heldout)
     if turn is None:
         return
