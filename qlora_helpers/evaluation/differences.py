@@ -23,7 +23,9 @@ class Arm:
     """One side of a comparison: the row losses of each training seed, on the same rows. An untrained base model has a
     single entry.
 
-    `labels` name the seeds, by default by their number. Arms with the same labels are compared seed by seed.
+    `labels` name what the seeds of an arm differ in: their draw of training rows, or, if all share one draw, the seed.
+    By default they are numbered. Seeds of one label depend on each other, so their mean counts as one. Arms with the
+    same labels are compared label by label.
     """
 
     name: str
@@ -33,8 +35,14 @@ class Arm:
 
     @property
     def pairing(self) -> tuple[Hashable, ...]:
-        """Labels of the seeds."""
-        return self.labels or tuple(range(len(self.seeds)))
+        """The different labels, in an order that does not depend on that of the seeds."""
+        return tuple(sorted(set(self.labels), key=repr)) or tuple(range(len(self.seeds)))
+
+    def sums(self) -> np.ndarray:
+        """Losses of the rows, each the mean of the seeds of a label: shape (labels, rows)."""
+        sums = np.array([[row.loss_sum for row in seed] for seed in self.seeds])
+        labels = self.labels or self.pairing
+        return np.array([sums[[own == label for own in labels]].mean(axis=0) for label in self.pairing])
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,7 @@ def family(
 
 def fewest_seeds(arms: Iterable[Arm]) -> int:
     """The smallest number of training seeds of any trained arm."""
-    return min((len(arm.seeds) for arm in arms if arm.trained), default=1)
+    return min((len(arm.pairing) for arm in arms if arm.trained), default=1)
 
 
 @dataclass(frozen=True)
@@ -176,21 +184,17 @@ def contrast(arms: Sequence[Arm], factors: Sequence[float], unit: str = "token")
         raise UserError("comparison: no held-out row is whole in both runs. Fix: a larger max_length.")
     clusters = _clusters([row for row, counts in zip(reference, counted, strict=True) if counts])
     scale = np.asarray(factors, dtype=float) / (1.0 if unit == "token" else math.log(2))
-    sums = [
-        np.array([[row.loss_sum for row in seed] for seed in arm.seeds])[:, counted] * factor
-        for arm, factor in zip(arms, scale, strict=True)
-    ]
+    sums = [arm.sums()[:, counted] * factor for arm, factor in zip(arms, scale, strict=True)]
     means = np.array([part.mean(axis=0) for part in sums])
     gap = means.sum(axis=0)
     gap[np.abs(gap) < 1e-12 * np.abs(means).sum(axis=0)] = 0  # equal losses may differ by rounding
     seeds: dict[tuple[Hashable, ...], np.ndarray] = {}
     for arm, part in zip(arms, sums, strict=True):
-        if len(arm.seeds) > 1:
+        if len(part) > 1:
             seeds[arm.pairing] = seeds.get(arm.pairing, 0) + _summed(part, clusters)
     tokens = sum(row.tokens for row, counts in zip(reference, counted, strict=True) if counts)
-    return Contrast(
-        Estimate(_summed(gap, clusters), _summed(weights[counted], clusters), seeds), int(counted.sum()), tokens
-    )
+    estimate = Estimate(_summed(gap, clusters), _summed(weights[counted], clusters), seeds)
+    return Contrast(estimate, int(counted.sum()), tokens)
 
 
 def _comparable(losses: list[RowLoss], reference: list[RowLoss], unit: str, names: tuple[str, str]) -> np.ndarray:
@@ -214,14 +218,14 @@ def _comparable(losses: list[RowLoss], reference: list[RowLoss], unit: str, name
 
 def _clusters(rows: list[RowLoss]) -> np.ndarray:
     """Number of the cluster of each row. A row without a group is a cluster of its own."""
-    numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(row.group or f"row {row.id}", len(numbers)) for row in rows])
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(row.group or (row.id,), len(numbers)) for row in rows])
 
 
 def _summed(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     """Sum the last axis, which is over rows, within each cluster."""
     sums = np.zeros((*values.shape[:-1], clusters.max() + 1))
-    np.add.at(sums, (..., clusters), values)
+    np.add.at(sums.T, clusters, values.T)
     return sums
 
 

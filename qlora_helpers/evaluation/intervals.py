@@ -10,8 +10,9 @@ import numpy as np
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 POWER = 0.8  # of the smallest effect that a comparison is expected to detect
-_CELLS = 5_000_000  # resampled rows in memory at a time
-_SIMULATED = 200_000  # draws of the multivariate t distribution
+FEW_ROWS = 20  # with fewer rows, the rows-by-seeds variance is too uncertain to be subtracted
+_KEPT = 4_000_000  # resampled rows that are kept for the next interval; 32 MB
+_BLOCK = 500_000  # resampled rows in memory at a time otherwise
 
 Labels = tuple[Hashable, ...]
 
@@ -66,58 +67,35 @@ class Estimate:
 
     @property
     def residuals(self) -> np.ndarray:
-        """Deviation of each row from the ratio, in units of the ratio; their squares sum to its variance.
-
-        Cochran, "Sampling Techniques", 1977, eq. 6.13.
-        """
-        n = len(self.above)
-        return (self.above - self.value * self.below) / self.below.sum() * math.sqrt(n / max(n - 1, 1))
+        """Deviation of each row from the ratio, in units of the ratio: shape (rows,)."""
+        return (self.above - self.value * self.below) / self.below.sum()
 
     @property
-    def row_variance(self) -> float:
-        """Variance of the ratio over the choice of rows."""
-        return float((self.residuals**2).sum())
+    def seed_errors(self) -> list[tuple[float, int]]:
+        """For each set of labels: standard error of the ratio over the choice of seeds, and the number of seeds."""
+        total = self.below.sum()
+        means = [sums.sum(axis=1) / total for sums in self.seeds.values()]
+        return [(float(mean.std(ddof=1)) / math.sqrt(len(mean)), len(mean)) for mean in means]
 
     @property
-    def seed_variances(self) -> list[tuple[float, float, int]]:
-        """For each set of labels: variance over the choice of seeds, the part of it that rows have too, and seeds.
+    def row_error(self) -> float:
+        """Standard error of the ratio over the choice of rows, less what `seed_errors` contain already.
 
-        The mean over seeds varies with the rows, the mean over rows varies with the seeds, and what varies with both is
-        part of either variance. It is subtracted once, as in Cameron, Gelbach and Miller, "Robust inference with
-        multiway clustering", 2011, eq. 2.11; its size is the mean square of the residuals of a two-way layout
-        (Searle, Casella and McCulloch, "Variance Components", 1992, section 4.3).
+        The error over rows alone is that of a ratio estimator (Cochran, "Sampling Techniques", 1977, chapter 6). Noise
+        of each row with each seed adds to the spread of the rows and to that of the seeds, so its variance, the
+        residual mean square of a two-way layout, is subtracted once (Cameron, Gelbach and Miller, "Robust inference
+        with multiway clustering", 2011). It comes off the rows: they are many, so the rest is well known, whereas the
+        spread of three seeds is often below it by chance. With `FEW_ROWS`, it is counted twice, which is safe.
         """
-        total, n = self.below.sum(), len(self.below)
-        parts = []
-        for sums in self.seeds.values():
-            count = len(sums)
+        n, total = len(self.above), self.below.sum()
+        if n < 2:
+            return math.inf
+        variance = float((self.residuals**2).sum())
+        for sums in self.seeds.values() if n >= FEW_ROWS else ():
             means = sums.sum(axis=1) / total
-            crossed = sums - sums.mean(axis=0) - np.outer(means - means.mean(), self.below)
-            shared = (crossed**2).sum() / total**2 / count**2 * count / (count - 1) * n / max(n - 1, 1)
-            parts.append((float(means.var(ddof=1) / count), float(shared), count))
-        return parts
-
-    @property
-    def seed_residuals(self) -> dict[Labels, np.ndarray]:
-        """Deviation of each seed from the mean of its set; the squares of a set sum to its variance over seeds."""
-        centered = {
-            labels: (sums - sums.mean(axis=0)).sum(axis=1) / self.below.sum() for labels, sums in self.seeds.items()
-        }
-        return {labels: part / math.sqrt(len(part) * (len(part) - 1)) for labels, part in centered.items()}
-
-    def error_and_freedom(self) -> tuple[float, float]:
-        """Standard error, and its degrees of freedom by Satterthwaite's formula.
-
-        Welch, "The generalization of Student's problem when several different population variances are involved",
-        1947, eq. 28.
-        """
-        rows, n = self.row_variance, len(self.above)
-        variance, spread = rows, rows**2 / max(n - 1, 1)
-        for over_seeds, shared, count in self.seed_variances:
-            if over_seeds > shared:
-                variance += over_seeds - shared
-                spread += over_seeds**2 / (count - 1) + shared**2 / ((count - 1) * max(n - 1, 1))
-        return math.sqrt(variance), variance**2 / spread if spread else math.inf
+            crossed = (sums - sums.mean(axis=0)) / total - np.outer(means - means.mean(), self.below / total)
+            variance -= float((crossed**2).sum()) / len(sums) / (len(sums) - 1)
+        return math.sqrt(max(variance, 0) * n / (n - 1))
 
 
 def ratio(numerators: Sequence[float] | np.ndarray, denominators: Sequence[float] | np.ndarray) -> Interval:
@@ -129,119 +107,115 @@ def ratio(numerators: Sequence[float] | np.ndarray, denominators: Sequence[float
 def simultaneous(families: Sequence[Sequence[Estimate]]) -> list[list[Interval]]:
     """Intervals that all hold at once with 95% confidence. The estimates of a list are of the same rows, in one order.
 
-    Over rows: studentized bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, eq. 12.22),
-    symmetric, since its coverage then errs by 1/n² rather than 1/n (Hall, "The Bootstrap and Edgeworth Expansion",
-    1992, section 3.6). For several estimates, the largest studentized deviation of each resample counts (max-t;
-    Westfall and Young, "Resampling-Based Multiple Testing", 1993, section 2.6). A percentile interval of 64 rows covers
-    less than it claims; `benchmarks/calibration.py` measures this one. 10,000 resamples, fixed seed.
+    The deviation of an estimate from the truth is simulated as the sum of two independent parts:
 
-    Over rows and seeds: the variances add (see `Estimate.seed_variances`), and the largest deviation is that of a
-    multivariate t distribution with the estimates' correlations and the smallest of their degrees of freedom (Hothorn,
-    Bretz and Westfall, "Simultaneous inference in general parametric models", 2008, section 3.1), widened by what the
-    bootstrap found Student's t to be short of over rows.
+    - Over rows, its error times a studentized bootstrap (Efron and Tibshirani, "An Introduction to the Bootstrap",
+      1993, section 12.5). Estimates of the same rows share their resamples.
+    - Over seeds, its error times Student's t. The sum of such parts is Behrens and Fisher's solution for two unknown
+      variances. It stays valid with three seeds, where Welch's t does not: see docs/statistics.md. Estimates are taken
+      as independent here, since three seeds cannot show how they are correlated; that can only widen the intervals.
+
+    The interval is symmetric (Hall, "The Bootstrap and Edgeworth Expansion", 1992, section 3.6). For several estimates,
+    each gets the same chance to miss, the largest with which all hold at once (Beran, "Balanced simultaneous confidence
+    sets", 1988): like max-t, but an estimate with few seeds or heavy tails does not widen the others. Fixed random
+    seeds.
     """
+    if not any(families):
+        return [[] for _ in families]
+    rng = np.random.default_rng(RESAMPLES)
+    deviations = np.array(
+        [
+            _deviations(estimate, over_rows, rng)
+            for number, family in enumerate(families)
+            for estimate, over_rows in zip(family, _studentized(family, number), strict=True)
+        ]
+    )
+    reaches = iter(_balanced(deviations))
+    powers = iter(np.quantile(deviations, 2 * POWER - 1, axis=1, method="inverted_cdf"))
+    return [[_interval(estimate, next(reaches), next(powers)) for estimate in family] for family in families]
+
+
+def _interval(estimate: Estimate, reach: float, power: float) -> Interval:
+    """`power` is the deviation that 80% of the estimates do not fall short by."""
+    value, error = estimate.value, math.hypot(estimate.row_error, *(error for error, _ in estimate.seed_errors))
+    return Interval(value, float(value - reach), float(value + reach), error, float(reach + power))
+
+
+def _deviations(estimate: Estimate, over_rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Absolute simulated deviations of an estimate: shape (RESAMPLES,)."""
+    deviations = estimate.row_error * over_rows if estimate.row_error else np.zeros(RESAMPLES)
+    for error, count in estimate.seed_errors:
+        signs = rng.choice([-1.0, 1.0], RESAMPLES)
+        deviations = deviations + error * signs * rng.permutation(_student(count - 1))
+    return np.abs(deviations)
+
+
+@lru_cache
+def _student(freedom: int) -> np.ndarray:
+    """Absolute values of Student's t at evenly spaced probabilities, so that their quantiles have no sampling error."""
     from scipy.stats import t
 
-    largest: list[np.ndarray] = []
-    quantiles: list[np.ndarray] = []
-    for number, family in enumerate(families):
-        deviations = _studentized(family, number)
-        quantiles.append(np.quantile(deviations, CONFIDENCE, axis=1, method="inverted_cdf"))
-        largest.append(deviations.max(axis=0, initial=0))
-    joint = float(np.quantile(np.max(largest, axis=0), CONFIDENCE, method="inverted_cdf"))
-    every = [estimate for family in families for estimate in family]
-    seeded = any(estimate.seeds for estimate in every)
-    critical = _multivariate_t(families) if seeded else 0.0
-    results = []
-    for family, own in zip(families, quantiles, strict=True):
-        intervals = []
-        for estimate, quantile in zip(family, own, strict=True):
-            error, freedom = estimate.error_and_freedom()
-            rows = len(estimate.above)
-            if rows < 2:  # one row says nothing about other rows
-                intervals.append(Interval(estimate.value, -np.inf, np.inf, np.inf, np.inf))
-                continue
-            if not seeded:
-                reach = (joint if error else 0.0) * error
-            else:
-                short = max(1.0, quantile / float(t.ppf((1 + CONFIDENCE) / 2, rows - 1))) if quantile else 1.0
-                reach = critical * short * error
-            power = float(t.ppf(POWER, freedom)) * error if error else 0.0
-            value = estimate.value
-            intervals.append(Interval(value, value - reach, value + reach, error, reach + power))
-        results.append(intervals)
-    return results
+    return np.asarray(t.isf((np.arange(RESAMPLES) + 0.5) / RESAMPLES / 2, freedom))
+
+
+def _balanced(deviations: np.ndarray) -> np.ndarray:
+    """For each row of deviations, a bound that is exceeded equally often; in 5% of the columns, any is exceeded."""
+    order = np.argsort(deviations, axis=1)
+    ordered = np.take_along_axis(deviations, order, axis=1)
+    at_least = np.empty(deviations.shape, dtype=int)  # how many deviations of the row are as large as this one
+    for counts, places, own in zip(at_least, order, ordered, strict=True):
+        counts[places] = RESAMPLES - np.searchsorted(own, own)
+    rarest = np.sort(at_least.min(axis=0))
+    allowed = rarest[round((1 - CONFIDENCE) * RESAMPLES)]
+    return ordered[:, RESAMPLES - allowed]
 
 
 def _studentized(family: Sequence[Estimate], seed: int) -> np.ndarray:
-    """Absolute studentized deviation of every estimate in every resample: shape (estimates, resamples)."""
-    n = len(family[0].above)
-    varies = [bool(n > 1 and np.ptp(estimate.residuals) > 1e-12 * abs(estimate.value)) for estimate in family]
+    """Studentized deviation of every estimate in every resample of their rows: shape (estimates, RESAMPLES)."""
     deviations = np.zeros((len(family), RESAMPLES))
+    n = len(family[0].above) if family else 0
+    if n < 2:  # one row says nothing about other rows
+        return np.full_like(deviations, np.inf)
+    # If rows do not vary, all resamples are equal, and there is no error to divide by.
+    varies = np.array([np.ptp(one.residuals) * n > 1e-12 * abs(one.value) for one in family])
+    above = np.array([one.residuals for one in family])[varies]
+    below = np.array([one.below / one.below.sum() for one in family])[varies]
+    columns = np.concatenate([above, below, above**2, above * below, below**2]).T
     start = 0
     for drawn in _resamples(n, seed):
-        for k, estimate in enumerate(family):
-            if varies[k]:  # else all resamples are equal, and there is no error to divide by
-                deviations[k, start : start + len(drawn)] = _deviations(drawn, estimate)
+        deviations[varies, start : start + len(drawn)] = _studentize(drawn @ columns, n)
         start += len(drawn)
     return deviations
 
 
-def _deviations(drawn: np.ndarray, estimate: Estimate) -> np.ndarray:
-    """Absolute studentized deviation in each resample. `drawn` holds counts of shape (resamples, rows)."""
-    n, above, below = drawn.shape[1], estimate.above, estimate.below
-    sums = drawn @ np.stack([above, below, above**2, above * below, below**2], axis=1)
+def _studentize(sums: np.ndarray, n: int) -> np.ndarray:
+    """Studentized deviations: shape (estimates, resamples). `sums` over the rows drawn: (resamples, 5 x estimates)."""
+    above, below, *squares = sums.T.reshape(5, -1, len(sums))
     with np.errstate(divide="ignore", invalid="ignore"):  # with few rows, a resample may consist of a single one
-        value = sums[:, 0] / sums[:, 1]
-        squares = sums[:, 2] - 2 * value * sums[:, 3] + value**2 * sums[:, 4]
-        error = np.sqrt(np.maximum(squares, 0) * n / (n - 1)) / sums[:, 1]
-        return np.nan_to_num(np.abs(value - estimate.value) / error, posinf=np.inf)
+        deviation = above / below
+        variance = squares[0] - 2 * deviation * squares[1] + deviation**2 * squares[2]
+        error = np.sqrt(np.maximum(variance, 0) * n / (n - 1)) / below
+        return np.nan_to_num(deviation / error, posinf=np.inf, neginf=-np.inf)
 
 
 def _resamples(n: int, seed: int) -> Iterator[np.ndarray]:
     """How often each of n rows is drawn in each resample, in blocks of shape (resamples, rows)."""
-    if n * RESAMPLES <= _CELLS:
+    if n * RESAMPLES <= _KEPT:
         yield _all_resamples(n, seed)
         return
     rng = np.random.default_rng(seed)
-    for start in range(0, RESAMPLES, block := max(_CELLS // n, 1)):
-        yield rng.multinomial(n, np.full(n, 1 / n), size=min(block, RESAMPLES - start)).astype(float)
+    for start in range(0, RESAMPLES, block := max(_BLOCK // n, 1)):
+        yield _counts(rng, n, min(block, RESAMPLES - start))
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def _all_resamples(n: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(float)
+    return _counts(np.random.default_rng(seed), n, RESAMPLES)
 
 
-def _multivariate_t(families: Sequence[Sequence[Estimate]]) -> float:
-    """Value that the largest of several t-distributed deviations exceeds in 5% of cases.
-
-    Estimates of different rows are correlated through their seeds alone.
-    """
-    from scipy.stats import t
-
-    every = [estimate for family in families for estimate in family]
-    freedom = min(estimate.error_and_freedom()[1] for estimate in every)
-    if len(every) == 1:
-        return float(t.ppf((1 + CONFIDENCE) / 2, freedom))
-    covariance = np.array([[_seed_covariance(a, b) for b in every] for a in every])
-    start = 0
-    for family in families:
-        rows = np.array([estimate.residuals for estimate in family])
-        here = slice(start, start := start + len(family))
-        covariance[here, here] += rows @ rows.T
-    errors = np.sqrt(np.maximum(covariance.diagonal(), np.finfo(float).tiny))
-    values, vectors = np.linalg.eigh(covariance / np.outer(errors, errors))
-    rng = np.random.default_rng(0)
-    normal = rng.standard_normal((_SIMULATED, len(every))) @ (vectors * np.sqrt(np.maximum(values, 0))).T
-    scale = np.sqrt(rng.chisquare(freedom, _SIMULATED) / freedom) if math.isfinite(freedom) else 1.0
-    return float(np.quantile(np.abs(normal).max(axis=1) / scale, CONFIDENCE))
-
-
-def _seed_covariance(a: Estimate, b: Estimate) -> float:
-    """Covariance of two ratios over the choice of the seeds that they share."""
-    left, right = a.seed_residuals, b.seed_residuals
-    return float(sum(left[labels] @ right[labels] for labels in left.keys() & right.keys()))
+def _counts(rng: np.random.Generator, n: int, resamples: int) -> np.ndarray:
+    drawn = rng.integers(0, n, (resamples, n)) + n * np.arange(resamples)[:, None]
+    return np.bincount(drawn.ravel(), minlength=n * resamples).reshape(resamples, n).astype(float)
 
 
 def share(count: int, of: int) -> Interval:
