@@ -54,7 +54,7 @@ class MetricDifference:
     def from_dict(cls, plain: Mapping[str, Any]) -> "MetricDifference":
         """The difference that `to_dict` wrote."""
         ends = {"low": -math.inf, "high": math.inf}
-        return cls(**plain | {name: end for name, end in ends.items() if plain[name] is None})
+        return cls(**{**plain, **{name: end for name, end in ends.items() if plain[name] is None}})
 
 
 def matched(a: Answers, b: Answers) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:

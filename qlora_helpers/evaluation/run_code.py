@@ -12,7 +12,7 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-SECONDS, MEMORY, FILE_SIZE, FILES = 10, 2**31, 2**20, 100  # what an answer may use; sizes in bytes
+SECONDS, MEMORY, FILE_SIZE, FILES = 10, 2**30, 2**20, 100  # what an answer may use; sizes in bytes
 PASSED, FAILED, TIMED_OUT = "passed", "failed", "timed out"
 RUNNER = Path(__file__).with_name("code_runner.py")
 # A network without connections, and processes that all end with the first one.

@@ -69,8 +69,8 @@ def differences(a: Answers, b: Answers) -> list[MetricDifference]:
     groups = [left.get("group", "") for left, _ in pairs]
     made = []
     for name, outcomes in _claims([row for pair in pairs for row in pair]).items():
-        sides = ([pair[side]["outcome"] in outcomes for pair in pairs] for side in (0, 1))
-        made.append(paired.share(name, *sides, groups))
+        one, other = ([pair[side]["outcome"] in outcomes for pair in pairs] for side in (0, 1))
+        made.append(paired.share(name, one, other, groups))
     return paired.holm(made)
 
 
@@ -126,9 +126,8 @@ def _choice(references: list[str]) -> Rule:
 
 def _letter_finder(letters: frozenset[str]) -> Callable[[str], str | None]:
     known, one = {letter.upper() for letter in letters}, f"[{''.join(sorted(letters))}]"
-    marked = (
-        rf"[(\[]({one})[)\]]|(?i:\b(?:answer|option|choice)(?:\s+is)?)[\s:*(\[]*({one})(?!\w)|(?<!\w)({one})[).:\]]"
-    )
+    named = rf"(?i:\b(?:answer|option|choice)(?:\s+is)?)[\s:*(\[]*({one})(?!\w)"
+    marked = rf"[(\[]({one})[)\]]|{named}|(?<!\w)({one})[).:\]]"
     patterns = [regex.compile(pattern) for pattern in (marked, rf"(?<![\w'’])({one})(?![\w'’])")]
 
     def find(text: str) -> str | None:
@@ -146,8 +145,10 @@ def _label_finder(labels: frozenset[str]) -> Callable[[str], str | None]:
 
     def find(text: str) -> str | None:
         label = _label(text)
-        found = None if label in labels else pattern.search(label)
-        return label if label in labels else found[0] if found and labels else None
+        if label in labels or not labels:
+            return label or None
+        found = pattern.search(label)
+        return found[0] if found else None
 
     return find
 

@@ -94,7 +94,8 @@ def differences(a: Answers, b: Answers) -> list[MetricDifference]:
     for name, key in SHARES.items():
         if key == "thought" and not any(row[key] or row["reference_thought"] for row in (*left, *right)):
             continue
-        made.append(paired.share(name, *([bool(row[key]) for row in side] for side in (left, right)), groups))
+        one, other = ([bool(row[key]) for row in side] for side in (left, right))
+        made.append(paired.share(name, one, other, groups))
     return paired.holm(made)
 
 
