@@ -50,6 +50,8 @@ def evaluate(run: RunFolder, tasks: Sequence[str], limit: int | None = None, cha
     results are written to `harness.json` in the run folder. Raises `UserError` if lm-eval is not installed, or if a
     task is unknown or its data cannot be loaded.
     """
+    if limit is not None and limit < 1:
+        raise UserError(f"limit: {limit} is too small. Fix: use 1 or more.")
     if find_spec("lm_eval") is None:
         raise UserError("harness: lm-eval is not installed. Fix: pip install 'qlora-helpers[harness]'.")
     import lm_eval
@@ -102,8 +104,8 @@ def _result(task: str, key: str, base: Mapping[str, Any], adapter: Mapping[str, 
         if not numbers or not math.isclose(sum(values) / len(values), reported, rel_tol=1e-6, abs_tol=1e-9):
             return Result(task, name, before, after, None)
     yes_or_no = all(value in (0, 1) for values in sides for value in values)
-    made = (paired.share if yes_or_no else paired.ratio)(f"{task} {name}", *sides, [""] * len(x))
-    return Result(task, name, before, after, made)
+    compared = paired.share if yes_or_no else paired.ratio
+    return Result(task, name, before, after, compared(f"{task} {name}", sides[0], sides[1], [""] * len(x)))
 
 
 def _values(results: Mapping[str, Any], task: str, metric: str, kind: str) -> dict[tuple[Any, ...], Any]:

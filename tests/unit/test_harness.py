@@ -22,8 +22,8 @@ def tasks(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     paths = []
     for name in ("colors", "echo"):
-        text = (TASKS / f"{name}.yaml").read_text("utf-8").replace("DATA", str(TASKS / "colors.jsonl"), 2)
-        (tmp_path / f"{name}.yaml").write_text(text.replace(str(TASKS / "colors.jsonl"), "DATA", 1), "utf-8")
+        text = (TASKS / f"{name}.yaml").read_text("utf-8").replace("DATA", str(TASKS / "colors.jsonl"))
+        (tmp_path / f"{name}.yaml").write_text(text, "utf-8")
         paths.append(str(tmp_path / f"{name}.yaml"))
     return paths
 
@@ -80,8 +80,10 @@ def test_without_lm_eval_the_command_says_how_to_get_it(monkeypatch, capsys, tmp
 
 
 def test_several_tasks_are_understood():
-    args = build_parsers()[0].parse_args("harness runs/x --tasks arc_easy my.yaml --limit 5".split())
+    words = ["harness", "runs/x", "--tasks", "arc_easy", "my.yaml", "--limit", "5"]
+    args = build_parsers()[0].parse_args(words)
     assert (args.tasks, args.limit, args.chat) == (["arc_easy", "my.yaml"], 5, False)
+    assert main(["harness", "runs/x", "--tasks", "arc_easy", "--limit", "0"]) == 2
 
 
 @installed
