@@ -65,7 +65,13 @@ def evaluate(run: RunFolder, tasks: Sequence[str], limit: int | None = None, cha
     _check_tasks(manager, tasks)
     device = compute_dtype.as_begun(compute_dtype.device_for(config), run.compute_dtype())
     limit_memory(device, config.memory_limit_gib)
-    options = {"tasks": list(tasks), "task_manager": manager, "limit": limit, "apply_chat_template": chat}
+    options = {
+        "tasks": list(tasks),
+        "task_manager": manager,
+        "limit": limit,
+        "apply_chat_template": chat,
+        "bootstrap_iters": 0,
+    }
     model = qlora.load_base(config, device)
     base = lm_eval.simple_evaluate(_wrapped(model, tokenizer, config, device), **options)
     model = qlora.load_adapter(model, run.adapter)
