@@ -11,6 +11,7 @@ from qlora_helpers import UserError
 from qlora_helpers.evaluation import paired
 from qlora_helpers.evaluation.intervals import share
 from qlora_helpers.evaluation.paired import MetricDifference, holm, matched, newcombe, ratio
+from qlora_helpers.evaluation.text_metrics import share_difference
 
 COUNTS = st.tuples(*[st.integers(0, 60)] * 4).filter(any)
 
@@ -23,6 +24,12 @@ def test_the_interval_of_paired_shares_is_newcombes():
     """His table II, method 10, for 36, 12, 2 and 0 pairs."""
     result = newcombe(36, 2, 12, 0)
     assert (result.value, result.low, result.high) == pytest.approx((0.2, 0.0569, 0.3404), abs=5e-5)
+
+
+def test_a_correlation_within_the_continuity_correction_counts_as_none():
+    """1 × 12 − 1 × 7 is below 21 / 2, so that the shares are compared as independent ones."""
+    result, independent = newcombe(1, 1, 7, 12), share_difference(share(2, 21), share(8, 21))
+    assert (result.low, result.high) == pytest.approx((independent.low, independent.high))
 
 
 @given(COUNTS)
@@ -48,9 +55,9 @@ def test_the_interval_of_paired_shares_covers_the_true_difference():
     assert 0.935 <= np.mean([inside[tuple(counts)] for counts in samples]) <= 0.975
 
 
-def test_mcnemars_mid_p_is_the_published_one():
-    """Fagerland, Lydersen and Laake 2013, section 4: 1 and 7 discordant pairs, exact 0.0703, mid-p 0.0391."""
-    assert paired._mid_p(1, 7) == pytest.approx(0.0391, abs=5e-5)
+def test_mcnemars_mid_p_counts_what_was_observed_by_half():
+    """Of 1 and 7 discordant pairs: 2 × (1 + 8) / 2⁸ exactly, less the probability 8 / 2⁸ of the pairs observed."""
+    assert paired._mid_p(1, 7) == pytest.approx(10 / 256)
     assert paired._mid_p(7, 1) == paired._mid_p(1, 7)
     assert paired._mid_p(0, 0) == 1
 
