@@ -165,6 +165,22 @@ def _export(run_folder: Path, out: Path, gguf: str | None) -> None:
     print(parity.table(compared), f"\nExport: {out}", sep="\n")
 
 
+def _harness_options(harness: Parser) -> None:
+    """Add the options of `harness`."""
+    harness.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a finished run")
+    harness.option("--tasks", nargs="+", required=True, metavar="TASK", help="names of lm-eval's tasks, or YAML files")
+    harness.option("--limit", type=int, metavar="N", help="samples per task (default: all)")
+    harness.option("--chat-template", action="store_true", dest="chat", help="prompt in the model's own chat template")
+
+
+def _harness(run_folder: Path, **args: Any) -> None:
+    from qlora_helpers.evaluation import harness
+    from qlora_helpers.runs import RunFolder
+
+    print("Each line: base model and adapter, on the same samples.")
+    print(*harness.evaluate(RunFolder(run_folder), **args), sep="\n")
+
+
 def _serve(**args: Any) -> None:
     from qlora_helpers.export import serve
 
@@ -201,6 +217,7 @@ COMMANDS = {
     "data": Command("clean and split a data set, and report on it", options.data, _data),
     "plan": Command("plan peak memory and time of a run before downloading anything", options.plan, _plan),
     "compare": Command("compare finished runs and write a report", options.compare, _compare),
+    "harness": Command("evaluate a run and its base model on lm-evaluation-harness", _harness_options, _harness),
     "export": Command("merge a run's adapter into its base model and verify the result", options.export, _export),
     "serve": Command("serve an exported model over OpenAI's protocol", options.serve, _serve),
     "push": Command("show what a push to a model hub would send, or send it", options.push, _push),

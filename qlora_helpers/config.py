@@ -21,6 +21,7 @@ BUNDLED_MODEL = "smollm2-135m-instruct"
 SAMPLE_DATA = "sample"
 PYTHON_DOCS = "python-stdlib"
 OTHER_TOOLS = "_other_tools"  # file beside the presets: names of settings in other tools, and ours
+SCORES = ("exact", "choice", "json", "python", "regex:PATTERN")
 UNPACKED = 0.05  # share of weights in 16 bits, besides embeddings, above which 4 bits save too little
 MANY_RUNS = ("sample_counts", "seconds_per_run")  # keys of a profile that concern many runs and are not in `Config`
 
@@ -120,6 +121,8 @@ class Config:
     equal_steps: bool = _field(False, "also train the smaller experiment for as many steps", identity=False)
     few_shot: bool = _field(True, "also measure the base model with few-shot examples", identity=False)
     n_answers: int = _field(100, "number of held-out questions to answer and score", low=1, identity=False)
+    score: str | None = _field(None, "score answers: exact, choice, json, python, regex:…", identity=False)
+    run_code: bool = _field(False, "allow score=python to run answers on this machine", identity=False)
     seconds_per_step: float | None = _field(
         None, "measured with the profile's model; None: estimated", low=0, identity=False
     )
@@ -279,7 +282,7 @@ def _resolve_profile(profile: str) -> str:
 def _check(values: dict[str, Any]) -> dict[str, Any]:
     """Return `values` with numbers and names converted to their field's type.
 
-    Raises `UserError` for the first unknown name, wrong type or value out of range.
+    Raises `UserError` for the first unknown name, wrong type or value out of range, and for scores that cannot be used.
     """
     fields = {field.name: field for field in dataclasses.fields(Config)}
     hints = typing.get_type_hints(Config)
@@ -290,7 +293,29 @@ def _check(values: dict[str, Any]) -> dict[str, Any]:
             hint = f" Fix: use {ours}." if ours else nearest(name, fields)
             raise UserError(f"unknown parameter '{name}'.{hint}")
         checked[name] = _check_value(name, value, hints[name], fields[name].metadata)
+    if checked.get("score"):
+        _check_score(checked["score"], bool(checked.get("run_code")))
     return checked
+
+
+def _check_score(score: str, run_code: bool) -> None:
+    """Raise `UserError` for an unknown kind of score, a pattern that does not compile, or code that may not run."""
+    import regex
+
+    kind, _, pattern = score.partition(":")
+    if score not in SCORES[:-1] and (kind != "regex" or not pattern):
+        raise UserError(f"score: unknown kind '{score}'.{nearest(kind, SCORES)}")
+    if kind == "regex":
+        try:
+            regex.compile(pattern)
+        except (regex.error, ValueError, OverflowError, RecursionError, MemoryError) as error:
+            why = str(error) or type(error).__name__
+            raise UserError(f"score: '{pattern}' is no regular expression ({why}). Fix: correct it.") from None
+    if score == "python" and not run_code:
+        raise UserError(
+            "score: python runs what the model writes on this machine. Fix: run_code=True (--run-code), in a container "
+            "or on a machine where that may happen."
+        )
 
 
 def _check_value(name: str, value: Any, hint: Any, limits: typing.Mapping[str, Any]) -> Any:

@@ -11,6 +11,8 @@ from qlora_helpers.data import rendering
 from qlora_helpers.data.prompts import Example, tokenize
 from qlora_helpers.data.schema import TURN_MARKER, Message
 from qlora_helpers.device import Device, autocast
+from qlora_helpers.evaluation import scores
+from qlora_helpers.evaluation.thoughts import split_thought
 from qlora_helpers.models import forward
 from qlora_helpers.planning.memory import MOST_ANSWERS
 
@@ -22,14 +24,16 @@ Shots = tuple[Message, ...]
 def heldout_prompts(heldout: list[Example], number: int) -> list[dict[str, Any]]:
     """Prompts to answer: two published questions, then the last question of each of `number` held-out rows.
 
-    A held-out row is asked as it is trained: `turns` are its system prompt, input and earlier rounds.
+    A held-out row is asked as it is trained: `turns` are its system prompt, input and earlier rounds. `group` names
+    what the row belongs to, if it names anything.
     """
     asked: list[dict[str, Any]] = [{"prompt": prompt, "reference": None} for prompt in PUBLISHED_PROMPTS]
     for example in heldout[:number]:
         *turns, answer = example.row.messages
         question = next(turn for turn in reversed(turns) if turn["role"] == "user")
         given = f"\n\n{question['input']}" if question.get("input") else ""
-        asked.append({"prompt": question["content"] + given, "reference": answer["content"], "turns": turns})
+        entry = {"prompt": question["content"] + given, "reference": answer["content"], "turns": turns}
+        asked.append(entry | ({"group": example.row.group} if example.row.group else {}))
     return asked
 
 
@@ -46,7 +50,7 @@ def generate(
 
     Adds to each entry: `answer`; `thought`, what the model wrote as a thought before it; `stopped`, whether the model
     ended it within the limit of tokens; `invented`, whether the model continued with a turn of someone else; `tokens`,
-    the number of tokens it wrote.
+    the number of tokens it wrote; and with `config.score`, what `scores.add` does.
     """
     turns = [entry.get("turns") or [{"role": "user", "content": entry["prompt"]}] for entry in asked]
     texts = [rendering.render_prompt(with_shots(one, shots), config, tokenizer) for one in turns]
@@ -61,11 +65,12 @@ def generate(
             part = order[start : start + batch_size]
             outputs = _continue(model, tokenizer, config, device, [texts[i] for i in part], reader.ends)
             for i, ids in zip(part, outputs, strict=True):
-                answered[i] = {"prompt": asked[i]["prompt"], "reference": asked[i]["reference"], **reader.read(ids)}
+                answered[i] = {key: asked[i][key] for key in asked[i] if key != "turns"} | reader.read(ids)
     finally:  # the tokenizer is shared by all runs of a notebook
         tokenizer.padding_side = side
         model.train(was_training)
-    return [answered[i] for i in range(len(asked))]
+    rows = [answered[i] for i in range(len(asked))]
+    return scores.add(rows, config.score) if config.score else rows
 
 
 def with_shots(turns: Sequence[Message], shots: Shots) -> Shots:
@@ -124,13 +129,3 @@ class AnswerReader:
             "invented": bool(TURN_MARKER.search(words) or self.marks.search(words)),
             "tokens": len(kept),
         }
-
-
-def split_thought(text: str) -> tuple[str, str]:
-    """Split a generated text at the marks `<think>` and `</think>` into the thought and the words after it."""
-    head, closed, rest = text.partition("</think>")
-    if closed:
-        return head.removeprefix("<think>").strip(), rest.strip()
-    if text.startswith("<think>"):
-        return text.removeprefix("<think>").strip(), ""
-    return "", text

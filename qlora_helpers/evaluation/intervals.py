@@ -127,7 +127,7 @@ def simultaneous(families: Sequence[Sequence[Estimate]]) -> list[list[Interval]]
         [
             _deviations(estimate, over_rows, rng)
             for number, family in enumerate(families)
-            for estimate, over_rows in zip(family, _studentized(family, number), strict=True)
+            for estimate, over_rows in zip(family, studentized(family, number), strict=True)
         ]
     )
     reaches = iter(_balanced(deviations))
@@ -170,7 +170,7 @@ def _balanced(deviations: np.ndarray) -> np.ndarray:
     return ordered[:, RESAMPLES - allowed]
 
 
-def _studentized(family: Sequence[Estimate], seed: int) -> np.ndarray:
+def studentized(family: Sequence[Estimate], seed: int) -> np.ndarray:
     """Studentized deviation of every estimate in every resample of their rows: shape (estimates, RESAMPLES)."""
     deviations = np.zeros((len(family), RESAMPLES))
     n = len(family[0].above) if family else 0

@@ -7,11 +7,15 @@ from typing import Any
 
 import regex
 
-from qlora_helpers.evaluation import intervals
-from qlora_helpers.evaluation.answers import split_thought
+from qlora_helpers.evaluation import intervals, paired
 from qlora_helpers.evaluation.intervals import Interval
+from qlora_helpers.evaluation.paired import Answers, MetricDifference
+from qlora_helpers.evaluation.thoughts import split_thought
 
 BLEU_RESAMPLES = 1000  # sacrebleu's own bootstrap
+MOST = {"ROUGE-L": 1, "sentence BLEU": 100, "sentence chrF": 100, "repeats itself": 1}  # largest value of a mean
+SHARES = {"ends by itself": "stopped", "invents a turn": "invented", "thinks": "thought"}  # name: key of an answer
+AT_LIMIT = ("ROUGE-L", "BLEU", "chrF", "ends by itself", "length")  # what a limit of tokens can lower
 
 KANA = r"\p{Hiragana}\p{Katakana}ーｰ"  # Unicode assigns the two long vowel marks to no script
 SOUTHEAST_ASIAN = r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
@@ -58,7 +62,7 @@ def text_metrics(answers: list[dict[str, Any]]) -> dict[str, Interval]:
     ones = [1.0] * len(rows)
     metrics = {
         "ROUGE-L": intervals.ratio(_rouge(texts, references), ones).within(0, 1),
-        **_sacrebleu(texts, references),
+        **{name: _score(metric, *sides) for name, (metric, sides) in _sacrebleu(texts, references).items()},
         "ends by itself": intervals.share(sum(row["stopped"] for row in rows), len(rows)),
         "invents a turn": intervals.share(sum(row["invented"] for row in rows), len(rows)),
         "repeats itself": intervals.ratio([_repeated(text) for text in texts], ones).within(0, 1),
@@ -67,6 +71,48 @@ def text_metrics(answers: list[dict[str, Any]]) -> dict[str, Interval]:
     if any(row["thought"] or row["reference_thought"] for row in rows):
         metrics["thinks"] = thinks(answers)
     return metrics
+
+
+def differences(a: Answers, b: Answers) -> list[MetricDifference]:
+    """Metrics of model `b` minus those of model `a`, which answered the same questions; empty without references.
+
+    The metrics are those of `text_metrics`, compared answer by answer, with Holm's correction over all of them. BLEU
+    and chrF are means of the scores of each answer, and so are named otherwise: a difference of scores over all answers
+    has no value per answer. Raises `UserError` if the two answered different questions.
+    """
+    pairs = paired.matched(a, b)
+    left, right = (_scored([dict(pair[side]) for pair in pairs]) for side in (0, 1))
+    if not left:
+        return []
+    groups = [row.get("group", "") for row in left]
+    references = [row["reference"] for row in left]
+    made = []
+    means = zip(*(_means([row["answer"] for row in side], references).items() for side in (left, right)), strict=True)
+    for (name, x), (_, y) in means:
+        per = _lengths(references) if name == "length" else None
+        made.append(paired.ratio(name, x, y, groups, per, MOST.get(name, inf)))
+    for name, key in SHARES.items():
+        if key == "thought" and not any(row[key] or row["reference_thought"] for row in (*left, *right)):
+            continue
+        one, other = ([bool(row[key]) for row in side] for side in (left, right))
+        made.append(paired.share(name, one, other, groups))
+    return paired.holm(made)
+
+
+def at_limit(answers: Answers, tokenizer: Any, limit: int) -> dict[str, Interval]:
+    """Metrics that each reference itself would get, as an answer that ends after `limit` tokens.
+
+    No model that writes like the references scores better within this limit. `tokenizer` is the run's own, and `limit`
+    its `max_new_tokens`. Empty without answers that have a reference.
+    """
+    rows = []
+    for row in _scored([dict(answer) for answer in answers]):
+        ids = tokenizer(row["reference"], add_special_tokens=False)["input_ids"]
+        text = tokenizer.decode(ids[:limit]) if len(ids) > limit else row["reference"]
+        ends = len(ids) < limit  # the end is a token too
+        rows.append(row | {"answer": text, "thought": "", "stopped": ends, "invented": False})
+    metrics = text_metrics(rows)
+    return {name: metrics[name] for name in AT_LIMIT if name in metrics}
 
 
 def thinks(answers: list[dict[str, Any]]) -> Interval:
@@ -132,7 +178,20 @@ def _rouge(texts: list[str], references: list[str]) -> list[float]:
     return [scorer.score(b, a)["rougeL"].fmeasure for a, b in zip(texts, references, strict=True)]
 
 
-def _sacrebleu(texts: list[str], references: list[str]) -> dict[str, Interval]:
+def _means(texts: list[str], references: list[str]) -> dict[str, list[float]]:
+    """Values of each answer, by metric. For `length`, the words of the answer."""
+    (bleu, split), (chrf, whole) = _sacrebleu(texts, references).values()
+    return {
+        "ROUGE-L": _rouge(texts, references),
+        "sentence BLEU": [bleu.sentence_score(text, [wanted]).score for text, wanted in zip(*split, strict=True)],
+        "sentence chrF": [chrf.sentence_score(text, [wanted]).score for text, wanted in zip(*whole, strict=True)],
+        "repeats itself": [_repeated(text) for text in texts],
+        "length": [float(length) for length in _lengths(texts)],
+    }
+
+
+def _sacrebleu(texts: list[str], references: list[str]) -> dict[str, tuple[Any, tuple[list[str], list[str]]]]:
+    """The library's metrics, each with the texts and the references that it compares."""
     from sacrebleu.metrics import BLEU, CHRF
 
     class PlainChrf(CHRF):
@@ -142,10 +201,12 @@ def _sacrebleu(texts: list[str], references: list[str]) -> dict[str, Interval]:
             return float(super()._compute_f_score(statistics))
 
     tokenizers = [_bleu_tokenizer(_script(reference)) for reference in references]
-    split = [[cut(text.rstrip()) for cut, text in zip(tokenizers, side, strict=True)] for side in (texts, references)]
+    one, other = (
+        [cut(text.rstrip()) for cut, text in zip(tokenizers, side, strict=True)] for side in (texts, references)
+    )
     # By default, BLEU counts n-grams that are longer than every answer as wrong: one right word scores 0.
     bleu = BLEU(tokenize="none", force=True, effective_order=True)
-    return {"BLEU": _score(bleu, *split), "chrF": _score(PlainChrf(), texts, references)}
+    return {"BLEU": (bleu, (one, other)), "chrF": (PlainChrf(), (texts, references))}
 
 
 def _score(metric: Any, texts: list[str], references: list[str]) -> Interval:

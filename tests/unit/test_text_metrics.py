@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from qlora_helpers import UserError
 from qlora_helpers.evaluation import text_metrics as metrics
 from qlora_helpers.evaluation.intervals import share
 from qlora_helpers.evaluation.text_metrics import text_metrics
@@ -289,3 +290,71 @@ def test_metrics_of_any_texts_stay_within_their_ranges(pairs):
     for name, interval in text_metrics([row(*pair) for pair in pairs]).items():
         assert 0 <= interval.value <= MOST.get(name, float("inf")), name
         assert 0 <= interval.low <= interval.high <= MOST.get(name, float("inf")), name
+
+
+def test_two_models_are_compared_on_the_same_answers():
+    better = [line | {"answer": wanted, "stopped": True} for line, wanted in zip(rows(), WANTED, strict=True)] * 10
+    result = {one.metric: one for one in metrics.differences(rows() * 10, better)}
+    one, other = text_metrics(rows() * 10), text_metrics(better)
+    for name in ("ROUGE-L", "ends by itself", "invents a turn", "repeats itself", "length"):
+        assert result[name].a == pytest.approx(one[name].value), name
+        assert result[name].b == pytest.approx(other[name].value), name
+        assert result[name].low <= result[name].value <= result[name].high, name
+    assert result["sentence BLEU"].b == pytest.approx(100)
+    assert result["sentence chrF"].b == pytest.approx(100)
+    assert {one.family for one in result.values()} == {7}
+    assert result["ROUGE-L"].remains
+    assert not result["invents a turn"].remains
+    assert not any(one.remains or one.value for one in metrics.differences(better, better))
+
+
+def test_scores_of_each_answer_are_the_librarys():
+    from sacrebleu import sentence_bleu, sentence_chrf
+
+    means = metrics._means(SAID, WANTED)
+    pairs = list(zip(SAID, WANTED, strict=True))
+    assert means["sentence BLEU"] == pytest.approx(
+        [sentence_bleu(a, [b], use_effective_order=True).score for a, b in pairs]
+    )
+    assert means["sentence chrF"] == pytest.approx([sentence_chrf(a, [b]).score for a, b in pairs])
+
+
+def test_differences_leave_out_what_text_metrics_leaves_out():
+    assert metrics.differences([row("a", None)], [row("b", None)]) == []
+    told = [line | {"thought": "Cats sit."} for line in rows()]
+    names = [one.metric for one in metrics.differences(rows(), told)]
+    assert names[-1] == "thinks"
+    assert names[:-1] == [one.metric for one in metrics.differences(rows(), rows())]
+
+
+def test_answers_to_other_questions_are_refused():
+    with pytest.raises(UserError, match=r"answers: .* Fix:"):
+        metrics.differences(rows(), rows()[::-1])
+
+
+def test_a_reference_at_the_limit_of_tokens_is_the_best_that_a_model_can_do(tokenizer):
+    long = " ".join(str(number) for number in range(200))
+    asked = [row("Yes.", long), row("Yes.", "Yes it is."), row("Yes.", None)]
+    whole = metrics.at_limit(asked, tokenizer, 10_000)
+    assert {name: round(one.value, 6) for name, one in whole.items()} == {
+        "ROUGE-L": 1, "BLEU": 100, "chrF": 100, "ends by itself": 1, "length": 1,
+    }  # fmt: skip
+    cut = metrics.at_limit(asked, tokenizer, 20)
+    assert cut["ends by itself"].value == 0.5
+    assert cut["length"].value < 0.3
+    assert all(cut[name].value < whole[name].value for name in whole)
+    assert metrics.at_limit(asked[2:], tokenizer, 20) == {}
+    tokens = len(tokenizer("Yes it is.", add_special_tokens=False)["input_ids"])
+    ends = [metrics.at_limit(asked[1:2], tokenizer, tokens + more)["ends by itself"].value for more in (0, 1)]
+    assert ends == [0, 1]  # the end of an answer takes a token
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(TEXTS, TEXTS, TEXTS), max_size=4))
+def test_differences_of_any_texts_stay_within_their_ranges(triples):
+    a, b = [row(one, wanted) for one, _, wanted in triples], [row(two, wanted) for _, two, wanted in triples]
+    for one in metrics.differences(a, b):
+        most = metrics.MOST.get(one.metric, float("inf"))
+        assert -most - 1e-9 <= one.low <= one.value + 1e-9 <= one.high + 2e-9, one
+        assert one.high <= most + 1e-9, one
+        assert 0 <= one.p <= 1 + 1e-12
