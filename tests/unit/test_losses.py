@@ -126,9 +126,12 @@ def test_a_base_model_that_is_prompted_otherwise_is_measured_again(config, data,
     assert plain.name != other.name
 
 
-def test_only_a_limit_that_cuts_other_rows_makes_other_losses(config, tokenizer, device, tmp_path):
-    whole, longer, shorter = (config.replace(max_length=length) for length in (512, 600, 20))
-    made = [
-        losses.baseline_folder(c, cleaning.prepare(c, tokenizer), device, tmp_path) for c in (whole, longer, shorter)
-    ]
-    assert made[0] == made[1] != made[2]
+def test_only_a_limit_that_cuts_other_rows_makes_other_losses(config, data, tokenizer, device, tmp_path):
+    rows = [example.row for example in data.heldout]
+    names = []
+    for length in (512, 600, 20):
+        read = dataclasses.replace(
+            data, heldout=list(prompts.encode(rows, config.replace(max_length=length), tokenizer))
+        )
+        names.append(losses.baseline_folder(config, read, device, tmp_path).name)
+    assert names[0] == names[1] != names[2]

@@ -159,11 +159,11 @@ def test_better_than_4_bits_but_worse_than_16_is_worse(config, tmp_path):
     assert {(d.a, d.verdict) for d in result.differences} == {("base", "better"), ("base, 16 bits", "worse")}
     assert result.best_rival == {"exp1": "base, 16 bits"}
     (headline,) = report.headlines(result)
-    assert headline.startswith("exp1 is worse than base, 16 bits (+0.2")
+    assert headline.startswith("exp1 is worse than base, 16 bits (+0.")
     assert report.markdown(result, []).splitlines()[2] == f"- {headline}."
     cost, won = report.quantizing(result)
-    assert cost.startswith("What quantizing cost: base is worse than base, 16 bits (+0.4")
-    assert won.startswith("What training won back: exp1 is better than base (-0.2")
+    assert cost.startswith("What quantizing cost: base is worse than base, 16 bits (+0.")
+    assert won.startswith("What training won back: exp1 is better than base (-0.")
     assert report.verdicts(result) == [headline, cost, won]
 
 
@@ -181,7 +181,7 @@ def test_the_best_rival_is_the_one_with_the_lowest_loss(config, tmp_path, order)
 
 def test_rivals_on_fewer_rows_are_compared_on_these_rows(config, tmp_path):
     """The rows of the own template are 12 of 30; the best rival is chosen on them, and the sentence says so."""
-    run = planted(tmp_path, config, run=2.0, rows=12, **{form: 2.5 for form in FORMS[:3]}, **{FORMS[3]: 2.1})
+    run = planted(tmp_path, config, run=2.0, rows=12, **dict.fromkeys(FORMS[:3], 2.5), **{FORMS[3]: 2.1})
     result = comparison.compare({"exp1": [run]})
     assert {d.a: d.rows for d in result.differences} == {FORMS[0]: 30, FORMS[1]: 12, FORMS[2]: 30, FORMS[3]: 12}
     assert result.best_rival["exp1"] == FORMS[3]
