@@ -46,7 +46,7 @@ def in_16_bits(context: RunContext) -> Rivals:
     if context.config.quantization == "none":
         return Rivals()
     of_16_bits = replace(context, config=context.config.replace(quantization="none"))
-    rows, obstacle = _rows_at_once(of_16_bits.config, context.device)
+    rows, obstacle = rows_in_16_bits(of_16_bits.config, context.device)
     if obstacle:
         print(f"{IN_16_BITS}: not measured: {obstacle}.")
         return Rivals(absent=dict.fromkeys((IN_16_BITS, OWN_TEMPLATE[IN_16_BITS]), obstacle))
@@ -133,7 +133,7 @@ def _longest(config: Config) -> int:
     return min(config.heldout_max_length, positions or config.heldout_max_length)
 
 
-def _rows_at_once(config: Config, device: Device) -> tuple[int, str]:
+def rows_in_16_bits(config: Config, device: Device) -> tuple[int, str]:
     """How many held-out rows the base model in 16 bits reads at once on this device, and what prevents it altogether.
 
     A model that the memory plan does not know is tried, row by row on a GPU.
