@@ -6,6 +6,7 @@ Each rival is measured once on the held-out rows, in a folder of its own that ru
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from qlora_helpers.device import GIB, Device, forget_peak
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import losses
 from qlora_helpers.evaluation.context import RunContext
+from qlora_helpers.evaluation.losses import RowLoss
 from qlora_helpers.models import hub
 from qlora_helpers.planning import architectures, memory, plan, quantization
 
@@ -76,6 +78,18 @@ def of_base(base: Any, context: RunContext) -> Rivals:
     for form in pending:
         losses.base_losses(base, form.config, form.data, form.device, form.run.path.parent)
     return found
+
+
+def in_own_template(
+    base: Any, config: Config, data: Data, tokenizer: Any, device: Device, folder: Path
+) -> list[RowLoss]:
+    """Held-out losses of a base model in its own chat template, measured once; none if that is no rival."""
+    try:
+        config, data = own_template(config, data, tokenizer)
+    except UserError as reason:
+        print(f"In its own chat template, the base model is not measured: {reason}.")
+        return []
+    return losses.base_losses(base, config, data, device, folder)
 
 
 def own_template(config: Config, data: Data, tokenizer: Any) -> tuple[Config, Data]:
@@ -141,7 +155,7 @@ def rows_in_16_bits(config: Config, device: Device) -> tuple[int, str]:
     if refusal := quantization.refusal(config):
         return 0, _reason(refusal, config)
     try:
-        load = memory.workload_of(config)
+        load = memory.workload_of(config.replace(max_length=_longest(config)))
     except UserError:
         return (1 if device.kind == "cuda" else memory.MOST_ROWS), ""
     if device.kind == "cuda":
