@@ -161,10 +161,10 @@ def _sentences(result: Comparison) -> list[str]:
 
 
 def _range(changes: list[Difference]) -> str:
-    """The smallest and the largest end of their intervals."""
-    return (
-        f"intervals from {min(change.low for change in changes):+.4f} to {max(change.high for change in changes):+.4f}"
-    )
+    """The smallest and the largest change, and how far up the intervals reach."""
+    values = sorted(change.value for change in changes)
+    highest = max(change.high for change in changes)
+    return f"changes of {values[0]:+.4f} to {values[-1]:+.4f}, 95% intervals up to {highest:+.4f}"
 
 
 def _difference(result: Comparison, a: str, b: str) -> Difference:

@@ -14,6 +14,7 @@ from qlora_helpers.evaluation.context import RunContext
 from qlora_helpers.experiments import matrix
 from qlora_helpers.models import qlora
 from qlora_helpers.runs import RunFolder
+from qlora_helpers.training import trainer
 
 FORMS = ("base", "base, own template", "base, 16 bits", "base, 16 bits, own template")
 
@@ -39,10 +40,11 @@ def test_every_form_of_the_base_model_is_measured_once_and_shared(config, tokeni
         loaded.append(config.quantization)
         return real(config, device)
 
-    monkeypatch.setattr(qlora, "load_base", load_base)
+    for module in (qlora, trainer):
+        monkeypatch.setattr(module, "load_base", load_base)
     sizes = {"a": config, "b": config.replace(n_samples=8)}
     done = matrix.train_missing(matrix.plan_runs({**sizes, "c": config.replace(rank=2)}, tmp_path))
-    assert loaded == ["none"]  # the trainer has its own name for the function
+    assert loaded == ["none", "nf4", "nf4", "nf4"]
     manifests = [run.read("manifest.json") for (run,) in done.values()]
     assert all(tuple(m["rivals"]) == FORMS for m in manifests)
     assert {m["baseline"] for m in manifests} == {m["rivals"]["base"] for m in manifests}
