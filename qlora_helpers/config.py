@@ -117,6 +117,7 @@ class Config:
     save_steps: int = _field(50, "steps between checkpoints", low=1, identity=False)
     keep_best: bool = _field(False, "end with the best checkpoint on the selection rows")
     early_stopping_patience: int | None = _field(None, "stop after this many evaluations without a new low", low=1)
+    margin: float | None = _field(None, "differences in held-out loss below this do not matter", low=0, identity=False)
     n_seeds: int = _field(1, "training seeds per experiment in a comparison", low=1, identity=False)
     equal_steps: bool = _field(False, "also train the smaller experiment for as many steps", identity=False)
     few_shot: bool = _field(True, "also measure the base model with few-shot examples", identity=False)

@@ -19,9 +19,10 @@ from qlora_helpers import __main__ as command_line
 from qlora_helpers import plots
 from qlora_helpers.config import Config, load_preset, preset_names
 from qlora_helpers.evaluation import comparison, differences, report
-from qlora_helpers.evaluation.comparison import BASE, FEW_SHOT, Comparison
+from qlora_helpers.evaluation.comparison import FEW_SHOT, Comparison
 from qlora_helpers.evaluation.differences import Difference
 from qlora_helpers.evaluation.report import markdown_table
+from qlora_helpers.evaluation.rivals import BASE
 from qlora_helpers.files import ROOT
 from qlora_helpers.planning import gpus, measurements
 from qlora_helpers.runs import RunFolder
@@ -143,7 +144,7 @@ def _sentences(result: Comparison) -> list[str]:
     _require(helps and lines[FEW_SHOT].heldout_loss > lines[BASE].heldout_loss, "only fine-tuning helps")
     _require(data.verdict == "better" and lines[LONGER].steps == lines[LARGE].steps, "more data helps")
     _require(lowest is not best, "the training loss misleads")
-    _require(not any(change.verdict == "worse" for change in result.forgetting), "nothing is forgotten")
+    _require(not any(change.verdict == "worse" for change in result.forgetting), "no loss on general questions rises")
     _require(ends[BASE] < ends[best.name] < ends[FEW_SHOT] < 1, "few answers end")
     return [
         f"Fine-tuning `{result.model['name']}` on {lines[SMALL].train_rows:.0f} rows lowered the held-out loss "
@@ -153,10 +154,17 @@ def _sentences(result: Comparison) -> list[str]:
         f"{-data.value:.4f} (95% interval {-data.high:.4f} to {-data.low:.4f}).",
         f"The training loss points to the wrong run: it is lowest for {lowest.name.replace(', ', ' and ')}, which "
         "does not have the lowest held-out loss.",
-        f"No forgetting shows on {result.forgetting[0].rows} general questions, but only "
-        f"{ends[best.name]:.0%} of the best run's answers ended within the token limit (base model: "
-        f"{ends[BASE]:.0%}; with three examples: {ends[FEW_SHOT]:.0%}).",
+        f"On {result.forgetting[0].rows} general questions, no mean loss rose distinguishably "
+        f"({_range(result.forgetting)}), but only {ends[best.name]:.0%} of the best run's answers ended within the "
+        f"token limit (base model: {ends[BASE]:.0%}; with three examples: {ends[FEW_SHOT]:.0%}).",
     ]
+
+
+def _range(changes: list[Difference]) -> str:
+    """The smallest and the largest change, and how far up the intervals reach."""
+    values = sorted(change.value for change in changes)
+    highest = max(change.high for change in changes)
+    return f"changes of {values[0]:+.4f} to {values[-1]:+.4f}, 95% intervals up to {highest:+.4f}"
 
 
 def _difference(result: Comparison, a: str, b: str) -> Difference:
@@ -202,7 +210,7 @@ def _study() -> str:
         "## SmolLM2-135M-Instruct, bf16: is it the data or the steps?",
         report.table_markdown(result, speed=False),
         report.bullets(report.verdicts(result)),
-        report.scope(result),
+        f"{report.basis(result)} {report.scope(result)}",
         f"![Differences in held-out loss with 95% intervals]({_figure('differences')})",
         f"![Training and held-out loss of each experiment]({_figure('loss_curves')})",
         "Greedy answers to the held-out questions, with 95% intervals (first seed):",

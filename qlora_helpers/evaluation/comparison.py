@@ -1,8 +1,9 @@
-"""Finished runs against each other and against their base model, on one held-out set."""
+"""Finished runs against each other and against the forms of their base model, on one held-out set."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,27 @@ import numpy as np
 
 from qlora_helpers import files
 from qlora_helpers.errors import UserError
+from qlora_helpers.evaluation import verdicts
 from qlora_helpers.evaluation.differences import Arm, Difference, difference
 from qlora_helpers.evaluation.intervals import Interval
 from qlora_helpers.evaluation.losses import mean_loss, read_losses
+from qlora_helpers.evaluation.rivals import BASE, IN_16_BITS, OWN_TEMPLATE
 from qlora_helpers.evaluation.text_metrics import text_metrics, thinks
 from qlora_helpers.runs import RunFolder
 
-BASE, FEW_SHOT = "base", "base + 3 examples"
+FEW_SHOT = "base + 3 examples"
+FEWEST_ANSWERS = 5  # from fewer, text metrics have no intervals
 MEANS = ("train_rows", "steps", "epochs", "train_loss", "seconds", "tokens_per_second")  # of metrics.json
+
+Folders = dict[str, list[RunFolder]]  # of each model: one for each seed
 
 
 @dataclass(frozen=True)
 class Summary:
     """One model of a comparison: means over its training seeds. What only a trained model has is None for a base model.
 
-    `run` is the folder of the first seed, `text` the metrics of that seed's answers.
+    `run` is the folder of the first seed, `text` the metrics of that seed's answers. `draws` is the number of different
+    sets of training rows among the seeds, and `all_rows` says whether they are all rows there are.
     """
 
     name: str
@@ -41,6 +48,8 @@ class Summary:
     tokens_per_second: float | None
     peak_memory_gib: float | None
     text: dict[str, Interval]
+    draws: int = 1
+    all_rows: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; a number that is not finite is null."""
@@ -54,10 +63,13 @@ class Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Base model and finished runs on one held-out set, as written to `comparison.json`.
+    """Forms of the base model and finished runs on one held-out set, as written to `comparison.json`.
 
     `differences` are of held-out losses, `forgetting` of losses on general questions, per `unit` ("token" or "byte").
-    `answers` holds each prompt with the answer of every model.
+    `answers` holds each prompt with the answer of every model, `answered` the number of those that were scored.
+    `best_rival` names the form of the base model with the lowest held-out loss, for each experiment. `quantizing` is
+    the loss in 4 bits minus that in 16 bits. `rose` counts the general questions whose loss rose. `absent` gives the
+    reason why a rival was not measured.
     """
 
     heldout_rows: int
@@ -72,42 +84,61 @@ class Comparison:
     differences: list[Difference]
     forgetting: list[Difference]
     answers: list[dict[str, str]]
+    answered: int = 0
+    best_rival: dict[str, str] = field(default_factory=dict)
+    quantizing: Difference | None = None
+    rose: dict[str, int] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def headlines(self) -> list[Difference]:
+        """The difference of each experiment to its best rival."""
+        return [d for d in self.differences if self.best_rival.get(d.b) == d.a]
+
+    @property
+    def family(self) -> int:
+        """Number of verdicts whose intervals hold at once."""
+        return max((d.family for d in (*self.differences, *self.forgetting)), default=1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        parts = {name: [part.to_dict() for part in getattr(self, name)] for name in ("table", "differences")}
-        return vars(self) | parts | {"forgetting": [part.to_dict() for part in self.forgetting]}
+        lists = ("table", "differences", "forgetting")
+        parts = {name: [part.to_dict() for part in getattr(self, name)] for name in lists}
+        return vars(self) | parts | {"quantizing": self.quantizing and self.quantizing.to_dict()}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "Comparison":
         """The comparison that `to_dict` wrote."""
         table = [Summary.from_dict(line) for line in plain["table"]]
         parts = {name: [Difference.from_dict(d) for d in plain[name]] for name in ("differences", "forgetting")}
-        return cls(**{**plain, **parts, "table": table})
+        cost = plain.get("quantizing") and Difference.from_dict(plain["quantizing"])
+        return cls(**{**plain, **parts, "table": table, "quantizing": cost})
 
 
-def compare(experiments: dict[str, list[RunFolder]]) -> Comparison:
-    """Compare experiments, each a list of runs that differ only in their seed, with each other and the base model.
+def compare(experiments: Folders, margin: float | None = None) -> Comparison:
+    """Compare experiments, each a list of runs that differ only in their seed, with each other and their rivals.
+
+    The rivals are the forms of the base model, if all runs have the same one. All verdicts are one family, whose
+    intervals hold at once. Differences below `margin` do not matter; by default it is that of the first run's config.
 
     Raises `UserError` if the runs were measured on different held-out sets or computed in different dtypes.
     """
     every = [run for group_ in experiments.values() for run in group_]
     manifests = [run.read("manifest.json") for run in every]
     _check_comparable(every, manifests)
-    bases = {run.path.parent / m["baseline"] for run, m in zip(every, manifests, strict=True)}
-    one_model = len({path.name for path in bases}) == 1
-    base = RunFolder(sorted(bases)[0])
-    folders = {BASE: [base], FEW_SHOT: [RunFolder(base / "few_shot")]} if one_model else {}
-    folders = {name: group_ for name, group_ in folders.items() if (group_[0] / "heldout_losses.jsonl").exists()}
-    rivals = list(folders)
-    folders |= experiments
-    arms = {name: Arm(name, [read_losses(run) for run in runs], name in experiments) for name, runs in folders.items()}
-    unit = "token" if one_model else "byte"
-    pairs = [(name, other) for name in rivals for other in experiments]
-    pairs += list(pairwise(experiments))
+    one_model = len({m["baseline"] for m in manifests}) == 1
+    rivals, absent = _rivals(every, manifests) if one_model else ({}, {})
+    folders = rivals | experiments
+    arms = {name: _arm(name, runs, name in experiments) for name, runs in folders.items()}
     heldout = arms[next(iter(experiments))].seeds[0]
-    first = manifests[0]
-    texts = _texts(folders)
+    general = _general(rivals[BASE], experiments) if BASE in rivals else []
+    cost = [(arms[IN_16_BITS], arms[BASE])] if IN_16_BITS in rivals else []
+    pairs = [verdicts.on_shared_rows(arms[name], arms[other]) for name in rivals for other in experiments]
+    pairs += [(arms[a], arms[b]) for a, b in pairwise(experiments)]
+    unit = "token" if one_model else "byte"
+    margin = every[0].config().margin if margin is None else margin
+    judged = verdicts.as_one_family([*cost, *general, *pairs], unit, margin)
+    first, texts = manifests[0], _texts(folders)
     return Comparison(
         heldout_rows=len(heldout),
         heldout_tokens=sum(row.tokens for row in heldout),
@@ -118,10 +149,44 @@ def compare(experiments: dict[str, list[RunFolder]]) -> Comparison:
         data=first["data"]["source"],
         model=first["model"],
         table=[_summary(name, runs, texts[name]) for name, runs in folders.items()],
-        differences=[difference(arms[a], arms[b], unit) for a, b in pairs],
-        forgetting=_forgetting(base, experiments) if rivals else [],
+        differences=judged[len(cost) + len(general) :],
+        forgetting=judged[len(cost) :][: len(general)],
         answers=_side_by_side(folders),
+        answered=min(_answered(_answers(runs[0])) for runs in experiments.values()),
+        best_rival={
+            name: verdicts.best([arms[rival] for rival in rivals], arms[name]) for name in experiments if rivals
+        },
+        quantizing=judged[0] if cost else None,
+        rose={after.name: verdicts.risen(before, after) for before, after in general},
+        absent=absent,
     )
+
+
+def _rivals(every: list[RunFolder], manifests: list[dict[str, Any]]) -> tuple[Folders, dict[str, str]]:
+    """The forms of the base model that were measured, and why the others were not."""
+    folders: Folders = {}
+    absent: dict[str, str] = {}
+    for run, m in zip(every, manifests, strict=True):  # a run of an older version names its base model only
+        named = {BASE: m["baseline"]} | m.get("rivals", {}) | {FEW_SHOT: f"{m['baseline']}/few_shot"}
+        paths = {name: run.path.parent / folder for name, folder in named.items()}
+        folders |= {n: [RunFolder(path)] for n, path in paths.items() if (path / "heldout_losses.jsonl").exists()}
+        absent |= m.get("absent_rivals", {})
+    return folders, {name: reason for name, reason in absent.items() if name not in folders}
+
+
+def _arm(name: str, runs: list[RunFolder], trained: bool, file: str = "heldout_losses.jsonl") -> Arm:
+    """The losses of each seed, labeled with its draw of training rows and its seed."""
+    configs = [run.config() for run in runs] if trained else []
+    labels = tuple((config.training_draw, config.seed) for config in configs)
+    return Arm(name, [read_losses(run, file) for run in runs], trained, labels)
+
+
+def _general(base: list[RunFolder], experiments: Folders) -> list[tuple[Arm, Arm]]:
+    """The base model and each experiment on the general questions."""
+    before, *after = (
+        _arm(name, runs, name != BASE, "general_losses.jsonl") for name, runs in ({BASE: base} | experiments).items()
+    )
+    return [(before, arm) for arm in after]
 
 
 def read(folder: Path) -> Comparison:
@@ -132,18 +197,20 @@ def read(folder: Path) -> Comparison:
 def group(folders: Iterable[RunFolder]) -> dict[str, list[RunFolder]]:
     """Group runs that differ only in their seed, under the folder name of the first.
 
-    A run that repeats a seed of its group, or was trained on other data, forms a group of its own.
+    The draw of training rows counts as a seed. A run that repeats draw and seed of its group, or was trained on other
+    data, forms a group of its own.
     """
     names: dict[tuple[str, str, int], str] = {}
     groups: dict[str, list[RunFolder]] = {}
-    times: Counter[tuple[str, str, int]] = Counter()
+    times: Counter[tuple[Any, ...]] = Counter()
     for run in folders:
         config, data = run.config(), run.read("manifest.json")["data"]["source_fingerprint"]
-        recipe = config.replace(seed=0).identity
-        key = (recipe, data, times[recipe, data, config.seed])
-        times[recipe, data, config.seed] += 1
+        recipe = config.replace(seed=0, draw=None).identity
+        one = (recipe, data, config.training_draw, config.seed)
+        key = (recipe, data, times[one])
+        times[one] += 1
         if key not in names:
-            names[key] = _free_name(run, {BASE, FEW_SHOT, *groups})
+            names[key] = _free_name(run, {BASE, IN_16_BITS, *OWN_TEMPLATE.values(), FEW_SHOT, *groups})
         groups.setdefault(names[key], []).append(run)
     return groups
 
@@ -171,25 +238,28 @@ def _check_equal(every: list[RunFolder], values: list[str], what: str, fix: str)
         raise UserError(f"comparison: the runs were {what} ({which}). Fix: compare runs with {fix}.")
 
 
-def _forgetting(base: RunFolder, experiments: dict[str, list[RunFolder]]) -> list[Difference]:
-    """Change of the loss on the general questions: above zero, something was forgotten."""
-    before = replace(_general(BASE, [base]), trained=False)
-    return [difference(before, _general(name, runs)) for name, runs in experiments.items()]
-
-
 def rehearsed(without: list[RunFolder], with_it: list[RunFolder]) -> Difference:
     """Loss on the general questions of runs with rehearsal minus that of runs without: below zero, it helped."""
-    return difference(_general("without rehearsal", without), _general("with rehearsal", with_it))
+    named = {"without rehearsal": without, "with rehearsal": with_it}
+    a, b = (_arm(name, runs, True, "general_losses.jsonl") for name, runs in named.items())
+    return difference(a, b)
 
 
-def _general(name: str, runs: list[RunFolder]) -> Arm:
-    return Arm(name, [read_losses(run, "general_losses.jsonl") for run in runs])
+def _texts(folders: Folders) -> dict[str, dict[str, Interval]]:
+    """Text metrics of each model's first seed. If one of the models thinks, `thinks` is a metric of all."""
+    answered = {name: _answers(runs[0]) for name, runs in folders.items()}
+    texts = {name: text_metrics(rows) for name, rows in answered.items()}
+    if any("thinks" in text for text in texts.values()):
+        texts = {name: text and text | {"thinks": thinks(answered[name])} for name, text in texts.items()}
+    return {name: without_interval_of_few(text, answered[name]) for name, text in texts.items()}
 
 
 def _summary(name: str, runs: list[RunFolder], text: dict[str, Interval]) -> Summary:
     losses = [mean_loss(read_losses(run)) for run in runs]
-    metrics = [run.read("metrics.json") for run in runs if run.finished]
+    finished = [run for run in runs if run.finished]
+    metrics = [run.read("metrics.json") for run in finished]
     means = {key: float(np.mean([m[key] for m in metrics])) if metrics else None for key in MEANS}
+    data = [run.read("manifest.json")["data"] for run in finished]
     return Summary(
         name=name,
         run=runs[0].name,
@@ -199,20 +269,25 @@ def _summary(name: str, runs: list[RunFolder], text: dict[str, Interval]) -> Sum
         **means,
         peak_memory_gib=max((m["peak_memory_gib"] for m in metrics), default=None),
         text=text,
+        draws=len({frozenset(d["train_ids"]) for d in data}),
+        all_rows=all(not d["counts"].get("usable, not asked for") for d in data),
     )
 
 
-def _texts(folders: dict[str, list[RunFolder]]) -> dict[str, dict[str, Interval]]:
-    """Text metrics of each model's first seed. If one of the models thinks, `thinks` is a metric of all."""
-    answered = {name: _answers(runs[0]) for name, runs in folders.items()}
-    texts = {name: text_metrics(rows) for name, rows in answered.items()}
-    if any("thinks" in text for text in texts.values()):
-        texts = {name: text and text | {"thinks": thinks(answered[name])} for name, text in texts.items()}
-    return texts
+def without_interval_of_few(metrics: dict[str, Interval], answers: list[dict[str, Any]]) -> dict[str, Interval]:
+    """The metrics of these answers. Too few answers say nothing about others: then no metric has an interval."""
+    if _answered(answers) >= FEWEST_ANSWERS:
+        return metrics
+    return {name: Interval(metric.value, -math.inf, math.inf) for name, metric in metrics.items()}
+
+
+def _answered(answers: list[dict[str, Any]]) -> int:
+    """Number of answers with a reference."""
+    return sum(bool((row["reference"] or "").strip()) for row in answers)
 
 
 def _answers(run: RunFolder) -> list[dict[str, Any]]:
-    """Answers of a run; on a CPU, the base model with examples in its prompt has none."""
+    """Answers of a run. Most forms of the base model were not asked."""
     return files.read_jsonl(run / "answers.jsonl") if (run / "answers.jsonl").exists() else []
 
 
@@ -232,7 +307,7 @@ def recommend(difference: Difference, rows: list[dict[str, Any]]) -> str:
     memory, else the faster one.
     """
     first, second = rows
-    if difference.verdict != "not distinguishable":
+    if difference.verdict in ("better", "worse"):
         better = second if difference.verdict == "better" else first
         return f"Take {better['run']}: its held-out loss is lower."
     for column, words in (("peak GiB", "needs less memory"), ("seconds a step", "is faster")):

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from qlora_helpers.planning import memory
 from qlora_helpers.runs import RunFolder
 
 SHOTS = 3  # examples in the prompt of the base model
-SHOTS_FROM = 200  # the shortest of this many training rows are shown
+SHOTS_FROM = 0.25  # share of the training rows that they are drawn from: those of ordinary length
 GENERAL_LENGTH = 512
 
 
@@ -119,10 +120,17 @@ def general_examples(config: Config, tokenizer: Any) -> list[Example]:
     return list(prompts.encode(sources.load(general).rows, general, tokenizer))
 
 
-def choose_shots(data: Data) -> Shots:
-    """Question and answer of three short training rows; the same for any number of training rows."""
-    short = sorted(data.cleaned.train[:SHOTS_FROM], key=lambda item: (item.tokens, item.row.id))
-    return tuple(turn for item in short[:SHOTS] for turn in item.row.rounds[0])
+def choose_shots(data: Data, data_seed: int) -> Shots:
+    """Question and answer of three ordinary training rows, the same for any number and any draw of training rows.
+
+    They are drawn with `data_seed` from the quarter of the rows whose answers are closest to the median length.
+    """
+    lengths = {item.row.id: len(item.row.rounds[0][1]["content"]) for item in data.cleaned.train}
+    middle = median(lengths.values())
+    closest = sorted(data.cleaned.train, key=lambda item: (abs(lengths[item.row.id] - middle), item.row.id))
+    ordinary = closest[: max(SHOTS, round(SHOTS_FROM * len(closest)))]
+    drawn = sorted(ordinary, key=lambda item: files.short_hash([data_seed, item.row.id]))
+    return tuple(turn for item in drawn[:SHOTS] for turn in item.row.rounds[0])
 
 
 def after_shots(example: Example, shots: Shots, config: Config, tokenizer: Any) -> Example:
@@ -139,17 +147,21 @@ def after_shots(example: Example, shots: Shots, config: Config, tokenizer: Any) 
 
 def baseline_folder(config: Config, data: Data, device: Device, folder: Path) -> RunFolder:
     """Folder of the base model's losses, named after everything that they depend on, including the dtype."""
-    keys = ("model", "revision", "quantization", "double_quant", *rendering.SETTINGS, "train_on", "max_length")
+    keys = ("model", "revision", "quantization", *rendering.SETTINGS, "train_on")
     depends = [getattr(config, key) for key in (*keys, "max_new_tokens", "max_thinking_tokens", "n_answers")]
-    depends += [device.dtype, data.heldout_fingerprint]
+    depends += [config.double_quant and config.quantization != "none"]
+    read = [(len(example.input_ids), example.cut) for example in data.heldout]  # a limit that cuts no row changes none
+    depends += [device.dtype, data.heldout_fingerprint, read]
     return RunFolder(folder / f"base-{files.short_hash(depends)}")
 
 
-def base_losses(base: Any, config: Config, data: Data, device: Device, folder: Path) -> list[RowLoss]:
+def base_losses(
+    base: Any, config: Config, data: Data, device: Device, folder: Path, batch_size: int | None = None
+) -> list[RowLoss]:
     """Held-out losses of the base model, measured once for all notebooks and runs that share model and rows."""
     where = baseline_folder(config, data, device, folder)
     if not (where / "heldout_losses.jsonl").exists():
-        losses = heldout_losses(base, data.heldout, device, eval_batch_sizes(config, device)[0])
+        losses = heldout_losses(base, data.heldout, device, batch_size or eval_batch_sizes(config, device)[0])
         files.write_jsonl(where / "heldout_losses.jsonl", to_rows(losses))
     return read_losses(where)
 
@@ -174,7 +186,7 @@ def baseline(base: Any, context: RunContext) -> list[RowLoss]:
 
 def _measure_few_shot(base: Any, context: RunContext, where: RunFolder) -> None:
     config, data, tokenizer, device = context.config, context.data, context.tokenizer, context.device
-    shots = choose_shots(data)
+    shots = choose_shots(data, config.data_seed)
     try:
         examples = [after_shots(example, shots, config, tokenizer) for example in data.heldout]
     except UserError as error:

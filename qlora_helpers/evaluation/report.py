@@ -8,9 +8,10 @@ from typing import Any
 
 from qlora_helpers import files, plots
 from qlora_helpers.evaluation import differences
-from qlora_helpers.evaluation.comparison import Comparison
-from qlora_helpers.evaluation.differences import Difference
+from qlora_helpers.evaluation.comparison import FEWEST_ANSWERS, Comparison, Summary
+from qlora_helpers.evaluation.differences import SAME, UNSURE, Difference
 from qlora_helpers.evaluation.intervals import RESAMPLES, Interval
+from qlora_helpers.evaluation.rivals import BASE
 from qlora_helpers.evaluation.text_metrics import mostly_unspaced, share_difference
 from qlora_helpers.runs import RunFolder
 
@@ -45,9 +46,10 @@ def table_markdown(result: Comparison, speed: bool = True) -> str:
 
 
 def text_table_markdown(result: Comparison) -> str:
-    """Text metrics of each model, with their intervals."""
+    """Text metrics of each model that answered, with their intervals."""
     names = list(dict.fromkeys(name for model in result.table for name in model.text))
-    lines = [[model.name, *(_interval(model.text.get(name)) for name in names)] for model in result.table]
+    answered = [model for model in result.table if model.text]
+    lines = [[model.name, *(_interval(model.text.get(name)) for name in names)] for model in answered]
     return markdown_table(["", *names], lines) if names else "No held-out question was answered."
 
 
@@ -68,29 +70,72 @@ def _interval(interval: Interval | None) -> str:
     return f"{value} (no interval)" if numbers["low"] is numbers["high"] is None else f"{value} ({low} to {high})"
 
 
+def headlines(result: Comparison) -> list[str]:
+    """A sentence for each experiment: is it better than the best form of its base model?"""
+    rivals = sum(not model.seeds for model in result.table)
+    return [f"{_sentence(result, d)}: the lowest loss of {rivals} rivals" for d in result.headlines]
+
+
+def quantizing(result: Comparison) -> list[str]:
+    """What quantizing the base model cost, and what training each experiment won back; empty if it was not measured."""
+    if result.quantizing is None:
+        return []
+    won = [f"What training won back: {_sentence(result, d)}" for d in result.differences if d.a == BASE]
+    return [f"What quantizing cost: {_sentence(result, result.quantizing)}", *won]
+
+
 def verdicts(result: Comparison) -> list[str]:
-    """A sentence for every difference."""
-    return [str(difference) for difference in result.differences]
+    """A sentence for every difference: those to the best rivals, what quantizing cost, then the others."""
+    return [*headlines(result), *_further(result)]
+
+
+def _further(result: Comparison) -> list[str]:
+    """The verdicts after the headlines."""
+    told = [d for d in result.differences if d.a == BASE] if result.quantizing else []
+    others = [d for d in result.differences if d not in [*told, *result.headlines]]
+    return [*quantizing(result), *(_sentence(result, d) for d in others)]
+
+
+def _sentence(result: Comparison, difference: Difference) -> str:
+    """A difference in words, with its rows if they are not all."""
+    rows, every = difference.rows, result.heldout_rows
+    return str(difference) if rows == every else f"{difference} on {rows} of {every} rows, {difference.tokens:,} tokens"
 
 
 def scope(result: Comparison) -> str:
-    """What the verdicts are about: these adapters or, with several seeds, their recipes."""
-    fewest = min((difference.seeds for difference in result.differences), default=1)
-    if fewest < 2:
-        return "With one training seed, these verdicts speak of these adapters only, not of their recipes."
-    return f"The intervals include the spread of {fewest} training seeds: these verdicts speak of the recipes."
+    """What the verdicts are about: these adapters or, with several runs of each recipe, other draws and seeds too."""
+    if min((difference.seeds for difference in result.differences), default=1) < 2:
+        return (
+            "With one training run of a recipe, these verdicts are about these adapters only: another draw of training "
+            "rows, or another seed, may lead to others."
+        )
+    trained = [model for model in result.table if model.seeds]
+    covered = f"The intervals cover other held-out rows and other training runs ({'; '.join(map(_runs, trained))})."
+    fixed = any(model.draws == 1 and not model.all_rows for model in trained)
+    return f"{covered} Where there is one draw, they do not cover others." if fixed else covered
+
+
+def _runs(model: Summary) -> str:
+    """The draws and seeds of an experiment."""
+    seeds, rows = len(model.seeds), f"{model.train_rows:,.0f} training rows"
+    if model.all_rows:
+        return f"{model.name}: {seeds} seeds on all {rows}, so that draws cannot vary"
+    if model.draws == seeds:
+        return f"{model.name}: {seeds} draws of {rows}, one seed each"
+    return f"{model.name}: {seeds} seeds on {'one draw' if model.draws == 1 else f'{model.draws} draws'} of {rows}"
 
 
 def forgetting(result: Comparison) -> list[str]:
-    """A sentence for every experiment: did the loss on general questions rise?"""
-    words = {
-        "better": "fell: nothing was forgotten",
-        "worse": "rose: something was forgotten",
-        "not distinguishable": "did not change distinguishably: no forgetting shows",
-    }
-    return [
-        f"{d.b}: the loss on {d.rows} general questions {words[d.verdict]} ({_bounds(d)})" for d in result.forgetting
-    ]
+    """A sentence for every experiment: how the loss on general questions changed, and on how many it rose."""
+    words = {"better": "fell", "worse": "rose", UNSURE: "did not change distinguishably"}
+    lines = []
+    for d in result.forgetting:
+        how = words.get(d.verdict, f"stayed within ±{d.margin}")
+        rows = f"{d.rows} general questions" + (f" ({d.tokens:,} tokens)" if d.tokens else "")
+        rose = [f"it rose on {result.rose[d.b]} of them"] if d.b in result.rose else []
+        sizes = "; ".join([f"{d.bounds}; {math.expm1(d.value):+.1%} perplexity", *rose, *filter(None, [d.limit])])
+        lines.append(f"{d.b}: the mean loss on {rows} {how} ({sizes})")
+    return lines
 
 
 def thinking(result: Comparison) -> list[str]:
@@ -119,21 +164,20 @@ def rehearsal(difference: Difference) -> str:
     words = {
         "better": "is lower with rehearsal than without: it kept something",
         "worse": "is higher with rehearsal than without: it did not help here",
-        "not distinguishable": "is not distinguishable with rehearsal and without: no effect of it shows",
+        UNSURE: "is not distinguishable with rehearsal and without: no effect of it shows",
+        SAME: f"is the same with rehearsal and without, within ±{difference.margin}",
     }
-    return f"the loss on {difference.rows} general questions {words[difference.verdict]} ({_bounds(difference)})"
-
-
-def _bounds(difference: Difference) -> str:
-    low, high = ("no end" if math.isinf(end) else f"{end:+.4f}" for end in (difference.low, difference.high))
-    return f"{difference.value:+.4f}, 95% interval {low} to {high}"
+    sizes = "; ".join(filter(None, [difference.bounds, difference.limit]))
+    return f"the loss on {difference.rows} general questions {words[difference.verdict]} ({sizes})"
 
 
 def markdown(result: Comparison, figures: list[str]) -> str:
     """The text of `report.md`: setup, tables, verdicts, figures, answers and limits."""
     parts = {
-        "# Did fine-tuning help, and how sure are we?": f"{_setup(result)}\n\n{table_markdown(result)}",
-        "## Verdicts": f"{bullets(verdicts(result))}\n\n{scope(result)} {_METHOD}",
+        "# Did fine-tuning help, and how sure are we?": "\n\n".join(
+            part for part in (bullets(headlines(result)), _setup(result), table_markdown(result)) if part
+        ),
+        "## Verdicts": f"{bullets(_further(result))}\n\n{basis(result)} {scope(result)}\n{_METHOD}",
         "## What the answers are like": _text(result),
         "## What was forgotten": bullets(forgetting(result)) or _NO_BASE,
         "## Figures": "\n".join(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures),
@@ -147,13 +191,30 @@ def markdown(result: Comparison, figures: list[str]) -> str:
 def _text(result: Comparison) -> str:
     """The text metrics with what is needed to read them."""
     several = any(len(model.seeds) > 1 for model in result.table)
+    number, few = f"{result.answered} " * (result.answered > 0), 0 < result.answered < FEWEST_ANSWERS
     parts = [
-        f"Greedy answers to held-out questions, with 95% intervals{' (of the first seed)' if several else ''}.",
+        f"Greedy answers to {number}held-out questions{' (of the first seed)' if several else ''}, "
+        f"{'too few for intervals' if few else 'with 95% intervals'}.",
         text_table_markdown(result),
         bullets(thinking(result)),
         _CHARACTERS if mostly_unspaced([text for entry in result.answers for text in entry.values()]) else "",
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def basis(result: Comparison) -> str:
+    """What the verdicts rest on: rows and tokens, how many intervals hold at once, and which rivals are missing."""
+    groups = {d.clusters for d in result.differences if 0 < d.clusters < d.rows == result.heldout_rows}
+    dependent = f" in {max(groups)} groups" if groups else ""
+    parts = [
+        f"They rest on {result.heldout_rows} held-out rows{dependent} with {result.heldout_tokens:,} trained tokens."
+    ]
+    if result.family > 1:
+        parts.append(f"The intervals of all {result.family} verdicts, forgetting included, hold at once.")
+    if result.absent:
+        absent = "; ".join(f"{name} ({reason})" for name, reason in result.absent.items())
+        parts.append(f"Rivals that were not measured: {absent}.")
+    return " ".join(parts)
 
 
 _CHARACTERS = (

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from qlora_helpers import files
-from qlora_helpers.data import chat_template, rendering
+from qlora_helpers.data import chat_template, cleaning, rendering
 from qlora_helpers.errors import UserError
+from qlora_helpers.evaluation import losses, model_card, rivals
+from qlora_helpers.evaluation.losses import RowLoss
 from qlora_helpers.export import gguf, merge, parity
 from qlora_helpers.export.merge import Source
 from qlora_helpers.export.parity import Parity
-from qlora_helpers.models import hub
+from qlora_helpers.models import hub, qlora
+from qlora_helpers.planning import compute_dtype
 from qlora_helpers.runs import GGUF, MERGED, RunFolder
 
 SPARE = 2**28  # bytes for the tokenizer, model cards and the file system
@@ -46,9 +49,8 @@ def ship(run: RunFolder, out: Path, kind: str | None = None) -> list[Parity]:
         compared = verify(source, _write(source, made, kind))
         for result in compared:
             parity.check(result)
-        files.write_json(
-            made / "parity.json", {"identity": identity, "exports": [result.to_dict() for result in compared]}
-        )
+        saved = {"identity": identity, "exports": [result.to_dict() for result in compared]}
+        files.write_json(made / "parity.json", saved | _write_own_loss(source, made / MERGED))
         if out.exists():
             out.rmdir()
         made.rename(out)
@@ -78,6 +80,41 @@ def _write(source: Source, made: Path, kind: str | None) -> dict[str, Path]:
         text = chat_template.modelfile(source.config, tokenizer, exports[kind].name)
         files.write_text(made / GGUF / "Modelfile", text)
     return exports
+
+
+def _write_own_loss(source: Source, merged: Path) -> dict[str, Any]:
+    """Measure the merged model on the run's held-out rows, and write its loss into its model card.
+
+    Returns what belongs in `parity.json`: nothing, if the rows are not there any more or if it would take too long, as
+    on a CPU after training on a GPU.
+    """
+    run, config = source.run, source.config
+    try:
+        own = _own_losses(source, merged)
+    except UserError as error:
+        print(f"The held-out loss of the merged model is not measured: {error}")
+        return {}
+    card = model_card.render(run, config, run.read("metrics.json"), merged=True, own=own)
+    files.write_text(merged / "README.md", card)
+    tokens = sum(row.tokens for row in own)
+    return {"heldout": {"rows": len(own), "tokens": tokens, "loss": losses.mean_loss(own)}}
+
+
+def _own_losses(source: Source, merged: Path) -> list[RowLoss]:
+    """Held-out losses of the merged model, in the dtype of the run. Raises `UserError` if they cannot be measured."""
+    manifest, config = source.run.read("manifest.json"), source.config
+    device = compute_dtype.as_begun(compute_dtype.device_for(config), source.run.compute_dtype())
+    if manifest["device"].get("kind") != device.kind:
+        raise UserError("it was trained on another kind of machine.")
+    config = config.replace(quantization="none")
+    at_once, obstacle = rivals.rows_in_16_bits(config, device)
+    if obstacle:
+        raise UserError(f"{obstacle}.")
+    data = cleaning.prepare(source.config, hub.saved_tokenizer(source.run.adapter))
+    if data.heldout_fingerprint != manifest["data"]["heldout_fingerprint"]:
+        raise UserError("its held-out rows have changed.")
+    model = qlora.load_base(config.replace(model=str(merged), revision="main"), device)
+    return losses.heldout_losses(model, data.heldout, device, at_once)
 
 
 def _identity(source: Source, kind: str | None) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from qlora_helpers.config import Config
 from qlora_helpers.data import cleaning
 from qlora_helpers.data.cleaning import Data
 from qlora_helpers.device import Device, forget_peak, limit_memory, peak_memory_gib
-from qlora_helpers.evaluation import losses, model_card
+from qlora_helpers.evaluation import losses, model_card, rivals
 from qlora_helpers.evaluation.context import RunContext
 from qlora_helpers.evaluation.losses import RowLoss
+from qlora_helpers.evaluation.rivals import Rivals
 from qlora_helpers.models import hub, qlora, safetensors_io
 from qlora_helpers.models.qlora import attach_lora, check_targets, load_base, save_biases, train_in_float32
 from qlora_helpers.planning import compute_dtype, quantization
@@ -73,11 +74,12 @@ def train(
 def _attempt(context: RunContext, callbacks: Sequence[TrainerCallback]) -> None:
     """Train from the last checkpoint to the end, with one split of the batch."""
     config, run = context.config, context.run
+    in_16_bits = rivals.in_16_bits(context)
     base = load_base(config, context.device)
     check_targets(base, config)
     files.write_json(run / "config.json", {"identity": context.identity, "config": config.to_dict()})
     base_losses = losses.baseline(base, context)
-    _write_manifest(context, base)
+    _write_manifest(context, base, rivals.of_base(base, context) | in_16_bits)
     trainer = build_trainer(attach_lora(base, config), context, callbacks)
     trl_config.write(run, config, context.device, trainer.args, trainer.train_dataset)
     selection = context.data.selection
@@ -230,7 +232,7 @@ def _arguments(config: Config, n_rows: int, device: Device, run: RunFolder) -> S
     )
 
 
-def _write_manifest(context: RunContext, base: Any) -> None:
+def _write_manifest(context: RunContext, base: Any, measured: Rivals) -> None:
     config, run = context.config, context.run
     content = runs.manifest(config, context.device, context.data.to_manifest())
     content["model"] = {
@@ -239,7 +241,8 @@ def _write_manifest(context: RunContext, base: Any) -> None:
         "fingerprint": safetensors_io.fingerprint(hub.model_folder(config)) if hub.is_local(config) else None,
         "four_bit_share": round(qlora.four_bit_share(base), 4),
     }
-    content["baseline"] = losses.baseline_folder(config, context.data, context.device, run.path.parent).name
+    content["baseline"] = measured.folders[rivals.BASE]
+    content |= {"rivals": measured.folders, "absent_rivals": measured.absent}
     files.write_json(run / "manifest.json", content)
 
 

@@ -141,7 +141,7 @@ def test_bits_per_byte_compare_other_tokenizers():
 def trained(config, tokenizer, tmp_path_factory):
     """Two seeds of one config and one seed of another, trained on the tiny model."""
     folder = tmp_path_factory.mktemp("runs")
-    small = config.replace(n_seeds=2, n_answers=2)
+    small = config.replace(n_seeds=2, n_answers=2, max_length=512)  # held-out rows are whole in both formats
     needed = matrix.plan_runs({"exp1": small.replace(n_samples=8), "exp2": small}, folder)
     assert [(w.experiment, w.name, w.config.seed) for w in needed] == [
         ("exp1", "exp1", 0),
@@ -156,16 +156,14 @@ def test_runs_are_compared_from_their_folders(trained):
     folder, trained_runs, _ = trained
     result = comparison.compare(trained_runs)
     json.dumps(result.to_dict(), allow_nan=False)
-    assert [model.name for model in result.table] == ["base", "base + 3 examples", "exp1", "exp2"]
-    assert [model.seeds for model in result.table] == [[], [], [0, 1], [0, 1]]
+    rivals = ["base", "base, own template", "base, 16 bits", "base, 16 bits, own template", "base + 3 examples"]
+    assert [model.name for model in result.table] == [*rivals, "exp1", "exp2"]
+    assert [model.seeds for model in result.table] == [*[[]] * 5, [0, 1], [0, 1]]
     pairs = [(d.a, d.b) for d in result.differences]
-    assert pairs == [
-        ("base", "exp1"),
-        ("base", "exp2"),
-        ("base + 3 examples", "exp1"),
-        ("base + 3 examples", "exp2"),
-        ("exp1", "exp2"),
-    ]
+    assert pairs == [*((rival, name) for rival in rivals for name in ("exp1", "exp2")), ("exp1", "exp2")]
+    assert set(result.best_rival) == {"exp1", "exp2"}
+    assert result.family == len(pairs) + len(result.forgetting) + 1  # and what quantizing cost
+    assert {d.family for d in (*result.differences, *result.forgetting, result.quantizing)} == {result.family}
     assert [d.b for d in result.forgetting] == ["exp1", "exp2"]
     assert {d.rows for d in result.forgetting} == {48}
     assert comparison.group(run for runs_ in trained_runs.values() for run in runs_) == trained_runs
@@ -289,7 +287,7 @@ def test_if_one_model_thinks_every_answering_model_has_a_share(tmp_path):
     folders = {name: [RunFolder(tmp_path / name)] for name in ("base", "silent", "exp1")}
     for name, thought in (("base", "Hm."), ("exp1", "")):
         answer = {"prompt": "p", "reference": "r", "answer": "r", "stopped": True, "invented": False}
-        files.write_jsonl(tmp_path / name / "answers.jsonl", [answer | {"thought": thought}] * 3)
+        files.write_jsonl(tmp_path / name / "answers.jsonl", [answer | {"thought": thought}] * 5)
     texts = comparison._texts(folders)
     assert [texts["base"]["thinks"].value, texts["exp1"]["thinks"].value] == [1, 0]
     assert texts["silent"] == {}

@@ -88,6 +88,18 @@ def test_after_shots_the_same_tokens_count(setup, config, device, tokenizer):
         assert [r.loss_sum for r in before] != [r.loss_sum for r in after]
 
 
+def test_the_examples_in_the_prompt_are_ordinary_rows(config, tokenizer):
+    """Answers of about the median length; other ones with another data seed, but not with more training rows."""
+    few, many = (cleaning.prepare(config.replace(n_samples=n), tokenizer) for n in (4, 30))
+    shots = losses.choose_shots(few, 0)
+    assert len(shots) == 2 * losses.SHOTS
+    assert shots == losses.choose_shots(many, 0) != losses.choose_shots(few, 1)
+    lengths = sorted(len(item.row.rounds[0][1]["content"]) for item in few.cleaned.train)
+    quarter = len(lengths) // 4
+    for answer in shots[1::2]:
+        assert lengths[quarter] < len(answer["content"]) < lengths[-quarter]
+
+
 def test_bytes_are_those_of_whole_answers(make_row, config, tokenizer):
     row = make_row("Hi", "Là-bas 🎉", "And?", "ok")
     (whole,) = prompts.encode([row], config, tokenizer)
@@ -112,3 +124,14 @@ CHANGES = ({"thinking": False}, {"template_date": "2024-07-26"}, {"end_token": "
 def test_a_base_model_that_is_prompted_otherwise_is_measured_again(config, data, device, tmp_path, change):
     plain, other = (losses.baseline_folder(c, data, device, tmp_path) for c in (config, config.replace(**change)))
     assert plain.name != other.name
+
+
+def test_only_a_limit_that_cuts_other_rows_makes_other_losses(config, data, tokenizer, device, tmp_path):
+    rows = [example.row for example in data.heldout]
+    names = []
+    for length in (512, 600, 20):
+        read = dataclasses.replace(
+            data, heldout=list(prompts.encode(rows, config.replace(max_length=length), tokenizer))
+        )
+        names.append(losses.baseline_folder(config, read, device, tmp_path).name)
+    assert names[0] == names[1] != names[2]

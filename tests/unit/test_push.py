@@ -224,12 +224,12 @@ def test_card_has_intervals_if_the_base_losses_are_saved(make_run):
     losses(made.path.parent / "base-0", 3.0)
     files.write_jsonl(
         made / "answers.jsonl",
-        [{"prompt": "p", "reference": "a b", "answer": "a b", "stopped": True, "invented": False}] * 2,
+        [{"prompt": "p", "reference": "a b", "answer": "a b", "stopped": True, "invented": False}] * 5,
     )
     card = model_card.render(made, made.config(), made.read("metrics.json"))
     assert "| 1.0000 (-0.5000, 95% interval -0.5000 to -0.5000) |" in card
     assert "| ROUGE-L | 1.00, 95% interval 1.00 to 1.00 |" in card
-    assert "greedy answers to 2 held-out questions" in card
+    assert "greedy answers to 5 held-out questions" in card
     losses(made.path.parent / "base-0", 3.0)
     other = made.path.parent / "base-0" / "heldout_losses.jsonl"
     other.write_text(other.read_text().replace('"a"', '"z"'))

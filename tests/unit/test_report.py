@@ -1,6 +1,7 @@
 """The report: tables, verdicts and limits in words, and a page that its data cannot break."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -62,28 +63,58 @@ def test_text_metrics_have_intervals():
 def test_report_holds_table_verdicts_figures_and_answers():
     text = report.markdown(result(), ["figures/loss_curves.png"])
     assert report.table_markdown(result()) in text
-    assert "exp1 is better than base (-0.2000, 95% interval -0.3000 to -0.1000)." in text
+    assert "exp1 is better than base (-0.2000, 95% interval -0.3000 to -0.1000; -18.1% perplexity)." in text
     assert "![loss curves](figures/loss_curves.png)" in text
     assert "- *exp1*: `fine`" in text
     assert "- *base*: (empty)" in text
     assert "/somewhere" not in text
 
 
-@pytest.mark.parametrize(("seeds", "says"), [((0,), "these adapters only"), ((0, 1, 2), "spread of 3 training seeds")])
-def test_how_far_a_verdict_reaches(seeds, says):
-    assert says in report.scope(result(seeds=seeds))
+@pytest.mark.parametrize(
+    ("seeds", "runs", "says"),
+    [
+        ((0,), {}, "these adapters only"),
+        ((0, 1, 2), {"draws": 3}, "exp1: 3 draws of 32 training rows, one seed each"),
+        ((0, 1, 2), {"all_rows": True}, "3 seeds on all 32 training rows, so that draws cannot vary"),
+        ((0, 1, 2), {}, "one draw of 32 training rows). Where there is one draw, they do not cover others"),
+        ((0, 1, 2, 3), {"draws": 2}, "4 seeds on 2 draws of 32 training rows"),
+    ],
+)
+def test_how_far_a_verdict_reaches(seeds, runs, says):
+    made = result(seeds=seeds)
+    made.table[-1] = replace(made.table[-1], **runs)
+    assert says in report.scope(made)
 
 
 @pytest.mark.parametrize(
     ("gap", "says"),
     [
-        ((0.1, 0.05, 0.2), "rose: something"),
-        ((-0.1, -0.2, -0.05), "fell: nothing"),
-        ((0.1, -0.1, 0.3), "no forgetting shows"),
+        ((0.1, 0.05, 0.2), "rose (+0.1000, 95% interval +0.0500 to +0.2000; +10.5% perplexity; it rose on 31 of them)"),
+        ((-0.1, -0.2, -0.05), "fell (-0.1000"),
+        ((0.1, -0.1, 0.3), "did not change distinguishably (+0.1000"),
     ],
 )
 def test_forgetting_in_words(gap, says):
-    assert says in report.forgetting(result(gap=gap))[0]
+    made = replace(result(gap=gap), rose={"exp1": 31})
+    assert says in report.forgetting(made)[0]
+    assert "nothing" not in report.forgetting(made)[0]
+
+
+def test_what_could_have_been_detected_is_stated():
+    missed = Difference("base", "exp1", 0.1, -0.1, 0.3, rows=48, seeds=1, tokens=900, detectable=0.29)
+    (line,) = report.forgetting(replace(result(), forgetting=[missed]))
+    assert "48 general questions (900 tokens)" in line
+    assert "an effect of 0.2900 would be detected" in line
+    within = replace(missed, low=0.05, high=0.12, margin=0.2)
+    assert "stayed within ±0.2 (" in report.forgetting(replace(result(), forgetting=[within]))[0]
+
+
+def test_missing_rivals_and_the_size_of_the_family_are_stated():
+    made = replace(result(), absent={"base, 16 bits": "it needs 16.1 GiB of memory, and 14.6 are there"})
+    text = report.markdown(made, [])
+    assert "Rivals that were not measured: base, 16 bits (it needs 16.1 GiB" in text
+    assert "They rest on 6 held-out rows with 175 trained tokens." in text
+    assert "hold at once" not in text  # of an older version
 
 
 @pytest.mark.parametrize(
