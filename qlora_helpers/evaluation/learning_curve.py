@@ -240,7 +240,7 @@ def figure(curves: list[Curve]) -> Figure:
                 axes.fill_between([largest, 2 * largest], *ends, color=color, alpha=0.2, linewidth=0)
     sizes = sorted({rows for curve in curves for rows in curve.arms})
     axes.set_xscale("log", base=2)
-    axes.set_xticks([*sizes, 2 * sizes[-1]], [f"{rows:,}" for rows in [*sizes, 2 * sizes[-1]]])
+    axes.set_xticks(sizes, [f"{rows:,}" for rows in sizes])
     axes.grid(axis="y")
     axes.set_xlabel("rows to train on (log scale)\nbars: 95% interval of the gap to the base model")
     axes.set_ylabel("held-out loss (nats per token)")
