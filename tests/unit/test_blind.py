@@ -83,7 +83,9 @@ def test_clicks_at_once_lose_no_vote(run):
 
 def test_order_and_sides_are_random_but_follow_the_seed(run):
     def seen(seed):
-        ballot = Ballot([{**e, "prompt": f"{e['prompt']}{k}"} for e in ENTRIES for k in range(20)], "base", "exp1", run, seed)
+        ballot = Ballot(
+            [{**e, "prompt": f"{e['prompt']}{k}"} for e in ENTRIES for k in range(20)], "base", "exp1", run, seed
+        )
         return [(ballot.pairs[key]["prompt"], ballot.sides(key)[0]) for key in ballot.pairs]
 
     assert seen(0) == seen(0) != seen(1)
