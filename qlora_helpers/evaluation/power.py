@@ -74,8 +74,8 @@ class Pilot:
         return high
 
 
-# Row variance in results/h100-smollm2-study, of 200 against 100 rows at equal steps. Its seeds had the same training rows,
-# so it says nothing about draws.
+# Row variance in results/h100-smollm2-study, of 200 against 100 rows at equal steps. Its seeds had the same training
+# rows, so it says nothing about draws.
 ASSUMED = Pilot("assumed rows: two adapters of a 135M model on conversations", row=0.00046, draw=0.0, both=0.0, runs=1)
 
 
@@ -168,8 +168,8 @@ class Design:
 
         if self.pilot.runs == 1:
             return [
-                "Only the rows are estimated, from one run of each model: the table is about these adapters, and a claim "
-                "about the recipe needs more. Fix: give pilot runs of several seeds with --pilot."
+                "Only the rows are estimated, from one run of each model: the table is about these adapters, and a "
+                "claim about the recipe needs more. Fix: give pilot runs of several seeds with --pilot."
             ]
         freedom = self.pilot.runs - 1
         tail = (1 - CONFIDENCE) / 2
