@@ -156,10 +156,9 @@ class Design:
             cells = [(self.pilot.half_width(rows, d), self.pilot.detectable(rows, d)) for d in self.draws]
             lines.append(f"{rows:>13,}" + "".join(f"{f'{half:.4f} / {least:.4f}':>18}" for half, least in cells))
         lines += ["", f"To detect {self.effect:g} with 80% power:"]
-        for draws, rows in self.needed.items():
-            lines.append(
-                f"  {draws} draw(s): " + (f"{rows:,} held-out rows" if rows else "no number of rows is enough")
-            )
+        for draws, enough in self.needed.items():
+            words = f"{enough:,} held-out rows" if enough else "no number of rows is enough"
+            lines.append(f"  {draws} draw(s): {words}")
         return "\n".join([*lines, "", *self._limits()])
 
     def _limits(self) -> list[str]:
