@@ -131,12 +131,23 @@ def _data(out: Path, max_tokens: int, n_heldout: int | None, template: str | Non
     print(*filter(None, [built.advice]), f"Report: {out / 'report.md'}", sep="\n")
 
 
+def _plan_options(plan: Parser) -> None:
+    """Add the options of `plan`, which also plans a comparison."""
+    options.plan(plan)
+    plan.option("--detect", type=float, metavar="X", help="plan a comparison that detects X nats per token instead")
+    plan.option("--pilot", type=Path, nargs="+", metavar="RUN", help="finished runs to take variances from")
+
+
 def _plan(
     model: str | None, memory: float | None, device: str | None, method: str | None, targets: str | None, json: bool,
-    rows: list[int] | None, **params: Any,
+    rows: list[int] | None, detect: float | None, pilot: list[Path] | None, **params: Any,
 ) -> int:  # fmt: skip
     from json import dumps
 
+    if detect is not None:
+        return _plan_comparison(detect, pilot or [], json)
+    if pilot:
+        raise UserError("pilot: it belongs to --detect. Fix: add --detect X, in nats per token.")
     from qlora_helpers.planning import plan, tables
 
     if targets is not None:
@@ -155,6 +166,20 @@ def _plan(
         shown = (tables.table(plans), "", tables.answer(asked), "", tables.time_table(times))
         print(*shown, sep="\n")
     return 0 if asked.fits else 3
+
+
+def _plan_comparison(effect: float, pilot: list[Path], json: bool) -> int:
+    from json import dumps
+
+    from qlora_helpers import runs
+    from qlora_helpers.evaluation import power
+    from qlora_helpers.runs import RunFolder
+
+    folders = [RunFolder(path) for path in pilot]
+    with runs.corrupt_files_as_user_error(folders):
+        design = power.design(effect, folders)
+    print(dumps(design.to_dict(), indent=1) if json else design)
+    return 0
 
 
 def _export(run_folder: Path, out: Path, gguf: str | None) -> None:
@@ -215,7 +240,7 @@ COMMANDS = {
     "run": Command("execute notebooks 01-07 and write the comparison", options.run, _run),
     "batch": Command("train one run per sample count, setting and seed", options.batch, _batch),
     "data": Command("clean and split a data set, and report on it", options.data, _data),
-    "plan": Command("plan peak memory and time of a run before downloading anything", options.plan, _plan),
+    "plan": Command("plan peak memory and time of a run before downloading anything", _plan_options, _plan),
     "compare": Command("compare finished runs and write a report", options.compare, _compare),
     "harness": Command("evaluate a run and its base model on lm-evaluation-harness", _harness_options, _harness),
     "export": Command("merge a run's adapter into its base model and verify the result", options.export, _export),

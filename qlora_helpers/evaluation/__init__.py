@@ -5,6 +5,7 @@ from qlora_helpers._lazy import lazy
 __all__ = [
     "base_losses",  # the same for a config's base model, measured once
     "compare",  # all experiments against each other and the base model
+    "design",  # rows and runs that a comparison needs
     "difference",  # difference of two experiments, with its interval
     "generate",  # greedy answers to prompts
     "group",  # run folders by experiment
@@ -21,6 +22,7 @@ __getattr__ = lazy(
         "generate": "answers",
         "group": "comparison",
         "compare": "comparison",
+        "design": "power",
         "difference": "comparison",
         "write": "report",
         "render": "model_card",

@@ -240,10 +240,20 @@ def test_learning_curves_show_losses_below_the_base_model_s() -> None:
         assert [s[:, 1] for s in ends.get_segments()] == [
             pytest.approx([3 + d.low, 3 + d.high]) for d in points.points.values()
         ]
-    band = axes.collections[1].get_paths()[0].vertices  # after the first curve's bars
-    first, last = CURVES[0].at(25), CURVES[0].at(800)
-    assert {round(y, 9) for x, y in band if x == 25} == {round(3 + first.low, 9), round(3 + first.high, 9)}
-    assert max(y for x, y in band if x > 799.9) == pytest.approx(3 + last.high)
+    wedge = axes.collections[1].get_paths()[0].vertices  # after the first curve's bars
+    last, outlook = 3 + CURVES[0].points[800].value, CURVES[0].next_doubling
+    assert outlook is not None
+    assert {round(y, 9) for x, y in wedge if x == 1600} == {round(last + outlook.low, 9), round(last, 9)}
+    assert {round(y, 9) for x, y in wedge if x == 800} == {round(last, 9)}
+
+
+def test_four_sizes_show_the_law_and_its_band_up_to_the_next_doubling() -> None:
+    four = curve("four", {100: 2.5, 200: 2.4, 400: 2.33, 800: 2.28})
+    band = learning_curve.figure([four]).axes[0].collections[1].get_paths()[0].vertices
+    assert four.law is not None
+    ends = four.law.at(1600)
+    assert min(y for x, y in band if x > 1599.9) == pytest.approx(3 + ends.low)
+    assert max(y for x, y in band if x > 1599.9) == pytest.approx(3 + ends.high)
 
 
 def test_save_writes_300_dpi_and_leaves_nothing_else(tmp_path) -> None:
