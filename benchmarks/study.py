@@ -41,9 +41,7 @@ def plan(config: Config, sizes: list[int], draws: int, folder: Path) -> list[Pla
     return [
         item
         if item.config.seed == 0
-        else PlannedRun(
-            item.experiment, item.name, item.config.replace(n_answers=1), item.data, tokenizer, item.folder
-        )
+        else PlannedRun(item.experiment, item.name, item.config.replace(n_answers=1), item.data, tokenizer, item.folder)
         for item in planned
     ]
 

@@ -129,7 +129,7 @@ def compare(experiments: Folders, margin: float | None = None) -> Comparison:
     one_model = len({m["baseline"] for m in manifests}) == 1
     rivals, absent = _rivals(every, manifests) if one_model else ({}, {})
     folders = rivals | experiments
-    arms = {name: _arm(name, runs, name in experiments) for name, runs in folders.items()}
+    arms = {name: arm(name, runs, name in experiments) for name, runs in folders.items()}
     heldout = arms[next(iter(experiments))].seeds[0]
     general = _general(rivals[BASE], experiments) if BASE in rivals else []
     cost = [(arms[IN_16_BITS], arms[BASE])] if IN_16_BITS in rivals else []
@@ -174,17 +174,18 @@ def _rivals(every: list[RunFolder], manifests: list[dict[str, Any]]) -> tuple[Fo
     return folders, {name: reason for name, reason in absent.items() if name not in folders}
 
 
-def _arm(name: str, runs: list[RunFolder], trained: bool, file: str = "heldout_losses.jsonl") -> Arm:
-    """The losses of each seed, labeled with its draw of training rows and its seed."""
+def arm(name: str, runs: list[RunFolder], trained: bool = True, file: str = "heldout_losses.jsonl") -> Arm:
+    """The losses of each run, labeled with its draw of training rows, or its seed if all runs share one draw."""
     configs = [run.config() for run in runs] if trained else []
-    labels = tuple((config.training_draw, config.seed) for config in configs)
+    one_draw = len({config.training_draw for config in configs}) == 1
+    labels = tuple(config.seed if one_draw else config.training_draw for config in configs)
     return Arm(name, [read_losses(run, file) for run in runs], trained, labels)
 
 
 def _general(base: list[RunFolder], experiments: Folders) -> list[tuple[Arm, Arm]]:
     """The base model and each experiment on the general questions."""
     before, *after = (
-        _arm(name, runs, name != BASE, "general_losses.jsonl") for name, runs in ({BASE: base} | experiments).items()
+        arm(name, runs, name != BASE, "general_losses.jsonl") for name, runs in ({BASE: base} | experiments).items()
     )
     return [(before, arm) for arm in after]
 
@@ -241,7 +242,7 @@ def _check_equal(every: list[RunFolder], values: list[str], what: str, fix: str)
 def rehearsed(without: list[RunFolder], with_it: list[RunFolder]) -> Difference:
     """Loss on the general questions of runs with rehearsal minus that of runs without: below zero, it helped."""
     named = {"without rehearsal": without, "with rehearsal": with_it}
-    a, b = (_arm(name, runs, True, "general_losses.jsonl") for name, runs in named.items())
+    a, b = (arm(name, runs, True, "general_losses.jsonl") for name, runs in named.items())
     return difference(a, b)
 
 

@@ -73,9 +73,13 @@ class Estimate:
     @property
     def seed_errors(self) -> list[tuple[float, int]]:
         """For each set of labels: standard error of the ratio over the choice of seeds, and the number of seeds."""
-        total = self.below.sum()
-        means = [sums.sum(axis=1) / total for sums in self.seeds.values()]
-        return [(float(mean.std(ddof=1)) / math.sqrt(len(mean)), len(mean)) for mean in means]
+        return [(float(np.linalg.norm(part)), len(part)) for part in self.seed_residuals.values()]
+
+    @property
+    def seed_residuals(self) -> dict[Labels, np.ndarray]:
+        """For each set of labels: deviation of each seed from the mean; their squares sum to the squared error."""
+        means = {labels: sums.sum(axis=1) / self.below.sum() for labels, sums in self.seeds.items()}
+        return {labels: (m - m.mean()) / math.sqrt(len(m) * (len(m) - 1)) for labels, m in means.items()}
 
     @property
     def row_error(self) -> float:
@@ -87,15 +91,22 @@ class Estimate:
         with multiway clustering", 2011). It comes off the rows: they are many, so the rest is well known, whereas the
         spread of three seeds is often below it by chance. With `FEW_ROWS`, it is counted twice, which is safe.
         """
-        n, total = len(self.above), self.below.sum()
+        n = len(self.above)
         if n < 2:
             return math.inf
-        variance = float((self.residuals**2).sum())
-        for sums in self.seeds.values() if n >= FEW_ROWS else ():
+        variance = float((self.residuals**2).sum()) * n / (n - 1)
+        return math.sqrt(max(variance - (sum(self.crossed_variances) if n >= FEW_ROWS else 0), 0))
+
+    @property
+    def crossed_variances(self) -> list[float]:
+        """For each set of labels: variance of the ratio from the noise of each row with each seed."""
+        n, total = len(self.above), self.below.sum()
+        variances = []
+        for sums in self.seeds.values():
             means = sums.sum(axis=1) / total
             crossed = (sums - sums.mean(axis=0)) / total - np.outer(means - means.mean(), self.below / total)
-            variance -= float((crossed**2).sum()) / len(sums) / (len(sums) - 1)
-        return math.sqrt(max(variance, 0) * n / (n - 1))
+            variances.append(float((crossed**2).sum()) / len(sums) / (len(sums) - 1) * n / max(n - 1, 1))
+        return variances
 
 
 def ratio(numerators: Sequence[float] | np.ndarray, denominators: Sequence[float] | np.ndarray) -> Interval:

@@ -82,11 +82,11 @@ ASSUMED = Pilot("assumed rows: two adapters of a 135M model on conversations", r
 def components(made: Contrast, runs: int, source: str, draws_vary: bool = True) -> Pilot:
     """Variance components of a contrast that was measured with `runs` training runs of each trained model."""
     estimate = made.estimate
-    n, parts = len(estimate.above), estimate.seed_variances
-    shared = sum(part for _, part, _ in parts)
+    n, crossed = len(estimate.above), estimate.crossed_variances
+    parts = [(error**2, part, count) for (error, count), part in zip(estimate.seed_errors, crossed, strict=True)]
     return Pilot(
         source,
-        row=max(estimate.row_variance - shared, 0.0) * n,
+        row=estimate.row_error**2 * n,
         draw=sum(max(over - part, 0.0) * count for over, part, count in parts),
         both=sum(part * count for _, part, count in parts) * n,
         runs=runs,
@@ -105,18 +105,14 @@ def pilot(folders: Sequence[RunFolder]) -> Pilot:
         names = ", ".join(experiments)
         raise UserError(f"pilot: {len(experiments)} experiments ({names}). Fix: give runs of one or two experiments.")
     runs = [run for group in experiments.values() for run in group]
-    labels = {run.path: (run.config().training_draw, run.config().seed) for run in runs}
-    arms = [
-        Arm(name, [read_losses(run) for run in group], labels=tuple(labels[run.path] for run in group))
-        for name, group in experiments.items()
-    ]
+    arms = [comparison.arm(name, group) for name, group in experiments.items()]
     if len(arms) == 1:
         base = RunFolder(runs[0].path.parent / runs[0].read("manifest.json")["baseline"])
         arms = [Arm(BASE, [read_losses(base)], trained=False), *arms]
     made = contrast(arms, [-1, 1])
     fewest = min(len(arm.seeds) for arm in arms if arm.trained)
     source = f"{arms[1].name} against {arms[0].name}, {made.rows:,} held-out rows with {made.tokens:,} tokens"
-    return components(made, fewest, source, len({draw for draw, _ in labels.values()}) > 1)
+    return components(made, fewest, source, len({run.config().training_draw for run in runs}) > 1)
 
 
 @dataclass(frozen=True)
