@@ -177,8 +177,9 @@ def _rivals(every: list[RunFolder], manifests: list[dict[str, Any]]) -> tuple[Fo
 def arm(name: str, runs: list[RunFolder], trained: bool = True, file: str = "heldout_losses.jsonl") -> Arm:
     """The losses of each run, labeled with its draw of training rows, or its seed if all runs share one draw."""
     configs = [run.config() for run in runs] if trained else []
-    one_draw = len({config.training_draw for config in configs}) == 1
-    labels = tuple(config.seed if one_draw else config.training_draw for config in configs)
+    draws = [run.read("manifest.json")["data"].get("draw", 0) for run in runs] if trained else []
+    one_draw = len(set(draws)) == 1  # as in runs of older versions, which drew the same rows for every seed
+    labels = tuple(config.seed if one_draw else draw for config, draw in zip(configs, draws, strict=True))
     return Arm(name, [read_losses(run, file) for run in runs], trained, labels)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from qlora_helpers import plots
-from qlora_helpers.evaluation import differences
+from qlora_helpers.evaluation import comparison, differences
 from qlora_helpers.evaluation.comparison import BASE
 from qlora_helpers.evaluation.differences import UNSURE, Arm, Difference
 from qlora_helpers.evaluation.intervals import Interval
@@ -170,14 +170,8 @@ def build(name: str, trained: Mapping[str, list[RunFolder]]) -> Curve:
     """
     first = next(iter(trained.values()))[0]
     base = RunFolder(first.path.parent / first.read("manifest.json")["baseline"])
-    arms = {runs[0].read("metrics.json")["train_rows"]: _arm(name, runs) for name, runs in trained.items()}
+    arms = {runs[0].read("metrics.json")["train_rows"]: comparison.arm(name, runs) for name, runs in trained.items()}
     return Curve(name, Arm(BASE, [read_losses(base)], trained=False), arms)
-
-
-def _arm(name: str, group: list[RunFolder]) -> Arm:
-    configs = [run.config() for run in group]
-    labels = tuple((config.training_draw, config.seed) for config in configs)
-    return Arm(name, [read_losses(run) for run in group], labels=labels)
 
 
 def compare_settings(trained: Mapping[str, list[RunFolder]]) -> list[Difference]:
@@ -185,7 +179,7 @@ def compare_settings(trained: Mapping[str, list[RunFolder]]) -> list[Difference]
 
     The intervals hold at once, so that naming the best of several settings without effect is as rare as 5%.
     """
-    return against_first([_arm(name, runs) for name, runs in trained.items()])
+    return against_first([comparison.arm(name, runs) for name, runs in trained.items()])
 
 
 def against_first(arms: list[Arm]) -> list[Difference]:
