@@ -91,7 +91,7 @@ def _print_comparison(written: Path) -> None:
 
     result = comparison.read(written.parent)
     lines = [report.table_markdown(result), "", *report.verdicts(result), *report.forgetting(result)]
-    print("", *lines, report.scope(result), "", f"Report: {written}", sep="\n")
+    print("", *lines, report.basis(result), report.scope(result), "", f"Report: {written}", sep="\n")
 
 
 def _batch(**args: Any) -> None:

@@ -20,7 +20,7 @@ from qlora_helpers.evaluation import losses
 from qlora_helpers.evaluation.context import RunContext
 from qlora_helpers.evaluation.losses import RowLoss
 from qlora_helpers.models import hub
-from qlora_helpers.planning import architectures, memory, plan, quantization
+from qlora_helpers.planning import memory, plan, quantization
 
 BASE = "base"
 IN_16_BITS = f"{BASE}, 16 bits"
@@ -104,7 +104,7 @@ def own_template(config: Config, data: Data, tokenizer: Any) -> tuple[Config, Da
         raise UserError(f"with train_on={config.train_on} the template's own tokens count in the loss")
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("the model has no chat template")
-    own = config.replace(template="auto", max_length=_longest(config))
+    own = config.replace(template="auto", max_length=prompts.heldout_limit(config))
     rendering.template_of(own, tokenizer)
     whole = [example.row for example in data.heldout if not example.cut]
     encoded = prompts.encode(whole, own, tokenizer)
@@ -138,15 +138,6 @@ def _reason(error: str, config: Config) -> str:
     return error.partition(" Fix: ")[0].rstrip(".").replace(config.model, hub.public_name(config))
 
 
-def _longest(config: Config) -> int:
-    """Most tokens of a held-out row: the setting, or the model's positions if those are fewer."""
-    try:
-        positions = architectures.load(config.model, config.revision).positions
-    except UserError:  # an architecture that the memory plan does not know
-        positions = None
-    return min(config.heldout_max_length, positions or config.heldout_max_length)
-
-
 def rows_in_16_bits(config: Config, device: Device) -> tuple[int, str]:
     """How many held-out rows the base model in 16 bits reads at once on this device, and what prevents it altogether.
 
@@ -155,7 +146,7 @@ def rows_in_16_bits(config: Config, device: Device) -> tuple[int, str]:
     if refusal := quantization.refusal(config):
         return 0, _reason(refusal, config)
     try:
-        load = memory.workload_of(config.replace(max_length=_longest(config)))
+        load = memory.workload_of(config.replace(max_length=prompts.heldout_limit(config)))
     except UserError:
         return (1 if device.kind == "cuda" else memory.MOST_ROWS), ""
     if device.kind == "cuda":
