@@ -25,7 +25,7 @@ from qlora_helpers.data import cleaning
 from qlora_helpers.device import detect
 from qlora_helpers.evaluation import differences, losses
 from qlora_helpers.evaluation.comparison import BASE
-from qlora_helpers.evaluation.differences import Arm, Difference
+from qlora_helpers.evaluation.differences import UNSURE, Arm, Difference
 from qlora_helpers.experiments import matrix
 from qlora_helpers.models import hub
 
@@ -120,7 +120,7 @@ def judge(trained: dict[str, list[runs.RunFolder]], folder: Path) -> list[tuple[
     base = runs.RunFolder(folder / trained[RANK_14][0].read("manifest.json")["baseline"])
     sides = {name: Arm(name, [losses.read_losses(run) for run in group]) for name, group in trained.items()}
     sides[BASE] = Arm(BASE, [losses.read_losses(base)], trained=False)
-    words = {"better": "confirmed", "worse": "contradicted", "not distinguishable": "not distinguishable"}
+    words = {"better": "confirmed here", "worse": "contradicted here", UNSURE: UNSURE}
     judged = []
     for claim, a, b, expected in CLAIMS:
         gap = differences.difference(sides[a], sides[b])

@@ -32,8 +32,8 @@ def plan(config: Config, sizes: list[int], draws: int, folder: Path) -> list[Pla
     """Return every run of the study. Answers are measured for the first draw only."""
     tokenizer = hub.load_tokenizer(config)
     cleaned = cleaning.clean(config.replace(n_samples=max(sizes)), tokenizer)
-    settings = {s.name: s for s in [*matrix.size_settings(config, sizes), *matrix.equal_step_settings(config, sizes)]}
-    planned = matrix.batch_runs(settings.values(), range(draws), cleaned, tokenizer, folder)
+    settings = [*matrix.size_settings(config, sizes)[:-1], *matrix.equal_step_settings(config, sizes)]
+    planned = matrix.batch_runs(settings, range(draws), cleaned, tokenizer, folder)
     first = planned[0]
     for seed in range(1, SEEDS_OF_ONE_DRAW):
         again = first.config.replace(seed=seed, draw=first.config.training_draw)

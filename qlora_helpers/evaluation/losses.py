@@ -148,7 +148,8 @@ def after_shots(example: Example, shots: Shots, config: Config, tokenizer: Any) 
 def baseline_folder(config: Config, data: Data, device: Device, folder: Path) -> RunFolder:
     """Folder of the base model's losses, named after everything that they depend on, including the dtype."""
     keys = ("model", "revision", "quantization", *rendering.SETTINGS, "train_on")
-    depends = [getattr(config, key) for key in (*keys, "max_new_tokens", "max_thinking_tokens", "n_answers")]
+    depends = [getattr(config, key) for key in (*keys, "max_new_tokens", "max_thinking_tokens")]
+    depends += [config.score] if config.score else []  # kept with the answers
     depends += [config.double_quant and config.quantization != "none"]
     read = [(len(example.input_ids), example.cut) for example in data.heldout]  # a limit that cuts no row changes none
     depends += [device.dtype, data.heldout_fingerprint, read]
@@ -175,7 +176,9 @@ def baseline(base: Any, context: RunContext) -> list[RowLoss]:
     config, data, device, folder = context.config, context.data, context.device, context.run.path.parent
     where = baseline_folder(config, data, device, folder)
     few_shot = RunFolder(where / "few_shot")
-    if not (where / "general_losses.jsonl").exists():
+    asked = answers.heldout_prompts(data.heldout, config.n_answers)
+    answered = files.read_jsonl(where / "answers.jsonl") if (where / "answers.jsonl").exists() else []
+    if len(answered) < len(asked) or not (where / "general_losses.jsonl").exists():
         print("Measuring the base model, once for all runs with these held-out rows …", flush=True)
         measure_answers(base, context, where)
     # With train_on=all the question counts too, and its tokens differ after an earlier turn.

@@ -68,7 +68,9 @@ def test_metrics_differ_and_training_rows_are_nested(series):
 def test_comparison_and_report(series):
     out, _, stdout = series
     result = read(out / "comparison.json")
-    assert [row["name"] for row in result["table"]] == ["base", "exp1", "exp2"]
+    rivals = ["base", "base, own template", "base, 16 bits", "base, 16 bits, own template"]
+    assert [row["name"] for row in result["table"]] == [*rivals, "exp1", "exp2"]
+    assert result["best_rival"]["exp2"] in rivals
     assert "| base | – | – |" in stdout
     assert "these adapters only" in stdout
     assert (out / "report.html").stat().st_size > 10_000
@@ -82,10 +84,12 @@ def test_comparison_and_report(series):
 
 
 def test_notebook_03_evaluates_the_base_model_for_later_notebooks(series):
-    """Three ways to store it have losses. The one that is trained on also has answers. Nothing is computed twice."""
+    """Two ways to store it have losses in two prompt formats, a third in one. The one that is trained on also has
+    answers. Nothing is computed twice.
+    """
     out, _, _ = series
     bases = sorted(out.glob("base-*"))
-    assert len([base for base in bases if (base / "heldout_losses.jsonl").exists()]) == len(bases) == 3
+    assert len([base for base in bases if (base / "heldout_losses.jsonl").exists()]) == len(bases) == 5
     (trained_on,) = [base for base in bases if (base / "answers.jsonl").exists()]
     assert {read(out / name / "manifest.json")["baseline"] for name in ("exp1", "exp2")} == {trained_on.name}
     losses, run = trained_on / "heldout_losses.jsonl", out / "exp1" / "config.json"

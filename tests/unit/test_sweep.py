@@ -24,7 +24,7 @@ def planned(config, cleaned, tokenizer, folder, counts=(4, 8), seeds=SEEDS, **li
 
 
 def test_the_profile_s_sizes(config, cleaned):
-    assert matrix.training_sizes(config, cleaned) == ([10, 20, 40], [])
+    assert matrix.training_sizes(config, cleaned) == ([8, 16, 32], [])
     for profile in ("t4", "gpu"):
         sizes, _ = matrix.training_sizes(Config.from_params(profile=profile, n_heldout=6), cleaned)
         assert sizes[:4] == [25, 50, 100, 200]
