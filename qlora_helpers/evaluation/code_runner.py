@@ -46,11 +46,12 @@ def _limit(seconds: int, memory: int, file_size: int) -> None:
         import resource
     except ImportError:  # Windows; the time limit of the parent remains
         return
-    limits = {"RLIMIT_CPU": seconds, "RLIMIT_AS": memory, "RLIMIT_FSIZE": file_size, "RLIMIT_CORE": 0}
+    limits = {"RLIMIT_CPU": seconds + 1, "RLIMIT_AS": memory, "RLIMIT_FSIZE": file_size, "RLIMIT_CORE": 0}
     for name, limit in limits.items():
         most = resource.getrlimit(getattr(resource, name))[1]
         value = limit if most == resource.RLIM_INFINITY else min(limit, most)
-        resource.setrlimit(getattr(resource, name), (value, value))
+        soft = value - 1 if name == "RLIMIT_CPU" else value  # at the hard limit, no signal tells why
+        resource.setrlimit(getattr(resource, name), (soft, value))
 
 
 def _check(event: str, args: tuple[Any, ...], folder: str, opened: list[int]) -> None:

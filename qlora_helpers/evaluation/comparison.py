@@ -12,7 +12,7 @@ import numpy as np
 
 from qlora_helpers import files
 from qlora_helpers.errors import UserError
-from qlora_helpers.evaluation import verdicts
+from qlora_helpers.evaluation import scores, verdicts
 from qlora_helpers.evaluation.differences import Arm, Difference, difference
 from qlora_helpers.evaluation.intervals import Interval
 from qlora_helpers.evaluation.losses import mean_loss, read_losses
@@ -250,7 +250,7 @@ def rehearsed(without: list[RunFolder], with_it: list[RunFolder]) -> Difference:
 def _texts(folders: Folders) -> dict[str, dict[str, Interval]]:
     """Text metrics of each model's first seed. If one of the models thinks, `thinks` is a metric of all."""
     answered = {name: _answers(runs[0]) for name, runs in folders.items()}
-    texts = {name: text_metrics(rows) for name, rows in answered.items()}
+    texts = {name: text_metrics(rows) | scores.metrics(rows) for name, rows in answered.items()}
     if any("thinks" in text for text in texts.values()):
         texts = {name: text and text | {"thinks": thinks(answered[name])} for name, text in texts.items()}
     return {name: without_interval_of_few(text, answered[name]) for name, text in texts.items()}

@@ -89,7 +89,8 @@ def test_claims_are_judged_by_their_intervals(tmp_path):
     judged = claims.judge(trained, tmp_path)
     assert [claim for claim, _, _ in judged] == [claim for claim, *_ in claims.CLAIMS]
     assert [word for _, _, word in judged] == [
-        "contradicted here", "confirmed here", "contradicted here", "confirmed here", "contradicted here", "confirmed here", "not distinguishable",
+        "contradicted here", "confirmed here", "contradicted here", "confirmed here", "contradicted here",
+        "confirmed here", "not distinguishable",
     ]  # fmt: skip
 
 

@@ -129,11 +129,11 @@ def test_the_two_experiments_differ_in_rows_only():
 
 
 @pytest.mark.parametrize(
-    ("preset", "rows"), [("tinyllama-guanaco-100", 20), ("tinyllama-guanaco-200", 40), ("llama31-8b", 40)]
+    ("preset", "rows"), [("tinyllama-guanaco-100", 16), ("tinyllama-guanaco-200", 32), ("llama31-8b", 32)]
 )
 def test_cpu_profile_shrinks_the_experiment(preset, rows):
     config = Config.from_params(preset=preset, profile="cpu")
-    assert (config.n_samples, config.n_heldout) == (rows, 20)
+    assert (config.n_samples, config.n_heldout) == (rows, 16)
     assert config.dataset == "sample"
 
 

@@ -225,7 +225,7 @@ def test_a_draw_of_rows_counts_as_a_seed(config, tmp_path):
     """Three draws are one experiment, its arms are labeled by draw and seed, and the report says what they cover."""
     runs = [planted(tmp_path, config, f"d{draw}", draw=draw, run=2.0 + 0.01 * draw, base=2.2) for draw in range(3)]
     assert comparison.group(runs) == {"d0": runs}
-    assert comparison._arm("d0", runs, True).labels == ((0, 0), (1, 1), (2, 2))
+    assert comparison.arm("d0", runs).labels == (0, 1, 2)
     result = comparison.compare({"d0": runs})
     assert result.table[-1].draws == 3
     assert "d0: 3 draws of 1 training rows, one seed each" in report.scope(result)

@@ -222,7 +222,9 @@ def _curve_of(result):
     changed = result["rank 8"][0].read("metrics.json")["eval_loss"]
     assert turned.value == pytest.approx(changed - losses[1])
     assert learning_curve.compare_settings({}) == []
-    assert len(comparison.compare(sizes).differences) == 5
+    rivals = {"base", "base, own template", "base, 16 bits", "base, 16 bits, own template", "base + 3 examples"}
+    pairs = {(d.a, d.b) for d in comparison.compare(sizes).differences}
+    assert pairs == {(rival, size) for rival in rivals for size in sizes} | {("4 rows", "8 rows")}
 
 
 def test_the_batch_command_refuses_a_folder_of_another_run(config, tmp_path, capsys, monkeypatch):
