@@ -73,7 +73,7 @@ def _given(args: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in args.items() if value is not None}
 
 
-def _compare(run_folders: list[Path], out: Path) -> None:
+def _compare(run_folders: list[Path], out: Path, margin: float | None) -> None:
     from qlora_helpers import runs
     from qlora_helpers.evaluation import comparison, report
     from qlora_helpers.runs import RunFolder
@@ -81,7 +81,7 @@ def _compare(run_folders: list[Path], out: Path) -> None:
     folders = [RunFolder(path) for path in run_folders]
     with runs.corrupt_files_as_user_error(folders):
         experiments = comparison.group(folders)
-        result = comparison.compare(experiments)
+        result = comparison.compare(experiments, margin)
         written = report.write(result, experiments, runs.workdir(str(out)))
     _print_comparison(written)
 
@@ -129,13 +129,6 @@ def _data(out: Path, max_tokens: int, n_heldout: int | None, template: str | Non
     for name, count in [*built.tables[0].rows, *(groups if built.facts["groups"] else []), *altered]:
         print(f"{count:>10,}  {name}")
     print(*filter(None, [built.advice]), f"Report: {out / 'report.md'}", sep="\n")
-
-
-def _plan_options(plan: Parser) -> None:
-    """Add the options of `plan`, which also plans a comparison."""
-    options.plan(plan)
-    plan.option("--detect", type=float, metavar="X", help="plan a comparison that detects X nats per token instead")
-    plan.option("--pilot", type=Path, nargs="+", metavar="RUN", help="finished runs to take variances from")
 
 
 def _plan(
@@ -190,14 +183,6 @@ def _export(run_folder: Path, out: Path, gguf: str | None) -> None:
     print(parity.table(compared), f"\nExport: {out}", sep="\n")
 
 
-def _harness_options(harness: Parser) -> None:
-    """Add the options of `harness`."""
-    harness.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a finished run")
-    harness.option("--tasks", nargs="+", required=True, metavar="TASK", help="names of lm-eval's tasks, or YAML files")
-    harness.option("--limit", type=int, metavar="N", help="samples per task (default: all)")
-    harness.option("--chat-template", action="store_true", dest="chat", help="prompt in the model's own chat template")
-
-
 def _harness(run_folder: Path, **args: Any) -> None:
     from qlora_helpers.evaluation import harness
     from qlora_helpers.runs import RunFolder
@@ -240,9 +225,9 @@ COMMANDS = {
     "run": Command("execute notebooks 01-07 and write the comparison", options.run, _run),
     "batch": Command("train one run per sample count, setting and seed", options.batch, _batch),
     "data": Command("clean and split a data set, and report on it", options.data, _data),
-    "plan": Command("plan peak memory and time of a run before downloading anything", _plan_options, _plan),
+    "plan": Command("plan peak memory and time of a run before downloading anything", options.plan, _plan),
     "compare": Command("compare finished runs and write a report", options.compare, _compare),
-    "harness": Command("evaluate a run and its base model on lm-evaluation-harness", _harness_options, _harness),
+    "harness": Command("evaluate a run and its base model on lm-evaluation-harness", options.harness, _harness),
     "export": Command("merge a run's adapter into its base model and verify the result", options.export, _export),
     "serve": Command("serve an exported model over OpenAI's protocol", options.serve, _serve),
     "push": Command("show what a push to a model hub would send, or send it", options.push, _push),

@@ -105,6 +105,8 @@ def plan(plan: Parser) -> None:
     plan.option("--method", help="qlora, lora or full (default: that of the preset)")
     plan.option("--targets", help="layers with an adapter, such as q_proj,v_proj, or all")
     plan.option("--rows", type=int, nargs="+", metavar="N", help="numbers of training rows to print the time for")
+    plan.option("--detect", type=float, metavar="X", help="plan a comparison that detects X nats per token instead")
+    plan.option("--pilot", type=Path, nargs="+", metavar="RUN", help="finished runs to take variances from")
     plan.option("--json", action="store_true", help="print JSON")
     short = {"batch_size": "--batch", "gradient_accumulation": "--accumulation"}
     plan.settings("profile", "model", "target_modules", aliases={**short, "gradient_checkpointing": "--checkpointing"})
@@ -115,6 +117,15 @@ def compare(compare: Parser) -> None:
     words = "run folders; those that differ only in the seed count as one experiment"
     compare.add_argument("run_folders", type=Path, nargs="+", metavar="RUN", help=words)
     compare.option("--out", type=Path, required=True, metavar="DIR", help="output folder for the report")
+    compare.option("--margin", type=float, metavar="X", help="differences below X nats per token do not matter")
+
+
+def harness(harness: Parser) -> None:
+    """Add the options of `harness`."""
+    harness.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a finished run")
+    harness.option("--tasks", nargs="+", required=True, metavar="TASK", help="names of lm-eval's tasks, or YAML files")
+    harness.option("--limit", type=int, metavar="N", help="samples per task (default: all)")
+    harness.option("--chat-template", action="store_true", dest="chat", help="prompt in the model's own chat template")
 
 
 def export(export: Parser) -> None:
