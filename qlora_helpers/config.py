@@ -20,34 +20,7 @@ PROFILES = ("cpu", "t4", "gpu")
 BUNDLED_MODEL = "smollm2-135m-instruct"
 SAMPLE_DATA = "sample"
 PYTHON_DOCS = "python-stdlib"
-# Names of settings in PEFT, transformers, TRL, Axolotl and LLaMA-Factory, and what to use here.
-ELSEWHERE = {
-    "rank": "r lora_r lora_rank",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "target_modules": "lora_target lora_target_modules",
-    "target_modules=all-linear": "lora_target_linear",
-    "epochs": "num_train_epochs num_epochs max_steps",
-    "batch_size": "per_device_train_batch_size micro_batch_size",
-    "gradient_accumulation": "gradient_accumulation_steps",
-    "max_length": "max_seq_length max_seq_len sequence_len cutoff_len model_max_length",
-    "learning_rate": "lr",
-    "lr_scheduler": "lr_scheduler_type",
-    "warmup_ratio, a fraction of the steps": "warmup_steps",
-    "optimizer": "optim",
-    "quantization=nf4, or none for 16 bits": "load_in_4bit load_in_8bit quantization_bit bnb_4bit_quant_type",
-    "double_quant": "bnb_4bit_use_double_quant use_bnb_nested_quant double_quantization",
-    "compute_dtype": "dtype torch_dtype bf16 fp16 bnb_4bit_compute_dtype",
-    "model": "model_name_or_path model_name model_id base_model",
-    "revision": "model_revision",
-    "dataset": "dataset_name dataset_path datasets train_file",
-    "template": "chat_template",
-    "system": "system_prompt default_system",
-    "train_on": "assistant_only_loss completion_only_loss train_on_inputs train_on_prompt",
-    "n_samples": "max_samples max_train_samples",
-    "n_heldout": "val_size val_set_size",
-    "keep_best": "load_best_model_at_end",
-}
+OTHER_TOOLS = "_other_tools"  # file beside the presets: names of settings in other tools, and ours
 UNPACKED = 0.05  # share of weights in 16 bits, besides embeddings, above which 4 bits save too little
 MANY_RUNS = ("sample_counts", "seconds_per_run")  # keys of a profile that concern many runs and are not in `Config`
 
@@ -237,7 +210,7 @@ class Config:
 
 def our_name(name: str) -> str | None:
     """Return our parameter for one of another tool, or None."""
-    return next((ours for ours, theirs in ELSEWHERE.items() if name in theirs.split()), None)
+    return next((ours for ours, theirs in _load_yaml("presets", OTHER_TOOLS).items() if name in theirs), None)
 
 
 def value_type(field: "dataclasses.Field[Any]") -> Any:
@@ -262,7 +235,8 @@ def of_profile(profile: str, key: str) -> Any:
 def preset_names() -> list[str]:
     """Return the names of all presets, sorted."""
     folder = resources.files("qlora_helpers") / "presets"
-    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    names = {file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml")}
+    return sorted(names - {OTHER_TOOLS})
 
 
 def load_preset(name: str) -> dict[str, Any]:

@@ -6,12 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from qlora_helpers import Config, UserError
-from qlora_helpers.config import ELSEWHERE, preset_names
+from qlora_helpers.config import OTHER_TOOLS, preset_names
 from qlora_helpers.files import ROOT
 
 GUANACO = {
@@ -160,9 +161,11 @@ def test_an_unknown_name_suggests_the_nearest():
 
 def test_names_of_other_libraries_get_ours():
     fields = {field.name for field in dataclasses.fields(Config)}
-    for ours, theirs in ELSEWHERE.items():
+    assert OTHER_TOOLS not in preset_names()
+    file = ROOT / "qlora_helpers" / "presets" / f"{OTHER_TOOLS}.yaml"
+    for ours, theirs in yaml.safe_load(file.read_text("utf-8")).items():
         assert re.match(r"\w+", ours)[0] in fields
-        for name in theirs.split():
+        for name in theirs:
             assert name not in fields
             assert refusal(**{name: 1}) == f"unknown parameter '{name}'. Fix: use {ours}."
 
