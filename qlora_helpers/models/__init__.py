@@ -1,4 +1,4 @@
-"""Model files, the base model in 4 bits, and the LoRA adapter."""
+"""Model files, the base model in 4 bits, its weights, and the LoRA adapter."""
 
 from qlora_helpers._lazy import lazy
 
@@ -15,10 +15,10 @@ __getattr__ = lazy(
     __name__,
     {
         "load_tokenizer": "hub",
-        "load_base": "qlora",
+        "load_base": "base",
         "attach_lora": "qlora",
         "load_adapter": "qlora",
         "load_adapters": "qlora",
-        "weight_table": "qlora",
+        "weight_table": "weights",
     },
 )

@@ -1,0 +1,96 @@
+"""The frozen base model, in 4 or 16 bits."""
+
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import logging as hf_logging
+
+from qlora_helpers.config import UNPACKED, Config
+from qlora_helpers.device import Device, keep_freed_memory
+from qlora_helpers.errors import UserError
+from qlora_helpers.models.hub import from_pretrained
+from qlora_helpers.models.weights import true_size
+
+hf_logging.disable_progress_bar()  # hides the bar for reading weights; downloads keep theirs
+
+
+def load_base(config: Config, device: Device) -> Any:
+    """Load the frozen base model, quantized as `config.quantization` says and computing in the device's dtype.
+
+    Weights that are not quantized to 4 bits are stored in 16 bits. If the device computes in float32, as most CPUs do,
+    these weights are converted once, here. Their values stay the same, and no conversion is needed at each use.
+
+    Raises `UserError` if the model cannot be loaded, or if it is not stored as the config says.
+    """
+    keep_freed_memory(device)
+    dtype = getattr(torch, device.dtype)
+    quantization = None
+    if config.quantization != "none":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=config.quantization,
+            bnb_4bit_use_double_quant=config.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    base = from_pretrained(
+        AutoModelForCausalLM,
+        config,
+        dtype=getattr(torch, device.storage_dtype),
+        quantization_config=quantization,
+        device_map={"": 0} if device.kind == "cuda" else None,
+        use_safetensors=True,
+    )
+    check_quantized(base, config)
+    _compute_in(base, dtype)
+    return base.requires_grad_(False).eval()
+
+
+def check_quantized(base: Any, config: Config) -> None:
+    """Raise `UserError` unless the model is stored as `config.quantization` says.
+
+    bitsandbytes quantizes linear layers only: experts stored as one three-dimensional tensor stay in 16 bits. A model
+    that was saved in 4 bits keeps the type that it was saved with.
+    """
+    states = (getattr(parameter, "quant_state", None) for parameter in base.parameters())
+    types = {state.quant_type for state in states if state is not None}
+    wanted = set() if config.quantization == "none" else {config.quantization}
+    if types - wanted:
+        stored = " and ".join(sorted(types))
+        raise UserError(
+            f"quantization: {config.model} is stored in {stored}, not {config.quantization}. "
+            f"Fix: quantization={stored}."
+        )
+    share = four_bit_share(base)
+    if wanted and 1 - share > UNPACKED:
+        raise UserError(
+            f"quantization: only {share:.0%} of the weights of {config.model} outside its embeddings can be stored in "
+            "4 bits; its other weights are not in linear layers. Fix: quantization=none, or another model."
+        )
+
+
+def four_bit_share(base: Any) -> float:
+    """Return the share of the weights stored in 4 bits, among those outside the embeddings and the output head."""
+    head = base.get_output_embeddings()
+    apart = [m for m in base.modules() if isinstance(m, torch.nn.Embedding) or m is head]
+    excluded = {parameter for module in apart for parameter in module.parameters()}
+    counted = [parameter for parameter in base.parameters() if parameter not in excluded]
+    packed = sum(true_size(p) for p in counted if getattr(p, "quant_state", None) is not None)
+    return packed / max(sum(map(true_size, counted)), 1)
+
+
+def _compute_in(base: Any, dtype: torch.dtype) -> None:
+    """Convert unquantized weights to `dtype`, make quantized weights dequantize directly to `dtype`, with gradients.
+
+    On CPUs with AVX512_BF16, bitsandbytes repacks 4-bit weights at the first evaluation for a path without gradients.
+    Training would then continue without learning anything.
+    """
+    for module in base.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            packed: Any = module.weight
+            packed.quant_state.dtype = dtype
+            module.support_avx512bf16_for_cpu = False
+    for tensor in (*base.parameters(), *base.buffers()):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            tensor.data = tensor.data.to(dtype)
