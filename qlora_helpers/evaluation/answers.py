@@ -10,6 +10,7 @@ from qlora_helpers.config import Config
 from qlora_helpers.data import rendering
 from qlora_helpers.data.prompts import Example, tokenize
 from qlora_helpers.data.schema import TURN_MARKER, Message
+from qlora_helpers.data.turns import split_thought
 from qlora_helpers.device import Device, autocast
 from qlora_helpers.models import forward
 from qlora_helpers.planning.memory import MOST_ANSWERS
@@ -124,13 +125,3 @@ class AnswerReader:
             "invented": bool(TURN_MARKER.search(words) or self.marks.search(words)),
             "tokens": len(kept),
         }
-
-
-def split_thought(text: str) -> tuple[str, str]:
-    """Split a generated text at the marks `<think>` and `</think>` into the thought and the words after it."""
-    head, closed, rest = text.partition("</think>")
-    if closed:
-        return head.removeprefix("<think>").strip(), rest.strip()
-    if text.startswith("<think>"):
-        return text.removeprefix("<think>").strip(), ""
-    return "", text

@@ -7,8 +7,8 @@ from typing import Any
 
 import regex
 
+from qlora_helpers.data.turns import split_thought
 from qlora_helpers.evaluation import intervals
-from qlora_helpers.evaluation.answers import split_thought
 from qlora_helpers.evaluation.intervals import Interval
 
 BLEU_RESAMPLES = 1000  # sacrebleu's own bootstrap
