@@ -7,47 +7,24 @@ placeholders.
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
 from typing import Any
 
 from qlora_helpers.config import Config
+from qlora_helpers.data import frames
 from qlora_helpers.data.builtin_templates import Span, Turns, UnplacedAnswer, end_text
 from qlora_helpers.data.conversation import Message
+from qlora_helpers.data.frames import Frame
+from qlora_helpers.data.turns import arguments, called, split_thought, with_input
 from qlora_helpers.errors import UserError
 
 CHAT_MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|[^\s<>\[\]]+")  # such as <|user|>, [INST] and USER:
 THOUGHT_MARK = re.compile(r"</?\|?(think|thinking|thought|reasoning)\|?>")  # part of an answer, not between turns
 TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # how chat templates ask for today's date
-PLACE = re.compile("\ue000(\\d+)\ue000")  # private-use characters, which occur in no text and no template
 PROBE = "\ue001"
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What a chat template writes around the turns of a sequence of roles.
-
-    `order` are the turns in the order of the text: `before[i]` precedes turn `order[i]`, and `tail` follows the last.
-    """
-
-    order: tuple[int, ...]
-    before: tuple[str, ...]
-    tail: str
-
-    def places(self, contents: list[str]) -> tuple[str, dict[int, Span]]:
-        """Return the text with these contents, and the span of each turn's content."""
-        text, spans = "", {}
-        for turn, glue in zip(self.order, self.before, strict=True):
-            start = len(text) + len(glue)
-            text += glue + contents[turn]
-            spans[turn] = (start, len(text))
-        return text + self.tail, spans
-
-    def glue(self, turn: int) -> str:
-        """Return the text between the content before a turn and that of the turn."""
-        return self.before[self.order.index(turn)]
 
 
 @dataclass(frozen=True)
@@ -61,7 +38,7 @@ class ChatTemplate:
 
     config: Config
     tokenizer: Any
-    frames: dict[Any, Frame] = field(default_factory=dict, compare=False)
+    known: dict[Any, Frame] = field(default_factory=dict, compare=False)
 
     def render(self, messages: Turns) -> tuple[str, list[Span]]:
         """Return the text of a conversation and the spans of its learned answers. Raises `UnplacedAnswer`."""
@@ -75,9 +52,10 @@ class ChatTemplate:
             _check_place(turns, number, text[start:content_end])
             end = self._end(text, content_end)
             if turns[number].get("tool_calls"):  # what changes with a call may include the turn of its result
-                called = max(text.find(name, start) for name in _called(turns[number]))
-                ends = any_of({*self._plain_ends, self.tokenizer.eos_token} - {None}).search(text, called, content_end)
-                end = ends.end() if ends else end
+                last_call = max(text.find(name, start) for name in called(turns[number]))
+                ends = any_of({*self._plain_ends, self.tokenizer.eos_token} - {None})
+                mark = ends.search(text, last_call, content_end)
+                end = mark.end() if mark else end
             if end is None and number == len(turns) - 1:
                 text = text[:content_end] + end_text(self.config, self.tokenizer)
                 end = len(text)
@@ -97,7 +75,7 @@ class ChatTemplate:
     def ends(self) -> tuple[str, ...]:
         """Tokens that end an answer: in the middle and at the end of a conversation, and after a tool call."""
         call = {"type": "function", "id": "call00000", "function": {"name": "clock", "arguments": {}}}
-        asked, _, asked_again, answer = sample(2)
+        asked, _, asked_again, answer = frames.sample(2)
         calls = {"role": "assistant", "content": "", "tool_calls": [call]}
         with_tools = (asked, calls, asked_again | {"role": "tool", "tool_call_id": "call00000"}, answer)
         try:
@@ -107,7 +85,7 @@ class ChatTemplate:
 
     @cached_property
     def _plain_ends(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(self._last_tokens(sample(2))))
+        return tuple(dict.fromkeys(self._last_tokens(frames.sample(2))))
 
     def _last_tokens(self, messages: Turns) -> list[str]:
         """Return the special token at the end of each answer."""
@@ -129,7 +107,7 @@ class ChatTemplate:
     @cached_property
     def preamble(self) -> str:
         """Text that the template writes between the generation prompt and the words of an answer."""
-        text, spans = self.render(sample(1))
+        text, spans = self.render(frames.sample(1))
         return text[spans[0][0] : spans[0][1]].split("\ue000")[0]
 
     def warnings(self) -> list[str]:
@@ -147,7 +125,7 @@ class ChatTemplate:
 
         Where the template has no place for a system prompt, it goes before the first question.
         """
-        turns = [_with_input(turn) for turn in messages]
+        turns = [with_input(turn) for turn in messages]
         if self.config.system and not any(turn["role"] == "system" for turn in turns):
             turns.insert(0, {"role": "system", "content": self.config.system})
         if len(turns) > 1 and turns[0]["role"] == "system" and not self._takes_system:
@@ -172,7 +150,7 @@ class ChatTemplate:
         if self.config.thinking is not None:
             options["enable_thinking"] = self.config.thinking
         # Some templates take the arguments of a tool call as an object, others as text.
-        given, other = _arguments(given, json.loads), _arguments(given, json.dumps)
+        given, other = arguments(given, json.loads), arguments(given, json.dumps)
         reasons = []
         for variant in [given] if given == other else [given, other]:
             try:
@@ -192,11 +170,11 @@ class ChatTemplate:
     def _frame(self, roles: tuple[str, ...], **options: Any) -> Frame:
         """Return what the template writes around turns with these roles. Raises `UnplacedAnswer`."""
         key = (roles, *options)
-        if key not in self.frames:
-            turns = [{"role": role, "content": place_of(number)} for number, role in enumerate(roles)]
-            parts = PLACE.split(self._apply(turns, **options))
-            self.frames[key] = Frame(tuple(map(int, parts[1::2])), tuple(parts[:-1:2]), parts[-1])
-        return self.frames[key]
+        if key not in self.known:
+            turns = [{"role": role, "content": frames.place_of(number)} for number, role in enumerate(roles)]
+            parts = frames.PLACE.split(self._apply(turns, **options))
+            self.known[key] = Frame(tuple(map(int, parts[1::2])), tuple(parts[:-1:2]), parts[-1])
+        return self.known[key]
 
     def _contents(self, turns: list[Message], text: str, asked: list[int]) -> dict[int, Span]:
         """Return where each answer begins, at the end of the generation prompt, and where its content ends."""
@@ -212,13 +190,13 @@ class ChatTemplate:
     def _preamble_length(self, turns: list[Message], number: int, frame: Frame) -> int:
         """Return the number of characters between the end of the generation prompt and the content of an answer."""
         prompt = self._frame(tuple(turn["role"] for turn in turns[:number]), add_generation_prompt=True)
-        rest = _after_prompt(frame.glue(number), prompt.tail)
+        rest = frames.after_prompt(frame.glue(number), prompt.tail)
         return len(rest) if rest.strip("\n") else 0
 
     def _before_answer(self, roles: tuple[str, ...]) -> str:
         """Return what the template writes between the generation prompt after these roles and the next answer."""
         glue = self._frame((*roles, "assistant")).before[-1]
-        return _after_prompt(glue, self._frame(roles, add_generation_prompt=True).tail)
+        return frames.after_prompt(glue, self._frame(roles, add_generation_prompt=True).tail)
 
     def _by_difference(self, turns: list[Message], text: str, number: int, frame: Frame) -> Span:
         """Locate an answer that the template rewrites, as the part of the text that changes with it."""
@@ -227,8 +205,8 @@ class ChatTemplate:
         place = other.find(PROBE)
         if place < 0:
             raise UnplacedAnswer("the chat template does not show an answer")
-        start = self._whole(text, _shared(text, other))
-        end = max(start, self._whole(text, len(text) - _shared(text[::-1], other[::-1])))
+        start = self._whole(text, frames.shared(text, other))
+        end = max(start, self._whole(text, len(text) - frames.shared(text[::-1], other[::-1])))
         if start == end:
             raise UnplacedAnswer("the chat template does not show an answer")
         if other[:place].endswith(frame.glue(number)):
@@ -241,9 +219,9 @@ class ChatTemplate:
         Some templates write another blank before the turn of a tool call, which makes the whole turn differ.
         """
         asking = self._apply(before, add_generation_prompt=True)
-        header = asking[_shared(asking, self._apply(before)) :]
+        header = asking[frames.shared(asking, self._apply(before)) :]
         starts = header.strip() and written.lstrip().startswith(header.strip())
-        return len(written) - len(_after_prompt(written, header)) if starts else 0
+        return len(written) - len(frames.after_prompt(written, header)) if starts else 0
 
     def _whole(self, text: str, place: int) -> int:
         """Return the start of the special token that `place` is inside of, or `place`."""
@@ -263,81 +241,20 @@ class ChatTemplate:
         return any_of(token for token in tokens if token.strip() and not THOUGHT_MARK.fullmatch(token))
 
 
-def _arguments(turns: list[Message], change: Callable[[Any], Any]) -> list[Message]:
-    """Return the turns with the arguments of their tool calls as an object (`json.loads`) or as text (`json.dumps`)."""
-    wanted = str if change is json.loads else dict
-    changed = []
-    for turn in turns:
-        calls = []
-        for call in turn.get("tool_calls") or []:
-            function = call.get("function", {})
-            given = function.get("arguments")
-            try:
-                arguments = change(given) if isinstance(given, wanted) else given
-            except ValueError:  # text that is not JSON
-                arguments = given
-            calls.append(call | {"function": function | {"arguments": arguments}})
-        changed.append(turn | {"tool_calls": calls} if calls else turn)
-    return changed
-
-
 def _check_place(turns: list[Message], number: int, written: str) -> None:
     """Raise `UnplacedAnswer` if a tool call or a thought is missing, or the result of a call is within the answer.
 
     Many templates leave out the thoughts of earlier answers, as the model is used; that of the last is to be learned.
     """
-    calls = _called(turns[number])
+    calls = called(turns[number])
     if not all(name in written for name in calls):
         raise UnplacedAnswer("the chat template has no place for tool calls")
-    thought = turns[number]["content"].partition("</think>")[0].removeprefix("<think>").strip()
-    if number == len(turns) - 1 and "</think>" in turns[number]["content"] and thought not in written:
+    thought, _ = split_thought(turns[number]["content"].strip())
+    if number == len(turns) - 1 and thought not in written:
         raise UnplacedAnswer("the chat template leaves out the thought of an answer")
     results = [turn["content"] for turn in turns[number + 1 :] if turn["role"] == "tool"]
     if calls and any(result.strip() and result.strip() in written for result in results):
         raise UnplacedAnswer("the chat template writes a tool's result inside an answer")
-
-
-def _called(turn: Message) -> list[str]:
-    """Return the names of the functions that a turn calls."""
-    return [str(call.get("function", call).get("name")) for call in turn.get("tool_calls") or []]
-
-
-def _with_input(turn: Message) -> Message:
-    given = {key: value for key, value in turn.items() if key != "input"}
-    return given | {"content": f"{turn['content']}\n\n{turn['input']}"} if turn.get("input") else given
-
-
-def place_of(number: int) -> str:
-    """Return the placeholder of a turn."""
-    return f"\ue000{number}\ue000"
-
-
-def sample(rounds: int) -> Turns:
-    """Return a conversation of placeholders."""
-    roles = ("user", "assistant") * rounds
-    return tuple({"role": role, "content": place_of(number)} for number, role in enumerate(roles))
-
-
-def _after_prompt(glue: str, prompt: str) -> str:
-    """Return the part of the text before an answer that follows the generation prompt.
-
-    The prompt is the beginning that both share. In some templates they differ in blanks, which are skipped.
-    """
-    at = 0
-    for mark in prompt:
-        rest = glue[at:].lstrip()
-        if glue.startswith(mark, at):
-            at += 1
-        elif rest.startswith(mark):
-            at = len(glue) - len(rest) + 1
-        elif not mark.isspace():
-            break
-    return glue[at:]
-
-
-def _shared(a: str, b: str) -> int:
-    """Return the length of the beginning that two texts share."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def any_of(words: Iterable[str]) -> re.Pattern[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from qlora_helpers.config import Config
 from qlora_helpers.data import prompts, rendering
 from qlora_helpers.data.builtin_templates import answer_prefix, render_question
-from qlora_helpers.data.chat_rendering import place_of
+from qlora_helpers.data.frames import place_of
 from qlora_helpers.data.schema import Message
 
 USER_1, INPUT, ASSISTANT_1, USER_2, ASSISTANT_2 = map(place_of, range(5))

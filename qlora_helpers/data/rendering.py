@@ -6,7 +6,8 @@ from typing import Any
 
 from qlora_helpers.config import Config
 from qlora_helpers.data.builtin_templates import BuiltinTemplate, Span, Turns, UnplacedAnswer
-from qlora_helpers.data.chat_rendering import ChatTemplate, any_of, sample
+from qlora_helpers.data.chat_rendering import ChatTemplate, any_of
+from qlora_helpers.data.frames import sample
 from qlora_helpers.errors import UserError
 from qlora_helpers.models import hub
 

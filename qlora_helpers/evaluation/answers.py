@@ -10,9 +10,9 @@ from qlora_helpers.config import Config
 from qlora_helpers.data import rendering
 from qlora_helpers.data.prompts import Example, tokenize
 from qlora_helpers.data.schema import TURN_MARKER, Message
+from qlora_helpers.data.turns import split_thought
 from qlora_helpers.device import Device, autocast
 from qlora_helpers.evaluation import scores
-from qlora_helpers.evaluation.thoughts import split_thought
 from qlora_helpers.models import forward
 from qlora_helpers.planning.memory import MOST_ANSWERS
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import regex
 
+from qlora_helpers.data.turns import split_thought
 from qlora_helpers.evaluation import intervals, paired, run_code
 from qlora_helpers.evaluation.intervals import Interval
 from qlora_helpers.evaluation.paired import Answers, MetricDifference
-from qlora_helpers.evaluation.thoughts import split_thought
 
 REGEX_SECONDS = 1.0  # per text
 UNUSABLE = "unusable reference"  # nothing can be compared with it

@@ -7,10 +7,10 @@ from typing import Any
 
 import regex
 
+from qlora_helpers.data.turns import split_thought
 from qlora_helpers.evaluation import intervals, paired
 from qlora_helpers.evaluation.intervals import Interval
 from qlora_helpers.evaluation.paired import Answers, MetricDifference
-from qlora_helpers.evaluation.thoughts import split_thought
 
 BLEU_RESAMPLES = 1000  # sacrebleu's own bootstrap
 MOST = {"ROUGE-L": 1, "sentence BLEU": 100, "sentence chrF": 100, "repeats itself": 1}  # largest value of a mean

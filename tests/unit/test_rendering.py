@@ -75,6 +75,15 @@ TOOLS = (
 )
 
 
+CALL = {"type": "function", "function": {"name": "clock", "arguments": {}}}
+WITH_TOOL = (
+    {"role": "user", "content": "What time is it?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "Noon"},
+    {"role": "assistant", "content": "It is noon."},
+)
+
+
 def make_tokenizer(template, eos="<stop>", absorbing=()):
     """Byte-level tokenizer in which two line breaks are one token; the tokens in `absorbing` absorb the next space."""
     words = Tokenizer(models.BPE())
@@ -224,13 +233,7 @@ def test_a_rows_own_system_prompt_wins():
 
 
 def test_tool_calls_are_trained_and_results_are_not():
-    call = {"type": "function", "function": {"name": "clock", "arguments": {}}}
-    turns = (
-        {"role": "user", "content": "What time is it?", "tools": '[{"type": "function"}]'},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "content": "Noon"},
-        {"role": "assistant", "content": "It is noon."},
-    )
+    turns = (WITH_TOOL[0] | {"tools": '[{"type": "function"}]'}, *WITH_TOOL[1:])
     tokenizer = make_tokenizer("{{ (tools or []) | length }}" + TOOLS)
     example = encode(Row(turns, "line 1"), tokenizer)
     assert trained_parts(example, tokenizer) == ["<to>clock<stop>", "It is noon.<stop>"]
@@ -241,41 +244,30 @@ def test_tool_calls_are_trained_and_results_are_not():
 
 def test_the_result_of_a_call_is_never_trained():
     """Not if its turn looks different without the call, and not if the template writes it inside the answer."""
-    call = {"type": "function", "function": {"name": "clock", "arguments": "{}"}}
-    turns = (
-        {"role": "user", "content": "What time is it?"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "content": "Noon"},
-        {"role": "assistant", "content": "It is noon."},
-    )
+    asked, calls, *rest = WITH_TOOL
+    as_text = CALL | {"function": {"name": "clock", "arguments": "{}"}}
+    row = Row((asked, calls | {"tool_calls": [as_text]}, *rest), "line 1")
     called = "{% set calls = messages | selectattr('tool_calls', 'defined') | list | length %}"
     result = "{% if m['role'] == 'tool' %}{{ '<to>result of a call: ' if calls else '<to>text: ' }}{% endif %}"
     tokenizer = make_tokenizer(called + TOOLS.replace("\n{% if", "\n" + result + "{% if", 1))
-    assert trained_parts(encode(Row(turns, "line 1"), tokenizer), tokenizer) == ["<to>clock<stop>", "It is noon.<stop>"]
+    assert trained_parts(encode(row, tokenizer), tokenizer) == ["<to>clock<stop>", "It is noon.<stop>"]
     inside = TOOLS.replace("<stop>\n", "{% if m.tool_calls %}{{ messages[2].content }}{% endif %}<stop>\n", 1)
     hiding = inside.replace("in messages", "in messages if m['role'] != 'tool' or not messages[1].tool_calls")
     tokenizer = make_tokenizer(hiding)
-    example = encode(Row(turns, "line 1"), tokenizer)
+    example = encode(row, tokenizer)
     assert "clockNoon<stop>" in example.text
     assert "Noon" not in "".join(trained_parts(example, tokenizer))
 
 
-CALL = {"type": "function", "function": {"name": "clock", "arguments": {}}}
-WITH_TOOL = (
-    {"role": "user", "content": "What time is it?"},
-    {"role": "assistant", "content": "", "tool_calls": [CALL]},
-    {"role": "tool", "content": "Noon"},
-    {"role": "assistant", "content": "It is noon."},
-)
 BLANKS = {
     "a blank in the generation prompt that no turn has": (
         TOOLS.replace("<stop>\n", "<stop>").replace("prompt %}", "prompt %}{{ '\\n' }}"), "<to>clock<stop>"
     ),
     "a blank before the turn of a call": (
-        TOOLS.replace("<stop>\n", "<stop>").replace("<turn>", "{{ '\n' if m.tool_calls }}<turn>", 1), "<to>clock<stop>"
+        TOOLS.replace("<stop>\n", "<stop>").replace("<turn>", "{{ '\\n' if m.tool_calls }}<turn>", 1), "<to>clock<stop>"
     ),
     "a blank after the last result of a call": (
-        TOOLS.replace("<stop>\n", "{{ '\n' if m['role'] == 'tool' and not loop.last }}<stop>\n"), "<to>clock<stop>"
+        TOOLS.replace("<stop>\n", "{{ '\\n' if m['role'] == 'tool' and not loop.last }}<stop>\n"), "<to>clock<stop>"
     ),
     "a call in a turn of its own": (
         HEAD + "{{ m['content'] }}<stop>\n{% if m.tool_calls %}<turn>call\n{{ m.tool_calls[0].function.name }}<stop>\n"
