@@ -4,16 +4,19 @@ usage: python benchmarks/study.py DATASET --out DIR [--samples 100 200 400] [--d
 
 The recipe is that of the preset tinyllama-guanaco-100, on any model and rows. Each size is trained with the epochs of
 the recipe, and again with as many steps as the largest, on each draw of training rows with a seed of its own; two more
-seeds of the first draw show what the seed alone changes. The first run is alone on the device, so that its speed is
-that of one run; the others share it. Finished runs are reused, so the study can be stopped and continued.
+seeds of the first draw show what the seed alone changes. The first run is alone on its GPU, so that its speed is that
+of one run; the others are spread over all GPUs. Finished runs are reused, so the study can be stopped and continued.
 """
 
 import argparse
+import os
 import statistics
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
+
+import torch
 
 from qlora_helpers import files, runs
 from qlora_helpers.config import BUNDLED_MODEL, PROFILES, Config
@@ -46,10 +49,11 @@ def plan(config: Config, sizes: list[int], draws: int, folder: Path) -> list[Pla
     ]
 
 
-def train(item: PlannedRun) -> str:
-    """Train one run in this process."""
+def train(item: PlannedRun, gpu: int) -> str:
+    """Train one run in this process, on one GPU, if there are several."""
     from qlora_helpers.training import trainer
 
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)  # torch reads it when CUDA is first used
     trainer.train(item.config, item.data, item.tokenizer, item.run)
     return item.name
 
@@ -58,14 +62,19 @@ def train_all(missing: list[PlannedRun], workers: int, limit: float) -> None:
     """Train the runs, several at a time. After `limit` seconds, no further one is begun."""
     began = time.monotonic()
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        running: set[Future[str]] = set()
+        gpus = [number % max(1, torch.cuda.device_count()) for number in range(workers)]
+        running: dict[Future[str], int] = {}
         for item in missing:
-            if len(running) == workers:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
+            if not gpus:
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                gpus.extend(running.pop(future) for future in done)
                 print(*(f"{future.result()}: finished" for future in done), sep="\n", flush=True)
             if time.monotonic() - began > limit:
                 break
-            running.add(pool.submit(train, item))
+            gpu = gpus.pop(0)
+            running[pool.submit(train, item, gpu)] = gpu
+        for future in running:
+            print(f"{future.result()}: finished", flush=True)
 
 
 def spread(planned: list[PlannedRun]) -> dict[str, float]:
@@ -93,9 +102,8 @@ def main() -> None:
         preset="tinyllama-guanaco-100", profile=args.profile, model=args.model, dataset=args.dataset, n_heldout=100
     )
     planned = plan(config, args.samples, args.draws, folder)
-    if not planned[0].run.finished:
-        train(planned[0])
-    train_all([item for item in planned if not item.run.finished], args.workers, args.limit)
+    for group, workers in ((planned[:1], 1), (planned[1:], args.workers)):
+        train_all([item for item in group if not item.run.finished], workers, args.limit)
     finished = [item for item in planned if item.run.finished]
     print(f"{len(finished)} of {len(planned)} runs are finished.")
     if len(finished) < len(planned):
