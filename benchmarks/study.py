@@ -12,8 +12,9 @@ import argparse
 import os
 import statistics
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import torch
@@ -49,32 +50,33 @@ def plan(config: Config, sizes: list[int], draws: int, folder: Path) -> list[Pla
     ]
 
 
-def train(item: PlannedRun, gpu: int) -> str:
-    """Train one run in this process, on one GPU, if there are several."""
+def train(item: PlannedRun) -> None:
+    """Train one run in this process."""
     from qlora_helpers.training import trainer
 
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)  # torch reads it when CUDA is first used
     trainer.train(item.config, item.data, item.tokenizer, item.run)
-    return item.name
+    print(f"{item.name}: finished", flush=True)
 
 
-def train_all(missing: list[PlannedRun], workers: int, limit: float) -> None:
-    """Train the runs, several at a time. After `limit` seconds, no further one is begun."""
+def train_all(missing: list[PlannedRun], workers: int, gpus: int, limit: float) -> None:
+    """Train the runs, several at a time, each on one GPU. After `limit` seconds, no further one is begun."""
     began = time.monotonic()
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        gpus = [number % max(1, torch.cuda.device_count()) for number in range(workers)]
-        running: dict[Future[str], int] = {}
-        for item in missing:
-            if not gpus:
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                gpus.extend(running.pop(future) for future in done)
-                print(*(f"{future.result()}: finished" for future in done), sep="\n", flush=True)
-            if time.monotonic() - began > limit:
-                break
-            gpu = gpus.pop(0)
-            running[pool.submit(train, item, gpu)] = gpu
-        for future in running:
-            print(f"{future.result()}: finished", flush=True)
+    spawn = get_context("spawn")
+    free = [number % max(1, gpus) for number in range(workers)]
+    running: dict[SpawnProcess, int] = {}
+    for item in missing:
+        while not free:
+            wait([process.sentinel for process in running])
+            free.extend(running.pop(process) for process in list(running) if not process.is_alive())
+        if time.monotonic() - began > limit:
+            break
+        gpu = free.pop(0)
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)  # must be set before the process begins to count GPUs
+        process = spawn.Process(target=train, args=(item,))
+        process.start()
+        running[process] = gpu
+    for process in running:
+        process.join()
 
 
 def spread(planned: list[PlannedRun]) -> dict[str, float]:
@@ -102,8 +104,9 @@ def main() -> None:
         preset="tinyllama-guanaco-100", profile=args.profile, model=args.model, dataset=args.dataset, n_heldout=100
     )
     planned = plan(config, args.samples, args.draws, folder)
+    gpus = torch.cuda.device_count()
     for group, workers in ((planned[:1], 1), (planned[1:], args.workers)):
-        train_all([item for item in group if not item.run.finished], workers, args.limit)
+        train_all([item for item in group if not item.run.finished], workers, gpus, args.limit)
     finished = [item for item in planned if item.run.finished]
     print(f"{len(finished)} of {len(planned)} runs are finished.")
     if len(finished) < len(planned):

@@ -174,7 +174,7 @@ def build_trainer(model: Any, context: RunContext, callbacks: Sequence[TrainerCa
         settings.pad_token_id = context.tokenizer.pad_token_id
     trainer = QloraTrainer(
         model=model,
-        args=_arguments(config, len(rows), device, context.run),
+        args=_on_one_gpu(_arguments(config, len(rows), device, context.run)),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows[:1]),  # never read: `evaluate` measures rows of its own
         processing_class=context.tokenizer,
@@ -230,6 +230,14 @@ def _arguments(config: Config, n_rows: int, device: Device, run: RunFolder) -> S
         seed=config.seed,
         report_to="none",
     )
+
+
+def _on_one_gpu(arguments: SFTConfig) -> SFTConfig:
+    """Return the arguments for one GPU. With several, the library would multiply the batch size by their number."""
+    if arguments.n_gpu > 1:
+        print(f"{arguments.n_gpu} GPUs are visible. This run uses the first, with the batch size of its config.")
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _write_manifest(context: RunContext, base: Any, measured: Rivals) -> None:

@@ -15,6 +15,7 @@ from qlora_helpers import UserError, files, runs
 from qlora_helpers.data import cleaning
 from qlora_helpers.device import detect
 from qlora_helpers.evaluation import losses
+from qlora_helpers.evaluation.context import RunContext
 from qlora_helpers.evaluation.losses import RowLoss
 from qlora_helpers.models import qlora
 from qlora_helpers.planning import compute_dtype
@@ -400,6 +401,22 @@ def test_early_stopping_stops(train):
     held = [line["eval_loss"] for line in steps(run, "eval_loss")[1:]]
     assert run.read("metrics.json")["steps"] == len(held) < 40
     assert held[-1] >= min(held[:-1])
+
+
+def test_a_second_gpu_does_not_double_the_batch(config, data, device, tokenizer, tmp_path, monkeypatch, capsys):
+    real = trainer.SFTConfig
+
+    def with_two_gpus(**settings):
+        arguments = real(**settings)
+        arguments._n_gpu = 2
+        return arguments
+
+    monkeypatch.setattr(trainer, "SFTConfig", with_two_gpus)
+    context = RunContext(config, data, tokenizer, device, RunFolder(tmp_path))
+    model = qlora.attach_lora(qlora.load_base(config, device), config)
+    built = trainer.build_trainer(model, context)
+    assert built.args.train_batch_size == config.batch_size
+    assert "2 GPUs are visible. This run uses the first" in capsys.readouterr().out
 
 
 def test_training_on_all_tokens(train, config, tokenizer):
