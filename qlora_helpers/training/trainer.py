@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainerControl
 from trl import SFTConfig, SFTTrainer
 
 from qlora_helpers import drive, files, runs
@@ -96,6 +96,7 @@ class QloraTrainer(SFTTrainer):
     evaluated_on: list[Any]
     identity: dict[str, str]
     rows_at_once: int
+    control: TrainerControl
     last_evaluation: list[RowLoss]
     evaluations: Evaluations | None = None  # those of a run that is cross-fitted
     evaluated_step = -1
