@@ -5,15 +5,13 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from qlora_helpers import files
 from qlora_helpers.config import BUNDLED_MODEL, Config
 from qlora_helpers.data import sources
-from qlora_helpers.evaluation import comparison, differences, losses
+from qlora_helpers.evaluation import answer_metrics, differences, losses
 from qlora_helpers.evaluation.differences import Arm, Difference
 from qlora_helpers.evaluation.intervals import Interval
 from qlora_helpers.evaluation.losses import RowLoss, mean_loss
 from qlora_helpers.evaluation.rivals import BASE
-from qlora_helpers.evaluation.text_metrics import text_metrics
 from qlora_helpers.models import hub
 from qlora_helpers.runs import RunFolder
 
@@ -129,13 +127,12 @@ def _change(before: list[RowLoss] | None, loss: float, gap: float, after: list[R
 
 
 def _answers(run: RunFolder) -> str:
-    """Metrics of the greedy answers as a table, if some answers have a reference."""
-    rows = files.read_jsonl(run / "answers.jsonl") if (run / "answers.jsonl").exists() else []
-    metrics = comparison.without_interval_of_few(text_metrics(rows), rows)
-    if not metrics:
+    """Metrics and scores of the greedy answers as a table, if some answers have a reference."""
+    rows = answer_metrics.read(run)
+    if not (metrics := answer_metrics.of_model(rows)):
         return ""
     lines = [f"| {name} | {value.value:.2f}{_bounds(value, '.2f')} |" for name, value in metrics.items()]
-    asked = sum(row["reference"] is not None for row in rows)
+    asked = answer_metrics.answered(rows)
     return "\n".join(["", f"| | greedy answers to {asked} held-out questions |", "|---|---|", *lines, ""])
 
 
