@@ -1,6 +1,7 @@
 """Intervals against formulas, and how often they hold the truth."""
 
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from qlora_helpers.evaluation import intervals
-from qlora_helpers.evaluation.intervals import Estimate
+from qlora_helpers.evaluation.intervals import Estimate, Interval
 
 
 def test_the_ratio_and_its_error():
