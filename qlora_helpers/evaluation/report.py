@@ -11,7 +11,7 @@ from qlora_helpers.evaluation.comparison import Comparison, Summary
 from qlora_helpers.evaluation.differences import SAME, UNSURE, Difference
 from qlora_helpers.evaluation.intervals import RESAMPLES
 from qlora_helpers.evaluation.markup import bullets, html, markdown_table, quote
-from qlora_helpers.evaluation.rivals import BASE
+from qlora_helpers.evaluation.rivals import BASE, IN_16_BITS
 from qlora_helpers.evaluation.text_metrics import mostly_unspaced
 from qlora_helpers.runs import RunFolder
 
@@ -47,8 +47,9 @@ def _cell(value: Any, form: str) -> str:
 def headlines(result: Comparison) -> list[str]:
     """A sentence for each experiment: is it better than the best form of its base model, and by how much?"""
     number = sum(not model.seeds for model in result.table)
-    rivals = (f"the best of {number} rivals" if number > 1 else "the only rival") + " measured" * bool(result.absent)
     losses = {model.name: model.heldout_loss for model in result.table}
+    incomplete = bool(result.absent) or IN_16_BITS not in losses
+    rivals = (f"the best of {number} rivals" if number > 1 else "the only rival") + " measured" * incomplete
     lines = []
     for d in result.headlines:
         size, rows, tokens = f"{math.expm1(d.value):+.1%}", f"{d.rows} of {result.heldout_rows}", d.tokens
@@ -56,7 +57,12 @@ def headlines(result: Comparison) -> list[str]:
             after = losses[d.b]
             size = f"{math.exp(after):.2f} instead of {math.exp(after - d.value):.2f} ({size})"
             rows, tokens = f"{d.rows}", result.heldout_tokens
-        sizes = [d.bounds, f"perplexity {size}", f"{rows} rows with {tokens:,} tokens", *filter(None, [d.limit])]
+        sizes = [
+            d.bounds,
+            f"perplexity {size}",
+            f"{rows} held-out rows with {tokens:,} tokens",
+            *filter(None, [d.limit]),
+        ]
         lines.append(f"{d.claim}, {rivals} ({'; '.join(sizes)})")
     return lines
 

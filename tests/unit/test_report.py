@@ -208,10 +208,10 @@ def test_four_answers_are_too_few_and_counted():
 @pytest.mark.parametrize(
     ("absent", "rows", "says"),
     [
-        ({}, 6, "exp1 is better than base, the only rival (-0.2000 nats, 95% interval -0.3000 to -0.1000; "
-                "perplexity 7.39 instead of 9.03 (-18.1%); 6 rows with 175 tokens)"),
+        ({}, 6, "exp1 is better than base, the only rival measured (-0.2000 nats, 95% interval -0.3000 to -0.1000; "
+                "perplexity 7.39 instead of 9.03 (-18.1%); 6 held-out rows with 175 tokens)"),
         ({"base, 16 bits": "too large"}, 6, "exp1 is better than base, the only rival measured ("),
-        ({}, 4, "perplexity -18.1%; 4 of 6 rows with 120 tokens)"),
+        ({}, 4, "perplexity -18.1%; 4 of 6 held-out rows with 120 tokens)"),
     ],
 )  # fmt: skip
 def test_the_headline_says_how_large_and_on_what(absent, rows, says):
@@ -225,6 +225,8 @@ def test_the_best_of_several_rivals_is_named_as_such():
     made = replace(result(), best_rival={"exp1": "base"})
     made.table.insert(1, replace(made.table[0], name="base, 16 bits"))
     assert report.headlines(made)[0].startswith("exp1 is better than base, the best of 2 rivals (")
+    made = replace(made, absent={"base, own template": "the model has no chat template"})
+    assert report.headlines(made)[0].startswith("exp1 is better than base, the best of 2 rivals measured (")
 
 
 def test_cross_fitted_checkpoints_are_named():
