@@ -149,19 +149,19 @@ class Ballot:
 
     A pair is a question with the answers of models `a` and `b`; equal answers are left out. Each vote is written to
     `votes.jsonl` in the run folder at once, so that judging can stop and go on at any pair. The seed decides the order
-    of the pairs and the sides. Raises `UserError` if no answers are there to compare.
+    of the pairs and the sides. Raises `UserError` if one of the models did not answer.
     """
 
     def __init__(self, entries: Sequence[Entry], a: str, b: str, run: RunFolder, seed: int = 0) -> None:
         self.a, self.b, self.run, self.seed = a, b, run, seed
         self.lock = RLock()  # JupyterLab 4 handles each click in its own thread
-        both = [entry for entry in entries if a in entry and b in entry and entry[a] != entry[b]]
+        both = [entry for entry in entries if a in entry and b in entry]
         if not both or a == b:
             raise UserError(
-                f"blind test: there are no two different answers of {a} and {b}. Fix: name two of the models in the "
+                f"blind test: there are no answers of two models {a} and {b}. Fix: name two of the models in the "
                 "comparison."
             )
-        pairs = {_key(entry, a, b): entry for entry in both}
+        pairs = {_key(entry, a, b): entry for entry in both if entry[a] != entry[b]}
         self.pairs = {key: pairs[key] for key in sorted(pairs, key=lambda key: files.short_hash([seed, key]))}
 
     @property
@@ -206,6 +206,13 @@ class Ballot:
         return count(self.votes, self.a, self.b)
 
     @property
+    def outcome(self) -> str:
+        """The result in words, or that there is nothing to judge."""
+        if self.pairs:
+            return str(self.result)
+        return f"{self.a} and {self.b} gave the same answers everywhere: there is nothing to judge."
+
+    @property
     def progress(self) -> str:
         """Number of the next pair, in words."""
         left = len(self.left_over)
@@ -214,7 +221,7 @@ class Ballot:
     def __repr__(self) -> str:
         """The next pair and how to vote on it, or the result."""
         if not (pairs := self.left_over):
-            return str(self.result)
+            return self.outcome
         question, left, right = self.shown(pairs[0])
         how = 'To vote: ballot.vote("left"), "right", "tie" or "skip", with ballot = blind.Ballot(…).'
         return f"{self.progress}\n\n{question}\n\n[left]\n{left}\n\n[right]\n{right}\n\n{how}"
@@ -259,7 +266,7 @@ class Panel:
             shown.value = _page(text, style) if pairs else ""
         for button in self.buttons.values():
             button.disabled = not pairs
-        self._say(f"{self.ballot.progress}. Which answer is better?" if pairs else str(self.ballot.result))
+        self._say(f"{self.ballot.progress}. Which answer is better?" if pairs else self.ballot.outcome)
 
     def _say(self, text: str) -> None:
         self.status.value = html.escape(text).replace("\n", "<br>")
@@ -279,7 +286,7 @@ def judge(entries: Sequence[Entry], a: str, b: str, run: RunFolder, seed: int = 
     """Judge the answers of models `a` and `b` blind: a panel if a person runs the notebook, else a ballot as text.
 
     `entries` hold each question under "prompt" and each answer under the name of its model, as in `Comparison.answers`.
-    Raises `UserError` if there are no two different answers.
+    Raises `UserError` if one of the models did not answer.
     """
     ballot = Ballot(entries, a, b, run, seed)
     return Panel(ballot) if is_interactive() else ballot

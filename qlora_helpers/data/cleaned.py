@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qlora_helpers.data.prompts import Example
-from qlora_helpers.data.schema import Row
+from qlora_helpers.data.schema import VALIDATION, Row
 from qlora_helpers.data.sources import Loaded
 
 
@@ -89,6 +89,20 @@ class Data:
     def trained_on(self) -> list[Example]:
         """All rows that a run trains on, including rehearsal rows."""
         return [*self.train, *self.rehearsal]
+
+    def selection_note(self, wanted: int) -> str:
+        """Say what became of a validation split with fewer usable rows than `wanted`; empty if it has enough."""
+        own, left = len(self.cleaned.selection), len(self.cleaned.train) - len(self.train)
+        if own >= wanted or not any(row.split == VALIDATION for row in self.cleaned.loaded.rows):
+            return ""
+        few = f"The validation split has {own} usable rows, fewer than n_selection={wanted}"
+        if self.selection:
+            return f"{few}: {wanted - own} training rows that follow in the draw are added."
+        smaller = f"n_selection={own} or a smaller n_samples" if own > 1 else "a smaller n_samples"
+        return (
+            f"{few}, and {left} training rows are left: it is not used, and the held-out rows choose the checkpoint by "
+            f"cross-fitting. To choose on rows of their own, set {smaller}."
+        )
 
     @property
     def dropped(self) -> list[dict[str, Any]]:

@@ -49,12 +49,15 @@ def identity(config: Config, data: Data) -> dict[str, str]:
 
 
 def prepare(config: Config, tokenizer: Any) -> Data:
-    """Load, clean, split and encode the configured data set.
+    """Load, clean, split and encode the configured data set. Says so if its validation split is too small.
 
     Raises `UserError` if the data set cannot be read, if too few usable rows are left, or if a training prompt is also
     held out. A usable row has at least one trained token.
     """
-    return select(clean(config, tokenizer), config, tokenizer)
+    data = select(clean(config, tokenizer), config, tokenizer)
+    if note := data.selection_note(config.selection_rows):
+        print(note)
+    return data
 
 
 def select(cleaned: Cleaned, config: Config, tokenizer: Any) -> Data:

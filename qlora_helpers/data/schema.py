@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
-from qlora_helpers.data import conversation
+from qlora_helpers.data import cells, conversation
 from qlora_helpers.data.conversation import Message
 from qlora_helpers.errors import UserError, nearest
 
@@ -29,9 +29,10 @@ FURTHER = {
     "input": ("input", "context"),
     "system": ("system", "system_prompt"),
     "tools": ("tools",),
+    "tests": ("tests", "test"),
     "label": ("label",),
 }
-USES = ("question", "answer", "input", "system", "messages", "tools")  # what the setting `columns` can name
+USES = ("question", "answer", "input", "system", "messages", "tools", "tests")  # what the setting `columns` can name
 PAIRS = {  # name: columns of the question and the answer; pairs that are usual come before other combinations
     "instruction": ("instruction", "output"),
     "prompt-completion": ("prompt", "completion"),
@@ -53,8 +54,9 @@ class Row:
     """A conversation that begins with a question, after an optional system turn, and ends with an answer.
 
     `origin` is the row's position in its source, such as `line 3`. `layout` is the schema it was read from. `split` is
-    `test` or `validation` if the source says so. Rows of one `group`, such as a document, depend on each other. `id` is
-    the first 16 hex digits of the sha256 of its turns, so rows with equal text have equal ids.
+    `test` or `validation` if the source says so. Rows of one `group`, such as a document, depend on each other. `tests`
+    is code that an answer's code has to pass. `id` is the first 16 hex digits of the sha256 of its turns, so rows with
+    equal text have equal ids.
     """
 
     messages: tuple[Message, ...]
@@ -62,6 +64,7 @@ class Row:
     layout: str = "messages"
     split: str = ""
     group: str = ""
+    tests: str = ""
     id: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -108,9 +111,10 @@ class Row:
         """Return a record in the row's original schema, so that a written file can be read again.
 
         Rows with one question and one answer keep the columns of these, and guanaco rows keep theirs. All others are
-        written as `messages`. The group is a column of its own.
+        written as `messages`. The group and the tests are columns of their own.
         """
-        return self._turns_record() | ({"group": self.group} if self.group else {})
+        further = {"group": self.group, "tests": self.tests}
+        return self._turns_record() | {name: text for name, text in further.items() if text}
 
     def _turns_record(self) -> dict[str, Any]:
         roles = [turn["role"] for turn in self.messages]
@@ -193,8 +197,10 @@ def describe_columns(records: list[Any], layout: str, given: Given = (), group_b
     tables = [record for record in records if isinstance(record, dict)]
     names = names_of(records)
     used = columns_of(names, layout, given)
-    if "label" in used and not any(_label(record.get(used["label"])) is not None for record in tables):
-        del used["label"]
+    unread = {"label": lambda value: _label(value) is None, "tests": lambda value: not cells.tests(value)}
+    for use, says_nothing in unread.items():
+        if use in used and all(says_nothing(record.get(used[use])) for record in tables):
+            del used[use]
     if group := next((name for name in names if group_by and fold(name) == fold(group_by)), None):
         used["group"] = group
     listed = ", ".join(f"{column} = {'conversation' if use == 'text' else use}" for use, column in used.items())
@@ -256,17 +262,17 @@ def to_row(record: Any, layout: str, origin: str, altered: Counter[str], given: 
         raise ValueError(f"no column {', '.join(sorted(missing))}")
     if None in record:
         raise ValueError("more cells than columns")
-    cells = {use: record[column] for use, column in columns.items()}
-    if _label(cells.get("label")) is False:
+    held = {use: record[column] for use, column in columns.items()}
+    if _label(held.get("label")) is False:
         raise ValueError("label is false: the answer is not to be learned")
     changes: Counter[str] = Counter()
-    turns = _turns(cells, layout, changes)
-    if turns and turns[0]["role"] != "system" and (system := conversation.optional(cells.get("system"))):
+    turns = parse_guanaco(conversation.text(held["text"])) if "text" in held else cells.turns(held, layout, changes)
+    if turns and turns[0]["role"] != "system" and (system := conversation.optional(held.get("system"))):
         turns = [{"role": "system", "content": system}, *turns]
     turns = conversation.arrange(turns, changes)
-    if tools := conversation.tools(cells.get("tools")):
+    if tools := conversation.tools(held.get("tools")):
         turns = [turns[0] | {"tools": tools}, *turns[1:]]
-    row = Row(tuple(turns), origin, layout)
+    row = Row(tuple(turns), origin, layout, tests=cells.tests(held.get("tests")))
     altered.update(+changes)
     return row
 
@@ -276,47 +282,6 @@ def _label(value: Any) -> bool | None:
     return conversation.flag(value) if isinstance(value, bool) or str(value).lower() in ("true", "false") else None
 
 
-def _turns(cells: dict[str, Any], layout: str, changes: Counter[str]) -> list[Message]:
-    if "text" in cells:
-        return parse_guanaco(conversation.text(cells["text"]))
-    if "messages" in cells:
-        return conversation.read(cells["messages"], changes)
-    if "instances" in cells:
-        cells |= _first_instance(cells["instances"])
-    if layout == "prompt-completion" and isinstance(cells["question"], str) and isinstance(cells["answer"], str):
-        return _completion(cells)
-    question, answer = cells["question"], cells["answer"]
-    if _is_turns(question):
-        asked = conversation.read(question, changes)
-    else:
-        asked = [_question(conversation.text(question).strip(), cells)]
-    if not _is_turns(answer):
-        return [*asked, {"role": "assistant", "content": conversation.answer_text(answer)}]
-    answered = conversation.read(answer, changes)
-    # In preference data sets, answers can be whole conversations.
-    return answered if any(turn["role"] == "user" for turn in answered) else [*asked, *answered]
-
-
-def _is_turns(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
-
-
-def _question(content: str, cells: dict[str, Any]) -> Message:
-    more = conversation.optional(cells.get("input"))
-    return {"role": "user", "content": content} | ({"input": more} if more else {})
-
-
-def _completion(cells: dict[str, Any]) -> list[Message]:
-    """Return a prompt and its completion without changing the joined text, except for blanks at the end.
-
-    Blank lines that begin the completion are moved to the prompt.
-    """
-    prompt, completion = conversation.text(cells["question"]), conversation.text(cells["answer"])
-    answer = conversation.answer_text(completion)
-    blank = completion[: len(completion.rstrip()) - len(answer)]
-    return [_question(prompt + blank, cells), {"role": "assistant", "content": answer}]
-
-
 def parse_guanaco(text: str) -> list[Message]:
     """Split the text of an openassistant-guanaco row into turns. Raises `ValueError` if it has another format."""
     parts = MARKER.split(text)
@@ -324,9 +289,3 @@ def parse_guanaco(text: str) -> list[Message]:
         raise ValueError("does not start with '### Human:'")
     roles = {"Human": "user", "Assistant": "assistant"}
     return [{"role": roles[r], "content": c.strip()} for r, c in zip(parts[1::2], parts[2::2], strict=True)]
-
-
-def _first_instance(instances: Any) -> dict[str, Any]:
-    if not isinstance(instances, list) or not instances or not isinstance(instances[0], dict):
-        raise ValueError("instances is no list of inputs and outputs")
-    return {"input": instances[0].get("input"), "answer": instances[0].get("output")}

@@ -25,7 +25,7 @@ def heldout_prompts(heldout: list[Example], number: int) -> list[dict[str, Any]]
     """Prompts to answer: two published questions, then the last question of each of `number` held-out rows.
 
     A held-out row is asked as it is trained: `turns` are its system prompt, input and earlier rounds. `group` names
-    what the row belongs to, if it names anything.
+    what the row belongs to, and `tests` is code that its answer has to pass, if the row has them.
     """
     asked: list[dict[str, Any]] = [{"prompt": prompt, "reference": None} for prompt in PUBLISHED_PROMPTS]
     for example in heldout[:number]:
@@ -33,7 +33,8 @@ def heldout_prompts(heldout: list[Example], number: int) -> list[dict[str, Any]]
         question = next(turn for turn in reversed(turns) if turn["role"] == "user")
         given = f"\n\n{question['input']}" if question.get("input") else ""
         entry = {"prompt": question["content"] + given, "reference": answer["content"], "turns": turns}
-        asked.append(entry | ({"group": example.row.group} if example.row.group else {}))
+        further = {"group": example.row.group, "tests": example.row.tests}
+        asked.append(entry | {name: text for name, text in further.items() if text})
     return asked
 
 

@@ -1,6 +1,5 @@
 """Finished runs against each other and against the forms of their base model, on one held-out set."""
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,18 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from qlora_helpers import files
 from qlora_helpers.errors import UserError
-from qlora_helpers.evaluation import scores, verdicts
+from qlora_helpers.evaluation import answer_metrics, verdicts
+from qlora_helpers.evaluation.answer_metrics import AnswerDifferences
 from qlora_helpers.evaluation.differences import Arm, Difference, difference
 from qlora_helpers.evaluation.intervals import Interval
 from qlora_helpers.evaluation.losses import mean_loss, read_losses
 from qlora_helpers.evaluation.rivals import BASE, IN_16_BITS, OWN_TEMPLATE
-from qlora_helpers.evaluation.text_metrics import text_metrics, thinks
 from qlora_helpers.runs import RunFolder
 
 FEW_SHOT = "base + 3 examples"
-FEWEST_ANSWERS = 5  # from fewer, text metrics have no intervals
 MEANS = ("train_rows", "steps", "epochs", "train_loss", "seconds", "tokens_per_second")  # of metrics.json
 
 Folders = dict[str, list[RunFolder]]  # of each model: one for each seed
@@ -32,7 +29,8 @@ class Summary:
     """One model of a comparison: means over its training seeds. What only a trained model has is None for a base model.
 
     `run` is the folder of the first seed, `text` the metrics of that seed's answers. `draws` is the number of different
-    sets of training rows among the seeds, and `all_rows` says whether they are all rows there are.
+    sets of training rows among the seeds, and `all_rows` says whether they are all rows there are. `cross_fitted` says
+    whether held-out rows chose the checkpoints that the other half of them judges.
     """
 
     name: str
@@ -50,15 +48,16 @@ class Summary:
     text: dict[str, Interval]
     draws: int = 1
     all_rows: bool = False
+    cross_fitted: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; a number that is not finite is null."""
-        return vars(self) | {"text": {name: interval.to_dict() for name, interval in self.text.items()}}
+        return vars(self) | {"text": answer_metrics.to_plain(self.text)}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "Summary":
         """The summary that `to_dict` wrote."""
-        return cls(**{**plain, "text": {name: Interval.from_dict(value) for name, value in plain["text"].items()}})
+        return cls(**{**plain, "text": answer_metrics.from_plain(plain["text"])})
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,7 @@ class Comparison:
 
     `differences` are of held-out losses, `forgetting` of losses on general questions, per `unit` ("token" or "byte").
     `answers` holds each prompt with the answer of every model, `answered` the number of those that were scored.
+    `answer_differences` compares them, and `at_limit` holds what the references would get at each limit of tokens.
     `best_rival` names the form of the base model with the lowest held-out loss, for each experiment. `quantizing` is
     the loss in 4 bits minus that in 16 bits. `rose` counts the general questions whose loss rose. `absent` gives the
     reason why a rival was not measured.
@@ -89,6 +89,8 @@ class Comparison:
     quantizing: Difference | None = None
     rose: dict[str, int] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
+    answer_differences: list[AnswerDifferences] = field(default_factory=list)
+    at_limit: dict[str, dict[str, Interval]] = field(default_factory=dict)
 
     @property
     def headlines(self) -> list[Difference]:
@@ -102,17 +104,22 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        lists = ("table", "differences", "forgetting")
-        parts = {name: [part.to_dict() for part in getattr(self, name)] for name in lists}
+        lists = ("table", "differences", "forgetting", "answer_differences")
+        parts: dict[str, Any] = {name: [part.to_dict() for part in getattr(self, name)] for name in lists}
+        parts["at_limit"] = {name: answer_metrics.to_plain(metrics) for name, metrics in self.at_limit.items()}
         return vars(self) | parts | {"quantizing": self.quantizing and self.quantizing.to_dict()}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "Comparison":
         """The comparison that `to_dict` wrote."""
-        table = [Summary.from_dict(line) for line in plain["table"]]
-        parts = {name: [Difference.from_dict(d) for d in plain[name]] for name in ("differences", "forgetting")}
-        cost = plain.get("quantizing") and Difference.from_dict(plain["quantizing"])
-        return cls(**{**plain, **parts, "table": table, "quantizing": cost})
+        parts: dict[str, Any] = {
+            name: [Difference.from_dict(d) for d in plain[name]] for name in ("differences", "forgetting")
+        }
+        parts["table"] = [Summary.from_dict(line) for line in plain["table"]]
+        parts["answer_differences"] = [AnswerDifferences.from_dict(d) for d in plain.get("answer_differences", [])]
+        parts["at_limit"] = {name: answer_metrics.from_plain(line) for name, line in plain.get("at_limit", {}).items()}
+        parts["quantizing"] = plain.get("quantizing") and Difference.from_dict(plain["quantizing"])
+        return cls(**{**plain, **parts})
 
 
 def compare(experiments: Folders, margin: float | None = None) -> Comparison:
@@ -133,12 +140,13 @@ def compare(experiments: Folders, margin: float | None = None) -> Comparison:
     heldout = arms[next(iter(experiments))].seeds[0]
     general = _general(rivals[BASE], experiments) if BASE in rivals else []
     cost = [(arms[IN_16_BITS], arms[BASE])] if IN_16_BITS in rivals else []
-    pairs = [verdicts.on_shared_rows(arms[name], arms[other]) for name in rivals for other in experiments]
-    pairs += [(arms[a], arms[b]) for a, b in pairwise(experiments)]
+    pairs = [(name, other) for name in rivals for other in experiments] + list(pairwise(experiments))
+    compared = [verdicts.on_shared_rows(arms[a], arms[b]) for a, b in pairs]
     unit = "token" if one_model else "byte"
     margin = every[0].config().margin if margin is None else margin
-    judged = verdicts.as_one_family([*cost, *general, *pairs], unit, margin)
-    first, texts = manifests[0], _texts(folders)
+    judged = verdicts.as_one_family([*cost, *general, *compared], unit, margin)
+    answers = {name: answer_metrics.read(runs[0]) for name, runs in folders.items()}
+    first, texts = manifests[0], answer_metrics.of_models(answers)
     return Comparison(
         heldout_rows=len(heldout),
         heldout_tokens=sum(row.tokens for row in heldout),
@@ -151,14 +159,16 @@ def compare(experiments: Folders, margin: float | None = None) -> Comparison:
         table=[_summary(name, runs, texts[name]) for name, runs in folders.items()],
         differences=judged[len(cost) + len(general) :],
         forgetting=judged[len(cost) :][: len(general)],
-        answers=_side_by_side(folders),
-        answered=min(_answered(_answers(runs[0])) for runs in experiments.values()),
+        answers=answer_metrics.side_by_side(answers),
+        answered=min(answer_metrics.answered(answers[name]) for name in experiments),
         best_rival={
             name: verdicts.best([arms[rival] for rival in rivals], arms[name]) for name in experiments if rivals
         },
         quantizing=judged[0] if cost else None,
         rose={after.name: verdicts.risen(before, after) for before, after in general},
         absent=absent,
+        answer_differences=answer_metrics.between(answers, pairs),
+        at_limit=answer_metrics.at_limits(runs[0] for runs in experiments.values()),
     )
 
 
@@ -247,15 +257,6 @@ def rehearsed(without: list[RunFolder], with_it: list[RunFolder]) -> Difference:
     return difference(a, b)
 
 
-def _texts(folders: Folders) -> dict[str, dict[str, Interval]]:
-    """Text metrics of each model's first seed. If one of the models thinks, `thinks` is a metric of all."""
-    answered = {name: _answers(runs[0]) for name, runs in folders.items()}
-    texts = {name: text_metrics(rows) | scores.metrics(rows) for name, rows in answered.items()}
-    if any("thinks" in text for text in texts.values()):
-        texts = {name: text and text | {"thinks": thinks(answered[name])} for name, text in texts.items()}
-    return {name: without_interval_of_few(text, answered[name]) for name, text in texts.items()}
-
-
 def _summary(name: str, runs: list[RunFolder], text: dict[str, Interval]) -> Summary:
     losses = [mean_loss(read_losses(run)) for run in runs]
     finished = [run for run in runs if run.finished]
@@ -273,35 +274,8 @@ def _summary(name: str, runs: list[RunFolder], text: dict[str, Interval]) -> Sum
         text=text,
         draws=len({frozenset(d["train_ids"]) for d in data}),
         all_rows=all(not d["counts"].get("usable, not asked for") for d in data),
+        cross_fitted=any((run / "evaluations.jsonl").exists() for run in runs),
     )
-
-
-def without_interval_of_few(metrics: dict[str, Interval], answers: list[dict[str, Any]]) -> dict[str, Interval]:
-    """The metrics of these answers. Too few answers say nothing about others: then no metric has an interval."""
-    if _answered(answers) >= FEWEST_ANSWERS:
-        return metrics
-    return {name: Interval(metric.value, -math.inf, math.inf) for name, metric in metrics.items()}
-
-
-def _answered(answers: list[dict[str, Any]]) -> int:
-    """Number of answers with a reference."""
-    return sum(bool((row["reference"] or "").strip()) for row in answers)
-
-
-def _answers(run: RunFolder) -> list[dict[str, Any]]:
-    """Answers of a run. Most forms of the base model were not asked."""
-    return files.read_jsonl(run / "answers.jsonl") if (run / "answers.jsonl").exists() else []
-
-
-def _side_by_side(folders: dict[str, list[RunFolder]]) -> list[dict[str, str]]:
-    """Each prompt with the answer of every model's first seed."""
-    by_model = {name: rows for name, runs in folders.items() if (rows := _answers(runs[0]))}
-    first = next(iter(by_model.values()))
-    return [
-        {"prompt": entry["prompt"], **{name: rows[i]["answer"] for name, rows in by_model.items()}}
-        for i, entry in enumerate(first)
-        if all(len(rows) > i and rows[i]["prompt"] == entry["prompt"] for rows in by_model.values())
-    ]
 
 
 def recommend(difference: Difference, rows: list[dict[str, Any]]) -> str:

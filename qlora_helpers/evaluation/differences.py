@@ -83,22 +83,30 @@ class Difference:
 
     @property
     def bounds(self) -> str:
-        """The value with its interval."""
+        """The value in nats, or in bits per byte, with its interval."""
         low, high = ("no end" if math.isinf(end) else f"{end:+.4f}" for end in (self.low, self.high))
-        return f"{self.value:+.4f}, 95% interval {low} to {high}"
+        unit = "nats" if self.unit == "token" else "bits per byte"
+        return f"{self.value:+.4f} {unit}, 95% interval {low} to {high}"
 
     @property
     def limit(self) -> str:
         """What could have been detected, or nothing if the verdict is clear."""
-        if self.verdict != UNSURE or not 0 < self.detectable < math.inf:
+        if self.verdict != UNSURE or not self.detectable:
             return ""
+        if math.isinf(self.detectable):
+            return "no effect would be detected with so few rows"
         return f"an effect of {self.detectable:.4f} would be detected in 80% of such comparisons"
 
-    def __str__(self) -> str:
+    @property
+    def claim(self) -> str:
+        """The verdict in words, without its size."""
         joint = {UNSURE: "from", SAME: f"within ±{self.margin} as"}.get(self.verdict, "than")
+        return f"{self.b} is {self.verdict} {joint} {self.a}"
+
+    def __str__(self) -> str:
         size = f"; {math.expm1(self.value):+.1%} perplexity" if self.unit == "token" else ""
         limit = f"; {self.limit}" if self.limit else ""
-        return f"{self.b} is {self.verdict} {joint} {self.a} ({self.bounds}{size}{limit})"
+        return f"{self.claim} ({self.bounds}{size}{limit})"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; a number that is not finite is null."""

@@ -4,6 +4,7 @@ import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -31,16 +32,16 @@ class Interval:
     detectable: float = 0.0
 
     def to_dict(self) -> dict[str, float | None]:
-        """Value and ends; a number that is not finite is null."""
-        numbers = {"value": self.value, "low": self.low, "high": self.high}
+        """Value, ends and detectable effect; a number that is not finite is null."""
+        numbers = {"value": self.value, "low": self.low, "high": self.high, "detectable": self.detectable}
         return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, float | None]) -> "Interval":
-        """The interval that `to_dict` wrote; the standard error is not in it."""
-        absent = {"value": math.nan, "low": -math.inf, "high": math.inf}
-        value, low, high = (absent[name] if (number := plain[name]) is None else number for name in absent)
-        return cls(value, low, high)
+        """The interval that `to_dict` wrote; the standard error is not in it, nor older versions' detectable effect."""
+        absent = {"value": math.nan, "low": -math.inf, "high": math.inf, "detectable": math.inf}
+        known: dict[str, Any] = {"detectable": 0.0, **plain}
+        return cls(**{name: absent[name] if known[name] is None else known[name] for name in absent})
 
     def within(self, low: float, high: float) -> "Interval":
         """Clip to the range of the quantity, which a symmetric interval of few rows may leave."""

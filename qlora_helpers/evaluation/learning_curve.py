@@ -121,7 +121,7 @@ class Curve:
             [
                 f"{self.name}: from {last.a.removesuffix(' rows')} to {last.b}, a doubling "
                 f"{_PER_DOUBLING[last.verdict]}",
-                f"({last.bounds} nats per token; {last.value / self.base_loss:+.2%} of the base model's loss)",
+                f"({last.bounds}; {last.value / self.base_loss:+.2%} of the base model's loss)",
                 f"measured on {last.rows:,} held-out rows with {last.tokens:,} tokens, {last.seeds} training seed(s)",
                 *([last.limit] if last.limit else []),
                 *self._outlook(),

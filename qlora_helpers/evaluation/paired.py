@@ -21,7 +21,8 @@ class MetricDifference:
 
     `a` and `b` are the metric of each model over the same `answers`, which form `clusters` independent groups. `p` is
     the p-value of no difference. `remains` says whether the difference is distinguishable from zero after Holm's
-    correction over the `family` of differences that it was computed with, at 5%.
+    correction over the `family` of differences that it was computed with, at 5%. `detectable` is the smallest
+    difference that then has an 80% chance to remain, about; 0 where it is not known.
     """
 
     metric: str
@@ -35,6 +36,16 @@ class MetricDifference:
     clusters: int
     family: int = 1
     remains: bool = False
+    detectable: float = 0.0
+
+    @property
+    def limit(self) -> str:
+        """What could have been detected, or nothing if the difference is clear."""
+        if self.remains or not self.detectable:
+            return ""
+        if math.isinf(self.detectable):
+            return "no difference would be detected with so few answers"
+        return f"a difference of {self.detectable:.2g} would be detected in 80% of such comparisons"
 
     def __str__(self) -> str:
         low, high = ("no end" if math.isinf(end) else f"{end:+.3g}" for end in (self.low, self.high))
@@ -42,29 +53,28 @@ class MetricDifference:
         verdict = "distinguishable" if self.remains else "not distinguishable"
         return (
             f"{self.metric}: {self.a:.3g} and {self.b:.3g}, difference {self.value:+.3g} "
-            f"(95% interval {low} to {high}), {verdict}{over}"
+            f"(95% interval {low} to {high}), {verdict}{over}{self.limit and f'; {self.limit}'}"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; an end that is not finite is null."""
-        plain = asdict(self)
-        return plain | {end: plain[end] if math.isfinite(plain[end]) else None for end in ("low", "high")}
+        """Plain values; a number that is not finite is null."""
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "MetricDifference":
         """The difference that `to_dict` wrote."""
-        ends = {"low": -math.inf, "high": math.inf}
-        return cls(**{**plain, **{name: end for name, end in ends.items() if plain[name] is None}})
+        ends = {"low": -math.inf, "high": math.inf, "detectable": math.inf}
+        return cls(**{**plain, **{name: end for name, end in ends.items() if plain.get(name, 0) is None}})
 
 
 def matched(a: Answers, b: Answers) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """Pairs of answers to the same questions; if one model answered more of them, those that both answered.
 
-    Raises `UserError` if the questions or their references differ.
+    Raises `UserError` if the questions, their references or their tests differ.
     """
     pairs = list(zip(a, b, strict=False))
     for left, right in pairs:
-        if any(left[key] != right[key] for key in ("prompt", "reference")):
+        if any(left.get(key) != right.get(key) for key in ("prompt", "reference", "tests")):
             raise UserError(
                 f"answers: the two models answered different questions (one has {left['prompt'][:60]!r}, the other "
                 f"{right['prompt'][:60]!r}). Fix: run both with the same data set, data_seed and n_heldout."
@@ -135,9 +145,13 @@ def holm(differences: Sequence[MetricDifference]) -> list[MetricDifference]:
     """The differences as one family: which of them remain after Holm's correction at 5%.
 
     Holm, "A simple sequentially rejective multiple test procedure", 1979: the chance that any difference that is zero
-    remains is at most 5%. A difference whose own interval contains zero never remains.
+    remains is at most 5%. A difference whose own interval contains zero never remains. What is detectable follows from
+    the width of the interval and the normal quantiles of 80% power and of the strictest level, 5% / family.
     """
+    from scipy.stats import norm
+
     size = len(differences)
+    per_width = (norm.isf(ALPHA / 2 / max(size, 1)) + norm.ppf(intervals.POWER)) / norm.isf(ALPHA / 2) / 2
     order = sorted(range(size), key=lambda i: differences[i].p)
     rejected = set()
     for place, i in enumerate(order):
@@ -145,7 +159,12 @@ def holm(differences: Sequence[MetricDifference]) -> list[MetricDifference]:
             break
         rejected.add(i)
     return [
-        replace(one, family=size, remains=i in rejected and not one.low <= 0 <= one.high)
+        replace(
+            one,
+            family=size,
+            remains=i in rejected and not one.low <= 0 <= one.high,
+            detectable=float(per_width * (one.high - one.low)),
+        )
         for i, one in enumerate(differences)
     ]
 

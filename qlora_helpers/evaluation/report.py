@@ -1,18 +1,18 @@
-"""The report of a comparison: Markdown, and one HTML file that contains its figures."""
+"""The report of a comparison in Markdown: its tables, and its verdicts in words."""
 
-import base64
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 from qlora_helpers import files, plots
 from qlora_helpers.evaluation import differences
-from qlora_helpers.evaluation.comparison import FEWEST_ANSWERS, Comparison, Summary
+from qlora_helpers.evaluation.answer_report import answer_differences, text_table_markdown, thinking, too_few
+from qlora_helpers.evaluation.comparison import Comparison, Summary
 from qlora_helpers.evaluation.differences import SAME, UNSURE, Difference
-from qlora_helpers.evaluation.intervals import RESAMPLES, Interval
-from qlora_helpers.evaluation.rivals import BASE
-from qlora_helpers.evaluation.text_metrics import mostly_unspaced, share_difference
+from qlora_helpers.evaluation.intervals import RESAMPLES
+from qlora_helpers.evaluation.markup import bullets, html, markdown_table, quote
+from qlora_helpers.evaluation.rivals import BASE, IN_16_BITS
+from qlora_helpers.evaluation.text_metrics import mostly_unspaced
 from qlora_helpers.runs import RunFolder
 
 SHOWN = 4  # prompts whose answers are quoted
@@ -26,11 +26,6 @@ _COLUMNS = {
     "peak_memory_gib": ("peak GiB", ".2f"),
 }
 _SPEED = ("seconds", "tokens_per_second")
-_STYLE = """body{max-width:60em;margin:2em auto;padding:0 1em;font:16px/1.5 sans-serif}
-table{border-collapse:collapse;display:block;overflow-x:auto}td,th{padding:.3em .7em;border-bottom:1px solid #8886}
-td+td{min-width:4em}
-img{max-width:100%;background:#fff}code{overflow-wrap:anywhere}
-@media(prefers-color-scheme:dark){body{background:#111;color:#ddd}a{color:#8bf}}"""
 
 
 def table_markdown(result: Comparison, speed: bool = True) -> str:
@@ -45,35 +40,31 @@ def table_markdown(result: Comparison, speed: bool = True) -> str:
     return markdown_table(heads, lines)
 
 
-def text_table_markdown(result: Comparison) -> str:
-    """Text metrics of each model that answered, with their intervals."""
-    names = list(dict.fromkeys(name for model in result.table for name in model.text))
-    answered = [model for model in result.table if model.text]
-    lines = [[model.name, *(_interval(model.text.get(name)) for name in names)] for model in answered]
-    return markdown_table(["", *names], lines) if names else "No held-out question was answered."
-
-
-def markdown_table(heads: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table of texts."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows])
-
-
 def _cell(value: Any, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def _interval(interval: Interval | None) -> str:
-    if interval is None:
-        return "–"
-    numbers = interval.to_dict()
-    value, low, high = ("–" if n is None else f"{n:.1f}" if abs(n) >= 10 else f"{n:.2f}" for n in numbers.values())
-    return f"{value} (no interval)" if numbers["low"] is numbers["high"] is None else f"{value} ({low} to {high})"
-
-
 def headlines(result: Comparison) -> list[str]:
-    """A sentence for each experiment: is it better than the best form of its base model?"""
-    rivals = sum(not model.seeds for model in result.table)
-    return [f"{_sentence(result, d)}: the lowest loss of {rivals} rivals" for d in result.headlines]
+    """A sentence for each experiment: is it better than the best form of its base model, and by how much?"""
+    number = sum(not model.seeds for model in result.table)
+    losses = {model.name: model.heldout_loss for model in result.table}
+    incomplete = bool(result.absent) or IN_16_BITS not in losses
+    rivals = (f"the best of {number} rivals" if number > 1 else "the only rival") + " measured" * incomplete
+    lines = []
+    for d in result.headlines:
+        size, rows, tokens = f"{math.expm1(d.value):+.1%}", f"{d.rows} of {result.heldout_rows}", d.tokens
+        if d.rows == result.heldout_rows:
+            after = losses[d.b]
+            size = f"{math.exp(after):.2f} instead of {math.exp(after - d.value):.2f} ({size})"
+            rows, tokens = f"{d.rows}", result.heldout_tokens
+        sizes = [
+            d.bounds,
+            f"perplexity {size}",
+            f"{rows} held-out rows with {tokens:,} tokens",
+            *filter(None, [d.limit]),
+        ]
+        lines.append(f"{d.claim}, {rivals} ({'; '.join(sizes)})")
+    return lines
 
 
 def quantizing(result: Comparison) -> list[str]:
@@ -138,27 +129,6 @@ def forgetting(result: Comparison) -> list[str]:
     return lines
 
 
-def thinking(result: Comparison) -> list[str]:
-    """A sentence for every difference between models of which one thinks distinguishably more often."""
-    shares = {model.name: model.text["thinks"] for model in result.table if "thinks" in model.text}
-    lines = []
-    for d in result.differences:
-        if not {d.a, d.b} <= shares.keys():
-            continue
-        a, b = shares[d.a], shares[d.b]
-        gap = share_difference(a, b)
-        if gap.low <= 0 <= gap.high:
-            continue
-        less = "thinks less often than" if b.value else "stopped thinking, unlike"
-        how = less if gap.value < 0 else "thinks more often than"
-        lines.append(
-            f"{d.b} {how} {d.a}: a thought precedes {b.value:.0%} of its answers instead of {a.value:.0%} "
-            f"({gap.value:+.2f}, 95% interval {gap.low:+.2f} to {gap.high:+.2f}). "
-            "This does not say whose answers are better: the other metrics leave thoughts out"
-        )
-    return lines
-
-
 def rehearsal(difference: Difference) -> str:
     """A sentence: did rehearsal rows reduce what is forgotten without them?"""
     words = {
@@ -189,13 +159,15 @@ def markdown(result: Comparison, figures: list[str]) -> str:
 
 
 def _text(result: Comparison) -> str:
-    """The text metrics with what is needed to read them."""
+    """Metrics and differences with what is needed to read them."""
     several = any(len(model.seeds) > 1 for model in result.table)
-    number, few = f"{result.answered} " * (result.answered > 0), 0 < result.answered < FEWEST_ANSWERS
+    number = f"{result.answered} " * (result.answered > 0)
     parts = [
         f"Greedy answers to {number}held-out questions{' (of the first seed)' if several else ''}, "
-        f"{'too few for intervals' if few else 'with 95% intervals'}.",
+        f"{'too few for intervals' if too_few(result) else 'with 95% intervals'}.",
         text_table_markdown(result),
+        _AT_LIMIT if result.at_limit else "",
+        answer_differences(result),
         bullets(thinking(result)),
         _CHARACTERS if mostly_unspaced([text for entry in result.answers for text in entry.values()]) else "",
     ]
@@ -203,20 +175,32 @@ def _text(result: Comparison) -> str:
 
 
 def basis(result: Comparison) -> str:
-    """What the verdicts rest on: rows and tokens, how many intervals hold at once, and which rivals are missing."""
+    """What the verdicts rest on: rows and tokens, how many intervals hold at once, who chose the checkpoints, and which
+    rivals are missing.
+    """
     groups = {d.clusters for d in result.differences if 0 < d.clusters < d.rows == result.heldout_rows}
     dependent = f" in {max(groups)} groups" if groups else ""
     parts = [
         f"They rest on {result.heldout_rows} held-out rows{dependent} with {result.heldout_tokens:,} trained tokens."
     ]
     if result.family > 1:
-        parts.append(f"The intervals of all {result.family} verdicts, forgetting included, hold at once.")
+        included = ", forgetting included," if result.forgetting else ""
+        parts.append(f"The intervals of all {result.family} verdicts{included} hold at once.")
+    if crossed := [model.name for model in result.table if model.cross_fitted]:
+        parts.append(
+            f"Each half of the held-out rows judges the checkpoint of {' and '.join(crossed)} that the other half "
+            "chose (cross-fitting). The adapter that is kept is the choice of all of them; its own loss is not given."
+        )
     if result.absent:
         absent = "; ".join(f"{name} ({reason})" for name, reason in result.absent.items())
         parts.append(f"Rivals that were not measured: {absent}.")
     return " ".join(parts)
 
 
+_AT_LIMIT = (
+    "*Reference at the limit*: what the references themselves would get if they ended there. An answer that is\n"
+    "written like them cannot do better."
+)
 _CHARACTERS = (
     "Most of this text is in scripts without blanks between words. There, *length* is measured in characters, and\n"
     "*repeats itself* in phrases of four characters."
@@ -235,8 +219,8 @@ _LIMITS = (
 def _setup(result: Comparison) -> str:
     unit = "nats per trained token" if result.unit == "token" else "bits per byte of the answers"
     return (
-        f"Model {_quote(_name(result.model['name']))}{_revision(result.model)}, rows of "
-        f"{_quote(Path(result.data).name)}:\n{result.heldout_rows} held-out rows with "
+        f"Model {quote(_name(result.model['name']))}{_revision(result.model)}, rows of "
+        f"{quote(Path(result.data).name)}:\n{result.heldout_rows} held-out rows with "
         f"{result.heldout_tokens:,} trained tokens (fingerprint `{result.heldout_fingerprint}`), never used for\n"
         f"training. Differences in {unit}; lower is better."
     )
@@ -244,8 +228,8 @@ def _setup(result: Comparison) -> str:
 
 def _answers(entries: list[dict[str, str]]) -> str:
     return "\n\n".join(
-        f"**Question:** {_quote(entry['prompt'])}\n\n"
-        + "\n".join(f"- *{name}*: {_quote(text)}" for name, text in entry.items() if name != "prompt")
+        f"**Question:** {quote(entry['prompt'])}\n\n"
+        + "\n".join(f"- *{name}*: {quote(text)}" for name, text in entry.items() if name != "prompt")
         for entry in entries
     )
 
@@ -262,33 +246,7 @@ def _name(model: str) -> str:
 
 
 def _revision(model: dict[str, Any]) -> str:
-    return f" at revision {_quote(model['revision'])}" if model["revision"] else " (no revision: local files)"
-
-
-def bullets(lines: list[str]) -> str:
-    """Sentences as a Markdown list."""
-    return "\n".join(f"- {line}." for line in lines)
-
-
-def _quote(text: str) -> str:
-    """A text on one line, quoted: its Markdown and HTML have no effect."""
-    flat = " ".join(text.split()).replace("`", "'")
-    return f"`{flat}`" if flat else "(empty)"
-
-
-def html(text: str, folder: Path) -> str:
-    """The Markdown report as one page with the figures of `folder`. HTML in the text is shown, not rendered."""
-    import mistune
-
-    body = str(mistune.create_markdown(escape=True, plugins=["table"])(text))
-
-    def inline(match: re.Match[str]) -> str:
-        data = base64.b64encode((folder / match[1]).read_bytes()).decode()
-        return f'src="data:image/png;base64,{data}"'
-
-    body = re.sub(r'src="(figures/[\w.-]+\.png)"', inline, body)
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Comparison</title>'
-    return f"<!doctype html>{head}<style>{_STYLE}</style>{body}\n"
+    return f" at revision {quote(model['revision'])}" if model["revision"] else " (no revision: local files)"
 
 
 def write(result: Comparison, experiments: dict[str, list[RunFolder]], folder: Path) -> Path:

@@ -27,15 +27,15 @@ def add(answers: Sequence[dict[str, Any]], score: str) -> list[dict[str, Any]]:
     """Score the answers that have a reference by the rule `score`, a value of the setting of this name.
 
     Adds to each: `score`, 1 or 0, or None if its reference cannot be compared with; and `outcome`, which says more.
-    What a row holds under `tests` takes the place of its reference. A thought does not count.
+    A thought does not count.
 
     - exact: equal, apart from upper and lower case and blanks around.
     - choice: the first option that the answer names is that of the reference. See `_choice`.
     - json: parses as JSON, and equals the reference. A code block around it is taken off.
     - regex:PATTERN: the pattern matches somewhere. With groups, they equal those in the reference.
-    - python: the code, or its first code block, passes the tests. See `run_code`.
+    - python: the code, or its first code block, passes the row's `tests`, or else its reference. See `run_code`.
     """
-    references = [_words(row.get("tests") or row["reference"] or "") for row in answers]
+    references = [_words((score == "python" and row.get("tests")) or row["reference"] or "") for row in answers]
     rule = _rule(score, [reference for reference in references if reference])
     scored = []
     for row, reference in zip(answers, references, strict=True):

@@ -1,8 +1,8 @@
 """Metrics of answers beside their references: wording, endings, invented turns, repetition, length, thoughts."""
 
 from collections.abc import Callable
-from functools import cache
-from math import hypot, inf
+from functools import cache, lru_cache
+from math import inf
 from typing import Any
 
 import regex
@@ -87,8 +87,8 @@ def differences(a: Answers, b: Answers) -> list[MetricDifference]:
     groups = [row.get("group", "") for row in left]
     references = [row["reference"] for row in left]
     made = []
-    means = zip(*(_means([row["answer"] for row in side], references).items() for side in (left, right)), strict=True)
-    for (name, x), (_, y) in means:
+    sides = (_means(tuple(row["answer"] for row in side), tuple(references)).items() for side in (left, right))
+    for (name, x), (_, y) in zip(*sides, strict=True):
         per = _lengths(references) if name == "length" else None
         made.append(paired.ratio(name, x, y, groups, per, MOST.get(name, inf)))
     for name, key in SHARES.items():
@@ -119,18 +119,6 @@ def thinks(answers: list[dict[str, Any]]) -> Interval:
     """Share of the answers with a reference that come after a thought, with Wilson's interval."""
     rows = _scored(answers)
     return intervals.share(sum(bool(row["thought"]) for row in rows), len(rows))
-
-
-def share_difference(a: Interval, b: Interval) -> Interval:
-    """Share `b` minus share `a`, from their Wilson intervals.
-
-    Newcombe, "Interval estimation for the difference between independent proportions", 1998, method 10. It takes the
-    two for independent: for answers to the same questions, the interval is rather too wide.
-    """
-    value = b.value - a.value
-    low = value - hypot(b.value - b.low, a.high - a.value)
-    high = value + hypot(b.high - b.value, a.value - a.low)
-    return Interval(value, low, high)
 
 
 def mostly_unspaced(texts: list[str]) -> bool:
@@ -178,15 +166,16 @@ def _rouge(texts: list[str], references: list[str]) -> list[float]:
     return [scorer.score(b, a)["rougeL"].fmeasure for a, b in zip(texts, references, strict=True)]
 
 
-def _means(texts: list[str], references: list[str]) -> dict[str, list[float]]:
+@lru_cache(maxsize=64)  # a model of a report is compared with several others
+def _means(texts: tuple[str, ...], references: tuple[str, ...]) -> dict[str, list[float]]:
     """Values of each answer, by metric. For `length`, the words of the answer."""
-    (bleu, split), (chrf, whole) = _sacrebleu(texts, references).values()
+    (bleu, split), (chrf, whole) = _sacrebleu(list(texts), list(references)).values()
     return {
-        "ROUGE-L": _rouge(texts, references),
+        "ROUGE-L": _rouge(list(texts), list(references)),
         "sentence BLEU": [bleu.sentence_score(text, [wanted]).score for text, wanted in zip(*split, strict=True)],
         "sentence chrF": [chrf.sentence_score(text, [wanted]).score for text, wanted in zip(*whole, strict=True)],
         "repeats itself": [_repeated(text) for text in texts],
-        "length": [float(length) for length in _lengths(texts)],
+        "length": [float(length) for length in _lengths(list(texts))],
     }
 
 

@@ -105,6 +105,16 @@ def test_rows_are_asked_as_they_are_trained(config, device, tokenizer, make_row,
         assert all(part in text for part in ("5", "Be kind.", "2, 3"))
 
 
+def test_tests_and_group_of_a_row_are_kept_with_its_answer(config, device, tokenizer, monkeypatch):
+    messages = ({"role": "user", "content": "Double it."}, {"role": "assistant", "content": "def f(x): ..."})
+    rows = [schema.Row(messages, "line 1", tests="assert f(2) == 4", group="numbers"), schema.Row(messages, "line 2")]
+    asked_rows = answers.heldout_prompts(list(prompts.encode(rows, config, tokenizer)), 2)[2:]
+    monkeypatch.setattr(answers, "_continue", lambda *given: [[1]] * len(given[4]))
+    first, second = answers.generate(torch.nn.Identity(), tokenizer, config, device, asked_rows)
+    assert (first["tests"], first["group"]) == ("assert f(2) == 4", "numbers")
+    assert not {"tests", "group"} & set(second)
+
+
 def test_what_is_asked(setup):
     _, examples = setup
     result = answers.heldout_prompts(examples, 2)

@@ -108,8 +108,11 @@ def test_texts_are_escaped_and_names_with_markup_too(run):
 def test_equal_answers_are_not_judged(run):
     entries = [{"prompt": "?", "base": "same", "exp1": "same"}, ENTRIES[0], {"prompt": "!", "base": "alone"}]
     assert len(Ballot(entries, "base", "exp1", run).pairs) == 1
-    for wrong in (entries[:1], []):
-        with pytest.raises(UserError, match="no two different answers of base and exp1"):
+    equal = Ballot(entries[:1], "base", "exp1", run)
+    assert repr(equal) == "base and exp1 gave the same answers everywhere: there is nothing to judge."
+    assert Panel(equal).status.value == repr(equal)
+    for wrong in (entries[2:], []):
+        with pytest.raises(UserError, match="no answers of two models base and exp1"):
             Ballot(wrong, "base", "exp1", run)
 
 

@@ -93,5 +93,16 @@ def test_seeds_of_one_draw_count_as_one(rng):
     assert contrast([base, other_order], [-1, 1]).interval.low == pytest.approx(six.low)
 
 
+def test_noise_of_a_row_with_a_run_is_counted_once(rng):
+    """Variance 1 of a row and 9 of a row with one of ten runs. Counted twice or not at all, it is 47% off."""
+
+    def variance():
+        runs = rng.normal(size=200) + rng.normal(scale=3, size=(10, 200))
+        made = intervals.Estimate(runs.mean(axis=0), np.ones(200), {tuple(range(10)): runs})
+        return made.row_error**2 + sum(error**2 for error, _ in made.seed_errors)
+
+    assert np.mean([variance() for _ in range(100)]) == pytest.approx((1 + 9 / 10) / 200, rel=0.15)
+
+
 def test_the_page_shows_the_recorded_tables():
     assert calibration.page() == (ROOT / calibration.PAGE).read_text("utf-8")

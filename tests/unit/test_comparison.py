@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from qlora_helpers import UserError, __main__, files
-from qlora_helpers.evaluation import comparison, differences, losses, report
+from qlora_helpers.evaluation import answer_metrics, comparison, differences, losses, report
 from qlora_helpers.evaluation.differences import Arm, Difference
 from qlora_helpers.evaluation.losses import RowLoss
 from qlora_helpers.experiments import matrix
@@ -283,13 +283,19 @@ def test_the_same_seed_gives_the_same_metrics(trained, config, tokenizer, tmp_pa
     assert a == b
 
 
-def test_if_one_model_thinks_every_answering_model_has_a_share(tmp_path):
-    folders = {name: [RunFolder(tmp_path / name)] for name in ("base", "silent", "exp1")}
-    for name, thought in (("base", "Hm."), ("exp1", "")):
-        answer = {"prompt": "p", "reference": "r", "answer": "r", "stopped": True, "invented": False}
-        files.write_jsonl(tmp_path / name / "answers.jsonl", [answer | {"thought": thought}] * 5)
-    texts = comparison._texts(folders)
+def test_if_one_model_thinks_every_answering_model_has_a_share():
+    answer = {"prompt": "p", "reference": "r", "answer": "r", "stopped": True, "invented": False}
+    plain, thought = ([answer | {"thought": text}] * 5 for text in ("", "Hm."))
+    texts = answer_metrics.of_models({"base": thought, "silent": [], "exp1": plain})
     assert [texts["base"]["thinks"].value, texts["exp1"]["thinks"].value] == [1, 0]
     assert texts["silent"] == {}
-    (folders["base"][0] / "answers.jsonl").unlink()
-    assert "thinks" not in comparison._texts(folders)["exp1"]
+    assert "thinks" not in answer_metrics.of_models({"silent": [], "exp1": plain})["exp1"]
+
+
+def test_three_scored_answers_of_many_have_no_interval():
+    answer = {"prompt": "p", "reference": "r", "answer": "r", "stopped": True, "invented": False, "thought": ""}
+    rows = [answer | {"score": 1.0, "outcome": "right"}] * 3 + [answer | {"score": None, "outcome": "unusable"}] * 3
+    found = answer_metrics.of_model(rows)
+    assert (found["score"].low, found["ROUGE-L"].low) == (-math.inf, 1)
+    (compared,) = answer_metrics.between({"a": rows, "b": rows}, [("a", "b")])
+    assert "score" not in [one.metric for one in compared.metrics]

@@ -1,6 +1,7 @@
 """Intervals against formulas, and how often they hold the truth."""
 
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from qlora_helpers.evaluation import intervals
-from qlora_helpers.evaluation.intervals import Estimate
+from qlora_helpers.evaluation.intervals import Estimate, Interval
 
 
 def test_the_ratio_and_its_error():
@@ -107,6 +108,10 @@ def test_an_estimate_without_an_end_leaves_the_others_theirs(rows):
     ((few,), (other,)) = intervals.simultaneous([[Estimate(rng.normal(size=rows), np.ones(rows))], [many]])
     ((alone,),) = intervals.simultaneous([[many]])
     assert (few.low, few.high, few.detectable) == (-np.inf, np.inf, np.inf)
+    assert few.to_dict() == {"value": few.value, "low": None, "high": None, "detectable": None}
+    for one in (few, Interval(0.2, 0.1, 0.3, detectable=0.15)):
+        assert Interval.from_dict(one.to_dict()) == replace(one, error=0.0)
+    assert Interval.from_dict({"value": 0.2, "low": 0.1, "high": 0.3}).detectable == 0  # of an older version
     assert other.high - other.low < 1.2 * (alone.high - alone.low)
 
 

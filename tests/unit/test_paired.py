@@ -11,7 +11,6 @@ from qlora_helpers import UserError
 from qlora_helpers.evaluation import paired
 from qlora_helpers.evaluation.intervals import share
 from qlora_helpers.evaluation.paired import MetricDifference, holm, matched, newcombe, ratio
-from qlora_helpers.evaluation.text_metrics import share_difference
 
 COUNTS = st.tuples(*[st.integers(0, 60)] * 4).filter(any)
 
@@ -27,9 +26,10 @@ def test_the_interval_of_paired_shares_is_newcombes():
 
 
 def test_a_correlation_within_the_continuity_correction_counts_as_none():
-    """1 × 12 − 1 × 7 is below 21 / 2, so that the shares are compared as independent ones."""
-    result, independent = newcombe(1, 1, 7, 12), share_difference(share(2, 21), share(8, 21))
-    assert (result.low, result.high) == pytest.approx((independent.low, independent.high))
+    """1 × 12 − 1 × 7 is below 21 / 2, so that the shares are compared as independent ones, by Newcombe's method 10."""
+    result, a, b = newcombe(1, 1, 7, 12), share(2, 21), share(8, 21)
+    reach = math.hypot(b.value - b.low, a.high - a.value), math.hypot(b.high - b.value, a.value - a.low)
+    assert (result.value - result.low, result.high - result.value) == pytest.approx(reach)
 
 
 @given(COUNTS)
@@ -123,6 +123,37 @@ def test_a_difference_survives_being_written():
         assert MetricDifference.from_dict(one.to_dict()) == one
     assert ratio("x", [0], [1], [""]).to_dict()["high"] is None
     assert "no end" in str(ratio("x", [0], [1], [""]))
+    (alone,) = holm([ratio("x", [0], [1], [""])])
+    assert alone.to_dict()["detectable"] is None
+    assert MetricDifference.from_dict(alone.to_dict()) == alone
+    assert str(alone).endswith("no difference would be detected with so few answers")
+    older = {key: value for key, value in made(0.04).to_dict().items() if key != "detectable"}
+    assert MetricDifference.from_dict(older).limit == ""
+
+
+def test_the_detectable_difference_remains_four_times_in_five():
+    """Alone, and as the only true one of seven. With half of the interval's width, 51 and 12 of 100 would remain."""
+    rng = np.random.default_rng(0)
+
+    def corrected(family, effect, times):
+        zero = [made(1.0, low=-0.1)] * (family - 1)
+        drawn = [ratio("x", np.zeros(60), rng.normal(effect, 0.6, 60), [""] * 60) for _ in range(times)]
+        return [holm([one, *zero])[0] for one in drawn]
+
+    for family in (1, 7):
+        effect = np.mean([one.detectable for one in corrected(family, 0.0, 20)])
+        assert 70 <= sum(one.remains for one in corrected(family, effect, 100)) <= 90
+
+
+def test_the_detectable_share_remains_four_times_in_five():
+    rng = np.random.default_rng(0)
+
+    def measured(p):
+        answers = rng.random((2, 200)) < np.array([[0.3], [p]])
+        return holm([paired.share("x", *answers, [""] * 200)])[0]
+
+    effect = np.mean([measured(0.3).detectable for _ in range(100)])
+    assert 70 <= sum(measured(0.3 + effect).remains for _ in range(100)) <= 90
 
 
 def test_other_questions_are_refused_and_fewer_answers_are_not():
@@ -132,3 +163,5 @@ def test_other_questions_are_refused_and_fewer_answers_are_not():
         matched(rows, rows[1:])
     with pytest.raises(UserError, match=r"different questions.*Fix:"):
         matched(rows, [row | {"reference": "s"} for row in rows])
+    with pytest.raises(UserError, match=r"different questions.*Fix:"):
+        matched(rows, [row | {"tests": "assert f(2) == 4"} for row in rows])

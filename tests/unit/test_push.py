@@ -230,6 +230,9 @@ def test_card_has_intervals_if_the_base_losses_are_saved(make_run):
     assert "| 1.0000 (-0.5000, 95% interval -0.5000 to -0.5000) |" in card
     assert "| ROUGE-L | 1.00, 95% interval 1.00 to 1.00 |" in card
     assert "greedy answers to 5 held-out questions" in card
+    assert "the other half chose" not in card
+    files.write_jsonl(made / "evaluations.jsonl", [])
+    assert "checkpoint that the other half chose" in model_card.render(made, made.config(), made.read("metrics.json"))
     losses(made.path.parent / "base-0", 3.0)
     other = made.path.parent / "base-0" / "heldout_losses.jsonl"
     other.write_text(other.read_text().replace('"a"', '"z"'))

@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 
 from qlora_helpers import files
-from qlora_helpers.evaluation import comparison, report
+from qlora_helpers.evaluation import answer_metrics, comparison, markup, report
+from qlora_helpers.evaluation.answer_metrics import AnswerDifferences
 from qlora_helpers.evaluation.comparison import Comparison, Summary
 from qlora_helpers.evaluation.differences import Difference
-from qlora_helpers.evaluation.intervals import Interval, share
+from qlora_helpers.evaluation.intervals import Interval
+from qlora_helpers.evaluation.paired import MetricDifference
 
 NASTY = "```python\nprint('<script>alert(1)</script>')\n```\n# Heading\n| a | b | [x](javascript:alert(1))"
 
@@ -40,7 +42,12 @@ def result(answer="fine", prompt="Why?", seeds=(0,), gap=(0.1, 0.05, 0.2), rouge
 
 
 def test_a_comparison_is_read_back_as_it_was_written(tmp_path):
-    written = result(gap=(0.1, -math.inf, math.inf))
+    one = MetricDifference("length", 0.4, 0.5, 0.1, -math.inf, math.inf, 1.0, 1, 1, 2, False, math.inf)
+    written = replace(
+        result(gap=(0.1, -math.inf, math.inf)),
+        answer_differences=[AnswerDifferences("base", "exp1", [one])],
+        at_limit={"reference at the limit, 24 tokens": {"BLEU": Interval(45, -math.inf, 50, detectable=math.inf)}},
+    )
     files.write_json(tmp_path / "comparison.json", written.to_dict())
     assert comparison.read(tmp_path) == written
 
@@ -63,7 +70,7 @@ def test_text_metrics_have_intervals():
 def test_report_holds_table_verdicts_figures_and_answers():
     text = report.markdown(result(), ["figures/loss_curves.png"])
     assert report.table_markdown(result()) in text
-    assert "exp1 is better than base (-0.2000, 95% interval -0.3000 to -0.1000; -18.1% perplexity)." in text
+    assert "exp1 is better than base (-0.2000 nats, 95% interval -0.3000 to -0.1000; -18.1% perplexity)." in text
     assert "![loss curves](figures/loss_curves.png)" in text
     assert "- *exp1*: `fine`" in text
     assert "- *base*: (empty)" in text
@@ -89,7 +96,10 @@ def test_how_far_a_verdict_reaches(seeds, runs, says):
 @pytest.mark.parametrize(
     ("gap", "says"),
     [
-        ((0.1, 0.05, 0.2), "rose (+0.1000, 95% interval +0.0500 to +0.2000; +10.5% perplexity; it rose on 31 of them)"),
+        (
+            (0.1, 0.05, 0.2),
+            "rose (+0.1000 nats, 95% interval +0.0500 to +0.2000; +10.5% perplexity; it rose on 31 of",
+        ),
         ((-0.1, -0.2, -0.05), "fell (-0.1000"),
         ((0.1, -0.1, 0.3), "did not change distinguishably (+0.1000"),
     ],
@@ -105,6 +115,8 @@ def test_what_could_have_been_detected_is_stated():
     (line,) = report.forgetting(replace(result(), forgetting=[missed]))
     assert "48 general questions (900 tokens)" in line
     assert "an effect of 0.2900 would be detected" in line
+    nothing = replace(missed, detectable=math.inf)
+    assert "no effect would be detected with so few rows" in str(nothing)
     within = replace(missed, low=0.05, high=0.12, margin=0.2)
     assert "stayed within ±0.2 (" in report.forgetting(replace(result(), forgetting=[within]))[0]
 
@@ -120,10 +132,14 @@ def test_missing_rivals_and_the_size_of_the_family_are_stated():
 @pytest.mark.parametrize(
     ("low", "high", "says"),
     [
-        (-0.3, -0.1, "lower with rehearsal than without: it kept something (-0.2000, 95% interval -0.3000 to -0.1000)"),
+        (
+            -0.3,
+            -0.1,
+            "lower with rehearsal than without: it kept something (-0.2000 nats, 95% interval -0.3000 to",
+        ),
         (0.1, 0.3, "higher with rehearsal than without: it did not help here (+0.2000"),
         (-0.1, 0.3, "not distinguishable with rehearsal and without: no effect of it shows (+0.1000"),
-        (-math.inf, math.inf, "no effect of it shows (+0.1000, 95% interval no end to no end)"),
+        (-math.inf, math.inf, "no effect of it shows (+0.1000 nats, 95% interval no end to no end)"),
     ],
 )
 def test_rehearsal_in_words(low, high, says):
@@ -131,29 +147,100 @@ def test_rehearsal_in_words(low, high, says):
     assert says in report.rehearsal(Difference("without", "with", value, low, high, rows=48, seeds=1))
 
 
-def thinking(*shares):
-    """A comparison whose models think before `shares` answers of 20."""
-    made = result()
-    for model, count in zip(made.table, shares, strict=True):
-        model.text.update({} if count is None else {"thinks": share(count, 20)})
-    return made
+def thoughts(*counts):
+    """Answers to 20 questions by two models, which think before the first `counts` of them."""
+    asked = {"reference": "r", "answer": "r", "stopped": True, "invented": False}
+    return {
+        name: [asked | {"prompt": str(i), "thought": "Hm." * (i < count)} for i in range(20)]
+        for name, count in zip(("base", "exp1"), counts, strict=True)
+    }
 
 
 @pytest.mark.parametrize(
-    ("shares", "says"),
+    ("counts", "says"),
     [
         ((20, 0), "exp1 stopped thinking, unlike base: a thought precedes 0% of its answers instead of 100% (-1.00"),
         ((20, 8), "exp1 thinks less often than base: a thought precedes 40% of its answers instead of 100% (-0.60"),
         ((0, 20), "exp1 thinks more often than base: a thought precedes 100% of its answers instead of 0% (+1.00"),
         ((10, 8), ""),  # not distinguishable
-        ((None, 20), ""),  # one of the two was not asked
     ],
 )
-def test_the_report_says_who_thinks_more_or_less(shares, says):
-    text = report.markdown(thinking(*shares), [])
+def test_the_report_says_who_thinks_more_or_less(counts, says):
+    found = answer_metrics.between(thoughts(*counts), [("base", "exp1")])
+    made = replace(result(), answered=20, answer_differences=found)
+    text = report.markdown(made, [])
     assert says in text
     assert ("a thought precedes" in text) is bool(says)
-    assert "| thinks |" in text
+    assert report.thinking(result()) == []
+
+
+def test_differences_of_answers_are_in_bold_where_they_remain_and_else_say_what_would_be_detected():
+    clear = MetricDifference("ROUGE-L", 0.1, 0.3, 0.2, 0.1, 0.3, 0.001, 40, 40, 14, True, 0.15)
+    unclear = MetricDifference("length", 0.4, 0.5, 0.1, -0.1, 12.5, 0.2, 40, 40, 14, False, 0.31)
+    pairs = [AnswerDifferences("base", "exp1", [clear, unclear]), AnswerDifferences("exp1", "exp2", [clear])]
+    made = replace(result(), answered=40, answer_differences=pairs)
+    told = report.answer_differences(made)
+    assert "Holm's correction over all 14 differences" in told
+    assert "| exp1 against base | **+0.20** (+0.10 to +0.30) | +0.10 (-0.10 to +12.5) |" in told
+    assert "| exp2 against exp1 | **+0.20** (+0.10 to +0.30) | – |" in told
+    assert told.splitlines()[-1] == "- exp1 against base: length 0.31."
+    assert told in report.markdown(made, [])
+    (alone,) = pairs[1:]
+    assert "Not distinguishable" not in report.answer_differences(replace(made, answer_differences=[alone]))
+    assert report.answer_differences(result()) == ""  # of an older version
+
+
+def test_what_the_references_would_get_at_the_limit_is_a_row_of_the_table():
+    made = replace(result(), at_limit={"reference at the limit, 24 tokens": {"BLEU": Interval(45, 40, 50)}})
+    assert report.text_table_markdown(made).splitlines()[-1] == (
+        "| reference at the limit, 24 tokens | – | 45.0 (40.0 to 50.0) |"
+    )
+    assert "what the references themselves would get" in report.markdown(made, [])
+    assert "reference" not in report.markdown(result(), []).lower()
+
+
+def test_four_answers_are_too_few_and_counted():
+    few = replace(result(rouge=(0.123, -math.inf, math.inf)), answered=4)
+    assert "| exp1 | 0.12 (4 answers) |" in report.text_table_markdown(few)
+    assert report.answer_differences(few) == "4 answers are too few to compare models by."
+
+
+@pytest.mark.parametrize(
+    ("absent", "rows", "says"),
+    [
+        ({}, 6, "exp1 is better than base, the only rival measured (-0.2000 nats, 95% interval -0.3000 to -0.1000; "
+                "perplexity 7.39 instead of 9.03 (-18.1%); 6 held-out rows with 175 tokens)"),
+        ({"base, 16 bits": "too large"}, 6, "exp1 is better than base, the only rival measured ("),
+        ({}, 4, "perplexity -18.1%; 4 of 6 held-out rows with 120 tokens)"),
+    ],
+)  # fmt: skip
+def test_the_headline_says_how_large_and_on_what(absent, rows, says):
+    change = Difference("base", "exp1", -0.2, -0.3, -0.1, rows=rows, seeds=1, tokens=120)
+    made = replace(result(), differences=[change], best_rival={"exp1": "base"}, absent=absent)
+    (line,) = report.headlines(made)
+    assert says in line
+
+
+def test_the_best_of_several_rivals_is_named_as_such():
+    made = replace(result(), best_rival={"exp1": "base"})
+    made.table.insert(1, replace(made.table[0], name="base, 16 bits"))
+    assert report.headlines(made)[0].startswith("exp1 is better than base, the best of 2 rivals (")
+    made = replace(made, absent={"base, own template": "the model has no chat template"})
+    assert report.headlines(made)[0].startswith("exp1 is better than base, the best of 2 rivals measured (")
+
+
+def test_cross_fitted_checkpoints_are_named():
+    made = result()
+    assert "cross-fitting" not in report.basis(made)
+    made.table[-1] = replace(made.table[-1], cross_fitted=True)
+    assert "judges the checkpoint of exp1 that the other half chose (cross-fitting)" in report.basis(made)
+
+
+def test_forgetting_is_in_the_family_only_if_it_was_measured():
+    joint = [Difference("base", "exp1", -0.2, -0.3, -0.1, rows=6, seeds=1, family=3)]
+    made = replace(result(), differences=joint)
+    assert "all 3 verdicts, forgetting included, hold at once" in report.basis(made)
+    assert "all 3 verdicts hold at once" in report.basis(replace(made, forgetting=[]))
 
 
 def test_the_report_names_lengths_in_characters():
@@ -172,6 +259,6 @@ def test_data_stay_on_one_line_and_without_effect(nasty, tmp_path):
     assert text.count("\n") == report.markdown(result(), []).count("\n")
     assert "<script>" in text
     assert "<script>" not in outside_code(text)
-    page = report.html(text, tmp_path)
+    page = markup.html(text, tmp_path)
     assert "<script" not in page
     assert 'href="javascript' not in page

@@ -161,7 +161,7 @@ def test_better_than_4_bits_but_worse_than_16_is_worse(config, tmp_path):
     assert {(d.a, d.verdict) for d in result.differences} == {("base", "better"), ("base, 16 bits", "worse")}
     assert result.best_rival == {"exp1": "base, 16 bits"}
     (headline,) = report.headlines(result)
-    assert headline.startswith("exp1 is worse than base, 16 bits (+0.")
+    assert headline.startswith("exp1 is worse than base, 16 bits, the best of 2 rivals (+0.")
     assert report.markdown(result, []).splitlines()[2] == f"- {headline}."
     cost, won = report.quantizing(result)
     assert cost.startswith("What quantizing cost: base is worse than base, 16 bits (+0.")
@@ -188,7 +188,7 @@ def test_rivals_on_fewer_rows_are_compared_on_these_rows(config, tmp_path):
     assert {d.a: d.rows for d in result.differences} == {FORMS[0]: 30, FORMS[1]: 12, FORMS[2]: 30, FORMS[3]: 12}
     assert result.best_rival["exp1"] == FORMS[3]
     tokens = sum(10 + i for i in range(12))
-    assert f"on 12 of 30 rows, {tokens} tokens" in report.headlines(result)[0]
+    assert f"; 12 of 30 held-out rows with {tokens} tokens" in report.headlines(result)[0]
 
 
 def test_all_verdicts_of_a_report_are_one_family(config, tmp_path):
@@ -212,13 +212,51 @@ def test_effects_within_the_margin_are_the_same(config, tmp_path):
     assert [d.verdict for d in comparison.compare({"exp1": [run]}, 1e-4).differences] == ["not distinguishable"]
 
 
-@pytest.mark.parametrize(("answers", "words"), [(4, "1.00 (no interval)"), (5, "1.00 (1.00 to 1.00)")])
+@pytest.mark.parametrize(("answers", "words"), [(4, "1.00 (4 answers)"), (5, "1.00 (1.00 to 1.00)")])
 def test_four_answers_have_no_interval(config, tmp_path, answers, words):
     run = planted(tmp_path, config, run=2.0, base=2.1, answers=answers)
     result = comparison.compare({"exp1": [run]})
     assert f"| exp1 | {words} |" in report.text_table_markdown(result)
     text = report.markdown(result, [])
     assert ("4 held-out questions, too few for intervals" in text) is (answers == 4)
+
+
+def test_answers_are_compared_in_one_family_and_with_references_at_the_limit(config, tokenizer, tmp_path):
+    """Two runs and the base model: three pairs with seven metrics each, and two limits of tokens."""
+    runs = {}
+    for name, limit in (("a", 2), ("b", 500)):
+        run = planted(tmp_path, config.replace(max_new_tokens=limit), name, run=2.0, base=2.1)
+        runs[name] = [run]
+        tokenizer.save_pretrained(run.adapter)
+    answer = {"reference": "It is a long way.", "stopped": True, "invented": False, "thought": "", "score": 1.0}
+    for where, text in ((tmp_path / "base-0", "No."), (runs["a"][0], "It is"), (runs["b"][0], "It is a long way.")):
+        rows = [answer | {"prompt": str(i), "answer": text, "outcome": "right"} for i in range(6)]
+        files.write_jsonl(where / "answers.jsonl", rows)
+    result = comparison.compare(runs)
+    assert [(pair.a, pair.b) for pair in result.answer_differences] == [("base", "a"), ("base", "b"), ("a", "b")]
+    metrics = [one for pair in result.answer_differences for one in pair.metrics]
+    assert {one.family for one in metrics} == {len(metrics)} == {3 * 8}
+    assert [one.metric for one in metrics[:8]][-1] == "score"
+    assert metrics[-8].metric == "ROUGE-L"
+    assert metrics[-8].b == 1 > metrics[-8].a
+    cut, whole = result.at_limit.values()
+    assert list(result.at_limit) == [f"reference at the limit, {limit} tokens" for limit in (2, 500)]
+    assert cut["length"].value < whole["length"].value == 1
+    again = comparison.Comparison.from_dict(json.loads(json.dumps(result.to_dict(), allow_nan=False)))
+    assert again.answer_differences == result.answer_differences
+    assert again.to_dict() == result.to_dict()
+    files.write_jsonl(runs["b"][0] / "answers.jsonl", rows[:4])
+    fewer = comparison.compare(runs)
+    assert [(pair.a, pair.b) for pair in fewer.answer_differences] == [("base", "a")]
+    assert fewer.answered == 4
+    assert all(one.low == -float("inf") for one in fewer.at_limit["reference at the limit, 500 tokens"].values())
+
+
+def test_a_checkpoint_chosen_by_cross_fitting_is_named(config, tmp_path):
+    run = planted(tmp_path, config, run=2.0, base=2.1)
+    assert not comparison.compare({"exp1": [run]}).table[-1].cross_fitted
+    files.write_jsonl(run / "evaluations.jsonl", [])
+    assert comparison.compare({"exp1": [run]}).table[-1].cross_fitted
 
 
 def test_a_draw_of_rows_counts_as_a_seed(config, tmp_path):

@@ -244,6 +244,36 @@ def test_what_each_column_is_taken_for_is_described():
     )
 
 
+@pytest.mark.parametrize("record", [{"question": "q", "answer": "a"}, {"messages": [ASKED, TOLD]}])
+@pytest.mark.parametrize("column", ["tests", "test", "Test"])
+def test_tests_come_from_a_column_of_their_own(record, column):
+    row, _ = read(record | {column: "assert f(2) == 4"})
+    assert row.tests == "assert f(2) == 4"
+    assert row.id == read(record)[0].id
+    assert read(row.to_record())[0].tests == row.tests
+    assert "tests" not in read(record)[0].to_record()
+
+
+@pytest.mark.parametrize(
+    ("cell", "tests"),
+    [
+        (["assert f(2) == 4", "assert f(0) == 0"], "assert f(2) == 4\nassert f(0) == 0"),
+        ("\n\ndef check(f):\n    assert f(2) == 4\n", "def check(f):\n    assert f(2) == 4"),
+        *((cell, "") for cell in (None, 3, True, float("nan"), "nan", " ", [], [1], {"a": "b"}, "\ud800")),
+    ],
+)
+def test_a_cell_that_is_no_code_is_no_test_and_keeps_the_row(cell, tests):
+    assert read({"question": "q", "answer": "a", "test": cell})[0].tests == tests
+    told = schema.describe_columns([{"question": "q", "answer": "a", "test": cell}], "question-answer")
+    assert ("test = tests" in told) is bool(tests)
+    assert ("not used: test" in told) is not bool(tests)
+
+
+def test_a_column_of_tests_can_be_named():
+    record = {"question": "q", "answer": "a", "test_list": ["assert f(2) == 4"], "test": "x"}
+    assert read(record, "tests=test_list")[0].tests == "assert f(2) == 4"
+
+
 def test_columns_with_other_names_can_be_named():
     record = {"Frage": "q", "Antwort": "a", "answer": "x", "Rolle": "s", "Text": "c"}
     row, _ = read(record, "question=Frage, answer=antwort,system=Rolle,input=Text")
@@ -295,6 +325,7 @@ names = st.sampled_from(
         "context",
         "system",
         "tools",
+        "tests",
         "label",
         "instances",
     ]
@@ -323,7 +354,7 @@ def test_a_written_row_is_read_back_as_the_same_row(record):
     except (ValueError, UserError):
         return
     again, _ = read(row.to_record())
-    assert again.id == row.id
+    assert (again.id, again.tests) == (row.id, row.tests)
 
 
 @given(

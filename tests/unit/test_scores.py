@@ -160,6 +160,7 @@ def test_code_is_run_with_the_tests_of_its_row():
     tests = "assert f(2) == 4"
     assert score("python", (good, "any"), (bad, "any"), tests=tests) == [(1, "passed"), (0, "failed")]
     assert score("python", (good, tests)) == [(1, "passed")]
+    assert score("exact", ("any", "any"), tests=tests) == [(1, "right")]  # other scores compare with the reference
 
 
 def test_a_solution_in_the_place_of_tests_proves_nothing():
