@@ -244,7 +244,7 @@ def remove_old(run: RunFolder, *needed: str) -> None:
     """Delete all but the newest `KEPT` checkpoints. The `needed` ones are always kept, and count."""
     others = [path for path in checkpoints(run) if path.name not in needed]
     for path in others[: max(0, len(others) - KEPT + len(set(needed)))]:
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def last_checkpoint(run: RunFolder, identity: dict[str, str]) -> Path | None:

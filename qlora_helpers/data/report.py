@@ -1,6 +1,7 @@
 """Describe a data set after cleaning: as HTML in a notebook, and as Markdown and JSON on disk."""
 
 import html
+import os
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -100,12 +101,16 @@ def check_output(out: Path, source: str) -> Path:
     Raises `UserError` if it holds anything that `write` did not write there, which would be lost, or if the source is
     inside it, or it inside the source: an output must not be read as an input the next time.
     """
-    out, read = (Path(path).expanduser().resolve() for path in (out, source))
-    if read.exists() and (read.is_relative_to(out) or out.is_relative_to(read)):
-        raise UserError(f"output folder: {out} and the source {read} overlap. Fix: choose a folder apart from it.")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"output folder: {out} cannot be written (it is a file). Fix: choose another folder.")
-    held = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    try:
+        out = out.expanduser().resolve()
+        held = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"output folder: {out} cannot be written ({error}). Fix: choose another folder.") from None
+    given = os.path.expanduser(source)
+    if os.path.exists(given):  # else it is on the hub, or reading it will say what is wrong
+        read = Path(os.path.realpath(given))
+        if read.is_relative_to(out) or out.is_relative_to(read):
+            raise UserError(f"output folder: {out} and the source {read} overlap. Fix: choose a folder apart from it.")
     if foreign := [name for name in held if name not in FILES or FILES[0] not in held]:
         raise UserError(
             f"output folder: {out} holds {foreign[0]}, which this command did not write. Fix: choose a new folder."

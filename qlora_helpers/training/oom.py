@@ -84,6 +84,8 @@ def free_last_error() -> None:
         if isinstance(error, BaseException) and id(error) not in seen:
             seen.add(id(error))
             traceback.clear_frames(error.__traceback__)
+            for frame, _ in traceback.walk_tb(error.__traceback__):
+                _ = frame.f_locals  # up to Python 3.12 a copy, made to show the error: reading updates it
             errors += [error.__cause__, error.__context__]
     gc.collect()
 

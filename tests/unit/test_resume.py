@@ -1,5 +1,6 @@
 """A run that is interrupted at any step and started again ends exactly as if it had not been interrupted."""
 
+import contextlib
 import dataclasses
 import shutil
 
@@ -64,10 +65,8 @@ def check(config, tokenizer, tmp_path_factory):
         trainer.train(own, data, tokenizer, whole)
         for steps in cuts:
             cut = Cut(steps)
-            try:
+            with contextlib.suppress(KeyboardInterrupt):
                 trainer.train(own, data, tokenizer, run, [cut])
-            except KeyboardInterrupt:
-                pass
             assert cut.fired
             if moved:
                 run = RunFolder(run.path.rename(root / f"moved-{steps}"))
@@ -81,9 +80,8 @@ def check(config, tokenizer, tmp_path_factory):
 
 def results(run):
     """Everything that a run ends with, except times."""
-    kept = {
-        name: value for name, value in run.read("metrics.json").items() if "second" not in name and "gib" not in name
-    }
+    metrics = run.read("metrics.json")
+    kept = {name: metrics[name] for name in metrics if "second" not in name and "gib" not in name}
     log = [{key: line[key] for key in line.keys() & {"step", "loss", "grad_norm", "eval_loss"}} for line in run.log()]
     names = ("heldout_losses.jsonl", "general_losses.jsonl", "answers.jsonl", "evaluations.jsonl")
     return kept, log, {name: (run / name).read_bytes() for name in names if (run / name).exists()}
@@ -93,7 +91,12 @@ def results(run):
     ("changes", "cut", "cross_fitted"),
     [
         ({**STOPS, "save_steps": 1}, 2, True),  # the evaluations without a new best are counted on
-        ({**STOPS, "keep_best": True, "early_stopping_patience": None, "save_steps": 50}, STEPS, False),
+        pytest.param(
+            {**STOPS, "keep_best": True, "early_stopping_patience": None, "save_steps": 50},
+            STEPS,
+            False,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_moved_run_ends_like_an_undisturbed_one(check, changes, cut, cross_fitted):

@@ -248,7 +248,7 @@ def test_a_models_folder_beside_the_runs_is_in_nobodys_way(tmp_path):
 
 def test_a_models_folder_is_not_taken_for_a_run(tmp_path):
     files.write_json(tmp_path / "config.json", {"model_type": "llama"})
-    with pytest.raises(UserError, match="something else than a run.*choose another output folder") as caught:
+    with pytest.raises(UserError, match=r"something else than a run.*choose another output folder") as caught:
         runs.check_free(RunFolder(tmp_path), Config())
     assert "delete" not in str(caught.value)
 
