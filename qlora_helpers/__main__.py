@@ -108,19 +108,21 @@ def _batch(**args: Any) -> None:
 
 
 def _data(out: Path, max_tokens: int, n_heldout: int | None, template: str | None, **params: Any) -> None:
-    from qlora_helpers import runs
     from qlora_helpers.config import Config
     from qlora_helpers.data import cleaning, report
     from qlora_helpers.models import hub
 
+    folder = report.check_output(out, params["dataset"])
     params |= {"profile": "cpu", "preset": "tinyllama-coding", "max_length": max_tokens, "n_heldout": n_heldout}
     config = Config.from_params(**params)
     tokenizer = hub.load_tokenizer(config)
     config = config.replace(template=template or ("auto" if tokenizer.chat_template else "instruction"))
     cleaned = cleaning.clean(config, tokenizer, None if n_heldout else lambda usable: min(1000, max(2, usable // 10)))
-    folder = runs.workdir(str(out))
-    report.write_dropped(cleaned, folder)  # also if too few rows are left
-    cleaning.check_enough(cleaned, n_heldout or 2, 1)
+    try:
+        cleaning.check_enough(cleaned, n_heldout or 2, 1)
+    except UserError:
+        report.write(None, cleaned, folder)  # says why
+        raise
     built = report.build(cleaned, config, tokenizer)
     report.write(built, cleaned, folder)
     print(f"layout: {cleaned.loaded.layout}", *(f"columns: {line}" for line in cleaned.loaded.columns), sep="\n")

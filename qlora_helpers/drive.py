@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_helpers import runs
+from qlora_helpers import files, runs
 from qlora_helpers.device import on_colab
 from qlora_helpers.errors import UserError
 from qlora_helpers.runs import RunFolder
@@ -53,10 +53,17 @@ class Mirror:
     def pull(self, identity: dict[str, str]) -> None:
         """Copy the files of this run, and the losses of base models, that are on Drive and missing here.
 
-        A local folder of another run is deleted first. Raises `UserError` if Drive cannot be read.
+        Another run in the local folder may be nowhere else, so it is renamed; under its new name it can be continued.
+        Raises `UserError` if Drive cannot be read.
         """
-        if self.here.identity() not in (None, identity):
-            shutil.rmtree(self.here.path)
+        other = self.here.identity()
+        if other not in (None, identity):
+            kept = runs.suffixed(self.here, other or {})
+            if kept.path.exists():
+                raise UserError(f"run folder: {self.here.path} and {kept.path} hold another run. Fix: move one away.")
+            with runs.lock(self.here):
+                self.here.path.rename(kept.path)
+            print(f"{self.here.path} held another run, which is not on Google Drive. It is kept as {kept.path}.")
         try:
             for folder in [self.there.path, *self.there.path.parent.glob("base-*")]:
                 _copy_missing(folder, self.here.path.parent / folder.name)
@@ -104,20 +111,35 @@ def _copy_missing(source: Path, target: Path) -> None:
 
 
 def _copy_changed(source: Path, target: Path) -> None:
-    """Copy files that differ in size or time, and missing complete checkpoints; remove checkpoints deleted here."""
+    """Copy files that differ in size or time, `metrics.json` last."""
     for entry in sorted(_visible(source), key=lambda entry: entry.name == LAST):
         there = target / entry.name
         if entry.name == "checkpoints":
-            complete = [path for path in _visible(entry) if (path / runs.SEAL).exists()]
-            for checkpoint in complete:
-                if not (there / checkpoint.name).exists():
-                    _copy(checkpoint, there / checkpoint.name)
-            for old in set(_visible(there)) - {there / path.name for path in complete}:
-                shutil.rmtree(old)
+            _copy_checkpoints(RunFolder(source), RunFolder(target))
         elif entry.is_dir():
             _copy_changed(entry, there)
         elif not there.exists() or _stamp(there) != _stamp(entry):
             _copy(entry, there)
+
+
+def _copy_checkpoints(here: RunFolder, there: RunFolder) -> None:
+    """Copy the complete checkpoints that are missing or different there, then remove those that are older.
+
+    Whatever else lies beside them is left alone.
+    """
+    complete = [path for path in runs.checkpoints(here) if (path / runs.SEAL).exists()]
+    for checkpoint in complete:
+        copied = there / "checkpoints" / checkpoint.name
+        if _seal(copied) != _seal(checkpoint):
+            _copy(checkpoint, copied)
+    kept = [path.name for path in complete]
+    for old in runs.checkpoints(there):
+        if complete and old.name not in kept and runs.step(old) < runs.step(complete[-1]):
+            shutil.rmtree(old)
+
+
+def _seal(checkpoint: Path) -> bytes:
+    return (checkpoint / runs.SEAL).read_bytes() if (checkpoint / runs.SEAL).exists() else b""
 
 
 def _stamp(file: Path) -> tuple[int, int]:
@@ -127,16 +149,20 @@ def _stamp(file: Path) -> tuple[int, int]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a file or folder under a hidden name, then rename it, so that a visible copy is always complete."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """Copy a file or folder under a hidden name, flush it, then rename it, so that a visible copy is complete."""
+    files.make_folder(target.parent)
     part = target.with_name(f".{target.name}-part")
     _remove(part)
     try:
         if source.is_dir():
             shutil.copytree(source, part, copy_function=shutil.copy2)
+            files.flush_all(part)
+            _remove(target)
         else:
             shutil.copy2(source, part)
+            files.flush(part)
         os.replace(part, target)
+        files.flush(target.parent)
     except OSError as error:
         _remove(part)
         if isinstance(error, shutil.Error):  # copytree collects all errors; the first names the cause

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -16,6 +17,7 @@ from qlora_helpers.config import Config
 from qlora_helpers.errors import UserError
 
 SEAL = "complete.json"
+KEPT = 3  # checkpoints of a run: the newest ones, and the best one if it is kept
 MERGED, GGUF = "merged", "gguf"  # subfolders of an export
 DRIVE = Path("/content/drive/MyDrive")  # Google Drive, where Colab mounts it
 
@@ -91,13 +93,14 @@ class RunFolder:
             ) from None
 
     def identity(self) -> dict[str, str] | None:
-        """Return the fingerprints of the run's config and data, or None for a new folder."""
+        """Return the fingerprints of the run's config and data.
+
+        None for a new folder, and no fingerprints for one with a `config.json` of something else, such as a model.
+        """
         if not (self / "config.json").exists():
             return None
         identity = self.read("config.json").get("identity")
-        if not isinstance(identity, dict):
-            raise UserError(f"run folder: {self / 'config.json'} is damaged. Fix: delete the folder and run again.")
-        return identity
+        return identity if isinstance(identity, dict) else {}
 
     def compute_dtype(self) -> str | None:
         """Return the compute dtype of the run, from its manifest, or None for a run that has not started."""
@@ -111,8 +114,21 @@ class RunFolder:
 def find(folder: Path, identity: dict[str, str]) -> RunFolder | None:
     """Return the run in `folder` with this identity, whatever its name, or None. Finished runs come first."""
     runs = [RunFolder(path.parent) for path in sorted(folder.glob("*/config.json"))]
-    same = [run for run in runs if run.identity() == identity]
+    same = [run for run in runs if _holds(run, identity)]
     return next((run for run in same if run.finished), same[0] if same else None)
+
+
+def _holds(run: RunFolder, identity: dict[str, str]) -> bool:
+    """Return whether a folder holds this run. One that cannot be read holds another."""
+    try:
+        return run.identity() == identity
+    except UserError:
+        return False
+
+
+def suffixed(run: RunFolder, identity: dict[str, str]) -> RunFolder:
+    """Return the folder for a run whose name another run has taken."""
+    return RunFolder(run.path.with_name(f"{run.name}-{files.short_hash(identity)[:8]}"))
 
 
 def choose(folder: Path, name: str, identity: dict[str, str]) -> RunFolder:
@@ -124,7 +140,7 @@ def choose(folder: Path, name: str, identity: dict[str, str]) -> RunFolder:
     named = RunFolder(folder / name)
     if named.identity() in (None, identity):
         return named
-    return find(folder, identity) or RunFolder(folder / f"{name}-{files.short_hash(identity)[:8]}")
+    return find(folder, identity) or suffixed(named, identity)
 
 
 def check_free(run: RunFolder, config: Config, identity: dict[str, str] | None = None) -> None:
@@ -133,6 +149,8 @@ def check_free(run: RunFolder, config: Config, identity: dict[str, str] | None =
     The data are compared too if `identity` is given.
     """
     existing = run.identity()
+    if existing == {}:
+        raise UserError(f"run folder: {run.path} holds something else than a run. Fix: choose another output folder.")
     wanted = identity or {"config": config.identity}
     differ = [key for key in wanted if existing and existing.get(key) != wanted[key]]
     if not differ:
@@ -164,7 +182,7 @@ def lock(run: RunFolder) -> Iterator[None]:
     """Lock the run folder for this process. Raises `UserError` at once if another process holds the lock."""
     import filelock
 
-    run.path.mkdir(parents=True, exist_ok=True)
+    files.make_folder(run.path)
     holder = filelock.FileLock(run / ".lock")
     try:
         holder.acquire(timeout=0)
@@ -199,38 +217,82 @@ def git_commit() -> str | None:
     return described.stdout.strip() or None
 
 
-def seal(checkpoint: Path, identity: dict[str, str]) -> None:
-    """Mark a checkpoint as complete by writing the size of every file and the run's identity. Call it last."""
-    sizes = {
-        str(file.relative_to(checkpoint)): file.stat().st_size
-        for file in sorted(checkpoint.rglob("*"))
-        if file.is_file()
-    }
-    files.write_json(checkpoint / SEAL, {"identity": identity, "files": sizes})
+def seal(checkpoint: Path, identity: dict[str, str], best: str | None = None) -> None:
+    """Flush a checkpoint, then mark it as complete with the hash of every file and the run's identity. Call it last.
+
+    `best` is the name of another checkpoint without which the run cannot end as it should.
+    """
+    (checkpoint / SEAL).unlink(missing_ok=True)
+    files.flush_all(checkpoint)
+    files.write_json(checkpoint / SEAL, {"identity": identity, "best": best, "files": files.hashes(checkpoint)})
+    for folder in (checkpoint.parent, checkpoint.parent.parent):
+        files.flush(folder)
+
+
+def checkpoints(run: RunFolder) -> list[Path]:
+    """Return the folders of a run's checkpoints in order of steps, and nothing else that lies beside them."""
+    folders = [path for path in (run / "checkpoints").glob("checkpoint-*") if path.is_dir()]
+    return sorted((path for path in folders if re.fullmatch(r"checkpoint-\d+", path.name)), key=step)
+
+
+def step(checkpoint: Path) -> int:
+    """Return the number of steps after which a checkpoint was saved."""
+    return int(checkpoint.name.split("-")[1])
+
+
+def remove_old(run: RunFolder, *needed: str) -> None:
+    """Delete all but the newest `KEPT` checkpoints. The `needed` ones are always kept, and count."""
+    others = [path for path in checkpoints(run) if path.name not in needed]
+    for path in others[: max(0, len(others) - KEPT + len(set(needed)))]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def last_checkpoint(run: RunFolder, identity: dict[str, str]) -> Path | None:
-    """Return the newest complete checkpoint, or None. Incomplete newer ones are removed, and a line says so.
+    """Return the newest complete checkpoint, or None. A line names newer ones that are not. Nothing is deleted.
 
-    Raises `UserError` if a checkpoint belongs to another run.
+    Raises `UserError` if a checkpoint belongs to another run or cannot be read: a run that began anew would replace it.
     """
-    checkpoints = sorted((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    for checkpoint in reversed(checkpoints):
+    for checkpoint in reversed(checkpoints(run)):
         if _is_complete(checkpoint, identity):
             return checkpoint
-        print(f"{checkpoint} is incomplete (the run was interrupted while writing it) and is removed.")
-        shutil.rmtree(checkpoint)
+        print(f"{checkpoint} is incomplete or damaged, so the run does not continue from it.")
     return None
 
 
 def _is_complete(checkpoint: Path, identity: dict[str, str]) -> bool:
-    try:
-        sealed = json.loads((checkpoint / SEAL).read_text("utf-8"))
-        sizes_match = all((checkpoint / name).stat().st_size == size for name, size in sealed["files"].items())
-    except (OSError, ValueError, KeyError):
+    sealed = _read_seal(checkpoint)
+    if sealed is None:
         return False
     if sealed["identity"] != identity:
         raise UserError(
             f"checkpoint: {checkpoint} belongs to another config. Fix: delete it, or choose another run name."
         )
-    return sizes_match
+    return sealed["best"] is None or _read_seal(checkpoint.with_name(sealed["best"])) is not None
+
+
+def _read_seal(checkpoint: Path) -> dict[str, Any] | None:
+    """Return the seal of a checkpoint, or None if it has none or if a file is not as it was sealed."""
+    try:
+        sealed = json.loads((checkpoint / SEAL).read_text("utf-8"))
+        intact = all(files.sha256(checkpoint / name) == digest for name, digest in sealed["files"].items())
+        return sealed if intact and {"identity", "best"} <= sealed.keys() else None
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    except OSError as error:
+        raise UserError(
+            f"checkpoint: {checkpoint} cannot be read ({error.strerror}). Nothing was changed. Fix: check the disk and "
+            "run again; or move that folder elsewhere to continue without it."
+        ) from None
+
+
+def check_adapter(adapter: Path) -> None:
+    """Raise `UserError` if a file of an adapter is not the one for which its run's `metrics.json` was written."""
+    run = RunFolder(adapter.parent)
+    recorded = run.read("metrics.json").get("adapter_sha256") if run.finished else None
+    for name, digest in recorded.items() if isinstance(recorded, dict) else ():
+        path = adapter / name
+        if not path.is_file() or files.sha256(path) != digest:
+            raise UserError(
+                f"adapter: {path} is damaged, or was changed after training. Fix: restore it; or delete "
+                f"{run / 'metrics.json'} and run again, which continues from the last checkpoint."
+            )

@@ -1,6 +1,7 @@
 """Describe a data set after cleaning: as HTML in a notebook, and as Markdown and JSON on disk."""
 
 import html
+import os
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -9,11 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import files
+from qlora_helpers import files, runs
 from qlora_helpers.config import Config
 from qlora_helpers.data import rendering, schema
 from qlora_helpers.data.cleaned import Cleaned, TokenizedRow, fingerprint
+from qlora_helpers.errors import UserError
 
+FILES = ("dropped.jsonl", "train.jsonl", "heldout.jsonl", "report.md", "report.json")  # the first one always
 BINS = 8  # bins of the length histogram up to the token limit; one more counts longer rows
 SHOWN = 10  # rows in the sample table, and pairs in the table of duplicates
 WIDTH = 160  # characters shown of a text
@@ -92,19 +95,46 @@ def build(cleaned: Cleaned, config: Config, tokenizer: Any) -> DataReport:
     return DataReport(facts, tables, "\n".join(rendering.template_warnings(config, tokenizer)) or None)
 
 
-def write(report: DataReport, cleaned: Cleaned, out: Path) -> None:
-    """Write `train.jsonl`, `heldout.jsonl`, `report.md` and, last, `report.json` to `out`, beside `dropped.jsonl`."""
-    for name, items in (("train", cleaned.train), ("heldout", cleaned.heldout)):
-        files.write_jsonl(out / f"{name}.jsonl", (item.row.to_record() for item in items))
-    files.write_text(out / "report.md", report.markdown())
-    files.write_json(out / "report.json", report.facts | {"advice": report.advice})
+def check_output(out: Path, source: str) -> Path:
+    """Return the output folder as an absolute path, without links.
+
+    Raises `UserError` if it holds anything that `write` did not write there, which would be lost, or if the source is
+    inside it, or it inside the source: an output must not be read as an input the next time.
+    """
+    try:
+        out = out.expanduser().resolve()
+        held = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"output folder: {out} cannot be written ({error}). Fix: choose another folder.") from None
+    given = os.path.expanduser(source)
+    if os.path.exists(given):  # else it is on the hub, or reading it will say what is wrong
+        read = Path(os.path.realpath(given))
+        if read.is_relative_to(out) or out.is_relative_to(read):
+            raise UserError(f"output folder: {out} and the source {read} overlap. Fix: choose a folder apart from it.")
+    if foreign := [name for name in held if name not in FILES or FILES[0] not in held]:
+        raise UserError(
+            f"output folder: {out} holds {foreign[0]}, which this command did not write. Fix: choose a new folder."
+        )
+    return out
 
 
-def write_dropped(cleaned: Cleaned, out: Path) -> None:
-    """Write `dropped.jsonl` to `out`, and delete the other files that `write` left there for earlier rows."""
-    for name in ("report.json", "report.md", "heldout.jsonl", "train.jsonl"):
-        (out / name).unlink(missing_ok=True)
-    files.write_jsonl(out / "dropped.jsonl", cleaned.dropped)
+def write(report: DataReport | None, cleaned: Cleaned, out: Path) -> None:
+    """Replace the folder `out` by one with `dropped.jsonl` and, if there is a report, the other `FILES`.
+
+    Raises `UserError` if that fails; `out` is then as it was.
+    """
+    runs.workdir(str(out.parent))
+    try:
+        with files.building(out) as folder:
+            files.write_jsonl(folder / "dropped.jsonl", cleaned.dropped)
+            for name, items in (("train", cleaned.train), ("heldout", cleaned.heldout)) if report else ():
+                files.write_jsonl(folder / f"{name}.jsonl", (item.row.to_record() for item in items))
+            if report:
+                files.write_text(folder / "report.md", report.markdown())
+                files.write_json(folder / "report.json", report.facts | {"advice": report.advice})
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"output folder: {out} cannot be written ({reason}). Fix: choose another folder.") from None
 
 
 def _summary(facts: dict[str, Any]) -> str:

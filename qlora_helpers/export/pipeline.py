@@ -1,8 +1,6 @@
 """Export a run: merge it, convert it to GGUF on request, and keep the result only if it answers like the adapter."""
 
-import hashlib
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +38,16 @@ def ship(run: RunFolder, out: Path, kind: str | None = None) -> list[Parity]:
     identity = _identity(source, kind)
     if out.exists() and any(out.iterdir()):
         return _read_existing(out, identity)
+    files.clear_leftovers(out)
     _check_disk(source, out, kind)
     if kind:
         gguf.check(source.base)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        made = Path(scratch) / out.name
+    with files.building(out) as made:
         compared = verify(source, _write(source, made, kind))
         for result in compared:
             parity.check(result)
         saved = {"identity": identity, "exports": [result.to_dict() for result in compared]}
         files.write_json(made / "parity.json", saved | _write_own_loss(source, made / MERGED))
-        if out.exists():
-            out.rmdir()
-        made.rename(out)
     return compared
 
 
@@ -118,8 +112,7 @@ def _own_losses(source: Source, merged: Path) -> list[RowLoss]:
 
 
 def _identity(source: Source, kind: str | None) -> dict[str, Any]:
-    with (source.run.adapter / "adapter_model.safetensors").open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = files.sha256(source.run.adapter / "adapter_model.safetensors")
     return {"run": source.run.name, "adapter_sha256": digest, "model": hub.public_name(source.config), "gguf": kind}
 
 

@@ -57,6 +57,11 @@ class CopyToDrive(TrainerCallback):
 class SaveBest(TrainerCallback):
     """Saves a checkpoint at every new minimum of the evaluated loss, so that the best one is kept."""
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Find the best checkpoint so far by its step: the library notes its path, and folders are moved."""
+        if state.best_global_step:
+            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
+
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Compare with the best loss so far, which the trainer updates only after this call."""
         control.should_save |= state.best_metric is None or metrics["eval_loss"] < state.best_metric

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from qlora_helpers.data import cleaning
 from qlora_helpers.data.cleaning import Data
@@ -22,11 +23,15 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 SPARE = 2**20  # bytes; a disk with less free space is full, whatever error the writing library raises
 
 
-class Guard(TrainerCallback):
-    """Stops a run whose loss or gradients show that it learns nothing."""
+class Guard(TrainerCallback, ExportableState):
+    """Stops a run whose loss or gradients show that it learns nothing. Checkpoints keep its count of steps."""
 
     def __init__(self) -> None:
         self._without_gradient = 0
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of this callback, in the form of the library."""
+        return {"args": {}, "attributes": {"_without_gradient": self._without_gradient}}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Check the loss and the gradient norm of a step. Raises `UserError` with the step."""

@@ -63,9 +63,9 @@ def halves(rows: list[RowLoss]) -> list[bool]:
 def begin(context: RunContext, checkpoint: Path | None) -> Evaluations | None:
     """Return the evaluations up to the checkpoint from which a run continues; None for a run that is not cross-fitted.
 
-    A printed line says that the run is.
+    They are also written to the run folder. A printed line says that the run is cross-fitted.
     """
-    config, path = context.config, context.run / FILE
+    config = context.config
     if not config.selection_rows or context.data.selection:
         return None
     print(
@@ -74,14 +74,13 @@ def begin(context: RunContext, checkpoint: Path | None) -> Evaluations | None:
         flush=True,
     )
     evaluations: Evaluations = {}
-    last_step = int(checkpoint.name.split("-")[1]) if checkpoint else -1
-    for line in files.read_jsonl(path) if path.exists() else []:
-        if (step := line.pop("step")) <= last_step:
-            evaluations.setdefault(step, []).append(RowLoss(**line))
+    for line in files.read_jsonl(checkpoint / FILE) if checkpoint else []:
+        evaluations.setdefault(line.pop("step"), []).append(RowLoss(**line))
+    write(context.run.path, evaluations)
     return evaluations
 
 
 def write(folder: Path, evaluations: Evaluations) -> None:
-    """Write one line per step and row to `evaluations.jsonl`."""
+    """Write one line per step and row to `evaluations.jsonl` in a run folder or in a checkpoint."""
     lines = ({"step": step, **asdict(row)} for step, rows in evaluations.items() for row in rows)
     files.write_jsonl(folder / FILE, lines)

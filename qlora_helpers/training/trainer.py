@@ -41,6 +41,7 @@ def train(
     Raises `UserError` if another process uses the folder, if it holds another run, or if training goes wrong in a
     way that its result would not show: see `checks`.
     """
+    oom.free_last_error()
     identity = cleaning.identity(config, data)
     checks.check_rows(data)
     mirror = drive.mirror(run)
@@ -52,6 +53,7 @@ def train(
     with runs.lock(run), checks.full_disk_as_user_error(run.path):
         runs.check_free(run, config, identity)
         if run.finished:
+            runs.check_adapter(run.adapter)
             print(f"{run.path} is finished: nothing to train.")
             return run
         quantization.check(config)
@@ -155,11 +157,21 @@ class QloraTrainer(SFTTrainer):
         forget_peak(self.device_)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save the library's checkpoint without TRL's model card, and seal it."""
+        """Save the library's checkpoint without TRL's model card, seal it, and delete older ones.
+
+        Where training stops early, none is saved: from there, the library would train another step.
+        """
+        if self.control.should_training_stop and self.state.global_step < self.state.max_steps:
+            return
         Trainer._save_checkpoint(self, model, trial)
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         save_biases(self.model, folder)
-        runs.seal(folder, self.identity)
+        if self.evaluations is not None:
+            crossfit.write(folder, self.evaluations)
+        best_step = self.state.best_global_step if self.args.load_best_model_at_end else None
+        best = f"checkpoint-{best_step}" if best_step else folder.name
+        runs.seal(folder, self.identity, best if best != folder.name else None)
+        runs.remove_old(RunFolder(folder.parents[1]), folder.name, best)
 
 
 def build_trainer(model: Any, context: RunContext, callbacks: Sequence[TrainerCallback] = ()) -> QloraTrainer:
@@ -215,7 +227,7 @@ def _arguments(config: Config, n_rows: int, device: Device, run: RunFolder) -> S
         eval_steps=eval_steps,
         save_strategy="steps",
         save_steps=save_steps,
-        save_total_limit=3,
+        restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=config.keep_best,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -267,7 +279,7 @@ def _fit(trainer: QloraTrainer, context: RunContext) -> None:
 
 
 def _save_results(trainer: QloraTrainer, context: RunContext, base_losses: list[RowLoss]) -> None:
-    """Save losses, answers, adapter, tokenizer and model card; `metrics.json` last, as the sign that all is there."""
+    """Save losses, answers, adapter, tokenizer and model card; `metrics.json` last: it proves that all is on disk."""
     run, config = context.run, context.config
     model: Any = trainer.model
     heldout = _heldout_losses(trainer, context)
@@ -279,7 +291,12 @@ def _save_results(trainer: QloraTrainer, context: RunContext, base_losses: list[
     model.save_pretrained(run.adapter)
     save_biases(model, run.adapter)
     context.tokenizer.save_pretrained(run.adapter)
+    hashes = files.hashes(run.adapter)
+    metrics["adapter_sha256"] = {name: hashes[name] for name in hashes if name != "README.md"}  # a card may be edited
     files.write_text(run.adapter / "README.md", model_card.render(run, config, metrics))
+    for folder in (run.adapter, run / trl_config.ROWS):
+        files.flush_all(folder)
+    files.flush(run / "log.jsonl")
     files.write_json(run / "metrics.json", metrics)
 
 
@@ -291,11 +308,14 @@ def _heldout_losses(trainer: QloraTrainer, context: RunContext) -> list[RowLoss]
     config, data = context.config, context.data
     if data.selection:
         return trainer.measure(data.heldout)
-    if not config.keep_best and trainer.evaluated_step != trainer.state.global_step:
+    state = trainer.state
+    logged = any("eval_loss" in line and line["step"] == state.global_step for line in state.log_history)
+    if not config.keep_best and not logged:
         trainer.evaluate()
     if trainer.evaluations is not None:
         return crossfit.cross_fitted(trainer.evaluations, config)
-    return trainer.last_evaluation
+    known = trainer.evaluated_step == state.global_step  # not by a run that continued after its last step
+    return trainer.last_evaluation if known else trainer.measure(data.heldout)
 
 
 def _metrics(

@@ -7,7 +7,7 @@ from datasets import Dataset
 from pyarrow import parquet
 from transformers import TrainingArguments
 
-from qlora_helpers import files
+from qlora_helpers import files, runs
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device
 from qlora_helpers.models import hub
@@ -18,7 +18,7 @@ ROWS = "trl_rows"  # folder of the training rows, as tokens and labels
 SAME = (
     "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
     "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "gradient_checkpointing",
-    "save_steps", "save_total_limit", "logging_steps", "bf16", "fp16", "use_cpu", "max_length", "seed", "report_to",
+    "save_steps", "logging_steps", "bf16", "fp16", "use_cpu", "max_length", "seed", "report_to",
 )  # fmt: skip
 HEAD = """\
 # The training of this run for TRL's own command line. Run it in this folder:
@@ -66,7 +66,8 @@ def _model(config: Config, device: Device) -> dict[str, Any]:
 def _arguments(arguments: TrainingArguments) -> dict[str, Any]:
     values = {name: getattr(arguments, name) for name in SAME}
     plain = {name: getattr(value, "value", value) for name, value in values.items()}  # enums
-    return {"output_dir": "trl", **plain, "eval_strategy": "no", "save_strategy": "steps"}
+    own = {"eval_strategy": "no", "save_strategy": "steps", "save_total_limit": runs.KEPT}
+    return {"output_dir": "trl", **plain, **own}
 
 
 def _differences(config: Config, device: Device) -> list[str]:

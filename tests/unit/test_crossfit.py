@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import EarlyStoppingCallback
 
 from qlora_helpers.evaluation.losses import RowLoss, mean_loss
+from qlora_helpers.runs import RunFolder
 from qlora_helpers.training import crossfit
 
 BEST = SimpleNamespace(keep_best=True, early_stopping_patience=None)
@@ -83,10 +84,12 @@ def test_both_halves_have_rows_and_groups_are_not_split(groups):
 @pytest.mark.parametrize("last", [-1, 3, 20])
 def test_a_resumed_run_has_the_evaluations_up_to_its_checkpoint(tmp_path, capsys, last):
     evaluations = noise(np.random.default_rng(0), rows=3)
-    crossfit.write(tmp_path, evaluations)
+    crossfit.write(tmp_path, evaluations)  # of the steps after the checkpoint too
+    before = {step: rows for step, rows in evaluations.items() if step <= last}
+    crossfit.write(tmp_path / "checkpoint", before)
     context = SimpleNamespace(
-        config=SimpleNamespace(selection_rows=9), run=tmp_path, data=SimpleNamespace(selection=[])
+        config=SimpleNamespace(selection_rows=9), run=RunFolder(tmp_path), data=SimpleNamespace(selection=[])
     )
-    again = crossfit.begin(context, tmp_path / f"checkpoint-{last}" if last > 0 else None)
-    assert again == {step: rows for step, rows in evaluations.items() if step <= last}
+    assert crossfit.begin(context, tmp_path / "checkpoint" if last > 0 else None) == before
+    assert (tmp_path / crossfit.FILE).read_bytes() == (tmp_path / "checkpoint" / crossfit.FILE).read_bytes()
     assert "Fewer than 9 rows (n_selection)" in capsys.readouterr().out

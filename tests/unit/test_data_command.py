@@ -1,11 +1,12 @@
 """`python -m qlora_helpers data` writes five consistent files, or prints a one-line error for unusable input."""
 
 import json
+import os
 import shutil
 
 import pytest
 
-from qlora_helpers import __main__
+from qlora_helpers import __main__, files
 from qlora_helpers.data import sources
 from qlora_helpers.files import read_jsonl
 
@@ -207,6 +208,85 @@ def test_unusual_but_readable_files(data, tmp_path):
         "too long: over 1000000 characters",
     ]
     assert "34  read" in out
+
+
+def snapshot(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "rows.jsonl"])
+def test_an_output_folder_that_contains_the_source_is_refused(data, write_rows, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    shutil.move(write_rows(ROWS), tmp_path / "out" / name)
+    before = snapshot(tmp_path)
+    code, _, err = data(tmp_path / "out" / name)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "overlap" in err
+    assert snapshot(tmp_path) == before
+
+
+def test_rows_that_the_command_wrote_are_not_replaced_by_what_is_made_of_them(data, write_rows, tmp_path):
+    data(write_rows(ROWS))
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "out" / "train.jsonl")
+    before = snapshot(tmp_path)
+    for source in ("out", "out/train.jsonl", "link.jsonl"):
+        assert data(tmp_path / source)[0] == 2
+    assert snapshot(tmp_path) == before
+
+
+def test_an_output_folder_inside_the_source_is_refused(data, write_rows, tmp_path):
+    """It would be read as data the next time."""
+    write_rows(ROWS)
+    code, _, err = data(tmp_path)
+    assert code == 2
+    assert "overlap" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("foreign", ["train.jsonl", "notes.txt", ".DS_Store"])
+def test_an_output_folder_with_other_files_is_refused(data, write_rows, tmp_path, foreign):
+    source = write_rows(ROWS)
+    if foreign != "train.jsonl":  # beside files of the command
+        data(source)
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / foreign).write_text("mine")
+    before = snapshot(tmp_path)
+    code, _, err = data(source)
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert foreign in err
+    assert snapshot(tmp_path) == before
+
+
+def test_a_linked_output_folder_stays_a_link(data, write_rows, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    assert data(write_rows(ROWS))[0] == 0
+    assert (tmp_path / "out").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == sorted(FILES)
+
+
+def test_stopped_at_any_file_it_leaves_the_old_output(data, write_rows, tmp_path, monkeypatch):
+    """The other rows have another split, so old and new files together would train on held-out rows."""
+    data(write_rows(ROWS), "--data-seed", "1")
+    before = snapshot(tmp_path / "out")
+    source = write_rows(ROWS[::-1])
+    for last in range(len(FILES)):
+        written, real = iter(range(last)), os.replace
+
+        def stop(*args, written=written, real=real):
+            if next(written, None) is None:
+                raise KeyboardInterrupt
+            real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, "replace", stop)
+            assert data(source)[0] == 130
+        assert snapshot(tmp_path / "out") == before
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.jsonl"]
+    data(source)
+    assert snapshot(tmp_path / "out") != before
+    train, heldout, _ = parts(tmp_path / "out")
+    assert not {row["instruction"] for row in train} & {row["instruction"] for row in heldout}
 
 
 def test_no_row_of_the_sample_data_is_dropped(data):

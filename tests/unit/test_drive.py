@@ -153,10 +153,64 @@ def test_when_drive_is_back_the_run_is_only_copied(train):
     assert whole_checkpoints(run) == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
 
 
-def test_what_another_run_left_on_this_machine_is_not_in_the_way(train):
-    train(seed=1)
-    shutil.rmtree(runs.DRIVE / "qlora_runs" / "exp1")
-    assert train().finished
+def test_a_run_that_is_only_on_this_machine_is_kept_when_its_name_is_used_again(train, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drive, "_copy_changed", lambda *args: (_ for _ in ()).throw(OSError(errno.EIO, "dropped")))
+        lost = train(seed=1)
+    before = adapter(lost)
+    assert train().path == runs.DRIVE / "qlora_runs" / "exp1"
+    (kept,) = drive.HERE.glob("qlora_runs/exp1-*")
+    assert str(kept) in capsys.readouterr().out
+    assert adapter(RunFolder(kept)) == before
+    continued = train([NeverTrain()], folder=runs.DRIVE / "qlora_runs" / kept.name, seed=1)
+    assert continued.path == runs.DRIVE / "qlora_runs" / kept.name
+    assert adapter(continued) == before
+
+
+@pytest.fixture
+def copied(machine):
+    """A local run with three checkpoints, copied to Drive, and its mirror."""
+    run = RunFolder(runs.DRIVE / "qlora_runs" / "exp1")
+    mirror = drive.mirror(run)
+    for step in (2, 4, 6):
+        save(mirror.here, step)
+    assert mirror.push()
+    return mirror
+
+
+def save(run, step, content=b"weights"):
+    folder = run / f"checkpoints/checkpoint-{step}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "weights.bin").write_bytes(content)
+    runs.seal(folder, {"config": "a"})
+
+
+def test_foreign_files_among_the_checkpoints_are_neither_deleted_nor_in_the_way(copied):
+    there = copied.there / "checkpoints"
+    (there / "desktop.ini").write_text("mine")
+    (there / "checkpoint-2 (copy)").mkdir()
+    save(copied.here, 8)
+    runs.remove_old(copied.here, "checkpoint-8")
+    assert copied.push()
+    want = ["checkpoint-2 (copy)", "checkpoint-4", "checkpoint-6", "checkpoint-8", "desktop.ini"]
+    assert sorted(path.name for path in there.iterdir()) == want
+    copied.pull({"config": "a"})
+    assert (there / "desktop.ini").read_text() == "mine"
+
+
+def test_a_checkpoint_saved_again_replaces_its_copy(copied):
+    """The copy may be damaged: then the run continued from an older one."""
+    save(copied.here, 6, b"other weights")
+    assert copied.push()
+    assert (copied.there / "checkpoints/checkpoint-6/weights.bin").read_bytes() == b"other weights"
+
+
+@pytest.mark.parametrize("left", [(), (2,), (2, 4)])
+def test_checkpoints_newer_than_those_here_are_not_deleted(copied, left):
+    for step in {2, 4, 6} - {*left}:
+        shutil.rmtree(copied.here / f"checkpoints/checkpoint-{step}")
+    assert copied.push()
+    assert whole_checkpoints(copied.there) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
 def test_another_configs_run_on_drive_is_refused(train):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qlora_helpers import UserError
+from qlora_helpers import UserError, files
 from qlora_helpers.__main__ import main
 from qlora_helpers.data import chat_template, rendering
 from qlora_helpers.export import merge, parity, pipeline
@@ -173,6 +173,15 @@ def test_modelfile_writes_the_format_of_training(config, tokenizer, make_row, te
 def test_full_disk_is_reported_before_anything_is_written(run, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(UserError, match=r"needs 0.\d GB, but only 0.0 GB are free. Fix"):
+        pipeline.ship(run, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_export_left_is_deleted_before_the_disk_is_measured(run, tmp_path, monkeypatch):
+    files.write_bytes(tmp_path / ".out-abc.part" / "built" / "model.safetensors", b"half a model")
+    files.write_text(tmp_path / ".out-abc.part" / files.LOCK, "")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(UserError, match="disk: "):
         pipeline.ship(run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

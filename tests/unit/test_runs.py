@@ -1,8 +1,12 @@
-"""Run folders: partially written files are not trusted, and no run overwrites another."""
+"""Run folders: damaged files are not trusted, no run overwrites another, and nothing is deleted on an error."""
 
+import errno
 import json
+import os
+import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
@@ -23,12 +27,16 @@ def make_run(folder, name, identity, complete=False):
     return run
 
 
-def make_checkpoint(run, step, identity=ME):
+def make_checkpoint(run, step, identity=ME, best=None):
     path = run / f"checkpoints/checkpoint-{step}"
     path.mkdir(parents=True)
     (path / "weights.bin").write_bytes(b"x" * step)
-    runs.seal(path, identity)
+    runs.seal(path, identity, best)
     return path
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -144,21 +152,221 @@ def test_without_checkpoints_there_is_none(tmp_path):
     assert runs.last_checkpoint(RunFolder(tmp_path), ME) is None
 
 
-@pytest.mark.parametrize("damage", ["no seal", "half a seal", "no file", "short file"])
-def test_an_incomplete_checkpoint_is_skipped_and_removed(tmp_path, capsys, damage):
+DAMAGES = {
+    "no seal": (runs.SEAL, None),
+    "empty seal": (runs.SEAL, b""),
+    "half a seal": (runs.SEAL, b'{"identity": {"con'),
+    "seal of another kind": (runs.SEAL, b'{"files": [1]}'),
+    "no file": ("weights.bin", None),
+    "short file": ("weights.bin", b"x"),
+    "zeros": ("weights.bin", bytes(10)),
+    "one flipped bit": ("weights.bin", b"xxxxxxxxxy"),
+}
+
+
+def damage(folder, name):
+    file, content = DAMAGES[name]
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_and_kept(tmp_path, capsys, kind):
     run = RunFolder(tmp_path)
     whole, broken = make_checkpoint(run, 2), make_checkpoint(run, 10)
-    if damage == "no seal":
-        (broken / runs.SEAL).unlink()
-    elif damage == "half a seal":
-        (broken / runs.SEAL).write_text('{"identity": {"con')
-    elif damage == "no file":
-        (broken / "weights.bin").unlink()
-    else:
-        (broken / "weights.bin").write_bytes(b"x")
+    damage(broken, kind)
+    before = names(broken)
     assert runs.last_checkpoint(run, ME) == whole
-    assert not broken.exists()
+    assert names(broken) == before
     assert "checkpoint-10 is incomplete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["no seal", "one flipped bit"])
+def test_a_checkpoint_without_its_best_one_is_passed_over(tmp_path, kind):
+    run = RunFolder(tmp_path)
+    oldest, best = make_checkpoint(run, 2), make_checkpoint(run, 10)
+    newest = make_checkpoint(run, 12, best=best.name)
+    assert runs.last_checkpoint(run, ME) == newest
+    damage(best, kind)
+    assert runs.last_checkpoint(run, ME) == oldest
+
+
+@pytest.mark.parametrize("name", [runs.SEAL, "weights.bin"])
+def test_a_read_error_is_one_line_and_deletes_nothing(tmp_path, monkeypatch, name):
+    run = RunFolder(tmp_path)
+    for step in (2, 4):
+        make_checkpoint(run, step)
+    before = sorted(tmp_path.rglob("*"))
+    for method in ("open", "read_text"):
+        real = getattr(Path, method)
+
+        def fail(self, *args, real=real, **kwargs):
+            if self.name == name:
+                raise OSError(errno.EIO, "Input/output error")
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(Path, method, fail)
+    with pytest.raises(UserError, match=r"checkpoint-4 cannot be read \(Input/output error\).*Fix"):
+        runs.last_checkpoint(run, ME)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_only_checkpoints_are_taken_for_checkpoints_and_removed(tmp_path):
+    run = RunFolder(tmp_path)
+    foreign = ["checkpoint-3 (copy)", "checkpoint-best", "checkpoint-7.zip", "desktop.ini", "notes"]
+    for step in (2, 4, 6, 8, 10):
+        make_checkpoint(run, step)
+    for name in foreign[:2]:
+        (run / "checkpoints" / name).mkdir()
+    for name in foreign[2:]:
+        (run / "checkpoints" / name).write_text("mine")
+    assert runs.last_checkpoint(run, ME).name == "checkpoint-10"
+    runs.remove_old(run, "checkpoint-10", "checkpoint-2")
+    assert names(run / "checkpoints") == sorted([*foreign, "checkpoint-10", "checkpoint-2", "checkpoint-8"])
+
+
+def test_the_checkpoint_just_saved_is_never_removed(tmp_path):
+    """It may have a lower number than damaged ones that were passed over."""
+    run = RunFolder(tmp_path)
+    for step in (2, 5, 6, 8):
+        make_checkpoint(run, step)
+    runs.remove_old(run, "checkpoint-5")
+    assert names(run / "checkpoints") == ["checkpoint-5", "checkpoint-6", "checkpoint-8"]
+
+
+def test_a_models_folder_beside_the_runs_is_in_nobodys_way(tmp_path):
+    for name, content in (("model", '{"model_type": "llama"}'), ("broken", "{"), ("list", "[]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(content)
+    make_run(tmp_path, "mine", ME)
+    assert runs.find(tmp_path, ME).name == "mine"
+    assert runs.find(tmp_path, OTHER) is None
+    assert runs.choose(tmp_path, "model", OTHER).name.startswith("model-")
+
+
+def test_a_models_folder_is_not_taken_for_a_run(tmp_path):
+    files.write_json(tmp_path / "config.json", {"model_type": "llama"})
+    with pytest.raises(UserError, match=r"something else than a run.*choose another output folder") as caught:
+        runs.check_free(RunFolder(tmp_path), Config())
+    assert "delete" not in str(caught.value)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_a_new_file_has_the_mode_that_the_user_wants(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        files.write_text(tmp_path / "a.txt", "text")
+        with files.building(tmp_path / "folder") as folder:
+            files.write_text(folder / "b.txt", "text")
+    finally:
+        os.umask(before)
+    for name, most in (("a.txt", 0o666), ("folder", 0o777), ("folder/b.txt", 0o666)):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == most & ~umask
+
+
+def test_a_replaced_file_keeps_its_mode_and_a_link_stays_a_link(tmp_path):
+    target, link = tmp_path / "elsewhere" / "a.json", tmp_path / "a.json"
+    target.parent.mkdir()
+    target.write_text("old")
+    target.chmod(0o640)
+    link.symlink_to(target)
+    files.write_json(link, {"new": 1})
+    assert link.is_symlink()
+    assert json.loads(target.read_text()) == {"new": 1}
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+    assert names(target.parent) == ["a.json"]
+
+
+def build(target, error=None):
+    with files.building(target) as folder:
+        files.write_text(folder / "new.txt", "new")
+        if error:
+            raise error
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_folder_appears_at_once_or_not_at_all(tmp_path, held):
+    target = tmp_path / "out"
+    if held:
+        files.write_text(target / "old.txt", "old")
+    with pytest.raises(KeyboardInterrupt):
+        build(target, KeyboardInterrupt())
+    assert names(tmp_path) == (["out"] if held else [])
+    assert not held or names(target) == ["old.txt"]
+    build(target)
+    assert names(tmp_path) == ["out"]
+    assert names(target) == ["new.txt"]
+
+
+KILLED = """
+import os, sys, pathlib
+from qlora_helpers import files
+target = pathlib.Path(sys.argv[1])
+if sys.argv[2] == "between":
+    rename = pathlib.Path.rename
+    pathlib.Path.rename = lambda self, to: os._exit(9) if self.name == "built" else rename(self, to)
+with files.building(target) as folder:
+    (folder / "new.txt").write_text("new")
+    if sys.argv[2] == "before":
+        os._exit(9)
+    if sys.argv[2] == "alive":
+        print("building", flush=True)
+        sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("moment", ["before", "between"])
+def test_what_a_killed_process_was_building_is_cleared_and_nothing_else(tmp_path, moment):
+    target = tmp_path / "out [1]"
+    files.write_text(target / "old.txt", "old")
+    mine = tmp_path / f".{target.name}-mine.part"
+    mine.mkdir()
+    command = [sys.executable, "-c", KILLED, str(target), moment]
+    assert subprocess.run(command, cwd=files.ROOT, timeout=60).returncode == 9
+    assert len(names(tmp_path)) == (3 if moment == "before" else 2)
+    files.clear_leftovers(target)
+    assert names(tmp_path) == [mine.name, target.name]
+    assert names(target) == ["old.txt"]
+
+
+def test_what_another_process_is_still_building_stays(tmp_path):
+    target = tmp_path / "out"
+    command = [sys.executable, "-c", KILLED, str(target), "alive"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=files.ROOT, **pipes) as process:
+        assert process.stdout.readline() == "building\n"
+        files.clear_leftovers(target)
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert names(target) == ["new.txt"]
+
+
+def finished(folder, content=b"weights"):
+    run = RunFolder(folder)
+    run.adapter.mkdir()
+    (run.adapter / "adapter_model.safetensors").write_bytes(content)
+    files.write_json(run / "metrics.json", {"adapter_sha256": files.hashes(run.adapter)})
+    return run.adapter
+
+
+@pytest.mark.parametrize("now", [b"", b"weightz", bytes(7), None])
+def test_an_adapter_other_than_the_one_saved_is_named(tmp_path, now):
+    adapter = finished(tmp_path)
+    runs.check_adapter(adapter)
+    weights = adapter / "adapter_model.safetensors"
+    weights.unlink() if now is None else weights.write_bytes(now)
+    with pytest.raises(UserError, match=r"adapter_model.safetensors is damaged, or was changed.*Fix"):
+        runs.check_adapter(adapter)
+
+
+def test_an_adapter_without_recorded_hashes_is_not_judged(tmp_path):
+    adapter = finished(tmp_path)
+    files.write_json(tmp_path / "metrics.json", {})
+    runs.check_adapter(adapter)
+    (tmp_path / "metrics.json").unlink()
+    runs.check_adapter(adapter)
 
 
 def test_another_configs_checkpoint_is_refused_and_kept(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -213,6 +214,20 @@ def test_a_complete_run_is_not_trained_again(trained, train, capsys):
     assert train(trained.run, [NeverTrain()]) == trained.run
     assert (trained.run / "metrics.json").read_bytes() == before
     assert "nothing to train" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_damaged_adapter_is_saved_again_from_the_last_checkpoint(trained, train, tmp_path):
+    run = RunFolder(shutil.copytree(trained.run.path, tmp_path / "run"))
+    weights = run.adapter / "adapter_model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    with pytest.raises(UserError, match=r"is damaged.*delete .*metrics.json and run again"):
+        train(run, [NeverTrain()])
+    (run / "metrics.json").unlink()
+    count = Count()
+    train(run, [count])
+    assert count.steps == 0
+    assert same(adapter(run), adapter(trained.run))
 
 
 def test_another_configs_complete_run_is_not_taken_for_ours(trained, train):
