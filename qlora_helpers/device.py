@@ -2,9 +2,11 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import platform
 import sys
+import traceback
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from typing import Any
@@ -141,6 +143,23 @@ def keep_freed_memory(device: Device) -> None:
             libc = ctypes.CDLL(None)
             libc.mallopt(M_MMAP_MAX, 0)
             libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def free_last_error() -> None:
+    """Release what the last error in a notebook keeps in memory: the variables of its frames, such as a model.
+
+    Python keeps the error in `sys.last_value`, IPython in its last result. A debugger finds these frames empty.
+    """
+    errors, seen = [getattr(sys, "last_value", None)], set()
+    while errors:
+        error = errors.pop()
+        if isinstance(error, BaseException) and id(error) not in seen:
+            seen.add(id(error))
+            traceback.clear_frames(error.__traceback__)
+            for frame, _ in traceback.walk_tb(error.__traceback__):
+                _ = frame.f_locals  # up to Python 3.12 a copy, made to show the error: reading updates it
+            errors += [error.__cause__, error.__context__]
+    gc.collect()
 
 
 def limit_memory(device: Device, limit_gib: float | None) -> None:

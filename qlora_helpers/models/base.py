@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging as hf_logging
 
 from qlora_helpers.config import UNPACKED, Config
-from qlora_helpers.device import Device, keep_freed_memory
+from qlora_helpers.device import Device, free_last_error, keep_freed_memory
 from qlora_helpers.errors import UserError
 from qlora_helpers.models.hub import from_pretrained
 from qlora_helpers.models.weights import true_size
@@ -24,6 +24,7 @@ def load_base(config: Config, device: Device) -> Any:
 
     Raises `UserError` if the model cannot be loaded, or if it is not stored as the config says.
     """
+    free_last_error()
     keep_freed_memory(device)
     dtype = getattr(torch, device.dtype)
     quantization = None

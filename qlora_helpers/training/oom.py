@@ -1,8 +1,6 @@
 """GPU memory of a run: choose a batch size that fits, and handle running out of memory."""
 
 import gc
-import sys
-import traceback
 
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device, forget_peak
@@ -71,23 +69,6 @@ def shrink(config: Config, device: Device, run: RunFolder, seen_gib: float) -> C
         f"memory: the GPU ran out: {_planned(config, device)}, {seen}. Fix: {_fix(config, device)}. What "
         f"was saved is in {run.path}."
     )
-
-
-def free_last_error() -> None:
-    """Release what the last error in a notebook keeps in memory: the variables of its frames, such as a model.
-
-    Python keeps the error in `sys.last_value`, IPython in its last result. A debugger finds these frames empty.
-    """
-    errors, seen = [getattr(sys, "last_value", None)], set()
-    while errors:
-        error = errors.pop()
-        if isinstance(error, BaseException) and id(error) not in seen:
-            seen.add(id(error))
-            traceback.clear_frames(error.__traceback__)
-            for frame, _ in traceback.walk_tb(error.__traceback__):
-                _ = frame.f_locals  # up to Python 3.12 a copy, made to show the error: reading updates it
-            errors += [error.__cause__, error.__context__]
-    gc.collect()
 
 
 def free(device: Device) -> None:

@@ -41,7 +41,6 @@ def train(
     Raises `UserError` if another process uses the folder, if it holds another run, or if training goes wrong in a
     way that its result would not show: see `checks`.
     """
-    oom.free_last_error()
     identity = cleaning.identity(config, data)
     checks.check_rows(data)
     mirror = drive.mirror(run)

@@ -8,10 +8,10 @@ import weakref
 import pytest
 from transformers import TrainerCallback
 
-from qlora_helpers import UserError
+from qlora_helpers import UserError, device
 from qlora_helpers.experiments import series
 from qlora_helpers.runs import RunFolder
-from qlora_helpers.training import oom, trainer
+from qlora_helpers.training import trainer
 
 
 @pytest.fixture
@@ -84,13 +84,13 @@ def test_frames_of_errors_behind_the_last_one_are_freed_too(shell, capsys):
     assert isinstance(shell.run_cell(CHAINED).error_in_exec, KeyError)
     kept = shell.user_ns["kept"]
     assert [known() is None for known in kept] == [False] * 3
-    oom.free_last_error()
+    device.free_last_error()
     assert [known() is None for known in kept] == [True] * 3
 
 
 def test_freeing_the_last_error_changes_no_variable_of_the_notebook(shell, capsys):
     shell.run_cell("kept = [1]\n1 / 0")
-    oom.free_last_error()
+    device.free_last_error()
     assert shell.user_ns["kept"] == [1]
     assert isinstance(sys.last_value, ZeroDivisionError)
 
@@ -99,7 +99,7 @@ def test_an_error_that_causes_itself_ends_the_search(monkeypatch):
     error = ValueError()
     error.__cause__ = error
     monkeypatch.setattr(sys, "last_value", error, raising=False)
-    oom.free_last_error()
+    device.free_last_error()
 
 
 @pytest.mark.slow
