@@ -3,6 +3,8 @@
 import base64
 import math
 import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from qlora_helpers.evaluation.differences import SAME, UNSURE, Difference
 from qlora_helpers.evaluation.intervals import RESAMPLES, Interval
 from qlora_helpers.evaluation.rivals import BASE
 from qlora_helpers.evaluation.text_metrics import mostly_unspaced, share_difference
+from qlora_helpers.quoting import markdown as inert
+from qlora_helpers.quoting import markdown_code as _quote
 from qlora_helpers.runs import RunFolder
 
 SHOWN = 4  # prompts whose answers are quoted
@@ -41,7 +45,8 @@ def table_markdown(result: Comparison, speed: bool = True) -> str:
     lines = []
     for model in result.table:
         count = [str(len(model.seeds) or "–")] if seeds else []
-        lines.append([model.name, *count, *(_cell(getattr(model, key), form) for key, (_, form) in columns.items())])
+        cells = (_cell(getattr(model, key), form) for key, (_, form) in columns.items())
+        lines.append([inert(model.name), *count, *cells])
     return markdown_table(heads, lines)
 
 
@@ -49,8 +54,8 @@ def text_table_markdown(result: Comparison) -> str:
     """Text metrics of each model that answered, with their intervals."""
     names = list(dict.fromkeys(name for model in result.table for name in model.text))
     answered = [model for model in result.table if model.text]
-    lines = [[model.name, *(_interval(model.text.get(name)) for name in names)] for model in answered]
-    return markdown_table(["", *names], lines) if names else "No held-out question was answered."
+    lines = [[inert(model.name), *(_interval(model.text.get(n)) for n in names)] for model in answered]
+    return markdown_table(["", *map(inert, names)], lines) if names else "No held-out question was answered."
 
 
 def markdown_table(heads: list[str], rows: list[list[str]]) -> str:
@@ -99,6 +104,7 @@ def _further(result: Comparison) -> list[str]:
 def _sentence(result: Comparison, difference: Difference) -> str:
     """A difference in words, with its rows if they are not all."""
     rows, every = difference.rows, result.heldout_rows
+    difference = replace(difference, a=inert(difference.a), b=inert(difference.b))
     return str(difference) if rows == every else f"{difference} on {rows} of {every} rows, {difference.tokens:,} tokens"
 
 
@@ -117,12 +123,12 @@ def scope(result: Comparison) -> str:
 
 def _runs(model: Summary) -> str:
     """The draws and seeds of an experiment."""
-    seeds, rows = len(model.seeds), f"{model.train_rows:,.0f} training rows"
+    seeds, rows, name = len(model.seeds), f"{model.train_rows:,.0f} training rows", inert(model.name)
     if model.all_rows:
-        return f"{model.name}: {seeds} seeds on all {rows}, so that draws cannot vary"
+        return f"{name}: {seeds} seeds on all {rows}, so that draws cannot vary"
     if model.draws == seeds:
-        return f"{model.name}: {seeds} draws of {rows}, one seed each"
-    return f"{model.name}: {seeds} seeds on {'one draw' if model.draws == 1 else f'{model.draws} draws'} of {rows}"
+        return f"{name}: {seeds} draws of {rows}, one seed each"
+    return f"{name}: {seeds} seeds on {'one draw' if model.draws == 1 else f'{model.draws} draws'} of {rows}"
 
 
 def forgetting(result: Comparison) -> list[str]:
@@ -134,7 +140,7 @@ def forgetting(result: Comparison) -> list[str]:
         rows = f"{d.rows} general questions" + (f" ({d.tokens:,} tokens)" if d.tokens else "")
         rose = [f"it rose on {result.rose[d.b]} of them"] if d.b in result.rose else []
         sizes = "; ".join([f"{d.bounds}; {math.expm1(d.value):+.1%} perplexity", *rose, *filter(None, [d.limit])])
-        lines.append(f"{d.b}: the mean loss on {rows} {how} ({sizes})")
+        lines.append(f"{inert(d.b)}: the mean loss on {rows} {how} ({sizes})")
     return lines
 
 
@@ -152,7 +158,8 @@ def thinking(result: Comparison) -> list[str]:
         less = "thinks less often than" if b.value else "stopped thinking, unlike"
         how = less if gap.value < 0 else "thinks more often than"
         lines.append(
-            f"{d.b} {how} {d.a}: a thought precedes {b.value:.0%} of its answers instead of {a.value:.0%} "
+            f"{inert(d.b)} {how} {inert(d.a)}: a thought precedes {b.value:.0%} of its answers instead of "
+            f"{a.value:.0%} "
             f"({gap.value:+.2f}, 95% interval {gap.low:+.2f} to {gap.high:+.2f}). "
             "This does not say whose answers are better: the other metrics leave thoughts out"
         )
@@ -212,7 +219,7 @@ def basis(result: Comparison) -> str:
     if result.family > 1:
         parts.append(f"The intervals of all {result.family} verdicts, forgetting included, hold at once.")
     if result.absent:
-        absent = "; ".join(f"{name} ({reason})" for name, reason in result.absent.items())
+        absent = "; ".join(f"{name} ({reason})" for name, reason in _texts(result.absent))
         parts.append(f"Rivals that were not measured: {absent}.")
     return " ".join(parts)
 
@@ -237,7 +244,7 @@ def _setup(result: Comparison) -> str:
     return (
         f"Model {_quote(_name(result.model['name']))}{_revision(result.model)}, rows of "
         f"{_quote(Path(result.data).name)}:\n{result.heldout_rows} held-out rows with "
-        f"{result.heldout_tokens:,} trained tokens (fingerprint `{result.heldout_fingerprint}`), never used for\n"
+        f"{result.heldout_tokens:,} trained tokens (fingerprint {_quote(result.heldout_fingerprint)}), never used for\n"
         f"training. Differences in {unit}; lower is better."
     )
 
@@ -245,14 +252,14 @@ def _setup(result: Comparison) -> str:
 def _answers(entries: list[dict[str, str]]) -> str:
     return "\n\n".join(
         f"**Question:** {_quote(entry['prompt'])}\n\n"
-        + "\n".join(f"- *{name}*: {_quote(text)}" for name, text in entry.items() if name != "prompt")
+        + "\n".join(f"- *{inert(name)}*: {_quote(text)}" for name, text in entry.items() if name != "prompt")
         for entry in entries
     )
 
 
 def _made_with(result: Comparison) -> str:
-    device = result.device
-    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+    device = dict(_texts(result.device))
+    versions = ", ".join(f"{name} {version}" for name, version in _texts(result.versions))
     return f"{device['name']}, {device['dtype']} ({device['reason']}). {versions}."
 
 
@@ -270,10 +277,9 @@ def bullets(lines: list[str]) -> str:
     return "\n".join(f"- {line}." for line in lines)
 
 
-def _quote(text: str) -> str:
-    """A text on one line, quoted: its Markdown and HTML have no effect."""
-    flat = " ".join(text.split()).replace("`", "'")
-    return f"`{flat}`" if flat else "(empty)"
+def _texts(plain: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Names and values that come from files, as texts without effect in Markdown."""
+    return ((inert(name), inert(str(value))) for name, value in plain.items())
 
 
 def html(text: str, folder: Path) -> str:
