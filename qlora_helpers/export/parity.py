@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_helpers.config import Config
-from qlora_helpers.data import prompts, rendering, sources
+from qlora_helpers.data import prompts, rendering, sources, time_limit
 from qlora_helpers.device import GIB, Device, cpu, detect
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation.answers import neutral_generation
@@ -256,7 +256,8 @@ def _prompt(tokenizer: Any, question: str) -> list[int]:
     if not tokenizer.chat_template:  # a server then sends the text unchanged
         return tokenizer(question)["input_ids"]
     turns = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+    with time_limit.limited():
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 def _answers(model: Any, ids: list[list[int]], ends: list[int]) -> list[tuple[list[int], bool]]:
