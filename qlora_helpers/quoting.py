@@ -10,9 +10,7 @@ import re
 # Control characters of a terminal, and marks that reverse the direction of the text after them.
 STEERING = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069"
 # What Markdown reads as markup, or renderers turn into a link or a formula.
-ACTIVE = re.compile(
-    rf"[\\`*\[\]<>|!&#~${STEERING}]|[^\S ]|\b_|_\b|^[ +=-]|^\d+[.)] |://|\S@\S|\bwww\.", re.IGNORECASE
-)
+ACTIVE = re.compile(rf"[\\`*\[\]<>|!&#~${STEERING}]|[^\S ]|\b_|_\b|^[ +=-]|^\d+[.)] |://|\S@\S|\bwww\.", re.IGNORECASE)
 
 
 def terminal(text: str) -> str:

@@ -1,7 +1,7 @@
 """Run a script that would run code of a model folder, without that: `python -P untrusting.py SCRIPT ARGUMENTS…`.
 
-llama.cpp's converter loads the tokenizers of many families with `trust_remote_code=True`, which runs Python files that
-the folder's own config names.
+llama.cpp's converter loads the tokenizers of many families with code of the model allowed. That runs Python files of the
+folder, which its own config names.
 """
 
 import runpy
@@ -14,9 +14,8 @@ def main(script: str) -> None:
     """Run `script` as a program in which transformers' automatic classes never run code of a model."""
     import transformers
 
-    for name in ("AutoConfig", "AutoTokenizer", "AutoProcessor"):
-        auto: Any = getattr(transformers, name)
-        auto.from_pretrained = _without_code(auto.from_pretrained)
+    for auto in (transformers.AutoConfig, transformers.AutoTokenizer):
+        auto.from_pretrained = _without_code(auto.from_pretrained)  # type: ignore[method-assign]
     sys.path.insert(0, str(Path(script).parent))
     runpy.run_path(script, run_name="__main__")
 

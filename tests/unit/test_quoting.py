@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import mistune
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_report import result
 from transformers import AutoTokenizer
@@ -56,7 +56,7 @@ def test_names_put_no_links_and_no_images_into_a_report(name, tmp_path):
     assert len({line.count("|") for line in text.split("\n\n") if line.startswith("|")}) <= 2
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "loss_curves.png").touch()
-    assert "evil" not in re.sub("<code>.*?</code>", "", report.html(text, tmp_path))
+    assert not re.search('<[^>]* (?:href|src="(?!data:))', report.html(text, tmp_path))
 
 
 @pytest.mark.parametrize("name", ["exp1", "base, 16 bits", "rows × 2", "2.13.0+cu128", "AMD EPYC (2 cores)", "a-b_c"])
@@ -64,6 +64,7 @@ def test_ordinary_names_stay_as_they_are(name):
     assert quoting.markdown(name) == name
 
 
+@settings(max_examples=60)
 @given(st.text(MARKUP + "ab", min_size=1, max_size=30) | st.text(max_size=20))
 @example("!\\[a](b)")
 def test_no_text_is_active_in_markdown(text):
