@@ -1,7 +1,7 @@
 """Run a script that would run code of a model folder, without that: `python -P untrusting.py SCRIPT ARGUMENTS…`.
 
-llama.cpp's converter loads the tokenizers of many families with code of the model allowed. That runs Python files of the
-folder, which its own config names.
+llama.cpp's converter loads the tokenizers of many families with code of the model allowed. That runs Python files of
+the folder, which its own config names.
 """
 
 import runpy
