@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from qlora_helpers import UserError
 from qlora_helpers.data import time_limit
 
-ENDLESS = (
-    "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}{% endfor %}{% endfor %}"
-)
+# Ends after some seconds, so that a missing limit fails the test instead of hanging it.
+ENDLESS = "{% set r = range(99999) %}{% for a in range(2000) %}{% for b in r %}{% endfor %}{% endfor %}"
 TURNS = [{"role": "user", "content": "Hi"}]
 
 
