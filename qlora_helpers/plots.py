@@ -41,6 +41,7 @@ STYLE = {
     "axes.spines.right": False,
     "grid.color": "#DDDDDD",
     "legend.frameon": False,
+    "text.parse_math": False,  # a name may hold dollar signs
 }
 Arguments = ParamSpec("Arguments")
 

@@ -19,7 +19,7 @@ from qlora_helpers.data import prompts, rendering, schema
 from qlora_helpers.data.schema import Message
 from qlora_helpers.device import autocast
 from qlora_helpers.errors import UserError
-from qlora_helpers.evaluation.answers import cache_argument
+from qlora_helpers.evaluation.answers import cache_argument, neutral_generation
 from qlora_helpers.notebook import is_interactive
 
 STEP = 4  # tokens of each answer per step; buttons are handled between steps
@@ -84,7 +84,12 @@ class Conversation:
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         ids, cache = prompt, None
         for left in range(self.new_tokens, 0, -STEP):
-            with self.loaded.use(name) as switched, torch.inference_mode(), autocast(self.loaded.device):
+            with (
+                self.loaded.use(name) as switched,
+                neutral_generation(switched),
+                torch.inference_mode(),
+                autocast(self.loaded.device),
+            ):
                 argument = cache_argument(switched)
                 output = switched.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids), **{argument: cache},

@@ -5,11 +5,13 @@ A server that uses another prompt format, or does not know where an answer ends,
 
 from typing import Any
 
+from qlora_helpers import quoting
 from qlora_helpers.config import Config
 from qlora_helpers.data import prompts, rendering
 from qlora_helpers.data.builtin_templates import answer_prefix, render_question
 from qlora_helpers.data.frames import place_of
 from qlora_helpers.data.schema import Message
+from qlora_helpers.errors import UserError
 
 USER_1, INPUT, ASSISTANT_1, USER_2, ASSISTANT_2 = map(place_of, range(5))
 
@@ -73,7 +75,8 @@ def modelfile(config: Config, tokenizer: Any, gguf: str) -> str:
     """Return an Ollama Modelfile for a GGUF file in the same folder, with a Go template and the stop tokens.
 
     The markers between turns are taken from a rendered conversation. The start token is omitted if the tokenizer adds
-    it. System turns are omitted because the model was trained without them, or always with the same one.
+    it. System turns are omitted because the model was trained without them, or always with the same one. Raises
+    `UserError` if an end token cannot be written there.
     """
     text, _ = rendering.render(_turns(USER_1, ASSISTANT_1, USER_2, ASSISTANT_2), config, tokenizer)
     first, rest = text.split(USER_1)
@@ -82,19 +85,21 @@ def modelfile(config: Config, tokenizer: Any, gguf: str) -> str:
     ask = rendering.render_prompt(_turns(USER_1), config, tokenizer).split(USER_1)[1]
     if starts_with_bos(tokenizer):
         first = first.removeprefix(tokenizer.bos_token)
+    first, between, answer, ask = map(quoting.go_template, (first, between, answer.removeprefix(ask), ask))
     user = (
         f"{{{{ if $later }}}}{between}{{{{ else }}}}{first}{{{{ end }}}}{{{{ .Content }}}}{ask}{{{{ $later = true }}}}"
     )
     lines = [
         f"FROM ./{gguf}",
         'TEMPLATE """{{ $later := false }}{{ range .Messages }}{{ if eq .Role "user" }}'
-        f'{user}{{{{ else if eq .Role "assistant" }}}}{answer.removeprefix(ask)}{{{{ .Content }}}}'
+        f'{user}{{{{ else if eq .Role "assistant" }}}}{answer}{{{{ .Content }}}}'
         '{{ end }}{{ end }}"""',
     ]
-    lines += [
-        f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(token)}"'
-        for token in rendering.end_tokens(config, tokenizer)
-    ]
+    ends = [tokenizer.convert_ids_to_tokens(token) for token in rendering.end_tokens(config, tokenizer)]
+    try:
+        lines += [f"PARAMETER stop {quoting.modelfile(end)}" for end in ends]
+    except ValueError as error:
+        raise UserError(f"template: an end token holds {error}. Fix: end_token=TOKEN with another one.") from None
     return "\n".join([*lines, "PARAMETER temperature 0", "PARAMETER repeat_penalty 1.0", ""])  # the default is 1.1
 
 

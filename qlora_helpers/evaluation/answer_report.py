@@ -7,6 +7,7 @@ from qlora_helpers.evaluation.comparison import Comparison
 from qlora_helpers.evaluation.intervals import Interval
 from qlora_helpers.evaluation.markup import bullets, markdown_table
 from qlora_helpers.evaluation.paired import MetricDifference
+from qlora_helpers.quoting import markdown as inert
 
 
 def text_table_markdown(result: Comparison) -> str:
@@ -14,8 +15,8 @@ def text_table_markdown(result: Comparison) -> str:
     names = list(dict.fromkeys(name for model in result.table for name in model.text))
     answered = {model.name: model.text for model in result.table if model.text} | result.at_limit
     few = f"{result.answered} answers" if too_few(result) else "no interval"
-    lines = [[model, *(_interval(text.get(name), few) for name in names)] for model, text in answered.items()]
-    return markdown_table(["", *names], lines) if names else "No held-out question was answered."
+    lines = [[inert(model), *(_interval(text.get(name), few) for name in names)] for model, text in answered.items()]
+    return markdown_table(["", *map(inert, names)], lines) if names else "No held-out question was answered."
 
 
 def answer_differences(result: Comparison) -> str:
@@ -25,16 +26,16 @@ def answer_differences(result: Comparison) -> str:
     lines, missed = {}, []
     names = list(dict.fromkeys(one.metric for pair in result.answer_differences for one in pair.metrics))
     for pair in result.answer_differences:
-        name, found = f"{pair.b} against {pair.a}", {one.metric: one for one in pair.metrics}
+        name, found = f"{inert(pair.b)} against {inert(pair.a)}", {one.metric: one for one in pair.metrics}
         lines[name] = [_change(found.get(metric)) for metric in names]
-        if unclear := [f"{one.metric} {one.detectable:.2g}" for one in pair.metrics if one.limit]:
+        if unclear := [f"{inert(one.metric)} {one.detectable:.2g}" for one in pair.metrics if one.limit]:
             missed.append(f"{name}: {', '.join(unclear)}")
     if not lines:
         return ""
     parts = [
         "The same answers compared one by one, with 95% intervals. In bold: distinguishable from zero after Holm's "
         f"correction over all {result.answer_differences[0].metrics[0].family} differences.",
-        markdown_table(["", *names], [[name, *cells] for name, cells in lines.items()]),
+        markdown_table(["", *map(inert, names)], [[name, *cells] for name, cells in lines.items()]),
         "Not distinguishable; a difference of this size would be detected in 80% of such comparisons:" * bool(missed),
         bullets(missed),
     ]
@@ -56,8 +57,8 @@ def thinking(result: Comparison) -> list[str]:
         less = "thinks less often than" if gap.b else "stopped thinking, unlike"
         how = less if gap.value < 0 else "thinks more often than"
         lines.append(
-            f"{pair.b} {how} {pair.a}: a thought precedes {gap.b:.0%} of its answers instead of {gap.a:.0%} "
-            f"({gap.value:+.2f}, 95% interval {gap.low:+.2f} to {gap.high:+.2f}). "
+            f"{inert(pair.b)} {how} {inert(pair.a)}: a thought precedes {gap.b:.0%} of its answers instead of "
+            f"{gap.a:.0%} ({gap.value:+.2f}, 95% interval {gap.low:+.2f} to {gap.high:+.2f}). "
             "This does not say whose answers are better: the other metrics leave thoughts out"
         )
     return lines

@@ -1,10 +1,12 @@
 """Greedy answers of a model to held-out questions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from qlora_helpers.config import Config
 from qlora_helpers.data import rendering
@@ -85,13 +87,28 @@ def cache_argument(model: Any) -> str:
     return "cache" if forward.accepts(model, "cache") else "past_key_values"
 
 
+@contextmanager
+def neutral_generation(model: Any) -> Iterator[None]:
+    """Generate without the settings of the model's `generation_config`.
+
+    A repetition penalty there, or a ban on repeated phrases, would also apply to greedy answers.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT reads the inner model's
+    own = getattr(inner, "generation_config", None)
+    inner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = own
+
+
 def _continue(
     model: Any, tokenizer: Any, config: Config, device: Device, texts: list[str], ends: list[int]
 ) -> list[list[int]]:
     ids, _ = tokenize(texts, tokenizer)
     batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
     batch = batch.to(model.get_input_embeddings().weight.device)
-    with torch.inference_mode(), autocast(device):
+    with torch.inference_mode(), autocast(device), neutral_generation(model):
         output = model.generate(
             **batch,
             max_new_tokens=config.max_new_tokens + (config.max_thinking_tokens if config.thinking else 0),

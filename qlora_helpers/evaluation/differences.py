@@ -14,6 +14,7 @@ from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import intervals
 from qlora_helpers.evaluation.intervals import Estimate, Interval
 from qlora_helpers.evaluation.losses import RowLoss
+from qlora_helpers.quoting import markdown
 
 SAME, UNSURE = "the same", "not distinguishable"
 
@@ -101,7 +102,7 @@ class Difference:
     def claim(self) -> str:
         """The verdict in words, without its size."""
         joint = {UNSURE: "from", SAME: f"within ±{self.margin} as"}.get(self.verdict, "than")
-        return f"{self.b} is {self.verdict} {joint} {self.a}"
+        return f"{markdown(self.b)} is {self.verdict} {joint} {markdown(self.a)}"
 
     def __str__(self) -> str:
         size = f"; {math.expm1(self.value):+.1%} perplexity" if self.unit == "token" else ""

@@ -21,12 +21,6 @@ def bullets(lines: list[str]) -> str:
     return "\n".join(f"- {line}." for line in lines)
 
 
-def quote(text: str) -> str:
-    """A text on one line, quoted: its Markdown and HTML have no effect."""
-    flat = " ".join(text.split()).replace("`", "'")
-    return f"`{flat}`" if flat else "(empty)"
-
-
 def html(text: str, folder: Path) -> str:
     """The Markdown report as one page with the figures of `folder`. HTML in the text is shown, not rendered."""
     import mistune

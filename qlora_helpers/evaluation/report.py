@@ -1,6 +1,7 @@
 """The report of a comparison in Markdown: its tables, and its verdicts in words."""
 
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from qlora_helpers.evaluation.answer_report import answer_differences, text_tabl
 from qlora_helpers.evaluation.comparison import Comparison, Summary
 from qlora_helpers.evaluation.differences import SAME, UNSURE, Difference
 from qlora_helpers.evaluation.intervals import RESAMPLES
-from qlora_helpers.evaluation.markup import bullets, html, markdown_table, quote
+from qlora_helpers.evaluation.markup import bullets, html, markdown_table
 from qlora_helpers.evaluation.rivals import BASE, IN_16_BITS
 from qlora_helpers.evaluation.text_metrics import mostly_unspaced
+from qlora_helpers.quoting import markdown as inert
+from qlora_helpers.quoting import markdown_code as quote
 from qlora_helpers.runs import RunFolder
 
 SHOWN = 4  # prompts whose answers are quoted
@@ -36,7 +39,8 @@ def table_markdown(result: Comparison, speed: bool = True) -> str:
     lines = []
     for model in result.table:
         count = [str(len(model.seeds) or "–")] if seeds else []
-        lines.append([model.name, *count, *(_cell(getattr(model, key), form) for key, (_, form) in columns.items())])
+        cells = (_cell(getattr(model, key), form) for key, (_, form) in columns.items())
+        lines.append([inert(model.name), *count, *cells])
     return markdown_table(heads, lines)
 
 
@@ -108,12 +112,12 @@ def scope(result: Comparison) -> str:
 
 def _runs(model: Summary) -> str:
     """The draws and seeds of an experiment."""
-    seeds, rows = len(model.seeds), f"{model.train_rows:,.0f} training rows"
+    seeds, rows, name = len(model.seeds), f"{model.train_rows:,.0f} training rows", inert(model.name)
     if model.all_rows:
-        return f"{model.name}: {seeds} seeds on all {rows}, so that draws cannot vary"
+        return f"{name}: {seeds} seeds on all {rows}, so that draws cannot vary"
     if model.draws == seeds:
-        return f"{model.name}: {seeds} draws of {rows}, one seed each"
-    return f"{model.name}: {seeds} seeds on {'one draw' if model.draws == 1 else f'{model.draws} draws'} of {rows}"
+        return f"{name}: {seeds} draws of {rows}, one seed each"
+    return f"{name}: {seeds} seeds on {'one draw' if model.draws == 1 else f'{model.draws} draws'} of {rows}"
 
 
 def forgetting(result: Comparison) -> list[str]:
@@ -125,7 +129,7 @@ def forgetting(result: Comparison) -> list[str]:
         rows = f"{d.rows} general questions" + (f" ({d.tokens:,} tokens)" if d.tokens else "")
         rose = [f"it rose on {result.rose[d.b]} of them"] if d.b in result.rose else []
         sizes = "; ".join([f"{d.bounds}; {math.expm1(d.value):+.1%} perplexity", *rose, *filter(None, [d.limit])])
-        lines.append(f"{d.b}: the mean loss on {rows} {how} ({sizes})")
+        lines.append(f"{inert(d.b)}: the mean loss on {rows} {how} ({sizes})")
     return lines
 
 
@@ -192,7 +196,7 @@ def basis(result: Comparison) -> str:
             "chose (cross-fitting). The adapter that is kept is the choice of all of them; its own loss is not given."
         )
     if result.absent:
-        absent = "; ".join(f"{name} ({reason})" for name, reason in result.absent.items())
+        absent = "; ".join(f"{name} ({reason})" for name, reason in _texts(result.absent))
         parts.append(f"Rivals that were not measured: {absent}.")
     return " ".join(parts)
 
@@ -221,7 +225,7 @@ def _setup(result: Comparison) -> str:
     return (
         f"Model {quote(_name(result.model['name']))}{_revision(result.model)}, rows of "
         f"{quote(Path(result.data).name)}:\n{result.heldout_rows} held-out rows with "
-        f"{result.heldout_tokens:,} trained tokens (fingerprint `{result.heldout_fingerprint}`), never used for\n"
+        f"{result.heldout_tokens:,} trained tokens (fingerprint {quote(result.heldout_fingerprint)}), never used for\n"
         f"training. Differences in {unit}; lower is better."
     )
 
@@ -229,20 +233,25 @@ def _setup(result: Comparison) -> str:
 def _answers(entries: list[dict[str, str]]) -> str:
     return "\n\n".join(
         f"**Question:** {quote(entry['prompt'])}\n\n"
-        + "\n".join(f"- *{name}*: {quote(text)}" for name, text in entry.items() if name != "prompt")
+        + "\n".join(f"- *{inert(name)}*: {quote(text)}" for name, text in entry.items() if name != "prompt")
         for entry in entries
     )
 
 
 def _made_with(result: Comparison) -> str:
-    device = result.device
-    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+    device = dict(_texts(result.device))
+    versions = ", ".join(f"{name} {version}" for name, version in _texts(result.versions))
     return f"{device['name']}, {device['dtype']} ({device['reason']}). {versions}."
 
 
 def _name(model: str) -> str:
     """A hub id as it is; of a folder its last part only, since reports are passed on."""
     return Path(model).name if Path(model).is_absolute() else model
+
+
+def _texts(plain: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Names and values that come from files, as texts without effect in Markdown."""
+    return ((inert(name), inert(str(value))) for name, value in plain.items())
 
 
 def _revision(model: dict[str, Any]) -> str:

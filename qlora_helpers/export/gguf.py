@@ -28,7 +28,7 @@ from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metada
 from qlora_helpers import files
 from qlora_helpers.data import chat_template
 from qlora_helpers.errors import UserError, nearest
-from qlora_helpers.export import gguf_reader
+from qlora_helpers.export import gguf_reader, untrusting
 from qlora_helpers.export.gguf_reader import field
 from qlora_helpers.models import hub
 
@@ -139,11 +139,15 @@ def _unpack(archive: Path, target: Path) -> None:
 
 def _convert(folder: Path, target: Path, *options: str) -> None:
     """Run llama.cpp's converter on the model in `folder`. Raises `UserError` with its reason if it fails."""
-    # Offline, because for some families it would run code that the tokenizer's config names.
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(converter() / SCRIPT), str(folder), "--outfile", str(target), *options]
-    command += ["--model-name", "fine-tuned with QLoRA"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}  # all it needs is in the folder
+    command = [sys.executable, "-P", untrusting.__file__, str(converter() / SCRIPT), str(folder)]
+    command += ["--outfile", str(target), *options, "--model-name", "fine-tuned with QLoRA"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if result.returncode < 0:
+        raise UserError(
+            f"gguf: the converter was stopped by signal {-result.returncode}, which usually means that memory ran out. "
+            "Fix: close other programs, or export on a machine with more memory."
+        )
     if result.returncode or not target.exists():
         raise UserError(f"gguf: llama.cpp cannot convert {folder} ({_last_line(result.stderr)}). {FIX}")
 

@@ -51,6 +51,7 @@ def end_tokens(file: Path) -> list[int]:
 def load(file: Path, options: dict[str, Any]) -> Any:
     """Load the model with transformers. `options` are passed to `from_pretrained`."""
     source: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    source["trust_remote_code"] = False
     with _no_progress_bar():
         model: Any = AutoModelForCausalLM.from_pretrained(**source, **options, **bundled.unpacked())
     _scale_rotary_frequencies(model, gguf.GGUFReader(file))
@@ -64,7 +65,7 @@ def load_tokenizer(file: Path) -> Any:
     reads the file, it would do so only at the beginning.
     """
     reader = gguf.GGUFReader(file)
-    tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     tokenizer.add_bos_token = bool(field(reader, Keys.Tokenizer.ADD_BOS))  # ignored by older versions
     if field(reader, Keys.Tokenizer.ADD_PREFIX):
         steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]

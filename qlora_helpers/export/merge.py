@@ -21,13 +21,12 @@ from qlora_helpers.config import Config
 from qlora_helpers.data import chat_template, rendering
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import model_card
-from qlora_helpers.models import hub, qlora, safetensors_io
+from qlora_helpers.models import hub, links, qlora, safetensors_io
 from qlora_helpers.models.safetensors_io import StoredTensor
 from qlora_helpers.runs import RunFolder
 
 PREFIX = "base_model.model."  # PEFT puts it before every name of the base model
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
-UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias")
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,8 @@ class Source:
 def source(run: RunFolder) -> Source:
     """Check that a run's adapter can be merged, and return it with the base model that it was trained on.
 
-    Raises `UserError` if the run has no adapter, if the adapter is not this run's or is not plain LoRA, or if the base
-    model differs from the one in training.
+    Raises `UserError` if the run has no adapter, if the adapter is not this run's or is not plain LoRA, if the base
+    model differs from the one in training, or if it has a link that leads out of its folder.
     """
     config = run.config()
     qlora.check_adapter(run.adapter)
@@ -60,10 +59,6 @@ def source(run: RunFolder) -> Source:
                 f"adapter: {run.adapter} has {name} = {saved}, but its run has {name} = {expected}. Fix: restore the "
                 "run's own adapter, or train it again."
             )
-    if unsupported := [name for name in UNSUPPORTED if getattr(lora, name, None)]:
-        raise UserError(
-            f"adapter: {run.adapter} sets {unsupported[0]}, which is not supported. Fix: merge it with PEFT itself."
-        )
     base_name = lora.base_model_name_or_path or config.model
     trained_on = run.read("manifest.json").get("model", {})
     if not hub.is_local(config) and base_name != config.model:
@@ -71,6 +66,7 @@ def source(run: RunFolder) -> Source:
             f"adapter: {run.adapter} belongs to {base_name}, not to {config.model}. Fix: use its own base model."
         )
     base = hub.model_folder(config, trained_on.get("revision"))
+    links.check([*base.iterdir(), *safetensors_io.files(base)], base)
     fingerprint = trained_on.get("fingerprint")
     if fingerprint and fingerprint != safetensors_io.fingerprint(base):
         raise UserError(
@@ -169,6 +165,7 @@ def _write_configs(source: Source, out: Path, tokenizer: Any, stops: list[int]) 
     config = json.loads((source.base / "config.json").read_text("utf-8"))
     tokens = {"eos_token_id": stops if len(stops) > 1 else stops[0]}
     tokens |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config.pop("_name_or_path", None)
+    for name in ("_name_or_path", "auto_map"):  # a local path, and code that is not in the merged folder
+        config.pop(name, None)
     files.write_json(out / "config.json", config | tokens)
     files.write_json(out / "generation_config.json", {"do_sample": False, **tokens})

@@ -14,9 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_helpers.config import Config
-from qlora_helpers.data import prompts, rendering, sources
+from qlora_helpers.data import prompts, rendering, sources, time_limit
 from qlora_helpers.device import GIB, Device, cpu, detect
 from qlora_helpers.errors import UserError
+from qlora_helpers.evaluation.answers import neutral_generation
 from qlora_helpers.export import gguf_reader
 from qlora_helpers.export.merge import Source
 from qlora_helpers.models import hub, qlora, safetensors_io
@@ -245,7 +246,7 @@ def _load(export: Path, device: Device) -> tuple[Any, Any, list[int]]:
     options["device_map"] = {"": 0} if device.kind == "cuda" else None
     if not export.is_dir():
         return gguf_reader.load(export, options), gguf_reader.load_tokenizer(export), gguf_reader.end_tokens(export)
-    model = AutoModelForCausalLM.from_pretrained(export, use_safetensors=True, **options)
+    model = AutoModelForCausalLM.from_pretrained(export, use_safetensors=True, trust_remote_code=False, **options)
     eos = model.generation_config.eos_token_id
     ends = eos if isinstance(eos, list) else [eos]
     return model.eval(), hub.saved_tokenizer(export), [end for end in ends if end is not None]
@@ -255,15 +256,16 @@ def _prompt(tokenizer: Any, question: str) -> list[int]:
     if not tokenizer.chat_template:  # a server then sends the text unchanged
         return tokenizer(question)["input_ids"]
     turns = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+    with time_limit.limited():
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 def _answers(model: Any, ids: list[list[int]], ends: list[int]) -> list[tuple[list[int], bool]]:
-    """Return greedy answers without their end token, and whether they had one."""
+    """Return greedy answers without their end token, and whether they had one. Both sides use neutral settings."""
     longest = max(map(len, ids))
     batch = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in ids], device=model.device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in ids], device=model.device)
-    with torch.inference_mode():
+    with torch.inference_mode(), neutral_generation(model):
         output = model.generate(
             input_ids=batch, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False,
             eos_token_id=ends or [-1], pad_token_id=0,

@@ -1,6 +1,7 @@
 """Push a run's adapter or an exported folder to a model hub. The push is listed first, and sent only on request.
 
-Files are selected by name: a run folder also holds rows, checkpoints, logs and locks, which are never sent.
+Files are selected by name: a run folder also holds rows, checkpoints, logs and locks, which are never sent. Each file
+is searched for secrets and local paths.
 """
 
 import json
@@ -9,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import files
+from qlora_helpers import files, quoting
 from qlora_helpers.data import chat_template
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import model_card
+from qlora_helpers.export import scan
 from qlora_helpers.export.pipeline import GGUF, MERGED
-from qlora_helpers.models import hub, qlora
+from qlora_helpers.models import hub, links, qlora
 from qlora_helpers.runs import RunFolder
 
 TOKENIZER = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
@@ -25,8 +27,6 @@ OF_MERGED = (
     *VOCABULARY, "README.md", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 OF_GGUF = ("model-*.gguf", "Modelfile")
-# Not searched for tokens and paths: weights, and the base model's vocabulary.
-UNCHECKED = (".safetensors", ".gguf", "tokenizer.json", "tokenizer.model", *VOCABULARY)
 
 Content = Path | bytes
 
@@ -44,14 +44,14 @@ class Push:
         sizes = {name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in self.files.items()}
         lines = [f"{size:>15,}  {name}" for name, size in sizes.items()]
         total = f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files, to {self.repository} ({visibility})"
-        return "\n".join([*lines, total, "", "README.md:", "", _read(self.files["README.md"])])
+        return "\n".join([*lines, total, "", "README.md:", "", quoting.terminal(_read(self.files["README.md"]))])
 
 
 def prepare(source: Path, repository: str, public: bool = False) -> Push:
     """List what a push of a run folder or an exported folder would send to `repository`, such as NAME/MODEL.
 
     Nothing is sent. Raises `UserError` if `source` is neither, if an export failed its comparison, if the hub does not
-    allow the name, or if a file names a folder of this machine or contains a token.
+    allow the name, if a file is a link out of `source`, or if one contains a secret or names a folder of a machine.
     """
     _check_name(repository)
     if (source / "manifest.json").exists():
@@ -63,6 +63,7 @@ def prepare(source: Path, repository: str, public: bool = False) -> Push:
             f"push: {source} is neither a run folder nor an exported folder. Fix: pass a finished run, or a folder "
             "that the export command wrote."
         )
+    links.check((content for content in files.values() if isinstance(content, Path)), source)
     _check_clean(files, source)
     return Push(repository, public, files)
 
@@ -148,20 +149,12 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Content]:
 
 
 def _check_clean(contents: Mapping[str, Content], source: Path) -> None:
-    """Raise `UserError` if a file names a folder of this machine or contains the token."""
+    """Raise `UserError` if a file contains a secret or names a folder of a machine."""
     from huggingface_hub import get_token
 
-    folders = {path for path in (Path.home(), source.resolve(), source.resolve().parent, files.ROOT) if path.parts[1:]}
+    folders = [path for path in (Path.home(), source.resolve(), source.resolve().parent, files.ROOT) if path.parts[1:]]
     for name, content in contents.items():
-        if name.endswith(UNCHECKED):
-            continue
-        text = _read(content)
-        if (token := get_token()) and token in text:
-            raise UserError(
-                f"push: {name} contains the token. Fix: remove it, and revoke the token: it has been written to a file."
-            )
-        if named := [str(folder) for folder in folders if str(folder) in text]:
-            raise UserError(f"push: {name} names {named[0]}, a folder of this machine. Fix: remove that line.")
+        scan.check(name, content, get_token(), folders)
 
 
 def _read(content: Content) -> str:

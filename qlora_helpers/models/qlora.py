@@ -3,6 +3,7 @@
 What `base` and `weights` do for the base model is available under the name of this module too.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_helpers.config import Config
 from qlora_helpers.errors import UserError
+from qlora_helpers.models import links
 from qlora_helpers.models.base import four_bit_share, load_base  # noqa: F401
 from qlora_helpers.models.weights import (  # noqa: F401
     four_bit_levels,
@@ -29,6 +31,11 @@ from qlora_helpers.models.weights import (  # noqa: F401
 )
 
 ALL_LINEAR = ("all-linear",)
+# What `attach_lora` sets, and what PEFT adds. Other settings make PEFT import modules or read files that they name.
+OWN_SETTINGS = {
+    "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "base_model_name_or_path",
+    "revision", "inference_mode", "fan_in_fan_out", "peft_version",
+}  # fmt: skip
 
 
 def attach_lora(base: Any, config: Config) -> Any:
@@ -180,9 +187,28 @@ def load_adapters(base: Any, adapters: dict[str, Path]) -> Adapters:
 
 
 def check_adapter(adapter: Path) -> None:
-    """Raise `UserError` if the folder contains no adapter."""
+    """Raise `UserError` if the folder contains no adapter, or one that this package did not write.
+
+    Only plain LoRA with the settings of `attach_lora` is loaded, because PEFT 0.19 imports the module that
+    `megatron_core` names. PEFT ignores keys that it does not know.
+    """
     if not (adapter / "adapter_model.safetensors").exists():
         raise UserError(f"adapter: {adapter} holds none. Fix: run the notebook that trains it to the end.")
+    links.check(adapter.iterdir(), adapter.parent)
+    try:
+        saved = dict(json.loads((adapter / "adapter_config.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"adapter: {adapter} has no readable adapter_config.json ({error}). Fix: train again."
+        ) from None
+    plain = LoraConfig().to_dict()
+    other = [key for key in plain if key not in OWN_SETTINGS and saved.get(key) and saved[key] != plain[key]]
+    other += ["another peft_type"] if saved.get("peft_type") != "LORA" else []
+    other += ["a pattern as target_modules"] if not isinstance(saved.get("target_modules"), list) else []
+    if other:
+        raise UserError(
+            f"adapter: {adapter} sets {other[0]}, which is not supported. Fix: if you trust it, use PEFT itself."
+        )
 
 
 def train_in_float32(model: Any) -> None:

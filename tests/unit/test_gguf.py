@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_helpers import UserError, files
 from qlora_helpers.data import chat_template
 from qlora_helpers.export import gguf as export_gguf
-from qlora_helpers.export import gguf_reader, merge, parity, pipeline
+from qlora_helpers.export import gguf_reader, merge, parity, pipeline, untrusting
 from qlora_helpers.models import bundled, hub
 
 KEYS = gguf.Keys.Tokenizer
@@ -46,10 +46,18 @@ def test_converter_runs_offline_in_this_python(commands, monkeypatch, tmp_path):
     monkeypatch.setattr(export_gguf, "_complete", lambda folder, file: None)
     export_gguf.write(Path("merged"), tmp_path / "model.gguf", "q8_0")
     ((command, environment),) = commands
-    assert command[:3] == [sys.executable, str(tmp_path / "convert_hf_to_gguf.py"), "merged"]
+    script = str(tmp_path / "convert_hf_to_gguf.py")
+    assert command[:5] == [sys.executable, "-P", untrusting.__file__, script, "merged"]
     assert command[command.index("--outtype") + 1] == "q8_0"
     assert command[command.index("--outfile") + 1] == str(tmp_path / "model.gguf")
     assert environment["HF_HUB_OFFLINE"] == "1"
+
+
+def test_a_converter_that_ran_out_of_memory_is_refused_for_that_reason(commands, monkeypatch, tmp_path):
+    killed = subprocess.CompletedProcess([], -9, "", "Loading the tokenizer")
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: killed)
+    with pytest.raises(UserError, match=r"stopped by signal 9, which usually means that memory ran out\. Fix"):
+        export_gguf._convert(tmp_path, tmp_path / "model.gguf")
 
 
 def test_model_that_only_llama_cpp_reads_is_refused_without_it(commands, monkeypatch):

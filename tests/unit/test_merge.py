@@ -199,7 +199,7 @@ def test_hub_model_is_fetched_at_the_commit_of_training(make_run, monkeypatch, t
 
     def download(*args, revision, **options):
         requested.append((args, revision))
-        return "x"
+        return bases["bf16"]
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(UserError, match=r"belongs to .*, not to someone/model"):

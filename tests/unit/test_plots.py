@@ -269,8 +269,9 @@ def test_save_writes_300_dpi_and_leaves_nothing_else(tmp_path) -> None:
 def test_save_keeps_the_old_file_when_drawing_fails(tmp_path) -> None:
     path = plots.save(plots.round_trip_errors({"NF4": 9.3}), tmp_path / "errors.png")
     before = path.read_bytes()
+    drawn = plots.round_trip_errors({"NF4": 9.3})
     with pytest.raises(ValueError, match="Parse"):
-        plots.save(plots.round_trip_errors({"NF4": 9.3}).suptitle("$\\nonsense{$").get_figure(), path)
+        plots.save(drawn.suptitle("$\\nonsense{$", parse_math=True).get_figure(), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 

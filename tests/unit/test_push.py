@@ -1,4 +1,4 @@
-"""Pushing to a model hub: only selected files, nothing about this machine, and nothing at all unless requested.
+"""Pushing to a model hub: only selected files, no secrets, nothing about a machine, and nothing unless requested.
 
 The hub is a small local server; the client is the real one.
 """
@@ -10,12 +10,15 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import gguf
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from qlora_helpers import UserError, files
 from qlora_helpers.__main__ import main
 from qlora_helpers.evaluation import model_card
-from qlora_helpers.export import pipeline
+from qlora_helpers.export import pipeline, push, scan
 from qlora_helpers.models import hub
 from qlora_helpers.runs import RunFolder
 
@@ -101,11 +104,21 @@ def run(make_run):
 def shipped(run, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "shipped"
     pipeline.ship(run, out)
-    for name in ("Modelfile", "model-f16.gguf"):
-        files.write_text(out / "gguf" / name, "as written by an export with a GGUF file")
+    files.write_text(out / "gguf" / "Modelfile", "as written by an export with a GGUF file")
+    write_gguf(out / "gguf" / "model-f16.gguf")
     (out / "rows.jsonl").write_text("")
     (out / "merged" / "pytorch_model.bin").write_text("")
     return out
+
+
+def write_gguf(path, name="tiny"):
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name(name)
+    writer.add_tensor("x.weight", torch.zeros(4).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def losses(folder, each):
@@ -205,7 +218,7 @@ def test_bad_input_is_a_one_line_error(run, shipped, tmp_path, server, capfd):
         (bare.path, NAME, "holds none. Fix"),
         (cut.path, NAME, "has no metrics.json. Fix"),
         (failed, NAME, "does not answer like its adapter. Fix"),
-        (with_path, NAME, f"README.md names {Path.home()}, a folder of this machine. Fix"),
+        (with_path, NAME, f"README.md names {Path.home()}, a folder of a machine. Fix"),
         (with_token, NAME, "config.json contains the token. Fix"),
     ):
         assert main(["push", str(source), "--to", to, "--really"]) == 2
@@ -214,6 +227,91 @@ def test_bad_input_is_a_one_line_error(run, shipped, tmp_path, server, capfd):
         assert error.count("\n") == 1
         assert SECRET not in error
     assert server.requests == []
+
+
+# Put together here, so that this file itself holds none.
+SECRETS = {
+    "a Hugging Face token": SECRET,
+    "a GitHub token": "ghp_" + "a1" * 18,
+    "a GitLab token": "glpat-" + "a1" * 10,
+    "an AWS access key": "AKIA" + "A1" * 8,
+    "a Google API key": "AIza" + "a" * 35,
+    "an OpenAI or Anthropic key": "sk-" + "ant-" + "a1" * 20,
+    "a Slack token": "xoxb-" + "1" * 24,
+    "a Weights & Biases key": "wandb_" + "v1_" + "a1" * 20,
+    "a PyPI token": "pypi-" + "a1" * 30,
+    "an npm token": "npm_" + "a1" * 18,
+    "a JSON web token": "eyJ" + "a" * 20 + ".eyJ" + "b" * 20 + ".c",
+    "a private key": "-----BEGIN OPENSSH" + " PRIVATE KEY-----",
+    "a password in an address": "https://me:" + "secret@example.org/x",
+}
+
+
+def plant(folder, name, text):
+    """Write `text` into a file of an exported folder, in a way that its format allows."""
+    path = folder / name
+    if path.suffix == ".safetensors":
+        save_file(load_file(path), path, {"note": text})
+    elif path.suffix == ".gguf":
+        write_gguf(path, text)
+    else:
+        path.write_text(f'{{"note": "{text}"}}')
+
+
+@pytest.mark.parametrize("kind", scan.SECRETS)
+def test_each_kind_of_secret_is_found_in_text(kind):
+    assert scan.secrets(f"note: {SECRETS[kind]} and more") == kind
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a risk-" + "free" * 10, "task-" + "a1" * 20, "https://example.org/a:b/c@d", "hf_hub_download", "AKIA",
+     "npm_config", "-----BEGIN PUBLIC KEY-----", "sk-learn", "eyJ.eyJ.", "see ghp_ and gho_"],
+)  # fmt: skip
+def test_ordinary_text_is_no_secret(text):
+    assert scan.secrets(text) is None
+
+
+TEXTS = ["merged/README.md", "merged/config.json", "merged/chat_template.jinja", "gguf/Modelfile"]
+OTHERS = ["merged/tokenizer.json", "merged/tokenizer_config.json", "merged/model.safetensors", "gguf/model-f16.gguf"]
+
+
+@pytest.mark.parametrize("name", [*TEXTS, *OTHERS])
+def test_a_secret_in_any_file_stops_a_push_and_is_not_repeated(shipped, tmp_path, name):
+    copy = shutil.copytree(shipped, tmp_path / "copy")
+    plant(copy, name, SECRETS["a GitHub token"])
+    with pytest.raises(
+        UserError, match=rf"{Path(name).name} contains a GitHub token\. Fix: remove it, and revoke"
+    ) as raised:
+        push.prepare(copy, NAME)
+    assert SECRETS["a GitHub token"] not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.parametrize("path", ["/home/alice/models", "/Users/alice/models", r"C:\\Users\\alice\\m", "/root/m"])
+def test_a_home_folder_of_any_machine_stops_a_push(shipped, tmp_path, name, path):
+    copy = shutil.copytree(shipped, tmp_path / "copy")
+    plant(copy, name, path)
+    with pytest.raises(UserError, match=rf"{Path(name).name} names .*, a folder of a machine\. Fix"):
+        push.prepare(copy, NAME)
+
+
+@pytest.mark.parametrize("text", ["https://example.org/home/alice", "/home", "a/home/b", "/Users/"])
+def test_a_web_address_is_no_home_folder(text):
+    scan.check("README.md", text.encode(), None, [])
+
+
+def test_a_damaged_gguf_file_is_not_pushed(shipped, tmp_path):
+    copy = shutil.copytree(shipped, tmp_path / "copy")
+    (copy / "gguf" / "model-f16.gguf").write_text("no GGUF file")
+    with pytest.raises(UserError, match=r"model-f16.gguf is not a GGUF file .*Fix"):
+        push.prepare(copy, NAME)
+
+
+def test_a_dry_run_does_not_steer_the_terminal(shipped, tmp_path):
+    copy = shutil.copytree(shipped, tmp_path / "copy")
+    (copy / "merged" / "README.md").write_text("a\x1b[2Jb")
+    assert "a\N{REPLACEMENT CHARACTER}[2Jb" in str(push.prepare(copy, NAME))
 
 
 def test_card_has_intervals_if_the_base_losses_are_saved(make_run):

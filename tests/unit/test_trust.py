@@ -14,13 +14,13 @@ from transformers import AutoTokenizer
 
 from qlora_helpers import Config, UserError
 from qlora_helpers.data import cleaning, prompts, report, sources
-from qlora_helpers.models import hub, qlora
+from qlora_helpers.export import gguf, merge, pipeline, push, scan
+from qlora_helpers.models import hub, links, qlora, safetensors_io
 from qlora_helpers.runs import RunFolder
 from qlora_helpers.training import trainer
 
 ROOT = Path(__file__).parents[2]
 SECRET = "hf_" + "PlantedForThisTestOnly" * 2
-TOKENS = re.compile(r"hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|AKIA[A-Z0-9]{16}|AIza[\w-]{35}")
 
 
 def tracked_files():
@@ -30,12 +30,30 @@ def tracked_files():
     return [path for path in (ROOT / name for name in names if name) if path.is_file()]
 
 
-def test_no_tracked_file_contains_a_token():
-    assert TOKENS.search(f"a token: {SECRET}")
+def test_no_tracked_file_contains_a_secret():
+    assert scan.secrets(f"a token: {SECRET}") == "a Hugging Face token"
     files = tracked_files()
     assert any(path.suffix == ".ipynb" for path in files)
     assert any("results" in path.parts for path in files)
-    assert [path for path in files if TOKENS.search(path.read_bytes().decode("utf-8", "replace"))] == []
+    assert [path for path in files if scan.secrets(path.read_bytes().decode("utf-8", "replace"))] == []
+
+
+def test_every_locked_package_has_a_hash():
+    text = (ROOT / "requirements.lock").read_text("utf-8")
+    entries = re.findall(r"^([\w.-]+)==\S+((?:\s*\\\s*--hash=sha256:[0-9a-f]{64})*)", text, re.MULTILINE)
+    assert len(entries) > 100
+    assert [name for name, hashes in entries if not hashes] == []
+    assert "torch" not in dict(entries)
+
+
+def test_each_promise_names_a_test_that_exists():
+    promises = [line for line in (ROOT / "SECURITY.md").read_text("utf-8").splitlines() if line.startswith("| ")]
+    named = {name for line in promises for name in re.findall(r"`(test_\w+(?:\.py)?)`", line)}
+    files = {path.name: path.read_text("utf-8") for path in (ROOT / "tests" / "unit").glob("test_*.py")}
+    assert len(named) > 20
+    assert {name for name in named if name.endswith(".py")} <= files.keys()
+    for name in named - files.keys():
+        assert any(f"def {name}(" in text for text in files.values()), name
 
 
 def test_remote_code_and_pickles_are_never_enabled():
@@ -90,6 +108,122 @@ def test_a_pickle_is_not_loaded(folder, config, device, tmp_path):
     with pytest.raises(UserError, match="Fix"):
         qlora.load_base(config.replace(model=str(folder)), device)
     assert not marker.exists()
+
+
+def copied(run, tmp_path):
+    return RunFolder(shutil.copytree(run.path, tmp_path / "exp1"))
+
+
+@pytest.fixture(scope="module")
+def run(make_run):
+    return make_run()
+
+
+ADAPTERS = [
+    ({"megatron_config": {"x": 1}, "megatron_core": "planted_module"}, "megatron_"),
+    ({"auto_mapping": {"base_model_class": "x", "parent_library": "planted_module"}}, "auto_mapping"),
+    ({"peft_type": "XLORA"}, "another peft_type"),
+    ({"target_modules": "(a+)+b"}, "a pattern as target_modules"),
+    ({"use_dora": True}, "use_dora"),
+    ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+]
+
+
+@pytest.mark.parametrize(("settings", "named"), ADAPTERS)
+def test_an_adapter_cannot_make_peft_import_a_module(run, tmp_path, monkeypatch, device, settings, named):
+    marker, copy = tmp_path / "it ran", copied(run, tmp_path)
+    (tmp_path / "planted_module.py").write_text(f"open({str(marker)!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    change(copy.adapter / "adapter_config.json", **settings)
+    base = qlora.load_base(copy.config(), device)
+    for load in (
+        lambda: merge.source(copy),
+        lambda: push.prepare(copy.path, "someone/model"),
+        lambda: qlora.load_adapter(base, copy.adapter),
+        lambda: qlora.load_adapters(base, {"exp1": copy.adapter}),
+    ):
+        with pytest.raises(UserError, match=rf"sets {named}.*, which is not supported\. Fix"):
+            load()
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[1]", '"x"', "\x00"])
+def test_an_adapter_with_unreadable_settings_is_refused(run, tmp_path, content):
+    copy = copied(run, tmp_path)
+    (copy.adapter / "adapter_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"adapter: .* Fix"):
+        qlora.check_adapter(copy.adapter)
+
+
+def test_the_converter_does_not_run_code_in_a_model_folder(folder, tmp_path, monkeypatch):
+    """llama.cpp's script asks for it. This stand-in does what that one does for many families."""
+    marker = tmp_path / "it ran"
+    (folder / "planted.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Words: pass\n")
+    change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["planted.Words", "planted.Words"]})
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setenv("QLORA_LLAMA_CPP", str(tmp_path))
+    (tmp_path / gguf.SCRIPT).write_text(
+        "import sys\nfrom transformers import AutoTokenizer\n"
+        "AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)\nopen(sys.argv[3], 'w').close()\n"
+    )
+    gguf._convert(folder, tmp_path / "out.gguf")
+    assert not marker.exists()
+
+
+@pytest.fixture
+def secret(tmp_path):
+    path = tmp_path / "id_rsa"
+    path.write_text("private")
+    return path
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "NOTICE.txt", "tokenizer.model", "config.json", "model.safetensors"])
+def test_a_link_out_of_a_model_folder_is_not_followed(folder, make_run, tmp_path, secret, name):
+    run = make_run(folder)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(secret)
+    with pytest.raises(UserError, match=rf"link: .*{name} leads out of .*Fix"):
+        pipeline.ship(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_index_cannot_name_weights_outside_the_model_folder(folder, make_run, secret):
+    run = make_run(folder)
+    shutil.copy(folder / "model.safetensors", secret)
+    index = {"weight_map": {"x": "model.safetensors", "y": f"../{secret.name}"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"link: .*id_rsa leads out of .*Fix"):
+        merge.source(run)
+
+
+@pytest.mark.parametrize("name", ["adapter/tokenizer.json", "adapter/chat_template.jinja", "adapter"])
+def test_a_link_out_of_a_run_folder_is_not_pushed(run, tmp_path, secret, name):
+    copy = copied(run, tmp_path)
+    if name == "adapter":
+        secret = shutil.move(copy.adapter, tmp_path / "elsewhere")
+    (copy / name).unlink(missing_ok=True)
+    (copy / name).symlink_to(secret)
+    with pytest.raises(UserError, match=r"link: .* leads out of .*Fix"):
+        push.prepare(copy.path, "someone/model")
+
+
+def test_links_inside_the_cache_of_the_hub_are_followed(model_folder, tmp_path, secret):
+    cache = tmp_path / "models--someone--model"
+    shutil.copytree(model_folder, cache / "blobs")
+    snapshot = cache / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    for path in (cache / "blobs").iterdir():
+        (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / path.name)
+    links.check([*snapshot.iterdir(), *safetensors_io.files(snapshot)], snapshot)
+    (snapshot / "LICENSE").symlink_to(secret)
+    with pytest.raises(UserError, match=r"LICENSE leads out of"):
+        links.check(snapshot.iterdir(), snapshot)
+
+
+def test_a_loop_of_links_is_refused_or_stays_inside(folder):
+    (folder / "LICENSE").symlink_to(folder / "NOTICE")
+    (folder / "NOTICE").symlink_to(folder / "LICENSE")
+    links.check(folder.iterdir(), folder)
 
 
 def test_the_token_is_found_in_colabs_secrets_and_in_the_environment(tmp_path):
