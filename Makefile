@@ -21,7 +21,7 @@ help:
 	@echo "make figures        draw figures/ and write the generated parts of README.md and docs/"
 	@echo "make docs           build docs/ as a site in site/; a broken link is an error"
 	@echo "make set-repo URL=https://github.com/NAME/REPOSITORY   point badges and notebooks to your copy"
-	@echo "make lock       write the installed versions to requirements.lock"
+	@echo "make lock           write the installed versions and their hashes to requirements.lock"
 	@echo "make colab-list     download Colab's current list of packages"
 
 install: $(READY)
@@ -63,8 +63,10 @@ test-versions: $(READY)
 	$(BIN)/python tooling/versions.py oldest newest colab
 
 lock: $(READY)
-	@echo "# Versions with which make test and make run passed on Linux, Python 3.11, without a GPU. Made by: make lock" > requirements.lock
-	$(BIN)/pip freeze --exclude-editable | sed 's/+cpu//' >> requirements.lock
+	@echo "# Versions with which make test and make run passed on Linux, Python 3.11, without a GPU, and the hashes of" > requirements.lock
+	@echo "# their files. Without torch, which you choose. Made by: make lock" >> requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/pip freeze --exclude-editable | grep -v "^torch==\|^uv==" | $(BIN)/uv pip compile --quiet --no-deps --no-header --no-annotate --generate-hashes - >> requirements.lock
 
 notebooks: $(READY)
 	$(BIN)/python tooling/store_outputs.py

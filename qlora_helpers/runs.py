@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,13 @@ def manifest(config: Config, device: Any, data: dict[str, Any]) -> dict[str, Any
 
 
 def git_commit() -> str | None:
-    """Return the commit of the checkout, with `-dirty` if files differ from it, or None outside a checkout."""
+    """Return this package's commit, with `-dirty` if a checkout differs from it, or None if it is unknown.
+
+    An installed copy may lie inside another repository, whose commit says nothing about it. pip notes the commit of a
+    copy that it installed from a repository (PEP 610).
+    """
+    if not (files.ROOT / ".git").exists():
+        return _installed_commit()
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
@@ -215,6 +222,14 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return described.stdout.strip() or None
+
+
+def _installed_commit() -> str | None:
+    try:
+        noted = json.loads(metadata.distribution("qlora-helpers").read_text("direct_url.json") or "{}")
+    except (metadata.PackageNotFoundError, ValueError):
+        return None
+    return noted.get("vcs_info", {}).get("commit_id")
 
 
 def seal(checkpoint: Path, identity: dict[str, str], best: str | None = None) -> None:

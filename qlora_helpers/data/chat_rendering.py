@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from qlora_helpers.config import Config
-from qlora_helpers.data import frames
+from qlora_helpers.data import frames, time_limit
 from qlora_helpers.data.builtin_templates import Span, Turns, UnplacedAnswer, end_text
 from qlora_helpers.data.conversation import Message
 from qlora_helpers.data.frames import Frame
@@ -154,7 +154,10 @@ class ChatTemplate:
         reasons = []
         for variant in [given] if given == other else [given, other]:
             try:
-                return str(self.tokenizer.apply_chat_template(variant, tools=tools, tokenize=False, **options))
+                with time_limit.limited():
+                    return str(self.tokenizer.apply_chat_template(variant, tools=tools, tokenize=False, **options))
+            except UserError:
+                raise
             except Exception as error:  # a template can raise many kinds of jinja errors
                 reasons.append(str(error).splitlines()[0])
         raise UnplacedAnswer(f"the chat template refuses these turns ({reasons[0]})")

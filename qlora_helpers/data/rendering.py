@@ -5,6 +5,7 @@ from functools import lru_cache
 from typing import Any
 
 from qlora_helpers.config import Config
+from qlora_helpers.data import time_limit
 from qlora_helpers.data.builtin_templates import BuiltinTemplate, Span, Turns, UnplacedAnswer
 from qlora_helpers.data.chat_rendering import ChatTemplate, any_of
 from qlora_helpers.data.frames import sample
@@ -27,6 +28,7 @@ def _template(config: Config, tokenizer: Any, chat_template: str | None, _: str 
         raise UserError(
             f"template: {config.model} has no chat template. Fix: template=guanaco or template=instruction."
         )
+    time_limit.check_operators(chat_template)
     template = ChatTemplate(config, tokenizer)
     try:
         template.render(sample(1))

@@ -5,6 +5,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from qlora_helpers import quoting
 from qlora_helpers.config import BUNDLED_MODEL, Config
 from qlora_helpers.data import sources
 from qlora_helpers.evaluation import answer_metrics, differences, losses
@@ -39,9 +40,9 @@ def render(
 
     `own` are the held-out losses of the merged model. Local folders and files are named without their path.
     """
-    manifest = run.read("manifest.json")
+    manifest, metrics = _inert(run.read("manifest.json")), _inert(metrics)
     data, model = manifest["data"], manifest.get("model", {})
-    name, dataset = hub.public_name(config), sources.public_name(config)
+    name, dataset = _inert(hub.public_name(config)), _inert(sources.public_name(config))
     license = hub.license(config, model.get("revision"))
     revision = f" at revision `{model['revision']}`" if model.get("revision") else ""
     return f"""---
@@ -74,6 +75,15 @@ License: {_license(license, name)}
 
 {fill("Versions: " + ", ".join(f"{package} {version}" for package, version in manifest["versions"].items()), 99)}.
 """
+
+
+def _inert(value: Any) -> Any:
+    """Return values of a file with texts that have no effect in Markdown."""
+    if isinstance(value, dict):
+        return {_inert(key): _inert(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_inert(inner) for inner in value]
+    return quoting.markdown(value) if isinstance(value, str) else value
 
 
 def _header(config: Config, license: dict[str, Any], merged: bool) -> str:

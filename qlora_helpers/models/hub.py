@@ -11,8 +11,13 @@ from qlora_helpers.config import BUNDLED_MODEL, Config
 from qlora_helpers.errors import UserError
 from qlora_helpers.models import bundled
 
-# No code, and no weight formats that can contain code.
-DOWNLOADED = ["*.safetensors", "*.json", "tokenizer.model", "LICENSE*", "NOTICE*"]
+# What an export reads: no code, no weight formats that can contain code, and no second copy of the weights, such as
+# `consolidated.safetensors` or `original/`.
+DOWNLOADED = [
+    "model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json",
+    "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja*", "LICENSE*", "NOTICE*",
+]  # fmt: skip
 
 
 def is_local(config: Config) -> bool:
@@ -97,12 +102,28 @@ def model_folder(config: Config, revision: str | None = None) -> Path:
 
 
 def _load_error(config: Config, error: Exception, revision: str | None = None) -> UserError:
+    if _gated(error):
+        return UserError(
+            f"model: '{config.model}' is gated or private, and the hub did not accept the token. Fix: accept the "
+            f"model's terms on its page, then set HF_TOKEN, in Colab as a secret, or pass model={BUNDLED_MODEL}."
+        )
     reason = str(error).strip().splitlines()[0].rstrip(".")
     at = f" at revision {revision}" if revision else ""
     return UserError(
         f"model: '{config.model}'{at} is neither a model folder nor available on the hub ({reason}). Fix: check the "
         f"name and the connection, or pass model=FOLDER, or model={BUNDLED_MODEL}."
     )
+
+
+def _gated(error: BaseException | None) -> bool:
+    """Whether the hub refused access. The libraries wrap its answer in other errors."""
+    from huggingface_hub.errors import GatedRepoError
+
+    while error is not None:
+        if isinstance(error, GatedRepoError) or getattr(getattr(error, "response", None), "status_code", 0) == 403:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @cache
@@ -112,8 +133,10 @@ def reachable() -> bool:
 
     if getproxies():  # the proxy resolves host names
         return True
+    endpoint = urlsplit(constants.ENDPOINT)
+    port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
     try:
-        socket.create_connection((urlsplit(constants.ENDPOINT).hostname, 443), timeout=5).close()
+        socket.create_connection((endpoint.hostname, port), timeout=5).close()
     except OSError:
         return False
     return True

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
 
+from qlora_helpers import runs
 from qlora_helpers.config import Config
 from qlora_helpers.errors import UserError
 from qlora_helpers.models import links
@@ -187,7 +188,7 @@ def load_adapters(base: Any, adapters: dict[str, Path]) -> Adapters:
 
 
 def check_adapter(adapter: Path) -> None:
-    """Raise `UserError` if the folder contains no adapter, or one that this package did not write.
+    """Raise `UserError` if the folder contains no adapter, or one that is not as this package wrote it.
 
     Only plain LoRA with the settings of `attach_lora` is loaded, because PEFT 0.19 imports the module that
     `megatron_core` names. PEFT ignores keys that it does not know.
@@ -209,6 +210,7 @@ def check_adapter(adapter: Path) -> None:
         raise UserError(
             f"adapter: {adapter} sets {other[0]}, which is not supported. Fix: if you trust it, use PEFT itself."
         )
+    runs.check_adapter(adapter)
 
 
 def train_in_float32(model: Any) -> None:
