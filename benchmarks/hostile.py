@@ -28,8 +28,7 @@ from hostile_cases import GOOD, Argv, World, kind_of
 SECONDS, GIB = 60, 2**30
 ROOM, MOST = 8 * GIB, 1.5  # address space that a command may add, and GiB of memory that it may use
 CLOSED = 128 + signal.SIGPIPE  # exit code if nobody reads the output
-WARM = ("data.report", "data.cleaning", "evaluation.report", "evaluation.power", "experiments.matrix", "export.pipeline",
-        "export.push", "planning.tables", "training.trainer", "__main__")  # fmt: skip
+WARM = ("data.report", "evaluation.report", "evaluation.power", "export.pipeline", "export.push", "planning.tables")
 
 
 @dataclass

@@ -13,6 +13,11 @@ from qlora_helpers.config import our_name
 from qlora_helpers.errors import UserError, blame, nearest
 from qlora_helpers.options import Parser
 
+RUN_AGAIN = (
+    "Fix: restore them, or run the notebook again with another output folder; if they are as they should be, report "
+    "the log as a bug."
+)
+
 
 def build_parsers() -> tuple[Parser, dict[str, Parser]]:
     """Return the main parser, and the parser of each command by name."""
@@ -252,9 +257,6 @@ def _fetch() -> None:
     from qlora_helpers.models import bundled
 
     print(bundled.fetch())
-
-
-RUN_AGAIN = "Fix: restore them or run the notebook again with another output folder; if they are as they should be, report the log as a bug."
 
 
 class Command(NamedTuple):
