@@ -5,10 +5,11 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_helpers import __version__, errors, options
+from qlora_helpers import __version__, errors, options, parse
 from qlora_helpers.config import our_name
 from qlora_helpers.errors import UserError, blame, nearest
 from qlora_helpers.options import Parser
@@ -88,6 +89,8 @@ def _report(error: BaseException) -> int:
 
 def _of_runs(*folders: Path) -> AbstractContextManager[None]:
     """Blame any exception in the body of a `with` statement, whose only input are runs, on their folders."""
+    for folder in folders:
+        parse.no_devices(chain(folder.glob("*"), folder.glob("*/*")), "run folder")
     names = ", ".join(map(str, folders[:3])) + (", …" if folders[3:] else "")
     return blame("run folder", f"{names} or the folder of the base model", RUN_AGAIN)
 

@@ -68,6 +68,13 @@ def json_object(
     return value
 
 
+def json_rows(file: Path, what: str, fix: str = errors.BUG) -> list[Any]:
+    """Return the values in a file with one JSON value per line."""
+    content = text(file, what, fix=fix)
+    with blame(what, file, fix):
+        return [json.loads(line) for line in content.split("\n") if line]
+
+
 def model_config(file: Path, hook: Callable[[dict[str, Any]], Any] | None = None) -> dict[str, Any]:
     """Return a model's `config.json`. Raises `UserError` if it asks for more parts than any model has."""
     config = json_object(file, "config", hook, "Fix: pass the model's own config.json.")
@@ -128,16 +135,20 @@ def weights_header(file: Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
+def no_devices(files: Iterator[Path], what: str) -> None:
+    """Raise `UserError` if one of the files is a pipe or a device, whose content may never end."""
+    for file in files:
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise UserError(f"{what}: {file} is not a file. Fix: remove it.")
+
+
 def model_folder(folder: Path, weights: bool) -> None:
     """Check the files of a model folder before a library reads them, with `weights` also the headers of these.
 
     Raises `UserError` for pipes and devices, for a config of too many parts, and for weights that are cut off or hold
     fewer tensors than the config has layers.
     """
-    with blame("model", folder, DOWNLOAD):
-        odd = [file for file in folder.iterdir() if not file.is_file() and not file.is_dir()]
-    if odd:
-        raise UserError(f"model: {odd[0]} is not a file. {DOWNLOAD}")
+    no_devices(folder.iterdir(), "model")
     config = model_config(folder / "config.json") if (folder / "config.json").exists() else {}
     layers = config.get("num_hidden_layers", config.get("n_layer"))
     if weights:

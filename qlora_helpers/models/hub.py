@@ -101,7 +101,9 @@ def model_folder(config: Config, revision: str | None = None) -> Path:
     if config.model == BUNDLED_MODEL:
         return _bundled_folder()
     if is_local(config):
-        return parse.path(config.model, "model")
+        folder = parse.path(config.model, "model")
+        parse.model_folder(folder, weights=True)
+        return folder
     from huggingface_hub import snapshot_download
 
     options: dict[str, Any] = {"revision": revision or config.revision, "allow_patterns": DOWNLOADED}
