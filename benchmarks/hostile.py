@@ -8,7 +8,9 @@ traceback, and with code 2 exactly one line that starts with `error: `. `--show`
 """
 
 import argparse
+import contextlib
 import importlib
+import io
 import json
 import os
 import random
@@ -23,12 +25,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hostile_cases import GOOD, Argv, World, kind_of
+from hostile_cases import GOOD, LINES, Argv, World, clean, kind_of
 
 SECONDS, GIB = 60, 2**30
 ROOM, MOST = 8 * GIB, 1.5  # address space that a command may add, and GiB of memory that it may use
 CLOSED = 128 + signal.SIGPIPE  # exit code if nobody reads the output
-WARM = ("data.report", "evaluation.report", "evaluation.power", "export.pipeline", "export.push", "planning.tables")
 
 
 @dataclass
@@ -114,8 +115,9 @@ class Case:
 
 def run(seeds: Iterable[int], world: World, workers: int = 1) -> Iterator[Outcome]:
     """Run the cases of all seeds, and yield what came of each."""
-    for name in WARM:  # every process begins as a copy of this one
-        importlib.import_module(f"qlora_helpers.{name}")
+    for name in json.loads((world.model.parent / "modules.json").read_text()):  # each process is a copy of this one
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
     left, live = iter(seeds), list[Case]()
     while True:
         while len(live) < workers and (seed := next(left, None)) is not None:
@@ -148,6 +150,7 @@ def _train(world: World) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+    from qlora_helpers import __main__
     from qlora_helpers.config import Config
     from qlora_helpers.experiments import matrix
 
@@ -173,6 +176,14 @@ def _train(world: World) -> None:
     matrix.train_missing(matrix.plan_runs({"exp1": config, "exp2": config.replace(n_samples=8)}, world.runs))
     for checkpoints in world.runs.glob("*/checkpoints"):
         shutil.rmtree(checkpoints)
+    (world.model.parent / "rows.jsonl").write_text(LINES)
+    os.chdir(world.model.parent)
+    with contextlib.redirect_stdout(io.StringIO()):
+        compared, pushed = ["compare", "runs/exp1", "runs/exp2", "--out", "c"], ["push", "runs/exp1", "--to", "a/b"]
+        cleaned, shipped = clean("rows.jsonl", world, "--out", "b"), ["export", "runs/exp1", "--out", "a"]
+        codes = [__main__.main(argv) for argv in (compared, pushed, cleaned, shipped, ["plan"])]
+    assert not any(codes), codes
+    Path("modules.json").write_text(json.dumps(sorted(sys.modules)))
 
 
 def main() -> int:

@@ -26,7 +26,21 @@ CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "co
 LINES = "".join(json.dumps(row) + "\n" for row in GOOD)
 CELLS = "question,answer\n" + "".join(f'"{row["question"]}","{row["answer"]}"\n' for row in GOOD)
 NUMBERS = ("", "-1", "0", "1e999", "nan", "-inf", "9" * 400, "1" * 5000, "2e-4", "0x10", "١٢", "true", "None")
-NAMES = ("..", ".", "~nobody/x", "x" * 300, "a/" * 3000, "a\0b", "loop", "pipe", "\udcff", "", "-", "a\nb", "/dev/zero")
+NAMES = (
+    "..",
+    ".",
+    "~no-such-user/x",
+    "x" * 300,
+    "a/" * 3000,
+    "a\0b",
+    "loop",
+    "pipe",
+    "\udcff",
+    "",
+    "-",
+    "a\nb",
+    "/dev/zero",
+)
 NESTED: Any = ([], {}, [[]], [None], {"a": {"b": []}}, [1, "a", {}])
 TEXTS = ("", " ", "x" * 10**5, "\ud800", "a\0b", "\x1b[31m", "1e999", "<|im_start|>", "{{ x }}", "é🎉")
 VALUES = (None, True, -1, 0, 10**30, 10**400, float("inf"), float("nan"), 1e308, -(2**63), 2**63, *TEXTS, *NESTED)
@@ -296,10 +310,12 @@ def machine(rng: random.Random, world: World) -> Argv:
         sys.stdout = None  # type: ignore[assignment]
     elif fault == "full":
         os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     elif fault == "pipe":
         read, write = os.pipe()
         os.dup2(write, 1)
         os.close(read)
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     else:
         fail_later(rng, fault)
     shipped = ["export", "runs/exp1", "--out", "shipped"], ["push", "runs/exp1", "--to", "a/b"]

@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 from qlora_helpers import errors
 from qlora_helpers.errors import UserError, blame
 
-MOST_JSON, MOST_YAML, MOST_HEADER = 2**28, 2**18, 10**8  # bytes; the last is the limit of the safetensors library
-RATIO, SMALL = 100, 2**28  # a file may unpack to 100 times its size, and to 256 MiB in any case
-ROWS, ROW = (4, 1000), 64  # rows of a Parquet batch, and the bytes that an empty row takes
+MOST_JSON, MOST_YAML, MOST_HEADER = 2**28, 300, 10**8  # bytes; the last is the limit of the safetensors library
+RATIO, SMALL = 100, 2**24  # a file may unpack to 100 times its size, and to 16 MiB in any case
+BATCH, ROWS, ROW = 2**28, (4, 1000), 64  # bytes and rows of a Parquet batch, and bytes that an empty row takes
 # Numbers of parts in a config. The libraries make a list of so many, before they look at the weights.
 COUNT = re.compile(r"(n|num)_(\w+_)?(layers?|experts|labels|blocks)|(en|de)coder_layers")
 MOST_PARTS = 4096
@@ -90,22 +90,22 @@ def model_config(file: Path, hook: Callable[[dict[str, Any]], Any] | None = None
     return config
 
 
-def header(markdown: Path) -> dict[str, Any]:
-    """Return the YAML between two lines `---` at the beginning of a Markdown file, such as a model card.
+def header(markdown: Path, *keys: str) -> dict[str, str]:
+    """Return the texts under some keys of the YAML that begins a Markdown file between two lines `---`.
 
-    Anchors are refused: a few lines of them can stand for more text than fits into memory.
+    Each is read from its own line, because YAML as such takes hours to read if it is deep, and gigabytes if it has
+    aliases.
     """
     import yaml
 
     begin, *lines = text(markdown, "model card").splitlines() or [""]
-    if begin.strip() != "---" or "---" not in lines:
-        return {}
-    content = "\n".join(lines[: lines.index("---")])
-    with blame("model card", markdown):
-        if len(content) > MOST_YAML or any(isinstance(token, yaml.AliasToken) for token in yaml.scan(content)):
-            raise UserError(f"model card: the header of {markdown} is too large, or has aliases. Fix: write it out.")
-        value = yaml.safe_load(content)
-    return value if isinstance(value, dict) else {}
+    found = {}
+    for line in lines[: lines.index("---")] if begin.strip() == "---" and "---" in lines else []:
+        key, _, written = line.partition(":")
+        if key in keys and len(written) <= MOST_YAML:
+            with blame("model card", markdown):
+                found[key] = yaml.safe_load(written)
+    return {key: value for key, value in found.items() if isinstance(value, str) and value}
 
 
 def weights_header(file: Path) -> dict[str, dict[str, Any]]:
@@ -215,9 +215,22 @@ def parquet_rows(file: Path, what: str) -> Iterator[dict[str, Any]]:
         if sum(sizes) > left:
             raise too_large(file, what)
         fewest, most = ROWS
-        batch_size = min(most, max(fewest, SMALL // max([*sizes, 1])))
+        batch_size = min(most, max(fewest, BATCH // max([*sizes, 1])))
         for batch in opened.iter_batches(batch_size):
-            left -= batch.nbytes + ROW * batch.num_rows
+            columns = [_decoded(column) for column in batch.columns]
+            left -= sum(column.nbytes for column in columns) + ROW * batch.num_rows
             if left < 0:
                 raise too_large(file, what)
-            yield from batch.to_pylist()
+            cells = [column.to_pylist() for column in columns]
+            yield from (dict(zip(batch.schema.names, row, strict=True)) for row in zip(*cells, strict=True))
+
+
+def _decoded(column: Any) -> Any:
+    """Return a column with its values written out, so that their size can be counted."""
+    from pyarrow import types
+
+    if types.is_dictionary(column.type):
+        return column.dictionary_decode()
+    if "dictionary<" in str(column.type):
+        raise ValueError(f"{column.type} is not supported: categories inside of lists")
+    return column

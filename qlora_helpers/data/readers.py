@@ -103,7 +103,9 @@ def _json_lines(path: Path) -> Records:
 def _read_json(path: Path) -> dict[str, Records]:
     if _is_jsonl(path):
         return _read_jsonl(path)
-    content = "".join(_lines(path))
+    joined = io.StringIO()  # a list of short lines takes many times the memory of their text
+    joined.writelines(_lines(path))
+    content = joined.getvalue()
     lists = _lists(_json(content, path, 1) if content.strip() else [], path)
     return {key: numbered(rows) for key, rows in lists.items()}
 

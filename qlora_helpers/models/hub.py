@@ -50,11 +50,10 @@ def license(config: Config, revision: str | None = None) -> dict[str, str]:
         else:
             options: dict[str, Any] = {"revision": revision or config.revision, "local_files_only": not reachable()}
             path = Path(hf_hub_download(config.model, "README.md", **options))
-        card = parse.header(path)
+        texts = parse.header(path, "license", "license_name", "license_link")
     except (OSError, ValueError, UserError):
         return {}
-    texts = {key: card[key] for key in ("license", "license_name", "license_link") if isinstance(card.get(key), str)}
-    return texts if texts.get("license") else {}
+    return texts if "license" in texts else {}
 
 
 def from_pretrained(loader: Any, config: Config, **options: Any) -> Any:
