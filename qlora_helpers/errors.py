@@ -137,7 +137,7 @@ def _show(shell: Any, kind: type, error: BaseException, trace: Any, tb_offset: i
 def _guard_notebook() -> None:
     """Set the boundary in a notebook, unless somebody else has set a handler of exceptions."""
     ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
+    shell: Any = ipython.get_ipython() if ipython else None
     if getattr(shell, "kernel", None) is not None and not shell.custom_exceptions:
         shell.set_custom_exc((Exception,), _show)
 
