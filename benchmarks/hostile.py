@@ -81,8 +81,9 @@ class Case:
             os.environ |= {"HOME": tempfile.tempdir, "QLORA_CACHE": tempfile.tempdir}
             os.chdir("case")
             argv = kind_of(self.seed)(random.Random(self.seed), world)
-            (self.folder / "argv").write_text(json.dumps(argv))
-            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            pages = [int(number) for number in Path("/proc/self/statm").read_text().split()]
+            used, resident = (number * resource.getpagesize() for number in pages[:2])
+            (self.folder / "begun").write_text(json.dumps([argv, resident]))
             resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
             from qlora_helpers.__main__ import main
 
@@ -107,9 +108,10 @@ class Case:
         if not done:
             return None
         texts = {name: (self.folder / name).read_text("utf-8", "replace") for name in ("out", "err")}
-        argv = json.loads((self.folder / "argv").read_text()) if (self.folder / "argv").exists() else []
+        begun = self.folder / "begun"
+        argv, resident = json.loads(begun.read_text()) if begun.exists() else ([], 0)
         shutil.rmtree(self.folder, ignore_errors=True)
-        gib = (usage.ru_maxrss - resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024 / GIB
+        gib = (usage.ru_maxrss * 1024 - resident) / GIB
         return Outcome(self.seed, argv, os.waitstatus_to_exitcode(status), **texts, seconds=spent, gib=max(gib, 0.0))
 
 
