@@ -31,9 +31,12 @@ def world(tmp_path_factory):
     return hostile.make_world(tmp_path_factory.mktemp("world"))
 
 
-@pytest.mark.parametrize("seeds", [range(38), pytest.param(range(38, 500), marks=pytest.mark.slow)])
+FEW = (0, 4, 8, 12, 13, 14, 15, 18, 22, 26, 30, 34, 35, 50, 61)  # each kind, and cases that failed once
+
+
+@pytest.mark.parametrize("seeds", [FEW, pytest.param(range(62, 500), marks=pytest.mark.slow)])
 def test_hostile_input_ends_in_success_or_one_line(world, seeds):
-    """Two cases of most kinds; `benchmarks/hostile.py` runs 2,000."""
+    """`benchmarks/hostile.py` runs 2,000 of these cases."""
     problems = [(outcome.seed, outcome.problem) for outcome in hostile.run(seeds, world) if outcome.problem]
     assert problems == []
 
