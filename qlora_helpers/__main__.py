@@ -1,14 +1,23 @@
 """The command line: `qlora COMMAND`, or `python -m qlora_helpers COMMAND`. Each command imports what it needs."""
 
+import io
+import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_helpers import __version__, options
+from qlora_helpers import __version__, errors, options, parse
 from qlora_helpers.config import our_name
-from qlora_helpers.errors import UserError, nearest
+from qlora_helpers.errors import UserError, blame, nearest
 from qlora_helpers.options import Parser
+
+RUN_AGAIN = (
+    "Fix: restore them, or run the notebook again with another output folder; if they are as they should be, report "
+    "the log as a bug."
+)
 
 
 def build_parsers() -> tuple[Parser, dict[str, Parser]]:
@@ -26,25 +35,64 @@ def build_parsers() -> tuple[Parser, dict[str, Parser]]:
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code.
 
-    0 on success, 2 after a `UserError`, which is printed as one line on stderr, 3 if a plan does not fit, and 130 if
-    interrupted.
+    0 on success, 1 after an error of this package, 2 after one that the user can fix, such as a bad file, 3 if a plan
+    does not fit, 130 if interrupted, and 141 if the program that reads the output has ended. Errors are one line on
+    stderr; it names a log file with the traceback, unless the traceback would say no more.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    _guard_output()
+    errors.given.clear()
     try:
-        parser, parsers = build_parsers()
-        _check_names(argv, parsers)
-        args = vars(parser.parse_args(argv))
-        command = args.pop("command")
-        if command is None:
-            parser.print_help()
-            return 0
-        return COMMANDS[command].run(**args) or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        code = _run_command(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
+    except SystemExit:  # --help and --version
+        raise
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
+    except BaseException as error:  # libraries in Rust panic with a class outside of Exception
+        return _report(error)
+
+
+def _run_command(argv: list[str]) -> int:
+    parser, parsers = build_parsers()
+    _check_names(argv, parsers)
+    args = vars(parser.parse_args(argv))
+    command = args.pop("command")
+    if command is None:
+        parser.print_help()
+        return 0
+    return COMMANDS[command].run(**args) or 0
+
+
+def _guard_output() -> None:
+    """Let output be closed, or in an encoding that lacks some characters: these are escaped."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _report(error: BaseException) -> int:
+    """Print an error as one line and return the exit code. Output that cannot be written is dropped."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        if isinstance(error, BrokenPipeError):
+            return 141
+    line = errors.explain(error)
+    print(f"error: {line}" if line else errors.internal(error), file=sys.stderr)
+    return 2 if line else 1
+
+
+def _of_runs(*folders: Path) -> AbstractContextManager[None]:
+    """Blame any exception in the body of a `with` statement, whose only input are runs, on their folders."""
+    for folder in folders:
+        parse.no_devices(chain(folder.glob("*"), folder.glob("*/*")), "run folder")
+    names = ", ".join(map(str, folders[:3])) + (", …" if folders[3:] else "")
+    return blame("run folder", f"{names} or the folder of the base model", RUN_AGAIN)
 
 
 def _check_names(argv: list[str], parsers: Mapping[str, Parser]) -> None:
@@ -79,7 +127,7 @@ def _compare(run_folders: list[Path], out: Path, margin: float | None) -> None:
     from qlora_helpers.runs import RunFolder
 
     folders = [RunFolder(path) for path in run_folders]
-    with runs.corrupt_files_as_user_error(folders):
+    with _of_runs(*run_folders):
         experiments = comparison.group(folders)
         result = comparison.compare(experiments, margin)
         written = report.write(result, experiments, runs.workdir(str(out)))
@@ -166,13 +214,11 @@ def _plan(
 def _plan_comparison(effect: float, pilot: list[Path], json: bool) -> int:
     from json import dumps
 
-    from qlora_helpers import runs
     from qlora_helpers.evaluation import power
     from qlora_helpers.runs import RunFolder
 
-    folders = [RunFolder(path) for path in pilot]
-    with runs.corrupt_files_as_user_error(folders):
-        design = power.design(effect, folders)
+    with _of_runs(*pilot):
+        design = power.design(effect, [RunFolder(path) for path in pilot])
     print(dumps(design.to_dict(), indent=1) if json else design)
     return 0
 
@@ -181,7 +227,8 @@ def _export(run_folder: Path, out: Path, gguf: str | None) -> None:
     from qlora_helpers.export import parity, pipeline
     from qlora_helpers.runs import RunFolder
 
-    compared = pipeline.ship(RunFolder(run_folder), out.expanduser().resolve(), gguf)
+    with _of_runs(run_folder):
+        compared = pipeline.ship(RunFolder(run_folder), out.resolve(), gguf)
     print(parity.table(compared), f"\nExport: {out}", sep="\n")
 
 
@@ -189,8 +236,9 @@ def _harness(run_folder: Path, **args: Any) -> None:
     from qlora_helpers.evaluation import harness
     from qlora_helpers.runs import RunFolder
 
-    print("Each line: base model and adapter, on the same samples.")
-    print(*harness.evaluate(RunFolder(run_folder), **args), sep="\n")
+    with _of_runs(run_folder):
+        results = harness.evaluate(RunFolder(run_folder), **args)
+    print("Each line: base model and adapter, on the same samples.", *results, sep="\n")
 
 
 def _serve(**args: Any) -> None:
@@ -204,7 +252,8 @@ def _serve(**args: Any) -> None:
 def _push(source: Path, repository: str, public: bool, yes: bool) -> None:
     from qlora_helpers.export import push
 
-    planned = push.prepare(source.expanduser(), repository, public)
+    with _of_runs(source):
+        planned = push.prepare(source, repository, public)
     print(planned)
     print(f"Pushed: {push.upload(planned)}" if yes else "Nothing was sent. To send it, add --yes.")
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers.errors import UserError
+from qlora_helpers import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 PART, LOCK, REPLACED = ".part", ".building", "replaced"  # of a folder that is being built
@@ -143,12 +143,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
     Raises `UserError` for a damaged file and `FileNotFoundError` for a missing one.
     """
-    try:
-        return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
-    except FileNotFoundError:
-        raise
-    except (ValueError, OSError) as error:
-        raise UserError(f"file: {path} cannot be read ({error}). Fix: delete its folder and run again.") from None
+    if not path.exists():
+        raise FileNotFoundError(path)
+    return parse.json_rows(path, "file", "Fix: delete its folder and run again.")
 
 
 def short_hash(content: Any) -> str:

@@ -3,11 +3,15 @@
 import argparse
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any, NoReturn
 
+from qlora_helpers import parse
 from qlora_helpers.config import PROFILES, Config, value_type
 from qlora_helpers.errors import UserError
+
+OUT = partial(parse.path, what="--out", is_input=False)
+RUN, MODEL = partial(parse.path, what="run folder"), partial(parse.path, what="model")
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,7 +55,7 @@ def _help(field: "dataclasses.Field[Any]") -> str:
 def run(run: Parser) -> None:
     """Add the options of `run`."""
     run.option("--samples", type=int, nargs=2, metavar=("N1", "N2"), help="training rows of experiments 1 and 2")
-    run.option("--out", type=Path, required=True, metavar="DIR", help="output folder")
+    run.option("--out", type=OUT, required=True, metavar="DIR", help="output folder")
     run.settings("n_samples", "profile")
     _profile(run)
 
@@ -62,7 +66,7 @@ def batch(batch: Parser) -> None:
     batch.option("--seeds", type=int, nargs="+", default=[0], metavar="S", help="training seeds (default 0)")
     for option, kind in (("learning-rates", float), ("ranks", int), ("epochs-list", int), ("effective-batches", int)):
         batch.option(f"--{option}", type=kind, nargs="+", metavar="X", help="values to try in turn, at the largest N")
-    batch.option("--out", type=Path, required=True, metavar="DIR", help="output folder")
+    batch.option("--out", type=OUT, required=True, metavar="DIR", help="output folder")
     batch.settings("n_samples", "seed", "profile")
     _profile(batch)
 
@@ -74,7 +78,7 @@ def _profile(parser: Parser) -> None:
 def data(data: Parser) -> None:
     """Add the options of `data`."""
     data.add_argument("dataset", metavar="SOURCE", help="file, folder, hub id, 'sample' or 'python-stdlib'")
-    data.option("--out", type=Path, required=True, metavar="DIR", help="output folder for rows and report")
+    data.option("--out", type=OUT, required=True, metavar="DIR", help="output folder for rows and report")
     data.option("--model", help="folder or hub id of the model whose tokenizer is used (default: the bundled model)")
     data.option("--max-tokens", type=int, default=512, metavar="N", help="maximum tokens per row (default 512)")
     data.option(
@@ -106,7 +110,7 @@ def plan(plan: Parser) -> None:
     plan.option("--targets", help="layers with an adapter, such as q_proj,v_proj, or all")
     plan.option("--rows", type=int, nargs="+", metavar="N", help="numbers of training rows to print the time for")
     plan.option("--detect", type=float, metavar="X", help="plan a comparison that detects X nats per token instead")
-    plan.option("--pilot", type=Path, nargs="+", metavar="RUN", help="finished runs to take variances from")
+    plan.option("--pilot", type=RUN, nargs="+", metavar="RUN", help="finished runs to take variances from")
     plan.option("--json", action="store_true", help="print JSON")
     short = {"batch_size": "--batch", "gradient_accumulation": "--accumulation"}
     plan.settings("profile", "model", "target_modules", aliases={**short, "gradient_checkpointing": "--checkpointing"})
@@ -115,14 +119,14 @@ def plan(plan: Parser) -> None:
 def compare(compare: Parser) -> None:
     """Add the options of `compare`."""
     words = "run folders; those that differ only in the seed count as one experiment"
-    compare.add_argument("run_folders", type=Path, nargs="+", metavar="RUN", help=words)
-    compare.option("--out", type=Path, required=True, metavar="DIR", help="output folder for the report")
+    compare.add_argument("run_folders", type=RUN, nargs="+", metavar="RUN", help=words)
+    compare.option("--out", type=OUT, required=True, metavar="DIR", help="output folder for the report")
     compare.option("--margin", type=float, metavar="X", help="differences below X nats per token do not matter")
 
 
 def harness(harness: Parser) -> None:
     """Add the options of `harness`."""
-    harness.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a finished run")
+    harness.add_argument("run_folder", type=RUN, metavar="RUN", help="folder of a finished run")
     harness.option("--tasks", nargs="+", required=True, metavar="TASK", help="names of lm-eval's tasks, or YAML files")
     harness.option("--limit", type=int, metavar="N", help="samples per task (default: all)")
     harness.option("--chat-template", action="store_true", dest="chat", help="prompt in the model's own chat template")
@@ -130,21 +134,21 @@ def harness(harness: Parser) -> None:
 
 def export(export: Parser) -> None:
     """Add the options of `export`."""
-    export.add_argument("run_folder", type=Path, metavar="RUN", help="folder of a finished run")
-    export.option("--out", type=Path, required=True, metavar="DIR", help="new folder for the merged model")
+    export.add_argument("run_folder", type=RUN, metavar="RUN", help="folder of a finished run")
+    export.option("--out", type=OUT, required=True, metavar="DIR", help="new folder for the merged model")
     export.option("--gguf", metavar="KIND", help="also write a GGUF file and a Modelfile: f16, q8_0 or q4_k_m")
 
 
 def serve(serve: Parser) -> None:
     """Add the options of `serve`."""
-    serve.add_argument("path", type=Path, metavar="DIR", help="exported folder, merged folder or .gguf file")
+    serve.add_argument("path", type=MODEL, metavar="DIR", help="exported folder, merged folder or .gguf file")
     serve.option("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
     serve.option("--port", type=int, default=8000, metavar="N", help="port to listen on (default 8000)")
 
 
 def push(push: Parser) -> None:
     """Add the options of `push`."""
-    push.add_argument("source", type=Path, metavar="FOLDER", help="finished run, or folder written by export")
+    push.add_argument("source", type=RUN, metavar="FOLDER", help="finished run, or folder written by export")
     push.option("--to", required=True, metavar="NAME/MODEL", dest="repository", help="repository on the hub")
     push.option("--public", action="store_true", help="make the repository public (default: private)")
     push.option("--yes", "--really", action="store_true", help="send it; without this option, nothing is sent")

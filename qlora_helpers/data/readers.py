@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qlora_helpers.errors import UserError
+from qlora_helpers import parse
+from qlora_helpers.errors import UserError, blame
 
 Records = Iterator[tuple[str, Any]]  # the place in the file, such as `line 3`, and the record
 COMPRESSED = (".gz", ".zst", ".bz2")
@@ -27,11 +28,9 @@ def read(path: Path) -> dict[str, Records]:
 
     Raises `UserError`, also later while the records are read, if the file cannot be read.
     """
-    try:
+    with blame("dataset", path):
         found = READERS[suffix(path)](path)
         return {split: _with_errors(records, path) for split, records in found.items()}
-    except OSError as error:
-        raise _unreadable(path, error) from None
 
 
 def read_saved(folder: Path) -> dict[str, Records]:
@@ -41,12 +40,10 @@ def read_saved(folder: Path) -> dict[str, Records]:
     """
     import datasets
 
-    try:
+    with blame("dataset", folder):
         saved = datasets.load_from_disk(str(folder))
-    except Exception as error:  # missing files, other versions, damaged tables
-        raise _unreadable(folder, error) from None
     splits = saved if isinstance(saved, dict) else {"": saved}
-    return {str(split): numbered(rows) for split, rows in splits.items()}
+    return {str(split): _with_errors(numbered(rows), folder) for split, rows in splits.items()}
 
 
 def is_saved(folder: Path) -> bool:
@@ -60,23 +57,12 @@ def numbered(rows: Any) -> Records:
 
 
 def _with_errors(records: Records, path: Path) -> Records:
-    try:
+    with blame("dataset", path):
         yield from records
-    except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    why = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f"dataset: cannot read {path} ({why}). Fix: check the file.")
 
 
 def _open(path: Path) -> BinaryIO:
-    if path.suffix not in COMPRESSED:
-        return path.open("rb")
-    import pyarrow
-
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression="detect"))
+    return parse.unpacked(path, "dataset") if path.suffix in COMPRESSED else path.open("rb")
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -117,7 +103,9 @@ def _json_lines(path: Path) -> Records:
 def _read_json(path: Path) -> dict[str, Records]:
     if _is_jsonl(path):
         return _read_jsonl(path)
-    content = "".join(_lines(path))
+    joined = io.StringIO()  # a list of short lines takes many times the memory of their text
+    joined.writelines(_lines(path))
+    content = joined.getvalue()
     lists = _lists(_json(content, path, 1) if content.strip() else [], path)
     return {key: numbered(rows) for key, rows in lists.items()}
 
@@ -172,18 +160,7 @@ def _csv_rows(path: Path) -> Records:
 
 
 def _read_parquet(path: Path) -> dict[str, Records]:
-    return {"": _parquet_rows(path)}
-
-
-def _parquet_rows(path: Path) -> Records:
-    from pyarrow import ArrowException, parquet
-
-    try:
-        with parquet.ParquetFile(path) as file:
-            yield from numbered(itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(1000)))
-    except ArrowException as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"dataset: {path} is not a readable Parquet file ({why}). Fix: export it again.") from None
+    return {"": numbered(parse.parquet_rows(path, "dataset"))}
 
 
 READERS: dict[str, Callable[[Path], dict[str, Records]]] = {

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qlora_helpers import parse
 from qlora_helpers.config import PYTHON_DOCS, SAMPLE_DATA, Config
 from qlora_helpers.data import python_docs, readers, schema
 from qlora_helpers.data.readers import READERS, Records
@@ -71,7 +72,7 @@ def load(config: Config) -> Loaded:
         return _parse(_local_parts(sample_data(), None), SAMPLE_DATA, given, config.group_by)
     if not _is_path(config.dataset):
         return _parse([Part(config.dataset, _from_hub(config))], config.dataset, given, config.group_by)
-    path = Path(config.dataset).expanduser()
+    path = parse.path(config.dataset, "dataset")
     parts = _local_parts(path, config.subset)
     if config.split:
         parts = _one_split(parts, config.split, path)
@@ -102,7 +103,7 @@ def own_data(name: str) -> Path:
 
 
 def _is_path(dataset: str) -> bool:
-    path = Path(dataset).expanduser()
+    path = parse.path(dataset, "dataset")
     return path.exists() or readers.suffix(path) in READERS or dataset.count("/") != 1
 
 
@@ -129,7 +130,7 @@ def _local_parts(path: Path, subset: str | None) -> list[Part]:
     A folder's splits come from the names of its files and subfolders, or from `datasets`, if that wrote it.
     """
     if subset:
-        if not (path / subset).is_dir():
+        if not parse.path(path / subset, "subset").is_dir():
             raise UserError(f"subset: {path} has no folder '{subset}'. Fix: check the name, or leave subset out.")
         path = path / subset
     if path.is_dir() and readers.is_saved(path):

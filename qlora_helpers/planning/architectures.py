@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from qlora_helpers import parse
 from qlora_helpers.config import BUNDLED_MODEL, Config
 from qlora_helpers.errors import UserError
 from qlora_helpers.planning.shape import ATTENDED, Block, Linear, Shape
@@ -44,7 +45,8 @@ LLAMA_LIKE = {
     "olmo2": Traits(qk_norms="all heads"),
 }
 FAMILIES = (*LLAMA_LIKE, "bloom")
-SECONDS = 600  # building the largest models takes about a minute
+LARGEST = 2**31  # no width or number of layers comes near it
+SECONDS = 180  # building the largest models takes about a minute
 
 
 @cache
@@ -95,17 +97,11 @@ def read(model: str, revision: str = "main") -> dict[str, Any]:
     """
     if (offline := known(model)) is not None:
         return offline
-    path = Path(model).expanduser()
+    path = parse.path(model, "model")
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         file = _from_hub(model, revision)
-    try:
-        config = json.loads(file.read_text("utf-8"), object_hook=_infinite)
-    except (OSError, ValueError) as error:
-        raise UserError(f"config: {file} cannot be read ({error}). Fix: pass a model's config.json.") from None
-    if not isinstance(config, dict):
-        raise UserError(f"config: {model} does not contain a model's config. Fix: pass a model's config.json.")
-    return config
+    return parse.model_config(file, _infinite)
 
 
 @cache
@@ -167,9 +163,9 @@ def _built_elsewhere(config: str) -> Shape | str:
 def _count(name: str, config: dict[str, Any], *keys: str, default: int | None = None) -> int:
     """Return the value of the first of `keys` that the config has. Raises `UserError` unless it is a positive int."""
     value = next((config[key] for key in keys if config.get(key) is not None), default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < LARGEST:
         raise UserError(
-            f"config: {name} has {keys[0]} = {value!r} instead of a positive integer. "
+            f"config: {name} has {keys[0]} = {value!r:.40} instead of a positive integer. "
             "Fix: pass the model's own config.json."
         )
     return value

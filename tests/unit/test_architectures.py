@@ -142,8 +142,8 @@ def test_a_folder_a_file_and_the_hub(tmp_path, model_folder, monkeypatch):
         ("{}", "has model_type = None"),
         ('{"model_type": "unheard_of"}', "transformers builds no model of type 'unheard_of'"),
         ('{"model_type": "llama", "hidden_size": 8}', "has intermediate_size = None"),
-        ("[1]", "does not contain a model's config"),
-        ("{", "cannot be read"),
+        ("[1]", "not a JSON object"),
+        ("{", "cannot be used"),
     ],
 )
 def test_a_config_that_cannot_be_used_is_one_line(tmp_path, text, message):

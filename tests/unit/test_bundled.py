@@ -100,7 +100,7 @@ def test_a_missing_local_file_is_an_error(steps, tmp_path, monkeypatch):
 def test_a_cache_folder_that_cannot_be_created_is_an_error(steps, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="cannot create"):
+    with pytest.raises(UserError, match="cannot write"):
         bundled.fetch()
 
 

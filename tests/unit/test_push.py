@@ -335,7 +335,7 @@ def test_card_has_intervals_if_the_base_losses_are_saved(make_run):
     other = made.path.parent / "base-0" / "heldout_losses.jsonl"
     other.write_text(other.read_text().replace('"a"', '"z"'))
     with pytest.raises(UserError, match=r"on different held-out rows\. Fix"):
-        model_card.render(made, made.config(), made.read("metrics.json"))
+        model_card.card(made, made.config(), made.read("metrics.json"))
 
 
 @pytest.mark.parametrize(

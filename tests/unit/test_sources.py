@@ -218,7 +218,7 @@ def test_a_written_row_can_be_read_again(write_rows, record):
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "not UTF-8 on line 2"),
         ("a.jsonl", b'{"text": "x"},\n{"text": "y"}\n', "line 1 (a comma ends the line)"),
         ("a.jsonl", b"\xff\xfe\x00", "not valid UTF-16"),
-        ("a.jsonl.gz", b"not compressed", "cannot read"),
+        ("a.jsonl.gz", b"not compressed", "cannot be used"),
         ("a.json", b'{"name": "x", "items": 3}', "an object with the keys name, items"),
         ("a.json", b'{"question": ["a", "b"], "answer": ["c"]}', "an object with the keys question, answer"),
         ("a.csv", b"text\nna\xefve\n", "in Windows-1252, as spreadsheets save it, it reads 'naïve'"),
@@ -230,7 +230,7 @@ def test_a_written_row_can_be_read_again(write_rows, record):
         ("a.csv", b'text\nx\n"open', "not valid CSV on line 3"),
         ("a.csv", b"text\n\xff\n", "not UTF-8 on line 2"),
         ("a.csv", b"a,b\n1,2\n", "has: a, b"),
-        ("a.parquet", b"PAR1 not a Parquet file", "not a readable Parquet file"),
+        ("a.parquet", b"PAR1 not a Parquet file", "Parquet magic bytes not found"),
         ("a.jsonl", b'{"n": ' + b"9" * 5000 + b"}", "line 1"),
         ("a.txt", b"text\nx\n", "not a .jsonl, .json, .csv, .tsv or .parquet file"),
     ],
@@ -326,7 +326,7 @@ def test_splits_in_one_json_file_or_saved_folder_are_read(tmp_path):
     assert Counter(row.split for row in load(tmp_path / "rows.json").rows) == {"": 3, "test": 1}
     assert Counter(row.split for row in load(tmp_path / "saved").rows) == {"": 3, "test": 3}
     assert turns(load(tmp_path / "one").rows[0]) == [("user", "q0"), ("assistant", "a0")]
-    assert "cannot read" in error_message(broken(tmp_path / "one"))
+    assert "cannot be used" in error_message(broken(tmp_path / "one"))
 
 
 def broken(saved):
