@@ -16,6 +16,7 @@ from qlora_helpers.config import Config
 from qlora_helpers.errors import UserError
 
 SEAL = "complete.json"
+INDEX = ".runs.json"  # what a work folder's runs are: see `_identities`
 MERGED, GGUF = "merged", "gguf"  # subfolders of an export
 DRIVE = Path("/content/drive/MyDrive")  # Google Drive, where Colab mounts it
 
@@ -110,9 +111,37 @@ class RunFolder:
 
 def find(folder: Path, identity: dict[str, str]) -> RunFolder | None:
     """Return the run in `folder` with this identity, whatever its name, or None. Finished runs come first."""
-    runs = [RunFolder(path.parent) for path in sorted(folder.glob("*/config.json"))]
+    runs = [RunFolder(folder / name) for name, known in _identities(folder).items() if known == identity]
     same = [run for run in runs if run.identity() == identity]
     return next((run for run in same if run.finished), same[0] if same else None)
+
+
+def _identities(folder: Path) -> dict[str, Any]:
+    """Return the identity of each run in `folder`, by name, in order.
+
+    The index keeps them with the time and size of their `config.json`, so that only new and changed ones are read: a
+    folder may hold thousands of runs, and lie on a slow disk.
+    """
+    try:
+        known = dict(json.loads((folder / INDEX).read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    listed = {}
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        try:
+            stat = os.stat(f"{folder}/{name}/config.json")
+        except OSError:  # no run
+            continue
+        match known.get(name):
+            case [stat.st_mtime_ns, stat.st_size, identity]:
+                pass
+            case _:
+                identity = RunFolder(folder / name).identity()
+        listed[name] = [stat.st_mtime_ns, stat.st_size, identity]
+    if listed != known:
+        with contextlib.suppress(OSError):
+            files.write_json(folder / INDEX, listed)
+    return {name: identity for name, (*_, identity) in listed.items()}
 
 
 def choose(folder: Path, name: str, identity: dict[str, str]) -> RunFolder:
