@@ -43,8 +43,9 @@ class Writer:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         letters = random.Random(0)
-        syllables = [a + b for a in "bcdfghklmnprstvw" for b in ("a", "e", "i", "o", "u", "an", "er", "in")]
-        self.words = ["".join(letters.choices(syllables, k=letters.choice((1, 2, 2, 3, 3, 4)))) for _ in range(8000)]
+        ends = ("a", "e", "i", "o", "u", "an", "er", "in", "ost", "all", "eck", "und", "ish", "ow", "ea", "ight")
+        syllables = [a + b for a in ("", *"bcdfghklmnprstvw", "st", "ch", "br", "pl") for b in ends]
+        self.words = ["".join(letters.choices(syllables, k=letters.choice((1, 2, 2, 3, 3, 4)))) for _ in range(30000)]
         self.weights = [1 / (rank + 3) for rank in range(len(self.words))]
 
     def text(self, least: int, most: int) -> str:
@@ -77,7 +78,13 @@ def _losses(rng: random.Random, number: int, level: float) -> list[dict[str, Any
     sizes = random.Random(number)  # the same rows for every model
     rows = [(sizes.randint(20, 250), sizes.gauss(0, 0.3)) for _ in range(number)]
     return [
-        {"id": f"row{i}", "loss_sum": n * (2 + own + level + rng.gauss(0, 0.1)), "tokens": n, "bytes": 4 * n, "group": ""}
+        {
+            "id": f"row{i}",
+            "loss_sum": n * (2 + own + level + rng.gauss(0, 0.1)),
+            "tokens": n,
+            "bytes": 4 * n,
+            "group": "",
+        }
         for i, (n, own) in enumerate(rows)
     ]
 
@@ -91,7 +98,7 @@ def _answers(seed: int, number: int, least: int = 30, most: int = 120) -> list[d
     ]  # fmt: skip
 
 
-def write_runs(folder: Path, number: int) -> list[Path]:
+def write_runs(folder: Path, number: int) -> None:
     """Write finished runs of as many recipes, and the five forms of their base model."""
     from qlora_helpers.config import Config
 
@@ -116,7 +123,13 @@ def write_runs(folder: Path, number: int) -> list[Path]:
         files.write_jsonl(run / "answers.jsonl", _answers(i + 10, ANSWERS))
         files.write_jsonl(run / "log.jsonl", [{"step": 0, "eval_loss": 3.0}, *lines, {"step": 100, "eval_loss": 2.0}])
         files.write_json(run / "metrics.json", metrics | {"peak_memory_gib": 1.0, "seed": 0})
-    return [folder / f"run{i}" for i in range(number)]
+
+
+def _apart(what: str, path: Path, number: int) -> None:
+    """Write in a process of its own: the memory of this one would count in those that it starts."""
+    subprocess.run(
+        [sys.executable, str(Path(__file__)), "--child", f"write-{what}", str(path), str(number)], check=True
+    )
 
 
 def measure(case: str, words: list[str], note: Callable[[str], str] = str.strip) -> Result:
@@ -194,11 +207,12 @@ def results(cases: list[str]) -> list[Result]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if "compare" in cases:
-            words = ["-m", "qlora_helpers", "compare", *map(str, write_runs(folder / "runs", RUNS))]
+            _apart("runs", folder / "runs", RUNS)
+            words = ["-m", "qlora_helpers", "compare", *(str(folder / "runs" / f"run{i}") for i in range(RUNS))]
             page = folder / "out" / "report.html"
             words += ["--out", str(page.parent)]
             measured.append(measure("compare", words, lambda _: f"page of {page.stat().st_size / 1e6:.1f} MB"))
-        own = [__file__, "--child"]
+        own = [str(Path(__file__)), "--child"]
         measured += [measure(case, [*own, case]) for case in ("interval", "answers", "live") if case in cases]
         for number in BESIDE if "start" in cases else ():
             beside = folder / f"beside{number}"
@@ -210,7 +224,7 @@ def results(cases: list[str]) -> list[Result]:
                 measured.append(measure(f"start, {number:,} beside, {when}", [*own, "start", str(beside)]))
         for number in ROWS if "data" in cases else ():
             rows = folder / f"rows{number}.jsonl"
-            write_rows(rows, number)
+            _apart("rows", rows, number)
             words = ["-m", "qlora_helpers", "data", str(rows), "--out", str(folder / f"data{number}")]
             measured.append(measure(f"data, {number:,} rows", [*words, "--max-tokens", "1024"], lambda _: ""))
     return measured
@@ -224,7 +238,11 @@ def main() -> None:
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        {"interval": interval, "answers": answers, "live": live, "start": start}[args.child[0]](*args.child[1:])
+        case, *given = args.child
+        if case.startswith("write-"):
+            {"write-runs": write_runs, "write-rows": write_rows}[case](Path(given[0]), int(given[1]))
+        else:
+            {"interval": interval, "answers": answers, "live": live, "start": start}[case](*given)
         return
     measured = results(args.cases)
     if args.json:

@@ -29,7 +29,7 @@ GRAY = "#666666"
 WIDTH = 6.4  # inches
 BLOCK = 64  # weights that share one scale in NF4
 BINS = np.linspace(-1, 1, 82).tolist()  # an odd number of bins, so that one is centered on zero
-PANELS = 12  # runs in one figure: more take long to draw, and a page of many megabytes
+PANELS = 6  # runs in one figure: more take long to draw, and a page of many megabytes
 TURN = 0.005  # nats by which the held-out loss must rise above its minimum to be called overfitting
 STYLE = {
     "font.size": 11,

@@ -147,12 +147,20 @@ def same_question(a: str, b: str, common: Collection[str] = frozenset()) -> bool
     only_a, only_b = ([w for w in only.elements() if w not in common] for only in (in_a - in_b, in_b - in_a))
     if _symbols(" ".join((in_a - in_b) + (in_b - in_a))):
         return False
+    if _surely_left(only_a, only_b) and _surely_left(only_b, only_a):  # as for most texts, without comparing each pair
+        return False
     for word in tuple(only_a):
         twin = next((other for other in only_b if is_slip(word, other)), None)
         if twin is not None:
             only_a.remove(word)
             only_b.remove(twin)
     return not (only_a and only_b)
+
+
+def _surely_left(words: list[str], others: list[str]) -> bool:
+    """Return whether one of the words is surely no slip of spelling of any of the others."""
+    begun = {other[0] for other in others if len(other) >= SLIP}
+    return any(len(word) < SLIP or word[0] not in begun for word in words)
 
 
 def is_slip(a: str, b: str) -> bool:

@@ -16,7 +16,7 @@ from qlora_helpers.evaluation.text_metrics import mostly_unspaced, share_differe
 from qlora_helpers.runs import RunFolder
 
 SHOWN = 4  # prompts whose answers are quoted
-DRAWN = 40  # differences in a figure
+DRAWN = 20  # differences in a figure
 _COLUMNS = {
     "train_rows": ("rows", ",.0f"),
     "steps": ("steps", ",.0f"),
@@ -182,7 +182,8 @@ def markdown(result: Comparison, figures: list[str]) -> str:
         "## Verdicts": f"{bullets(_further(result))}\n\n{basis(result)} {scope(result)}\n{_METHOD}",
         "## What the answers are like": _text(result),
         "## What was forgotten": bullets(forgetting(result)) or _NO_BASE,
-        "## Figures": _drawn(result)[1] + "\n".join(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures),
+        "## Figures": _drawn(result)[1]
+        + "\n".join(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures),
         "## Answers": _answers(result.answers[:SHOWN]),
         "## Limits": _LIMITS,
         "## Made with": _made_with(result),

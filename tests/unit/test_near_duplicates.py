@@ -278,4 +278,4 @@ def test_rows_in_one_frame_are_not_all_compared_with_each_other(monkeypatch):
     texts = [INSTRUCTION + f"My {noun} and the {rng.choice(nouns)} broke." for noun in nouns]
     assert matches(texts) == set()
     assert len(compared) < 10 * len(texts)
-    assert matches([*texts, texts[0].replace("archive", "arhcive")]) == {400}
+    assert matches([*texts, texts[0].replace("museum", "musuem")]) == {400}
