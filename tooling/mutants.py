@@ -95,7 +95,7 @@ def run(faults: WorkDB, minutes: float) -> None:
 def report(faults: WorkDB) -> int:
     """Print the faults that survived and the counts, and return the exit code."""
     counts: Counter[str] = Counter()
-    for fault, result in faults.completed_work_items:
+    for _, result in faults.completed_work_items:
         if result.worker_outcome == WorkerOutcome.SKIPPED:
             continue
         timed_out = result.output == "timeout"

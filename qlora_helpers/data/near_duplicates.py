@@ -206,7 +206,7 @@ def _sorted_sentences(words: str) -> list[str]:
 
 
 def _letters(words: str) -> int:
-    """Return a number that is equal for texts of which `same_text` may hold: a slip keeps the first letter of a word."""
+    """Return a number that is equal for texts of which `same_text` may hold: slips keep the first letter."""
     tokens = words.split()
     return hash(tuple(sorted(token[0] if len(token) >= SLIP and token.isalpha() else token for token in tokens)))
 

@@ -307,7 +307,7 @@ def write(result: Comparison, experiments: dict[str, list[RunFolder]], folder: P
 
 
 def _drawn(result: Comparison) -> tuple[list[Difference], str]:
-    """The differences in the figure, and a paragraph that says so if they are not all: then those to the best rivals."""
+    """The differences in the figure, and a paragraph if they are not all: then those to the best rivals."""
     every = result.differences
     if len(every) <= DRAWN:
         return every, ""

@@ -1,5 +1,7 @@
 """Which tokens are trained, checked against handwritten strings rather than against the code that sets the labels."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -213,7 +215,7 @@ def test_tokens_without_gaps_get_the_labels_of_any_others(text, draw):
     """A start token, which covers no character, makes the same tokens ones with a gap."""
     places = st.sets(st.integers(0, len(text)), max_size=8).map(sorted)
     edges = sorted({0, len(text), *draw.draw(places)})
-    offsets = list(zip(edges, edges[1:], strict=False))
+    offsets = list(pairwise(edges))
     ends = draw.draw(places)
     spans = list(zip(ends[::2], ends[1::2], strict=False))
     ids = list(range(1, len(offsets) + 1))
