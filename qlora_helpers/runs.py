@@ -16,7 +16,7 @@ from qlora_helpers.config import Config
 from qlora_helpers.errors import UserError
 
 SEAL = "complete.json"
-INDEX = ".runs.json"  # what a work folder's runs are: see `_identities`
+INDEX, INDEXED = ".runs.json", 20  # see `_identities`; a folder with fewer new runs needs no index
 MERGED, GGUF = "merged", "gguf"  # subfolders of an export
 DRIVE = Path("/content/drive/MyDrive")  # Google Drive, where Colab mounts it
 
@@ -119,14 +119,14 @@ def find(folder: Path, identity: dict[str, str]) -> RunFolder | None:
 def _identities(folder: Path) -> dict[str, Any]:
     """Return the identity of each run in `folder`, by name, in order.
 
-    The index keeps them with the time and size of their `config.json`, so that only new and changed ones are read: a
-    folder may hold thousands of runs, and lie on a slow disk.
+    The index keeps them with the time and size of their `config.json`, so that fewer than `INDEXED` files are read,
+    those of new and changed runs: a folder may hold thousands of runs, and lie on a slow disk.
     """
     try:
         known = dict(json.loads((folder / INDEX).read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         known = {}
-    listed = {}
+    listed, new = {}, 0
     for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
         try:
             stat = os.stat(f"{folder}/{name}/config.json")
@@ -136,9 +136,9 @@ def _identities(folder: Path) -> dict[str, Any]:
             case [stat.st_mtime_ns, stat.st_size, identity]:
                 pass
             case _:
-                identity = RunFolder(folder / name).identity()
+                identity, new = RunFolder(folder / name).identity(), new + 1
         listed[name] = [stat.st_mtime_ns, stat.st_size, identity]
-    if listed != known:
+    if new >= INDEXED:
         with contextlib.suppress(OSError):
             files.write_json(folder / INDEX, listed)
     return {name: identity for name, (*_, identity) in listed.items()}
