@@ -9,7 +9,7 @@ FULL := .venv/.ready-full
 FAST_NOTEBOOKS := $(wildcard notebooks/0[1-4]_*.ipynb)
 NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg -p no:cacheprovider
 
-.PHONY: help install run test test-full lint notebooks figures docs clean set-repo colab-list test-versions lock
+.PHONY: help install run test test-full lint notebooks figures docs clean set-repo colab-list test-versions lock mutants
 
 help:
 	@echo "make run            execute notebooks 01-07 into $(OUT), and compare the runs"
@@ -17,6 +17,7 @@ help:
 	@echo "make test           make lint, the fast notebooks and the fast tests (minutes)"
 	@echo "make test-full      also the slow ones; compiles llama.cpp once (needs a C++ compiler)"
 	@echo "make test-versions  the unit tests on the oldest, newest and Colab's versions (gigabytes)"
+	@echo "make mutants        plant 100 faults in the core and list those that no unit test notices (hours)"
 	@echo "make notebooks      execute the notebooks with the CPU profile and store their outputs"
 	@echo "make figures        draw figures/ and write the generated parts of README.md and docs/"
 	@echo "make docs           build docs/ as a site in site/; a broken link is an error"
@@ -61,6 +62,12 @@ test-full: $(FULL) test
 
 test-versions: $(READY)
 	$(BIN)/python tooling/versions.py oldest newest colab
+
+# Not in requirements-dev.txt: cosmic-ray brings 30 packages that nothing else needs. It goes on where it was stopped;
+# to begin anew, remove build/mutants.
+mutants: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "cosmic-ray>=8.4,<9" "pytest-cov>=6,<8"
+	nice -n 19 $(BIN)/python tooling/mutants.py
 
 lock: $(READY)
 	@echo "# Versions with which make test and make run passed on Linux, Python 3.11, without a GPU, and the hashes of" > requirements.lock

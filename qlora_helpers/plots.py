@@ -3,6 +3,7 @@
 import functools
 import io
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
@@ -28,6 +29,7 @@ GRAY = "#666666"
 WIDTH = 6.4  # inches
 BLOCK = 64  # weights that share one scale in NF4
 BINS = np.linspace(-1, 1, 82).tolist()  # an odd number of bins, so that one is centered on zero
+PANELS = 6  # runs in one figure: more take long to draw, and a page of many megabytes
 TURN = 0.005  # nats by which the held-out loss must rise above its minimum to be called overfitting
 STYLE = {
     "font.size": 11,
@@ -164,10 +166,13 @@ def _stack(axes: Axes, names: list[str], parts: dict[str, list[float]], totals: 
 def loss_curves(logs: dict[str, list[dict[str, Any]]]) -> Figure:
     """Plot training and held-out loss by step, one panel per run, on one scale, from the lines of `log.jsonl`.
 
-    If the held-out loss rises at the end, its minimum is marked and the steps after it are shaded.
+    If the held-out loss rises at the end, its minimum is marked and the steps after it are shaded. Of more than
+    `PANELS` runs, the first ones are shown, and the title says so.
     """
+    title = "Loss during training" + (f", the first {PANELS} of {len(logs)} runs" if len(logs) > PANELS else "")
+    logs = dict(islice(logs.items(), PANELS))
     rows, columns = (1, len(logs)) if len(logs) <= 2 else (len(logs), 1)
-    figure, panels = new_figure("Loss during training", 1.4 + 2.4 * rows, rows, columns)
+    figure, panels = new_figure(title, 1.4 + 2.4 * rows, rows, columns)
     for axes, (name, lines) in zip(panels, logs.items(), strict=True):
         axes.set_title(name)
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))

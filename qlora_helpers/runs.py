@@ -19,6 +19,7 @@ from qlora_helpers.errors import UserError
 
 SEAL = "complete.json"
 KEPT = 3  # checkpoints of a run: the newest ones, and the best one if it is kept
+INDEX, INDEXED = ".runs.json", 20  # see `_identities`; a folder with fewer new runs needs no index
 MERGED, GGUF = "merged", "gguf"  # subfolders of an export
 DRIVE = Path("/content/drive/MyDrive")  # Google Drive, where Colab mounts it
 
@@ -114,17 +115,45 @@ class RunFolder:
 
 def find(folder: Path, identity: dict[str, str]) -> RunFolder | None:
     """Return the run in `folder` with this identity, whatever its name, or None. Finished runs come first."""
-    runs = [RunFolder(path.parent) for path in sorted(folder.glob("*/config.json"))]
-    same = [run for run in runs if _holds(run, identity)]
+    runs = [RunFolder(folder / name) for name, known in _identities(folder).items() if known == identity]
+    same = [run for run in runs if _identity(run) == identity]
     return next((run for run in same if run.finished), same[0] if same else None)
 
 
-def _holds(run: RunFolder, identity: dict[str, str]) -> bool:
-    """Return whether a folder holds this run. One that cannot be read holds another."""
+def _identities(folder: Path) -> dict[str, Any]:
+    """Return the identity of each run in `folder`, by name, in order.
+
+    The index keeps them with the time and size of their `config.json`, so that fewer than `INDEXED` files are read,
+    those of new and changed runs: a folder may hold thousands of runs, and lie on a slow disk.
+    """
     try:
-        return run.identity() == identity
+        known = dict(json.loads((folder / INDEX).read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    listed, new = {}, 0
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        try:
+            stat = os.stat(f"{folder}/{name}/config.json")
+        except OSError:  # no run
+            continue
+        match known.get(name):
+            case [stat.st_mtime_ns, stat.st_size, identity]:
+                pass
+            case _:
+                identity, new = _identity(RunFolder(folder / name)), new + 1
+        listed[name] = [stat.st_mtime_ns, stat.st_size, identity]
+    if new >= INDEXED:
+        with contextlib.suppress(OSError):
+            files.write_json(folder / INDEX, listed)
+    return {name: identity for name, (*_, identity) in listed.items()}
+
+
+def _identity(run: RunFolder) -> dict[str, str] | None:
+    """Return the identity of a run, or None for a folder whose `config.json` is not a run's."""
+    try:
+        return run.identity()
     except UserError:
-        return False
+        return None
 
 
 def suffixed(run: RunFolder, identity: dict[str, str]) -> RunFolder:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from qlora_helpers.config import Config
 from qlora_helpers.data import frames, time_limit
@@ -38,7 +38,7 @@ class ChatTemplate:
 
     config: Config
     tokenizer: Any
-    known: dict[Any, Frame] = field(default_factory=dict, compare=False)
+    known: dict[Any, Any] = field(default_factory=dict, compare=False)  # what does not depend on the words of a row
 
     def render(self, messages: Turns) -> tuple[str, list[Span]]:
         """Return the text of a conversation and the spans of its learned answers. Raises `UnplacedAnswer`."""
@@ -144,9 +144,7 @@ class ChatTemplate:
     def _apply(self, turns: list[Message], **options: Any) -> str:
         tools = next((json.loads(turn["tools"]) for turn in turns if turn.get("tools")), None)
         given = [{key: value for key, value in turn.items() if key not in ("learn", "tools")} for turn in turns]
-        source = self.tokenizer.get_chat_template(tools=tools)
-        # Dates are pinned, so that a run resumed on another day trains on the same text.
-        options["chat_template"] = TODAY.sub(lambda call: repr(self._today.strftime(call[2])), source)
+        options["chat_template"] = self._dated(self.tokenizer.get_chat_template(tools=tools))
         if self.config.thinking is not None:
             options["enable_thinking"] = self.config.thinking
         # Some templates take the arguments of a tool call as an object, others as text.
@@ -161,6 +159,12 @@ class ChatTemplate:
             except Exception as error:  # a template can raise many kinds of jinja errors
                 reasons.append(str(error).splitlines()[0])
         raise UnplacedAnswer(f"the chat template refuses these turns ({reasons[0]})")
+
+    def _dated(self, source: str) -> str:
+        """Return a chat template with its date pinned, so that a run resumed on another day trains on the same text."""
+        if source not in self.known:
+            self.known[source] = TODAY.sub(lambda call: repr(self._today.strftime(call[2])), source)
+        return str(self.known[source])
 
     @cached_property
     def _today(self) -> date:
@@ -177,7 +181,7 @@ class ChatTemplate:
             turns = [{"role": role, "content": frames.place_of(number)} for number, role in enumerate(roles)]
             parts = frames.PLACE.split(self._apply(turns, **options))
             self.known[key] = Frame(tuple(map(int, parts[1::2])), tuple(parts[:-1:2]), parts[-1])
-        return self.known[key]
+        return cast(Frame, self.known[key])
 
     def _contents(self, turns: list[Message], text: str, asked: list[int]) -> dict[int, Span]:
         """Return where each answer begins, at the end of the generation prompt, and where its content ends."""
@@ -192,9 +196,11 @@ class ChatTemplate:
 
     def _preamble_length(self, turns: list[Message], number: int, frame: Frame) -> int:
         """Return the number of characters between the end of the generation prompt and the content of an answer."""
-        prompt = self._frame(tuple(turn["role"] for turn in turns[:number]), add_generation_prompt=True)
-        rest = frames.after_prompt(frame.glue(number), prompt.tail)
-        return len(rest) if rest.strip("\n") else 0
+        key = (frame, roles := tuple(turn["role"] for turn in turns[:number]))
+        if key not in self.known:
+            rest = frames.after_prompt(frame.glue(number), self._frame(roles, add_generation_prompt=True).tail)
+            self.known[key] = len(rest) if rest.strip("\n") else 0
+        return int(self.known[key])
 
     def _before_answer(self, roles: tuple[str, ...]) -> str:
         """Return what the template writes between the generation prompt after these roles and the next answer."""
@@ -233,8 +239,12 @@ class ChatTemplate:
 
     def _end(self, text: str, content_end: int) -> int | None:
         """Return where the end of an answer ends, or None if no special token follows its content."""
-        match = re.compile(rf"\s*({self._special.pattern})").match(text, content_end)
+        match = self._blanks_and_special.match(text, content_end)
         return match.end() if match else None
+
+    @cached_property
+    def _blanks_and_special(self) -> re.Pattern[str]:
+        return re.compile(rf"\s*({self._special.pattern})")
 
     @cached_property
     def _special(self) -> re.Pattern[str]:

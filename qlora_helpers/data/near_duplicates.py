@@ -14,8 +14,10 @@ of two tests, because the two kinds of mistake differ in cost:
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 
@@ -31,23 +33,25 @@ WORD = rf"[\w{MARKS}]"
 LETTER = r"[^\W\d_]"
 CLOSING = r"(?:[\"'”’»)\]]|\*\*)"
 INVISIBLE = re.compile("[\xad\u200b\u200e\u200f\u2060\ufeff]")
-# Each alternative starts with the characters it is about, and looks behind afterwards, which is many times as fast.
+# Each pattern starts with a set of all characters that it is about, and looks behind afterwards: `re` skips the others.
 APOSTROPHE = re.compile(rf"['’](?<={LETTER}.)(?={LETTER})")
 # The end of a sentence. French sets a space before a question mark; 5! is a factorial unless it ends the line.
 STOP = re.compile(
-    r"(?:[.!?…](?<=[^\s.!?…\\/~$].)(?<!\d!(?=[ \t]*\S))[.!?…]*"
-    r"|[ \xa0\u202f](?<=[^\s.!?…\\/~$].)[!?]+(?=\s*\Z|\s+[^\W\d_a-z]))"
-    rf"(?={CLOSING}*(?:\s|\Z))|[。！？؟۔\u0964\u0965]|\n"
+    r"[.!?… \xa0\u202f。！？؟۔\u0964\u0965\n](?:(?:"
+    r"(?<=[.!?…])(?<=[^\s.!?…\\/~$].)(?<!\d!(?=[ \t]*\S))[.!?…]*"
+    r"|(?<=[ \xa0\u202f])(?<=[^\s.!?…\\/~$].)[!?]+(?=\s*\Z|\s+[^\W\d_a-z]))"
+    rf"(?={CLOSING}*(?:\s|\Z))|(?<=[。！？؟۔\u0964\u0965\n]))"
 )
 # Marks that only structure prose. All others count: operators, brackets, the dots of 1.5 and a.b, the colon of 7:30.
 PROSE = re.compile(
-    rf"[,،、，；：؛“”„‟«»‹›「」『』《》¿¡–—―…‘’]|[;:](?<={WORD}.|[)\]\"'].)(?=\s|\Z)"
-    rf"|-(?<={LETTER}{LETTER}.)(?={LETTER}{LETTER})"
-    rf"|[\"'](?<!\S.)(?<![=+(<>|&\[{{]\s.)(?={WORD})|[\"'](?<={WORD}.|\n.)(?=[\s;:,]|\Z)",
+    r"[,،、，；：؛“”„‟«»‹›「」『』《》¿¡–—―…‘’;:\-\"'](?:(?<=[,،、，；：؛“”„‟«»‹›「」『』《》¿¡–—―…‘’])"
+    rf"|(?<=[;:])(?<={WORD}.|[)\]\"'].)(?=\s|\Z)"
+    rf"|(?<=-)(?<={LETTER}{LETTER}.)(?={LETTER}{LETTER})"
+    rf"|(?<=[\"'])(?:(?<!\S.)(?<![=+(<>|&\[{{]\s.)(?={WORD})|(?<={WORD}.|\n.)(?=[\s;:,]|\Z)))",
     re.DOTALL,
 )
 UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")  # Han and Kana: every character is a token
-TOKEN = re.compile(rf"(\d++(?:\.\d+)+|{WORD}++|\n|\S)(?=(\S?))")  # and the character that follows
+TOKEN = re.compile(rf"(\d++(?:\.\d+)+|{WORD}++|\S)(?=(\S?))")  # and the character that follows
 LETTERS = re.compile(rf"(?:{LETTER}|[{MARKS}])+")
 OPERATORS = frozenset("+-*/%=<>!&|^~@$#\\.:?;")  # make code of a word that they are attached to
 ASSIGNING = frozenset("=<>+|&")  # the same, even across spaces
@@ -64,8 +68,10 @@ def normalize(text: str) -> str:
     Tokens are words, numbers, single symbols, and single characters of scripts without spaces. Punctuation of prose is
     left out. Case is kept only in code.
     """
-    text = APOSTROPHE.sub("", INVISIBLE.sub("", unicodedata.normalize("NFC", text))).replace(PART, f"\n{PART}\n")
-    found = TOKEN.findall(UNSPACED.sub(r" \g<0> ", PROSE.sub(" ", STOP.sub("\n", text))))
+    if not text.isascii():
+        text = INVISIBLE.sub("", unicodedata.normalize("NFC", text))
+    text = PROSE.sub(" ", STOP.sub("\n", APOSTROPHE.sub("", text).replace(PART, f"\n{PART}\n")))
+    found = _tokens(text if text.isascii() else UNSPACED.sub(r" \g<0> ", text))
     words = [token for token, _ in found]
     for i, token in enumerate(words):
         if not token.islower() and (folded := token.casefold()) != token and not _in_code(found, i):
@@ -74,11 +80,19 @@ def normalize(text: str) -> str:
     return "\n".join(line for line in sentences if line)
 
 
-def _in_code(found: list[tuple[str, str]], i: int) -> bool:
-    """Return whether token `i` is a part of code, as in `a = b`, `a.b`, `-a`, `a(`, and after `f(`.
+def _tokens(text: str) -> list[tuple[str, str]]:
+    """Return the tokens of a text, each with the character that follows it, or "" at a blank or the end."""
+    found: list[tuple[str, str]] = []
+    for number, line in enumerate(text.split("\n")):
+        if number:
+            found.append(("\n", line[:1].strip()))
+        for part in line.split():
+            found += [(part, "")] if part.isalpha() else TOKEN.findall(part)
+    return found
 
-    Each token comes with the character that follows it, or "".
-    """
+
+def _in_code(found: list[tuple[str, str]], i: int) -> bool:
+    """Return whether token `i` is a part of code, as in `a = b`, `a.b`, `-a`, `a(`, and after `f(`."""
     following = found[i][1]
     before, after = found[i - 1] if i else ("", ""), found[i + 1][0] if i + 1 < len(found) else ""
     if before[0] in ASSIGNING or after in ASSIGNING:
@@ -91,13 +105,18 @@ def _in_code(found: list[tuple[str, str]], i: int) -> bool:
 
 def shingles(words: str) -> set[int]:
     """Return the 32-bit hashes of the character 4-grams in a normalized text, regardless of case."""
+    return set(_hashes(words))
+
+
+def _hashes(words: str) -> list[int]:
+    """Return the hashes of all 4-grams in order, also repeated ones."""
     flat = words[:LONGEST].replace("\n", " ").casefold()
     points = np.frombuffer(flat.ljust(SHINGLE).encode("utf-32-le"), dtype=np.uint32)
     count = len(points) - SHINGLE + 1
     hashes = np.zeros(count, dtype=np.uint32)
     for i, factor in enumerate(FACTORS):
         hashes += points[i : i + count] * np.uint32(factor)
-    return set(hashes.tolist())
+    return list(hashes.tolist())
 
 
 def jaccard(a: set[int], b: set[int]) -> float:
@@ -128,12 +147,20 @@ def same_question(a: str, b: str, common: Collection[str] = frozenset()) -> bool
     only_a, only_b = ([w for w in only.elements() if w not in common] for only in (in_a - in_b, in_b - in_a))
     if _symbols(" ".join((in_a - in_b) + (in_b - in_a))):
         return False
+    if _surely_left(only_a, only_b) and _surely_left(only_b, only_a):  # as for most texts, without comparing each pair
+        return False
     for word in tuple(only_a):
         twin = next((other for other in only_b if is_slip(word, other)), None)
         if twin is not None:
             only_a.remove(word)
             only_b.remove(twin)
     return not (only_a and only_b)
+
+
+def _surely_left(words: list[str], others: list[str]) -> bool:
+    """Return whether one of the words is surely no slip of spelling of any of the others."""
+    begun = {other[0] for other in others if len(other) >= SLIP}
+    return any(len(word) < SLIP or word[0] not in begun for word in words)
 
 
 def is_slip(a: str, b: str) -> bool:
@@ -178,13 +205,37 @@ def _sorted_sentences(words: str) -> list[str]:
     return [sentence for part in parts for sentence in [*part, PART]]
 
 
+def _letters(words: str) -> int:
+    """Return a number that is equal for texts of which `same_text` may hold: slips keep the first letter."""
+    tokens = words.split()
+    return hash(tuple(sorted(token[0] if len(token) >= SLIP and token.isalpha() else token for token in tokens)))
+
+
+def _figures(words: str) -> int:
+    """Return a number that is equal for texts of which `same_question` may hold: they have the same symbols."""
+    return hash(tuple(sorted(token for token in _symbols(words) if token not in EMPHASIS)))
+
+
+@cache
+def _bands(threshold: float) -> tuple[int, int]:
+    """Return the number of bands and their size, which take a tenth of a second to compute."""
+    from datasketch import MinHashLSH
+
+    lsh = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, weights=(0.1, 0.9))
+    return lsh.b, lsh.r
+
+
+Candidates = tuple[Sequence[int], Callable[[int], object]]  # texts to compare with, and what adds this one
+
+
 @dataclass
 class Index:
-    """Index of the texts kept so far. Each new text is compared with the candidates that MinHash proposes.
+    """Index of the texts kept so far. Each new text is compared with a few candidates, however many texts there are.
 
     Two texts are near duplicates if their similarity is at least `threshold` and `same` holds for their normalized
-    forms. MinHash uses a threshold 0.05 lower, so that it rarely misses a near duplicate. With a threshold of 0.7, it
-    finds 93% of the pairs whose similarity is exactly 0.7, and 98% at 0.75.
+    forms. For `same_text`, candidates are all texts with the same tokens up to slips. For `same_question`, they are
+    texts with the same symbols that MinHash proposes. It uses a threshold 0.05 lower, so that it rarely misses a near
+    duplicate: with a threshold of 0.7, it finds 93% of the pairs whose similarity is exactly 0.7, and 98% at 0.75.
     """
 
     threshold: float
@@ -192,11 +243,14 @@ class Index:
     texts: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        from datasketch import MinHash, MinHashLSH
-
-        self._lsh = MinHashLSH(threshold=self.threshold - 0.05, num_perm=PERMUTATIONS, weights=(0.1, 0.9))
-        self._empty = MinHash(PERMUTATIONS, hashfunc=int)
         self._position: dict[int, int] = {}
+        self._groups: dict[int, Any] = {}  # texts that `same` may hold for: a list of their numbers, or MinHashes
+        if self.same is not same_text:
+            from datasketch import MinHash, MinHashLSH
+
+            params = _bands(self.threshold - 0.05)
+            self._new_lsh = partial(MinHashLSH, num_perm=PERMUTATIONS, params=params)
+            self._empty = MinHash(PERMUTATIONS, hashfunc=int)
 
     def first_similar(self, text: str, add: bool = True) -> tuple[int, float] | None:
         """Return the position and similarity of the first near duplicate of the text among those kept, or None.
@@ -208,18 +262,29 @@ class Index:
         key = hash(words.replace("\n", " "))
         if key in self._position:  # the same tokens
             return self._position[key], 1.0
-        if not add and not self.texts:
-            return None
-        grams = shingles(words)
-        signature = self._empty.copy()
-        signature.update_batch(grams)
-        for number in sorted(self._lsh.query(signature)):
+        candidates, keep = (self._copies if self.same is same_text else self._questions)(words, add)
+        for number in candidates:
             if self.same(words, self.texts[number]):
-                similarity = jaccard(grams, shingles(self.texts[number]))
+                similarity = jaccard(shingles(words), shingles(self.texts[number]))
                 if similarity >= self.threshold:
                     return number, similarity
         if add:
-            self._lsh.insert(len(self.texts), signature, check_duplication=False)
+            keep(len(self.texts))
             self._position[key] = len(self.texts)
             self.texts.append(words)
         return None
+
+    def _copies(self, words: str, add: bool) -> Candidates:
+        group: list[int] = self._groups.setdefault(_letters(words), [])
+        return group, group.append
+
+    def _questions(self, words: str, add: bool) -> Candidates:
+        group = self._groups.get(figures := _figures(words))
+        if group is None:
+            if not add:
+                return (), int
+            group = self._groups[figures] = self._new_lsh()
+        signature = self._empty.copy()
+        signature.update_batch(_hashes(words))
+        keep = partial(group.insert, minhash=signature, check_duplication=False)
+        return sorted(group.query(signature)), keep

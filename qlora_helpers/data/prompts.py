@@ -1,10 +1,12 @@
 """Encode rows as tokens and labels, using character offsets to find the trained tokens, and display the result."""
 
 import html
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby, islice, pairwise
+from operator import lt
 from textwrap import shorten
 from typing import Any
 
@@ -40,7 +42,8 @@ class Example:
     @property
     def trained(self) -> int:
         """Number of tokens that count in the loss. The first token is never predicted, so it does not count."""
-        return sum(label != IGNORE for label in self.labels[1:])
+        learned = self.labels[1:]
+        return len(learned) - learned.count(IGNORE)
 
 
 def start_tokens(tokenizer: Any) -> list[int]:
@@ -179,6 +182,9 @@ def _answer_labels(ids: list[int], offsets: list[Span], spans: list[Span], text:
     Some tokenizers trim spaces from their offsets. A token is therefore assumed to start where the previous one ended,
     unless both are parts of one character.
     """
+    starts, ends = zip(*offsets, strict=True) if offsets else ((), ())
+    if starts[1:] == ends[:-1] and starts[:1] in ((), (0,)) and all(map(lt, starts, ends)):
+        return _labels_of_adjacent(ids, starts, ends, spans, text)
     labels, previous, straddling = [], 0, False
     remaining = iter(spans)
     first, last = next(remaining, (0, 0))
@@ -190,6 +196,20 @@ def _answer_labels(ids: list[int], offsets: list[Span], spans: list[Span], text:
         straddling |= not inside and begin < last and end > first
         labels.append(token if inside else IGNORE)
         previous = max(previous, end)
+    return labels, straddling
+
+
+def _labels_of_adjacent(
+    ids: list[int], starts: tuple[int, ...], ends: tuple[int, ...], spans: list[Span], text: str
+) -> tuple[list[int], bool]:
+    """The same for tokens that follow each other without gaps, as most do: only those at the edges are looked at."""
+    labels, straddling = [IGNORE] * len(ids), False
+    for first, last in spans:
+        start, stop = bisect_left(starts, first), bisect_left(starts, last)
+        labels[start:stop] = ids[start:stop]
+        straddling |= start > 0 and ends[start - 1] > first and labels[start - 1] == IGNORE
+        if stop > start and ends[stop - 1] > last and not text[last : ends[stop - 1]].isspace():
+            labels[stop - 1], straddling = IGNORE, True
     return labels, straddling
 
 

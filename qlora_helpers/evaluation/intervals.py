@@ -10,10 +10,12 @@ import numpy as np
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+_EXCEEDED = round((1 - CONFIDENCE) * RESAMPLES)  # resamples in which a bound is exceeded
 POWER = 0.8  # of the smallest effect that a comparison is expected to detect
 FEW_ROWS = 20  # with fewer rows, the rows-by-seeds variance is too uncertain to be subtracted
 _KEPT = 4_000_000  # resampled rows that are kept for the next interval; 32 MB
 _BLOCK = 500_000  # resampled rows in memory at a time otherwise
+_AT_ONCE = 64  # estimates that are resampled at a time; 80 MB
 
 Labels = tuple[Hashable, ...]
 
@@ -135,16 +137,17 @@ def simultaneous(families: Sequence[Sequence[Estimate]]) -> list[list[Interval]]
     if not any(families):
         return [[] for _ in families]
     rng = np.random.default_rng(RESAMPLES)
-    deviations = np.array(
-        [
-            _deviations(estimate, over_rows, rng)
-            for number, family in enumerate(families)
-            for estimate, over_rows in zip(family, studentized(family, number), strict=True)
-        ]
-    )
-    reaches = iter(_balanced(deviations))
-    powers = iter(np.quantile(deviations, 2 * POWER - 1, axis=1, method="inverted_cdf"))
-    return [[_interval(estimate, next(reaches), next(powers)) for estimate in family] for family in families]
+    reaches = _Balanced()
+    powers = []
+    for number, family in enumerate(families):
+        for start in range(0, len(family), _AT_ONCE):
+            part = family[start : start + _AT_ONCE]
+            for estimate, over_rows in zip(part, studentized(part, number), strict=True):
+                deviations = _deviations(estimate, over_rows, rng)
+                reaches.add(deviations)
+                powers.append(np.quantile(deviations, 2 * POWER - 1, method="inverted_cdf"))
+    ends = zip(reaches.bounds(), powers, strict=True)
+    return [[_interval(estimate, *next(ends)) for estimate in family] for family in families]
 
 
 def _interval(estimate: Estimate, reach: float, power: float) -> Interval:
@@ -170,16 +173,24 @@ def _student(freedom: int) -> np.ndarray:
     return np.asarray(t.isf((np.arange(RESAMPLES) + 0.5) / RESAMPLES / 2, freedom))
 
 
-def _balanced(deviations: np.ndarray) -> np.ndarray:
-    """For each row of deviations, a bound that is exceeded equally often; in 5% of the columns, any is exceeded."""
-    order = np.argsort(deviations, axis=1)
-    ordered = np.take_along_axis(deviations, order, axis=1)
-    at_least = np.empty(deviations.shape, dtype=int)  # how many deviations of the row are as large as this one
-    for counts, places, own in zip(at_least, order, ordered, strict=True):
-        counts[places] = RESAMPLES - np.searchsorted(own, own)
-    rarest = np.sort(at_least.min(axis=0))
-    allowed = rarest[round((1 - CONFIDENCE) * RESAMPLES)]
-    return ordered[:, RESAMPLES - allowed]
+class _Balanced:
+    """A bound for each vector of deviations that is exceeded equally often; in 5% of the resamples, any is exceeded."""
+
+    def __init__(self) -> None:
+        self._rarest = np.full(RESAMPLES, RESAMPLES)  # of each resample: how many deviate as much, in the rarest case
+        self._largest: list[np.ndarray] = []
+
+    def add(self, deviations: np.ndarray) -> None:
+        """Add the deviations of an estimate, of which only the largest are kept."""
+        ordered = np.sort(deviations)
+        np.minimum(self._rarest, RESAMPLES - np.searchsorted(ordered, deviations), out=self._rarest)
+        self._largest.append(ordered[-_EXCEEDED - 1 :].copy())
+
+    def bounds(self) -> list[float]:
+        """Return the bound of each estimate, in order."""
+        allowed = np.sort(self._rarest)[_EXCEEDED]
+        # With more allowed, all deviations from the first that is kept up to the bound are equal.
+        return [largest[-min(allowed, len(largest))] for largest in self._largest]
 
 
 def studentized(family: Sequence[Estimate], seed: int) -> np.ndarray:

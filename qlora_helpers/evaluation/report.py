@@ -19,6 +19,7 @@ from qlora_helpers.quoting import markdown_code as quote
 from qlora_helpers.runs import RunFolder
 
 SHOWN = 4  # prompts whose answers are quoted
+DRAWN = 20  # differences in a figure
 _COLUMNS = {
     "train_rows": ("rows", ",.0f"),
     "steps": ("steps", ",.0f"),
@@ -87,7 +88,8 @@ def verdicts(result: Comparison) -> list[str]:
 def _further(result: Comparison) -> list[str]:
     """The verdicts after the headlines."""
     told = [d for d in result.differences if d.a == BASE] if result.quantizing else []
-    others = [d for d in result.differences if d not in [*told, *result.headlines]]
+    before = {(d.a, d.b) for d in (*told, *result.headlines)}
+    others = [d for d in result.differences if (d.a, d.b) not in before]
     return [*quantizing(result), *(_sentence(result, d) for d in others)]
 
 
@@ -154,7 +156,8 @@ def markdown(result: Comparison, figures: list[str]) -> str:
         "## Verdicts": f"{bullets(_further(result))}\n\n{basis(result)} {scope(result)}\n{_METHOD}",
         "## What the answers are like": _text(result),
         "## What was forgotten": bullets(forgetting(result)) or _NO_BASE,
-        "## Figures": "\n".join(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures),
+        "## Figures": _drawn(result)[1]
+        + "\n".join(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures),
         "## Answers": _answers(result.answers[:SHOWN]),
         "## Limits": _LIMITS,
         "## Made with": _made_with(result),
@@ -261,13 +264,22 @@ def _revision(model: dict[str, Any]) -> str:
 def write(result: Comparison, experiments: dict[str, list[RunFolder]], folder: Path) -> Path:
     """Write `comparison.json`, figures, `report.md` and `report.html` to `folder`; returns the path of `report.md`."""
     names = ["figures/differences.png", "figures/loss_curves.png"]
-    plots.save(differences.figure(result.differences), folder / names[0])
+    plots.save(differences.figure(_drawn(result)[0]), folder / names[0])
     plots.save(plots.loss_curves(logs_of(experiments)), folder / names[1])
     text = markdown(result, names)
     files.write_json(folder / "comparison.json", result.to_dict())
     files.write_text(folder / "report.html", html(text, folder))
     files.write_text(folder / "report.md", text)
     return folder / "report.md"
+
+
+def _drawn(result: Comparison) -> tuple[list[Difference], str]:
+    """The differences in the figure, and a paragraph if they are not all: then those to the best rivals."""
+    every = result.differences
+    if len(every) <= DRAWN:
+        return every, ""
+    drawn = (result.headlines or every)[:DRAWN]
+    return drawn, f"The figure of differences shows {len(drawn)} of {len(every):,}. `comparison.json` has all.\n\n"
 
 
 def logs_of(experiments: dict[str, list[RunFolder]]) -> dict[str, list[dict[str, Any]]]:

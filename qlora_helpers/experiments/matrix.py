@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,15 @@ class PlannedRun:
     tokenizer: Any
     folder: Path
 
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """Fingerprints of its settings and of all rows of its data set."""
+        return cleaning.identity(self.config, self.data)
+
     @property
     def run(self) -> RunFolder:
         """An equal run that exists, under any name, else the folder for this run."""
-        known = cleaning.identity(self.config, self.data)
-        return runs.find(self.folder, known) or runs.choose(self.folder, self.name, known)
+        return runs.find(self.folder, self.identity) or runs.choose(self.folder, self.name, self.identity)
 
     @property
     def minutes(self) -> str:

@@ -84,7 +84,7 @@ def run_batch(
     needed = matrix.batch_runs(settings, seeds, cleaned, tokenizer, out.expanduser().resolve())
     for item in needed:
         if item.run.identity() is None:
-            runs.check_free(RunFolder(item.folder / item.name), item.config, cleaning.identity(item.config, item.data))
+            runs.check_free(RunFolder(item.folder / item.name), item.config, item.identity)
     runs.workdir(str(out))
     return [run for group in train(needed).values() for run in group]
 

@@ -20,6 +20,7 @@ from qlora_helpers.runs import RunFolder
 REFRESH_SECONDS = 0.5
 LINE_SECONDS = 30.0
 REDRAW_SECONDS = 2.0
+REDRAW_SHARE = 0.015  # of the time; a drawing takes the longer, the more steps it shows
 
 
 class LogWriter(TrainerCallback):
@@ -148,12 +149,16 @@ class Progress(TrainerCallback):
 
 
 class LiveLoss(TrainerCallback):
-    """Draws the loss curves of a run in a notebook, updated in place while it trains. Does nothing elsewhere."""
+    """Draws the loss curves of a run in a notebook, updated in place while it trains. Does nothing elsewhere.
+
+    While the run trains, drawing takes at most `REDRAW_SHARE` of the time.
+    """
 
     def __init__(self, run: RunFolder) -> None:
         self.run = run
         self._handle: Any = None
-        self._shown = -math.inf
+        self._due = -math.inf
+        self._before: list[dict[str, Any]] = []  # the loss before training
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Redraw, unless the figure was drawn a moment ago."""
@@ -168,19 +173,23 @@ class LiveLoss(TrainerCallback):
         self._show(state, always=True)
 
     def _show(self, state: Any, always: bool = False) -> None:
-        now = time.monotonic()
-        if not in_notebook() or (now - self._shown < REDRAW_SECONDS and not always):
+        began = time.monotonic()
+        if not in_notebook() or (began < self._due and not always):
             return
-        self._shown = now
-        # The file has the loss before training. For later steps it may lag by a line.
-        logged = []
-        with contextlib.suppress(OSError):  # not written yet, or on a Drive that is no longer mounted
-            logged = self.run.log()
-        first = [line for line in logged if line["step"] == 0]
-        figure = plots.loss_curves({"this run": [*first, *state.log_history]})
+        self._before = self._before or self._first_line()
+        figure = plots.loss_curves({"this run": [*self._before, *state.log_history]})
         if self._handle is None:
             from IPython.display import display
 
             self._handle = display(figure, display_id=True)
         else:
             self._handle.update(figure)
+        ended = time.monotonic()
+        self._due = max(began + REDRAW_SECONDS, ended + (ended - began) / REDRAW_SHARE)
+
+    def _first_line(self) -> list[dict[str, Any]]:
+        """Return the line of step 0, which only the file has. It may not be written yet, or no longer be mounted."""
+        with contextlib.suppress(OSError, ValueError), (self.run / "log.jsonl").open(encoding="utf-8") as file:
+            first = json.loads(file.readline())
+            return [first] if first["step"] == 0 else []
+        return []

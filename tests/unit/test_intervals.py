@@ -2,6 +2,7 @@
 
 import tracemalloc
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -150,6 +151,45 @@ def test_many_rows_need_little_memory():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 50e6
+
+
+def test_many_estimates_need_little_memory():
+    """All resamples of 300 estimates at once would be 24 MB, and the sums they are made of five times as much."""
+    rng = np.random.default_rng(0)
+    family = [Estimate(rng.normal(size=100), np.ones(100)) for _ in range(300)]
+    intervals.simultaneous([family[:1]])  # its resamples are kept
+    tracemalloc.start()
+    intervals.simultaneous([family])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
+
+
+def test_estimates_that_are_resampled_apart_share_their_resamples(monkeypatch):
+    rng = np.random.default_rng(0)
+    families = [[Estimate(rng.normal(size=n), np.ones(n)) for _ in range(5)] for n in (60, 500)]
+    together = intervals.simultaneous(families)
+    monkeypatch.setattr(intervals, "_AT_ONCE", 2)
+    for one, other in zip(chain(*together), chain(*intervals.simultaneous(families)), strict=True):
+        assert (one.low, one.high) == pytest.approx((other.low, other.high), rel=1e-9)
+
+
+@pytest.mark.parametrize("spread", [0, 1e-3, 1])
+def test_the_bounds_are_those_of_all_deviations(spread):
+    """Beran's definition, for deviations of which many are equal or infinite."""
+    rng = np.random.default_rng(0)
+    deviations = np.abs(rng.normal(size=(4, intervals.RESAMPLES)))
+    deviations[1] = 0.5
+    deviations[2] = np.round(deviations[2], 1)
+    deviations[:, 5:] *= spread
+    deviations[3, :400] = np.inf
+    at_least = [stats.rankdata(-own, method="max") for own in deviations]  # how many of its own are as large
+    rarest = np.min(at_least, axis=0).astype(int)
+    allowed = np.sort(rarest)[round(0.05 * intervals.RESAMPLES)]
+    balanced = intervals._Balanced()
+    for own in deviations:
+        balanced.add(own)
+    assert balanced.bounds() == [np.sort(own)[-allowed] for own in deviations]
 
 
 @settings(max_examples=50, deadline=None)

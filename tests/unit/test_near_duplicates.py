@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_helpers.data import near_duplicates
 from qlora_helpers.data.near_duplicates import (
     PART,
     Index,
@@ -251,3 +252,30 @@ def test_the_first_similar_text_is_returned_with_its_similarity():
     assert 0.7 <= similarity < 1
     assert index.first_similar("Copper conducts heat.", add=False) is None
     assert index.first_similar("Copper conducts heat.", add=False) is None
+
+
+WORDS = st.sampled_from(["a", "tin", "copper", "copperx", "Coper", "violin", "violni", "12", "+", "`", "சொல்லை", "."])
+
+
+@given(st.lists(WORDS, min_size=1, max_size=12), st.randoms(use_true_random=False))
+def test_no_pair_is_kept_apart_before_it_is_compared(words, rng):
+    """What groups texts for the search must be equal for all pairs that the tests of tokens accept."""
+    other = [rng.choice([word, word, word[::-1], word[:2] + word[3:]]) or "a" for word in words]
+    if rng.random() < 0.3:
+        rng.shuffle(other)
+    a, b = normalize(" ".join(words)), normalize(" ".join([*other, *rng.choice([[], ["word"]])]))
+    assert near_duplicates._letters(a) == near_duplicates._letters(b) or not same_text(a, b)
+    assert near_duplicates._figures(a) == near_duplicates._figures(b) or not same_question(a, b)
+
+
+def test_rows_in_one_frame_are_not_all_compared_with_each_other(monkeypatch):
+    """Their number would be the square of the number of rows."""
+    compared = []
+    aligned = near_duplicates._aligned
+    monkeypatch.setattr(near_duplicates, "_aligned", lambda a, b: compared.append(a) or aligned(a, b))
+    rng = random.Random(0)
+    nouns = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(3, 9))) for _ in range(400)]
+    texts = [INSTRUCTION + f"My {noun} and the {rng.choice(nouns)} broke." for noun in nouns]
+    assert matches(texts) == set()
+    assert len(compared) < 10 * len(texts)
+    assert matches([*texts, texts[0].replace("museum", "musuem")]) == {400}

@@ -212,6 +212,13 @@ def test_two_runs_stand_side_by_side_and_three_in_a_column() -> None:
     assert len({x for x, _ in corners(3)}) == 1
 
 
+def test_of_many_runs_the_first_are_drawn_and_the_title_says_so() -> None:
+    figure = plots.loss_curves({str(i): log([2.0, 1.9]) for i in range(plots.PANELS + 5)})
+    assert [axes.get_title() for axes in figure.axes] == [str(i) for i in range(plots.PANELS)]
+    assert figure.get_suptitle() == f"Loss during training, the first {plots.PANELS} of {plots.PANELS + 5} runs"
+    assert plots.loss_curves({"a": log([2.0])}).get_suptitle() == "Loss during training"
+
+
 def test_differences_names_the_sides_and_the_verdicts() -> None:
     figure = differences.figure(GAPS)
     assert words(figure) == ["better", "worse", "not\ndistinguishable", "← better", "worse →"]
@@ -364,3 +371,35 @@ def test_live_loss_does_not_import_ipython(tmp_path, monkeypatch) -> None:
     callback = callbacks.LiveLoss(RunFolder(tmp_path))
     monkeypatch.setattr(builtins, "__import__", refuse)
     callback.on_train_end(None, state(log([2.0, 1.9])), None)
+
+
+def test_live_loss_takes_a_small_share_of_the_time(tmp_path, notebook, monkeypatch) -> None:
+    """A drawing of 3 s, as of 100,000 steps, is not repeated every 2 s."""
+    draw = callbacks.plots.loss_curves
+
+    def slowly(logs: dict[str, list[dict[str, float]]]) -> Figure:
+        notebook.now += 3
+        return draw(logs)
+
+    monkeypatch.setattr(callbacks.plots, "loss_curves", slowly)
+    callback, lines = callbacks.LiveLoss(RunFolder(tmp_path)), log([2.0, 1.9])[1:]
+    began = notebook.now
+    for _ in range(1000):
+        notebook.now += 1
+        callback.on_log(None, state(lines), None)
+    assert 2 <= len(notebook.calls) <= 7
+    assert 3 * (len(notebook.calls) - 1) < 0.02 * (notebook.now - began)
+    callback.on_train_end(None, state(lines), None)
+    assert len(notebook.calls) <= 8
+
+
+def test_live_loss_reads_the_log_once_and_survives_a_damaged_one(tmp_path, notebook) -> None:
+    lines = log([2.0, 1.9])
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "eval_')
+    callback = callbacks.LiveLoss(RunFolder(tmp_path))
+    callback.on_train_end(None, state(lines[1:5]), None)
+    (tmp_path / "log.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    callback.on_train_end(None, state(lines[1:5]), None)
+    (tmp_path / "log.jsonl").unlink()
+    callback.on_train_end(None, state(lines[1:5]), None)
+    assert [drawn(figure)[1] for _, figure in notebook.calls] == [[], [0], [0]]

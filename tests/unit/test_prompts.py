@@ -1,6 +1,10 @@
 """Which tokens are trained, checked against handwritten strings rather than against the code that sets the labels."""
 
+from itertools import pairwise
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qlora_helpers import Config, UserError
 from qlora_helpers.data import prompts, rendering
@@ -204,3 +208,16 @@ def test_a_token_that_is_partly_question_and_partly_answer_is_detected(make_row)
     assert labels == [-100, -100, 3]
     assert straddling
     assert prompts._answer_labels([1, 2, 3], [(0, 4), (4, 9), (9, 12)], [(4, 12)], text) == ([-100, 2, 3], False)
+
+
+@given(st.text("ab \n", min_size=1, max_size=20), st.data())
+def test_tokens_without_gaps_get_the_labels_of_any_others(text, draw):
+    """A start token, which covers no character, makes the same tokens ones with a gap."""
+    places = st.sets(st.integers(0, len(text)), max_size=8).map(sorted)
+    edges = sorted({0, len(text), *draw.draw(places)})
+    offsets = list(pairwise(edges))
+    ends = draw.draw(places)
+    spans = list(zip(ends[::2], ends[1::2], strict=False))
+    ids = list(range(1, len(offsets) + 1))
+    (_, *labels), straddling = prompts._answer_labels([99, *ids], [(0, 0), *offsets], spans, text)
+    assert prompts._answer_labels(ids, offsets, spans, text) == (labels, straddling)

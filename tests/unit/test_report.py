@@ -262,3 +262,18 @@ def test_data_stay_on_one_line_and_without_effect(nasty, tmp_path):
     page = markup.html(text, tmp_path)
     assert "<script" not in page
     assert 'href="javascript' not in page
+
+
+def test_of_many_differences_the_figure_shows_those_to_the_best_rivals_and_says_so(tmp_path, monkeypatch):
+    drawn, figure = [], report.differences.figure
+    monkeypatch.setattr(report.differences, "figure", lambda shown: drawn.append(shown) or figure(shown[:1]))
+    monkeypatch.setattr(report, "logs_of", lambda _: {"exp1": [{"step": 1, "loss": 2.0}]})
+    few = result()
+    names = [f"exp{i}" for i in range(report.DRAWN + 5)]
+    each = [replace(few.differences[0], a=rival, b=name) for name in names for rival in ("base", "base, 16 bits")]
+    many = replace(few, differences=each, best_rival=dict.fromkeys(names, "base, 16 bits"))
+    for made in (few, many):
+        report.write(made, {}, tmp_path)
+    assert drawn == [few.differences, many.headlines[: report.DRAWN]]
+    assert f"shows {report.DRAWN} of {len(each)}" in report.markdown(many, [])
+    assert "The figure of differences" not in report.markdown(few, [])

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -392,3 +393,48 @@ def test_a_missing_file_says_which(tmp_path):
         RunFolder(tmp_path).read("metrics.json")
     assert RunFolder(tmp_path).identity() is None
     assert not RunFolder(tmp_path).finished
+
+
+def test_only_new_and_changed_runs_are_read(tmp_path, monkeypatch):
+    """A start reads no config of the runs beside it that an earlier start has read."""
+    read = []
+    monkeypatch.setattr(runs, "INDEXED", 1)
+    identity = RunFolder.identity
+    monkeypatch.setattr(RunFolder, "identity", lambda run: read.append(run.name) or identity(run))
+    for name in "abc":
+        make_run(tmp_path, name, {**ME, "data": name})
+    assert runs.find(tmp_path, ME) is None
+    assert sorted(read) == ["a", "b", "c"]
+    read.clear()
+    assert runs.find(tmp_path, ME) is None
+    assert read == []
+    make_run(tmp_path, "b", {**ME, "data": "another"})
+    make_run(tmp_path, "d", ME)
+    assert runs.find(tmp_path, ME).name == "d"
+    assert read == ["b", "d", "d"]  # what is found is read once more
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", "3", '{"a": 1, "b": [0]}', '{"a": {}, "b": null}'])
+def test_a_damaged_index_of_runs_is_made_anew(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(runs, "INDEXED", 1)
+    for name, own in (("a", ME), ("b", OTHER)):
+        make_run(tmp_path, name, own)
+    (tmp_path / runs.INDEX).write_text(content)
+    assert runs.find(tmp_path, OTHER).name == "b"
+    assert set(json.loads((tmp_path / runs.INDEX).read_text("utf-8"))) == {"a", "b"}
+
+
+def test_a_folder_of_few_runs_gets_no_index(tmp_path):
+    make_run(tmp_path, "a", ME)
+    assert runs.find(tmp_path, ME).name == "a"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_run_that_was_renamed_or_deleted_is_not_found_under_its_old_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "INDEXED", 1)
+    make_run(tmp_path, "a", ME)
+    assert runs.find(tmp_path, ME).name == "a"
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert runs.find(tmp_path, ME).name == "b"
+    shutil.rmtree(tmp_path / "b")
+    assert runs.find(tmp_path, ME) is None
