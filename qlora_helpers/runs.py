@@ -7,13 +7,13 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import files
+from qlora_helpers import files, locks, parse
 from qlora_helpers.config import Config
 from qlora_helpers.errors import UserError
 
@@ -73,17 +73,9 @@ class RunFolder:
 
     def read(self, name: str) -> Any:
         """Parse one of the run's JSON files. Raises `UserError` if it is missing or damaged."""
-        try:
-            content = json.loads((self / name).read_text("utf-8"))
-            if not isinstance(content, dict):
-                raise ValueError("not a JSON object")
-            return content
-        except FileNotFoundError:
-            raise UserError(f"run folder: {self.path} has no {name}. Fix: run its notebook to the end.") from None
-        except (ValueError, OSError) as error:
-            raise UserError(
-                f"run folder: {self / name} cannot be read ({error}). Fix: delete the folder and run again."
-            ) from None
+        if not (self / name).exists():
+            raise UserError(f"run folder: {self.path} has no {name}. Fix: run its notebook to the end.")
+        return parse.json_object(self / name, "run folder", fix="Fix: delete the folder and run again.")
 
     def config(self) -> Config:
         """Return the config of the run. Raises `UserError` if another version of this package wrote it."""
@@ -195,35 +187,19 @@ def check_free(run: RunFolder, config: Config, identity: dict[str, str] | None =
 
 
 @contextlib.contextmanager
-def corrupt_files_as_user_error(folders: Iterable[RunFolder]) -> Iterator[None]:
-    """Turn exceptions that damaged files cause, by a missing key or a value of the wrong type, into `UserError`."""
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError) as error:
-        names = ", ".join(str(folder.path) for folder in folders)
-        raise UserError(
-            f"run folder: a file in {names}, or in the folder of their base model, is damaged "
-            f"({type(error).__name__}: {error}). Fix: run the notebook again with another output folder."
-        ) from error
-
-
-@contextlib.contextmanager
 def lock(run: RunFolder) -> Iterator[None]:
     """Lock the run folder for this process. Raises `UserError` at once if another process holds the lock."""
     import filelock
 
     files.make_folder(run.path)
-    holder = filelock.FileLock(run / ".lock")
-    try:
-        holder.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(
-            f"run folder: {run.path} is in use by another process. Fix: wait for it, or stop it first."
-        ) from None
-    try:
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locks.hold(run / ".lock", timeout=0))
+        except filelock.Timeout:
+            raise UserError(
+                f"run folder: {run.path} is in use by another process. Fix: wait for it, or stop it first."
+            ) from None
         yield
-    finally:
-        holder.release()
 
 
 def manifest(config: Config, device: Any, data: dict[str, Any]) -> dict[str, Any]:

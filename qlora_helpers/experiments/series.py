@@ -125,6 +125,7 @@ def execute(name: str, target: Path, params: dict[str, Any], label: str, bar: bo
     end. Every error in the notebook is raised as a `UserError` that names the notebook and the cell.
     """
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -149,6 +150,11 @@ def execute(name: str, target: Path, params: dict[str, Any], label: str, bar: bo
         why = (error.evalue.strip().splitlines() or [""])[-1]
         raise UserError(
             f"notebook {name}, cell {error.exec_count}: {error.ename}: {why}. Fix: see the executed notebook, {target}."
+        ) from None
+    except DeadKernelError:
+        raise UserError(
+            f"notebook {name}: its process was killed, most likely because the machine ran out of memory. Fix: use a "
+            "smaller model or batch_size, or free some memory; then run the same command again."
         ) from None
     if not bar:
         print(f"{label}: done in {time.monotonic() - began:.0f} s", flush=True)

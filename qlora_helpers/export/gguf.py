@@ -25,7 +25,7 @@ from gguf import GGUFValueType as Type
 from gguf import Keys
 from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 
-from qlora_helpers import files
+from qlora_helpers import files, locks, parse
 from qlora_helpers.data import chat_template
 from qlora_helpers.errors import UserError, nearest
 from qlora_helpers.export import gguf_reader, untrusting
@@ -99,11 +99,9 @@ def converter() -> Path:
         if not (Path(own).expanduser() / SCRIPT).is_file():
             raise UserError(f"gguf: QLORA_LLAMA_CPP={own} has no {SCRIPT}. Fix: set it to llama.cpp's source folder.")
         return Path(own).expanduser()
-    import filelock
-
     target = files.cache_folder() / f"llama.cpp-of-{SOURCE}"
     target.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(f"{target}.lock"):
+    with locks.hold(Path(f"{target}.lock")):
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=".llama.cpp-") as scratch:
                 _unpack(_download(Path(scratch)), Path(scratch) / "llama.cpp")
@@ -187,7 +185,7 @@ def _metadata(folder: Path, reader: gguf.GGUFReader) -> Iterator[tuple[str, Meta
     tokenizer = hub.saved_tokenizer(folder)
     yield Keys.Tokenizer.CHAT_TEMPLATE, MetadataDetails(Type.STRING, tokenizer.chat_template)
     yield Keys.Tokenizer.ADD_BOS, MetadataDetails(Type.BOOL, chat_template.starts_with_bos(tokenizer))
-    ends = json.loads((folder / "generation_config.json").read_text("utf-8"))["eos_token_id"]
+    ends = parse.json_object(folder / "generation_config.json", "gguf")["eos_token_id"]
     for key, token in zip(gguf_reader.END_KEYS, ends if isinstance(ends, list) else [ends], strict=False):
         yield key, MetadataDetails(Type.UINT32, token)
     if field(reader, Keys.Tokenizer.MODEL) == "llama":

@@ -6,7 +6,6 @@ tensor is in memory at a time. The safetensors library would need a whole file: 
 pages of its memory-mapped files count as memory of this process.
 """
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from qlora_helpers import files
+from qlora_helpers import files, parse
 from qlora_helpers.config import Config
 from qlora_helpers.data import chat_template, rendering
 from qlora_helpers.errors import UserError
@@ -152,7 +151,7 @@ def _copy_sentencepiece(base: Path, out: Path, tokenizer: Any) -> None:
     if not (base / "tokenizer.model").exists():
         return
     shutil.copyfile(base / "tokenizer.model", out / "tokenizer.model")
-    config = json.loads((out / "tokenizer_config.json").read_text("utf-8"))
+    config = parse.json_object(out / "tokenizer_config.json", "tokenizer")
     added = {number: token.__getstate__() for number, token in tokenizer.added_tokens_decoder.items()}
     files.write_json(out / "tokenizer_config.json", config | {"added_tokens_decoder": added})
 
@@ -162,7 +161,7 @@ def _write_configs(source: Source, out: Path, tokenizer: Any, stops: list[int]) 
 
     Decoding is greedy by default, because that is what was compared with the adapter.
     """
-    config = json.loads((source.base / "config.json").read_text("utf-8"))
+    config = parse.model_config(source.base / "config.json")
     tokens = {"eos_token_id": stops if len(stops) > 1 else stops[0]}
     tokens |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
     for name in ("_name_or_path", "auto_map"):  # a local path, and code that is not in the merged folder

@@ -4,7 +4,6 @@ Three things can go wrong in an export, and all three look like a bad model: the
 differently, or the end of an answer is not recognized. Each is measured separately.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from qlora_helpers import parse
 from qlora_helpers.config import Config
 from qlora_helpers.data import prompts, rendering, sources, time_limit
 from qlora_helpers.device import GIB, Device, cpu, detect
@@ -127,7 +127,7 @@ def adapter_responses(source: Source, device: Device, questions: Sequence[str]) 
     tokenizer = hub.saved_tokenizer(source.run.adapter)
     turns = [({"role": "user", "content": question},) for question in questions]
     ids, _ = prompts.tokenize([rendering.render_prompt(t, config, tokenizer) for t in turns], tokenizer)
-    context = json.loads((source.base / "config.json").read_text("utf-8")).get("max_position_embeddings")
+    context = parse.model_config(source.base / "config.json").get("max_position_embeddings")
     for question, prompt in zip(questions, ids, strict=True):
         prompts.check_context(question, len(prompt), NEW_TOKENS, context, "ask a shorter one")
     model = qlora.load_adapter(qlora.load_base(config, device), source.run.adapter)

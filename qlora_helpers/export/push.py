@@ -124,7 +124,7 @@ def _of_run(run: RunFolder) -> dict[str, Content]:
     files = _matching(run.adapter, OF_ADAPTER)
     files["adapter_config.json"] = json.dumps(settings, indent=1).encode()
     files["chat_template.jinja"] = template.encode()
-    files["README.md"] = model_card.render(run, config, metrics).encode()
+    files["README.md"] = model_card.card(run, config, metrics).encode()
     return files
 
 

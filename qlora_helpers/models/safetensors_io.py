@@ -1,14 +1,13 @@
 """Read and overwrite safetensors weights one tensor at a time, so that no whole model has to fit in memory."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from qlora_helpers import parse
 from qlora_helpers.errors import UserError
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -45,7 +44,7 @@ def files(folder: Path) -> list[Path]:
     """Return the weight files of a model folder. Raises `UserError` if one is missing."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        names = sorted(set(parse.json_object(index, "model")["weight_map"].values()))
     else:
         names = ["model.safetensors"]
     missing = [name for name in names if not (folder / name).is_file()]
@@ -59,24 +58,17 @@ def files(folder: Path) -> list[Path]:
 def tensors(folder: Path) -> Iterator[StoredTensor]:
     """Yield every tensor of a model folder in storage order.
 
-    A safetensors file has 8 bytes that give the header's length, a JSON header, then the data
-    (github.com/huggingface/safetensors).
-
     Raises `UserError` for weights that are not plain 16-bit or 32-bit floats.
     """
     for path in files(folder):
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(length))
-        header.pop("__metadata__", None)
+        header = parse.weights_header(path)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             if entry["dtype"] not in PLAIN:
                 raise UserError(
                     f"model: {name} in {path} is stored as {entry['dtype']}, not as plain 16-bit numbers. Fix: train "
                     "on the model's 16-bit release; merging into quantized weights changes the answers."
                 )
-            begin, end = (8 + length + offset for offset in entry["data_offsets"])
-            yield StoredTensor(path, name, PLAIN[entry["dtype"]], tuple(entry["shape"]), begin, end)
+            yield StoredTensor(path, name, PLAIN[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"])
 
 
 def fingerprint(folder: Path) -> str:

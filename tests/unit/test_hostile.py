@@ -414,3 +414,16 @@ def test_a_reader_that_ends_early_is_no_error(monkeypatch, capsys):
 
 def test_a_run_without_its_folder_is_one_line(message, tmp_path):
     assert "has no config.json" in message(RunFolder(tmp_path).config)
+
+
+def test_a_killed_kernel_is_a_run_that_failed_and_no_end_of_the_batch(monkeypatch, tmp_path, capsys):
+    from nbclient.exceptions import DeadKernelError
+
+    from qlora_helpers.experiments import series
+
+    def killed(*args, **kwargs):
+        raise DeadKernelError("Kernel died")
+
+    monkeypatch.setattr("papermill.execute_notebook", killed)
+    with pytest.raises(UserError, match="its process was killed, most likely because the machine ran out of memory"):
+        series.execute("05_train_exp1", tmp_path / "a.ipynb", {}, "one")
