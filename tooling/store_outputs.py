@@ -13,11 +13,13 @@ import nbformat
 
 from qlora_helpers.experiments import series
 
+METADATA = ("accelerator", "colab", "kernelspec", "language_info")
+
 
 def clean(path: Path, target: Path) -> None:
     """Copy a notebook with its outputs and execution counts, without the metadata of papermill and the front end."""
     notebook = nbformat.read(path, as_version=4)
-    notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info")}
+    notebook.metadata = {key: notebook.metadata[key] for key in METADATA}
     notebook.metadata["language_info"] = {"name": "python"}
     notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     counts = itertools.count(1)  # papermill's injected cell had a count, too

@@ -12,7 +12,6 @@ from qlora_helpers.device import Device
 from qlora_helpers.errors import UserError
 from qlora_helpers.models.qlora import lora_config, quantization_config
 
-
 PLACES = ("output_dir", "logging_dir", "run_name")  # where a run is written is not what it learns
 
 

@@ -148,7 +148,9 @@ def test_the_published_preset_on_a_gpu_differs_in_what_the_profile_sets(tmp_path
     assert "n_samples" not in {name for name, *_ in shown.changes}
 
 
-@pytest.mark.parametrize(("gpu", "profile", "stops"), [("cpu", "auto", True), ("t4", "auto", False), ("cpu", "cpu", False)])
+@pytest.mark.parametrize(
+    ("gpu", "profile", "stops"), [("cpu", "auto", True), ("t4", "auto", False), ("cpu", "cpu", False)]
+)
 def test_colab_without_a_gpu_says_how_to_get_one(tmp_path, monkeypatch, gpu, profile, stops):
     monkeypatch.setenv("COLAB_RELEASE_TAG", "x")
     monkeypatch.setattr(device, "profile", lambda: gpu)
@@ -167,7 +169,11 @@ def test_an_upload_needs_a_person(tmp_path):
 
 def item(version, name, content):
     """What `FileUpload.value` holds for a file, in ipywidgets 7 and 8."""
-    return {name: {"metadata": {"name": name}, "content": content}} if version == 7 else ({"name": name, "content": content},)
+    return (
+        {name: {"metadata": {"name": name}, "content": content}}
+        if version == 7
+        else ({"name": name, "content": content},)
+    )
 
 
 @pytest.mark.parametrize("version", [7, 8])
