@@ -95,17 +95,16 @@ def sixteen_bit(model_folder, tokenizer, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.05])
-def test_the_libraries_alone_reach_the_same_heldout_loss(config, tokenizer, sixteen_bit, tmp_path, dropout):
-    """With dropout the masks differ, because this package packs rows on a CPU; without, only rounding does."""
+def test_the_libraries_alone_reach_the_same_heldout_loss(config, tokenizer, sixteen_bit, tmp_path):
+    """Without dropout, whose masks differ because this package packs rows on a CPU, only rounding differs."""
     own = config.replace(
-        model=str(sixteen_bit), max_length=256, dropout=dropout, eval_steps=None, few_shot=False, n_answers=1
+        model=str(sixteen_bit), max_length=256, dropout=0.0, epochs=5, eval_steps=None, few_shot=False, n_answers=1
     )
     run = trainer.train(own, cleaning.prepare(own, tokenizer), tokenizer, RunFolder(tmp_path / "ours"))
     metrics = run.read("metrics.json")
     given = {"model": str(sixteen_bit), "dataset": str(ROOT / "data" / "conversations.jsonl"), "n_samples": 16}
-    given |= {"n_heldout": 6, "epochs": 1, "output_dir": str(tmp_path / "theirs")}
-    given |= {name: getattr(own, name) for name in ("rank", "alpha", "dropout", "learning_rate", "seed")}
+    given |= {"n_heldout": 6, "output_dir": str(tmp_path / "theirs")}
+    given |= {name: getattr(own, name) for name in ("epochs", "rank", "alpha", "dropout", "learning_rate", "seed")}
     names = {}
     for source in list(cells("13_libraries_alone").values())[1:]:
         exec(source, names)
@@ -113,7 +112,6 @@ def test_the_libraries_alone_reach_the_same_heldout_loss(config, tokenizer, sixt
             assert given.keys() <= {node.target.id for node in ast.parse(source).body}
             names |= given
     assert names["losses"]["base"] == pytest.approx(metrics["base_eval_loss"], abs=1e-5)
-    assert metrics["base_eval_loss"] - metrics["eval_loss"] > 0.02  # training changed something
-    close = 2e-4 if dropout == 0.0 else 0.05
-    assert names["losses"]["fine-tuned"] == pytest.approx(metrics["eval_loss"], abs=close)
+    assert metrics["base_eval_loss"] - metrics["eval_loss"] > 0.04  # training changed something
+    assert names["losses"]["fine-tuned"] == pytest.approx(metrics["eval_loss"], abs=2e-4)
     assert (tmp_path / "theirs" / "adapter_model.safetensors").exists()
