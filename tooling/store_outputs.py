@@ -28,6 +28,8 @@ def clean(path: Path, target: Path) -> None:
         cell.metadata = {"tags": tags} if tags else {}
         if cell.cell_type == "code":
             cell.execution_count = next(counts)
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if not _of_this_run(output)]
         for output in cell.get("outputs", []):
             if "execution_count" in output:
                 output.execution_count = cell.execution_count
@@ -35,6 +37,11 @@ def clean(path: Path, target: Path) -> None:
             output.pop("transient", None)
     nbformat.validate(notebook)
     nbformat.write(notebook, target)
+
+
+def _of_this_run(output: nbformat.NotebookNode) -> bool:
+    """Whether an output means nothing in a stored notebook: a widget without its state, or a warning with a path."""
+    return output.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 
 def main(names: list[str]) -> None:
