@@ -1,15 +1,18 @@
-"""The first step of every notebook: read its parameters, check them, and find its work folder."""
+"""What every notebook needs: its parameters, checked, and its work folder; uploads, downloads and tables of texts."""
 
 import ast
+import contextlib
+import html
 import re
+import shutil
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_helpers import drive, runs
-from qlora_helpers.config import Config, as_kind
+from qlora_helpers import device, drive, files, runs
+from qlora_helpers.config import Config, as_kind, load_preset
 from qlora_helpers.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,15 +21,45 @@ if TYPE_CHECKING:
 NUMBERED = re.compile(r"_\d$")
 KINDS = {bool: bool, int: int, float: float, str: str, "Optional[str]": str}  # annotations in a parameters cell
 MARK = "# Parameters"  # first line of a notebook's parameters cell, and of the cell that papermill injects
+STUDY = "h100-smollm2-study"  # recorded runs that notebook 07 can show
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A notebook's config, the folder of its runs, and the requested run name, if any."""
+    """A notebook's config, the folder of its runs, and the requested run name, if any.
+
+    At the end of a cell it shows the settings that differ from the preset and, folded in HTML, all of them.
+    """
 
     config: Config
     folder: Path
     run_name: str | None
+
+    def __repr__(self) -> str:
+        lines = [f"{name:<24}{value} instead of {was} ({by})" for name, value, was, by in self.changes]
+        return "\n".join([self._title, *lines, "all settings: print(config)"])
+
+    def _repr_html_(self) -> str:
+        cells = ("".join(f"<td>{html.escape(text)}</td>" for text in line) for line in self.changes)
+        lines = "".join(f"<tr>{line}</tr>" for line in ["<th>setting<th>here<th>in the preset<th>set by", *cells])
+        every = f"<details><summary>all settings</summary><pre>{html.escape(str(self.config))}</pre></details>"
+        return f'<div class="tex2jax_ignore"><p>{html.escape(self._title)}</p><table>{lines}</table>{every}</div>'
+
+    @property
+    def _title(self) -> str:
+        return f"Preset {self.config.preset_name}, profile {self.config.profile}."
+
+    @property
+    def changes(self) -> list[tuple[str, str, str, str]]:
+        """Name, value and preset's value of each setting that differs, and whether profile or parameters set it."""
+        config, preset = self.config, self.config.preset_name
+        of_profile = Config.from_params(preset=preset, profile=config.profile).to_dict()
+        published = Config(**load_preset(preset)).to_dict() | {"preset_name": preset, "profile": config.profile}
+        return [
+            (name, str(value), str(published[name]), "profile" if value == of_profile[name] else "parameters")
+            for name, value in config.to_dict().items()
+            if value != published[name]
+        ]
 
 
 def resolve(namespace: Mapping[str, Any], experiment: int | None = None, apart: Collection[str] = ()) -> Setup:
@@ -35,13 +68,16 @@ def resolve(namespace: Mapping[str, Any], experiment: int | None = None, apart: 
     Any setting of `Config` may be injected, whether or not the notebook lists it. An unknown name raises `UserError`
     with the closest known one; papermill itself only warns. In a notebook about several experiments, `preset_1` is the
     `preset` of experiment 1, and so on. Names in `apart` are parameters of the notebook that are not settings: their
-    type is checked, and the notebook reads them itself.
+    type is checked, and the notebook reads them itself. An empty text, as a cleared field of a form leaves it, counts
+    as None. On Colab without a GPU, `UserError` says how to get one, unless a profile is named.
     """
     given = _parameters(namespace)
     for name in apart:
         kind = KINDS.get(namespace.get("__annotations__", {}).get(name))
         if (value := given.pop(name, None)) is not None and kind:
             as_kind(name, value, kind)
+    given = {name: value for name, value in given.items() if value != ""}
+    _check_gpu(given.get("profile"))
     if experiment is not None:
         own = {name.removesuffix(f"_{experiment}"): v for name, v in given.items() if name.endswith(f"_{experiment}")}
         given = {name: v for name, v in given.items() if not NUMBERED.search(name)} | own
@@ -65,18 +101,100 @@ def texts(rows: list[dict[str, Any]], columns: list[str] | None = None) -> "Styl
 
 
 def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of the names that the parameters cell annotates and of those that papermill's cell assigns.
+    """Return the values of the names in the newest parameters cell, and in the cell that papermill injected after it.
 
-    The former are in `__annotations__`, which Python maintains, the latter in IPython's input history.
+    The cells are in IPython's input history. `__annotations__`, which Python maintains, also has the names of lines
+    that were deleted since, so it counts only where there is no history.
     """
-    names = set(namespace.get("__annotations__", {}))
+    names: set[str] = set()
+    injected: set[str] = set()
     for source in namespace.get("In", []):
-        if source.lstrip().startswith(MARK):
-            nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
-            names |= {node.id for node in nodes if isinstance(node.ctx, ast.Store)}
+        if not source.lstrip().startswith(MARK):
+            continue
+        with contextlib.suppress(SyntaxError):  # a cell that could not run
+            nodes = list(ast.walk(ast.parse(source)))
+            stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            if any(isinstance(node, ast.AnnAssign) for node in nodes):
+                names, injected = stored, set()
+            else:
+                injected = stored
+    names = (names or set(namespace.get("__annotations__", {}))) | injected
     if not names:
         raise UserError("parameters: none found. Fix: run the cell that begins with '# Parameters' first.")
-    return {name: namespace[name] for name in names}
+    return {name: namespace[name] for name in names if name in namespace}
+
+
+def _check_gpu(profile: str | None) -> None:
+    """Raise `UserError` on a Colab machine without a GPU: it would train a small model that nobody asked for."""
+    if profile in (None, "auto") and device.on_colab() and device.profile() == "cpu":
+        raise UserError(
+            "GPU: this Colab machine has none. Fix: Runtime > Change runtime type > T4 GPU > Save, then Runtime > Run "
+            "all; or profile='cpu', which takes a small model."
+        )
+
+
+def upload(workdir: str | None = None) -> str:
+    """Ask for a file with rows, store it in `uploads/` of the work folder, and return its path.
+
+    Colab waits for the file. Elsewhere a button appears, and the cell has to run again once the file is chosen. Raises
+    `UserError` as long as there is no file, and if nobody is there to choose one.
+    """
+    if not is_interactive():
+        raise UserError("upload_rows: nobody is there to choose a file. Fix: dataset=FILE.")
+    folder = runs.workdir(workdir or None) / "uploads"
+    folder.mkdir(exist_ok=True)
+    if device.on_colab():
+        from google.colab import files as browser
+
+        for name, content in browser.upload().items():
+            _store(folder, name, content)
+    else:
+        _show_button(folder)
+    newest = max(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns, default=None)
+    if newest is None:
+        raise UserError("upload_rows: no file yet. Fix: choose one with the button, then run the cell again.")
+    print(f"rows: {newest}. To use other rows, choose another file and run the cell again.")
+    return str(newest)
+
+
+def _store(folder: Path, name: str, content: bytes) -> None:
+    """Write an uploaded file. Only the last part of its name counts, so it cannot leave the folder."""
+    (folder / Path(name).name).write_bytes(content)
+
+
+def _show_button(folder: Path) -> None:
+    import ipywidgets as widgets
+    from IPython.display import display
+
+    button = widgets.FileUpload(description="choose a file")
+
+    def store(change: Any) -> None:
+        new = change["new"].values() if isinstance(change["new"], dict) else change["new"]  # ipywidgets 7, 8
+        for item in new:
+            _store(folder, item.get("name") or item["metadata"]["name"], bytes(item["content"]))
+
+    button.observe(store, names="value")
+    display(button)
+
+
+def download(path: Path) -> None:
+    """Offer a file, or a folder as a zip file, for download: Colab's browser saves it. Print its path and size."""
+    if path.is_dir():
+        path = Path(shutil.make_archive(str(path.parent / f"{path.parent.name}-{path.name}"), "zip", path))
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+    if device.on_colab() and is_interactive():
+        from google.colab import files as browser
+
+        browser.download(str(path))
+
+
+def recorded() -> Path:
+    """Return the folder of the recorded study, which `comparison.read` reads. Raises `UserError` if it is missing."""
+    folders = (files.ROOT / "results" / STUDY, Path(__file__).parent / "_results")
+    found = next((folder for folder in folders if (folder / "comparison.json").exists()), None)
+    if found is None:
+        raise UserError(f"recorded runs: {STUDY} is not installed. Fix: use a checkout of the repository.")
+    return found
 
 
 def in_notebook() -> bool:

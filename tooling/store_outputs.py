@@ -13,11 +13,13 @@ import nbformat
 
 from qlora_helpers.experiments import series
 
+METADATA = ("accelerator", "colab", "kernelspec", "language_info")
+
 
 def clean(path: Path, target: Path) -> None:
     """Copy a notebook with its outputs and execution counts, without the metadata of papermill and the front end."""
     notebook = nbformat.read(path, as_version=4)
-    notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info")}
+    notebook.metadata = {key: notebook.metadata[key] for key in METADATA}
     notebook.metadata["language_info"] = {"name": "python"}
     notebook.cells = [cell for cell in notebook.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     counts = itertools.count(1)  # papermill's injected cell had a count, too
@@ -26,6 +28,8 @@ def clean(path: Path, target: Path) -> None:
         cell.metadata = {"tags": tags} if tags else {}
         if cell.cell_type == "code":
             cell.execution_count = next(counts)
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if not _of_this_run(output)]
         for output in cell.get("outputs", []):
             if "execution_count" in output:
                 output.execution_count = cell.execution_count
@@ -33,6 +37,11 @@ def clean(path: Path, target: Path) -> None:
             output.pop("transient", None)
     nbformat.validate(notebook)
     nbformat.write(notebook, target)
+
+
+def _of_this_run(output: nbformat.NotebookNode) -> bool:
+    """Whether an output means nothing in a stored notebook: a widget without its state, or a warning with a path."""
+    return output.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 
 def main(names: list[str]) -> None:

@@ -1,5 +1,6 @@
 """The frozen base model, in 4 or 16 bits."""
 
+import copy
 from typing import Any
 
 import bitsandbytes as bnb
@@ -16,8 +17,22 @@ from qlora_helpers.models.weights import true_size
 hf_logging.disable_progress_bar()  # hides the bar for reading weights; downloads keep theirs
 
 
-def load_base(config: Config, device: Device) -> Any:
+def quantization_config(config: Config, device: Device) -> BitsAndBytesConfig | None:
+    """Return how bitsandbytes stores the base model, or None for 16 bits."""
+    if config.quantization == "none":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.quantization,
+        bnb_4bit_use_double_quant=config.double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, device.dtype),
+    )
+
+
+def load_base(config: Config, device: Device, quantization: BitsAndBytesConfig | None = None) -> Any:
     """Load the frozen base model, quantized as `config.quantization` says and computing in the device's dtype.
+
+    `quantization` is that of `quantization_config` unless it is given.
 
     Weights that are not quantized to 4 bits are stored in 16 bits. If the device computes in float32, as most CPUs do,
     these weights are converted once, here. Their values stay the same, and no conversion is needed at each use.
@@ -27,19 +42,11 @@ def load_base(config: Config, device: Device) -> Any:
     free_last_error()
     keep_freed_memory(device)
     dtype = getattr(torch, device.dtype)
-    quantization = None
-    if config.quantization != "none":
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=config.quantization,
-            bnb_4bit_use_double_quant=config.double_quant,
-            bnb_4bit_compute_dtype=dtype,
-        )
     base = from_pretrained(
         AutoModelForCausalLM,
         config,
         dtype=getattr(torch, device.storage_dtype),
-        quantization_config=quantization,
+        quantization_config=copy.deepcopy(quantization or quantization_config(config, device)),  # it is changed
         device_map={"": 0} if device.kind == "cuda" else None,
         use_safetensors=True,
     )

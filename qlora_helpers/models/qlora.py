@@ -3,6 +3,7 @@
 What `base` and `weights` do for the base model is available under the name of this module too.
 """
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from qlora_helpers import runs
 from qlora_helpers.config import Config
 from qlora_helpers.errors import UserError
 from qlora_helpers.models import links
-from qlora_helpers.models.base import four_bit_share, load_base  # noqa: F401
+from qlora_helpers.models.base import four_bit_share, load_base, quantization_config  # noqa: F401
 from qlora_helpers.models.weights import (  # noqa: F401
     four_bit_levels,
     round_trip,
@@ -39,23 +40,27 @@ OWN_SETTINGS = {
 }  # fmt: skip
 
 
-def attach_lora(base: Any, config: Config) -> Any:
-    """Attach a new LoRA adapter to the base model. The same `config.seed` gives the same initial weights.
-
-    Raises `UserError` if the model has no linear layer with one of the names in `config.target_modules`.
-    """
-    check_targets(base, config)
-    targets = "all-linear" if config.target_modules == ALL_LINEAR else list(config.target_modules)
-    set_seed(config.seed)
-    lora = LoraConfig(
+def lora_config(config: Config) -> LoraConfig:
+    """Return the shape of the adapter, as PEFT takes it."""
+    return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=targets,
+        target_modules="all-linear" if config.target_modules == ALL_LINEAR else list(config.target_modules),
         bias=config.bias,  # type: ignore[arg-type]
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(base, lora)
+
+
+def attach_lora(base: Any, config: Config, lora: LoraConfig | None = None) -> Any:
+    """Attach a new LoRA adapter to the base model. The same `config.seed` gives the same initial weights.
+
+    `lora` is that of `lora_config` unless it is given. Raises `UserError` if the model has no linear layer with one of
+    the names in `config.target_modules`.
+    """
+    check_targets(base, config)
+    set_seed(config.seed)
+    model = get_peft_model(base, copy.deepcopy(lora or lora_config(config)))  # PEFT changes it
     train_in_float32(model)
     if config.bias != "none":
         keep_biases(model)

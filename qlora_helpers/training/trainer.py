@@ -1,9 +1,9 @@
 """One run: configure TRL's SFTTrainer, continue an interrupted run, save the results."""
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,24 @@ from qlora_helpers.training import batches, checks, crossfit, oom, trl_config
 from qlora_helpers.training.callbacks import CopyToDrive, LogWriter, Progress, SaveBest
 from qlora_helpers.training.checks import Guard
 from qlora_helpers.training.crossfit import Evaluations
+from qlora_helpers.training.libraries import Libraries, run_arguments
 
 FP16_SCALE = 1024.0  # the default, 65536, overflows at first, and the scaler would skip the first steps
 
 
 def train(
-    config: Config, data: Data, tokenizer: Any, run: RunFolder, callbacks: Sequence[TrainerCallback] = ()
+    config: Config,
+    data: Data,
+    tokenizer: Any,
+    run: RunFolder,
+    callbacks: Sequence[TrainerCallback] = (),
+    libraries: Libraries = Libraries(),  # noqa: B008
 ) -> RunFolder:
     """Train `config` into `run` and return it, finished. An interrupted run continues from its last checkpoint.
 
-    Raises `UserError` if another process uses the folder, if it holds another run, or if training goes wrong in a
-    way that its result would not show: see `checks`.
+    Raises `UserError` if another process uses the folder, if it holds another run, if `libraries` say something else
+    than the config, which identifies the run, or if training goes wrong in a way that its result would not show: see
+    `checks`.
     """
     identity = cleaning.identity(config, data)
     checks.check_rows(data)
@@ -47,7 +54,7 @@ def train(
     if mirror and not run.finished:
         runs.check_free(run, config, identity)
         mirror.pull(identity)
-        train(config, data, tokenizer, mirror.here, [*callbacks, CopyToDrive(mirror)])
+        train(config, data, tokenizer, mirror.here, [*callbacks, CopyToDrive(mirror)], libraries)
         return mirror.finish()
     with runs.lock(run), checks.full_disk_as_user_error(run.path):
         runs.check_free(run, config, identity)
@@ -57,12 +64,14 @@ def train(
             return run
         quantization.check(config)
         device = compute_dtype.as_begun(compute_dtype.device_for(config), run.compute_dtype())
+        libraries.check(config, device, len(data.trained_on))
         limit_memory(device, config.memory_limit_gib)
-        config = oom.choose_split(config, device)
+        asked, config = config, oom.choose_split(config, device)
         oom.announce(config, device)
         while True:
             try:
-                _attempt(RunContext(config, data, tokenizer, device, run), callbacks)
+                given = libraries if config == asked else replace(libraries, arguments=None)  # of another split
+                _attempt(RunContext(config, data, tokenizer, device, run), callbacks, given)
                 return run
             except RuntimeError as error:
                 if not oom.is_oom_error(error):
@@ -72,16 +81,16 @@ def train(
             config = oom.shrink(config, device, run, seen)
 
 
-def _attempt(context: RunContext, callbacks: Sequence[TrainerCallback]) -> None:
+def _attempt(context: RunContext, callbacks: Sequence[TrainerCallback], given: Libraries) -> None:
     """Train from the last checkpoint to the end, with one split of the batch."""
     config, run = context.config, context.run
     in_16_bits = rivals.in_16_bits(context)
-    base = load_base(config, context.device)
+    base = load_base(config, context.device, given.quantization)
     check_targets(base, config)
     files.write_json(run / "config.json", {"identity": context.identity, "config": config.to_dict()})
     base_losses = losses.baseline(base, context)
     _write_manifest(context, base, rivals.of_base(base, context) | in_16_bits)
-    trainer = build_trainer(attach_lora(base, config), context, callbacks)
+    trainer = build_trainer(attach_lora(base, config, given.lora), context, callbacks, given.arguments)
     trl_config.write(run, config, context.device, trainer.args, trainer.train_dataset)
     selection = context.data.selection
     before = trainer.measure(selection) if selection else base_losses  # a new adapter changes nothing
@@ -173,8 +182,13 @@ class QloraTrainer(SFTTrainer):
         runs.remove_old(RunFolder(folder.parents[1]), folder.name, best)
 
 
-def build_trainer(model: Any, context: RunContext, callbacks: Sequence[TrainerCallback] = ()) -> QloraTrainer:
-    """The trainer of a run. Rows are tokenized and labeled already, so TRL applies no template and no mask."""
+def build_trainer(
+    model: Any, context: RunContext, callbacks: Sequence[TrainerCallback] = (), arguments: SFTConfig | None = None
+) -> QloraTrainer:
+    """The trainer of a run. Rows are tokenized and labeled already, so TRL applies no template and no mask.
+
+    `arguments` are those of `learning_arguments` unless they are given.
+    """
     config, data, device = context.config, context.data, context.device
     rows = [{"input_ids": example.input_ids, "labels": example.labels} for example in data.trained_on]
     callbacks = [Guard(), Progress("selection" if data.selection else "held-out"), *callbacks]
@@ -186,7 +200,7 @@ def build_trainer(model: Any, context: RunContext, callbacks: Sequence[TrainerCa
         settings.pad_token_id = context.tokenizer.pad_token_id
     trainer = QloraTrainer(
         model=model,
-        args=_on_one_gpu(_arguments(config, len(rows), device, context.run)),
+        args=run_arguments(context, arguments),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows[:1]),  # never read: `evaluate` measures rows of its own
         processing_class=context.tokenizer,
@@ -202,54 +216,6 @@ def build_trainer(model: Any, context: RunContext, callbacks: Sequence[TrainerCa
     trainer.device_, trainer.identity = device, context.identity
     trainer.evaluated_on = data.selection or data.heldout
     return trainer
-
-
-def _arguments(config: Config, n_rows: int, device: Device, run: RunFolder) -> SFTConfig:
-    steps = config.steps(n_rows)
-    eval_steps = min(config.eval_steps or steps // config.epochs, steps)
-    save_steps = config.save_steps
-    if config.keep_best:  # the library wants a checkpoint at each evaluation; SaveBest adds those between
-        save_steps = math.ceil(save_steps / eval_steps) * eval_steps
-    return SFTConfig(
-        output_dir=str(run / "checkpoints"),
-        num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler,
-        warmup_steps=math.ceil(config.warmup_ratio * steps),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        optim=config.optimizer,
-        gradient_checkpointing=config.gradient_checkpointing,
-        eval_strategy="steps",
-        eval_steps=eval_steps,
-        save_strategy="steps",
-        save_steps=save_steps,
-        restore_callback_states_from_checkpoint=True,
-        load_best_model_at_end=config.keep_best,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        logging_steps=1,
-        disable_tqdm=True,  # see Progress
-        logging_nan_inf_filter=False,  # the filter would hide a NaN loss
-        include_num_input_tokens_seen="non_padding",
-        bf16=device.kind == "cuda" and device.dtype == "bfloat16",
-        fp16=device.kind == "cuda" and device.dtype == "float16",
-        use_cpu=device.kind == "cpu",
-        dataloader_pin_memory=device.kind == "cuda",
-        max_length=None,  # rows are truncated already
-        seed=config.seed,
-        report_to="none",
-    )
-
-
-def _on_one_gpu(arguments: SFTConfig) -> SFTConfig:
-    """Return the arguments for one GPU. With several, the library would multiply the batch size by their number."""
-    if arguments.n_gpu > 1:
-        print(f"{arguments.n_gpu} GPUs are visible. This run uses the first, with the batch size of its config.")
-        arguments._n_gpu = 1
-    return arguments
 
 
 def _write_manifest(context: RunContext, base: Any, measured: Rivals) -> None:

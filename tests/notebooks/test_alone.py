@@ -14,7 +14,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"profile": "cpu", "n_heldout": 4, "epochs": 1}
-SAMPLES = {"07_compare": {"n_samples_1": 4, "n_samples_2": 8}, "09_how_much_data": {"sample_counts": [4, 8]}}
+SAMPLES = {
+    "07_compare": {"n_samples_1": 4, "n_samples_2": 8},
+    "09_how_much_data": {"sample_counts": [4, 8]},
+    "13_libraries_alone": {"n_samples": 4, "dataset": ROOT / "data" / "conversations.jsonl"},
+}
 
 
 def papermill(name, folder, **params):

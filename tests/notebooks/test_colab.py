@@ -92,7 +92,7 @@ def test_package_list_is_converted_from_colabs_files():
 def bootstrap(monkeypatch, tmp_path):
     """Function that runs the bootstrap cell with another folder for `/content`, and returns its commands."""
 
-    def run_cell(colab=True, installed=False, wheels=()):
+    def run_cell(colab=True, installed=False, wheels=(), owner="some-one"):
         for name in [name for name in os.environ if name.startswith("COLAB_")]:
             monkeypatch.delenv(name)
         if colab:
@@ -102,7 +102,7 @@ def bootstrap(monkeypatch, tmp_path):
         monkeypatch.setattr(subprocess, "run", lambda words, check: ran.append((words, check)))
         for name in wheels:
             (tmp_path / name).touch()
-        exec(BOOTSTRAP.replace('"/content/', f'"{tmp_path}/'), {})
+        exec(BOOTSTRAP.replace("/OWNER/qlora", f"/{owner}/qlora").replace('"/content/', f'"{tmp_path}/'), {})
         return ran
 
     return run_cell
@@ -117,8 +117,14 @@ def test_bootstrap_installs_from_the_repository(bootstrap):
     ((words, check),) = bootstrap()
     assert check
     assert words[:4] == [sys.executable, "-m", "pip", "install"]
-    assert words[-1].startswith("qlora-helpers @ git+https://github.com/")
+    assert words[-1] == "qlora-helpers @ git+https://github.com/some-one/qlora-notebooks"
     assert not {"-U", "--upgrade", "--no-deps", "--force-reinstall"} & set(words)
+
+
+def test_bootstrap_installs_from_nobody_while_no_repository_is_set(bootstrap):
+    with pytest.raises(RuntimeError, match="make set-repo URL="):
+        bootstrap(owner="OWNER")
+    assert len(bootstrap(owner="OWNER", wheels=["qlora_helpers-0.1.0-py3-none-any.whl"])) == 1
 
 
 def test_bootstrap_finds_an_uploaded_wheel(bootstrap, tmp_path):

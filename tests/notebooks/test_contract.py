@@ -1,6 +1,7 @@
 """What every notebook must be: short cells, one tagged parameters cell, the same bootstrap, outputs in order."""
 
 import ast
+import re
 from pathlib import Path
 
 import nbformat
@@ -11,6 +12,10 @@ FOLDER = Path(__file__).parents[2] / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 NOTEBOOKS = [pytest.param(nbformat.read(path, as_version=4), id=path.stem) for path in PATHS]
 STORY_LINES = 15
+ALONE, ALONE_LINES = "13_libraries_alone", 80  # the notebook without this package
+# A field of a Colab form and what it is for. Colab documents the options; papermill takes the rest of the line as help.
+FORM = re.compile(r'# @param (?:(?P<options>\[.+?\])(?: \{[^}]+\})?|\{type:"(?P<type>\w+)"[^}]*\})  # (?P<help>.+)')
+TYPED = {"int": {"integer", "slider"}, "float": {"number", "slider"}, "bool": {"boolean"}, "str": {"string"}}
 
 
 def code_cells(notebook):
@@ -24,8 +29,10 @@ def parameters(notebook):
 
 
 def test_the_series_is_there():
-    assert [path.stem[:2] for path in PATHS] == [f"{number:02}" for number in range(1, len(PATHS) + 1)]
-    assert len(PATHS) >= 10
+    numbers = [path.stem[:2] for path in PATHS]
+    assert numbers[:12] == [f"{number:02}" for number in range(12)]
+    assert len(set(numbers)) == len(numbers)
+    assert PATHS[-1].stem == ALONE
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
@@ -37,7 +44,13 @@ def test_order_of_cells(notebook, request):
     for phrase in ("**You will see**", "**You need**", "**It writes**", " min"):
         assert phrase in notebook.cells[1].source
     assert "parameters" in notebook.cells[4].metadata.tags
-    assert "notebook.resolve(globals()" in notebook.cells[5].source + notebook.cells[6].source
+    early = notebook.cells[5].source + notebook.cells[6].source
+    assert ("notebook.resolve(globals()" in early) == (request.node.callspec.id != ALONE)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_colab_is_asked_for_a_t4(notebook):
+    assert (notebook.metadata["accelerator"], notebook.metadata["colab"]["gpuType"]) == ("GPU", "T4")
 
 
 def test_bootstrap_is_the_same_bytes_everywhere():
@@ -62,6 +75,29 @@ def test_parameters_are_literals_with_type_and_comment(notebook):
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_every_parameter_is_a_field_of_a_form_that_holds_its_value(notebook):
+    source = parameters(notebook)
+    for node in ast.parse(source).body:
+        line = source.splitlines()[node.lineno - 1]
+        field = FORM.fullmatch(line[line.index("# @param") :])
+        assert field, line
+        value, kind = ast.literal_eval(node.value), ast.unparse(node.annotation)
+        if field["options"]:
+            assert value in ast.literal_eval(field["options"]), line
+        else:
+            assert field["type"] in TYPED.get(kind, {"raw"}), line
+        assert line.count("=") == 1, f"papermill passes over this line: {line}"
+
+
+def test_the_notebook_of_the_libraries_uses_nothing_else():
+    notebook = nbformat.read(FOLDER / f"{ALONE}.ipynb", as_version=4)
+    story = "\n".join(cell.source for cell in code_cells(notebook)[2:])
+    assert sum(bool(line.strip()) for line in story.splitlines()) <= ALONE_LINES
+    assert {"bitsandbytes", "peft", "transformers", "trl"} <= set(re.findall(r"^from (\w+)", story, re.MULTILINE))
+    assert not re.search(r"^\s*(from|import) qlora_helpers", story, re.MULTILINE)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_what_leaves_runs_behind_can_keep_them_on_drive(notebook):
     assert ("workdir: " in parameters(notebook)) == ("use_drive: bool = False" in parameters(notebook))
 
@@ -72,7 +108,8 @@ def test_papermill_explains_every_parameter(path):
     seen = papermill.inspect_notebook(str(path))
     names = [node.target.id for node in ast.parse(parameters(nbformat.read(path, as_version=4))).body]
     assert list(seen) == names
-    assert all(found["help"] for found in seen.values())
+    assert all("  # " in found["help"] for found in seen.values())  # more than the options of the form
+    assert not {found["inferred_type_name"] for found in seen.values()} & {"None", "NoneType"}
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)

@@ -141,7 +141,7 @@ def test_loss_scale_of_a_gpu_run_starts_low(t4, monkeypatch, config, tokenizer, 
     """Only the scaler is checked: the rest of the library's trainer needs a GPU."""
     built = []
     monkeypatch.setattr(torch.amp, "GradScaler", lambda kind, init_scale: built.append((kind, init_scale)))
-    monkeypatch.setattr(trainer, "_arguments", lambda config, rows, there, run: None)
+    monkeypatch.setattr(trainer, "_arguments", lambda *args: None)
     monkeypatch.setattr(trainer, "train_in_float32", lambda model: None)
 
     class Shell:

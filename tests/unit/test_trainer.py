@@ -21,7 +21,7 @@ from qlora_helpers.evaluation.losses import RowLoss
 from qlora_helpers.models import qlora
 from qlora_helpers.planning import compute_dtype
 from qlora_helpers.runs import RunFolder
-from qlora_helpers.training import trainer
+from qlora_helpers.training import libraries, trainer
 
 METRICS = {
     "train_rows", "steps", "epochs", "train_loss", "eval_loss", "base_eval_loss", "trainable_parameters", "seconds",
@@ -419,14 +419,12 @@ def test_early_stopping_stops(train):
 
 
 def test_a_second_gpu_does_not_double_the_batch(config, data, device, tokenizer, tmp_path, monkeypatch, capsys):
-    real = trainer.SFTConfig
+    class TwoGpus(libraries.SFTConfig):
+        def __post_init__(self):
+            super().__post_init__()
+            self._n_gpu = 2
 
-    def with_two_gpus(**settings):
-        arguments = real(**settings)
-        arguments._n_gpu = 2
-        return arguments
-
-    monkeypatch.setattr(trainer, "SFTConfig", with_two_gpus)
+    monkeypatch.setattr(libraries, "SFTConfig", TwoGpus)
     context = RunContext(config, data, tokenizer, device, RunFolder(tmp_path))
     model = qlora.attach_lora(qlora.load_base(config, device), config)
     built = trainer.build_trainer(model, context)

@@ -1,0 +1,95 @@
+"""The settings of a run as bitsandbytes, PEFT and TRL take them, made from the config or by a notebook."""
+
+import math
+from dataclasses import dataclass, replace
+
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+from trl import SFTConfig
+
+from qlora_helpers.config import Config
+from qlora_helpers.device import Device
+from qlora_helpers.errors import UserError
+from qlora_helpers.evaluation.context import RunContext
+from qlora_helpers.models.qlora import lora_config, quantization_config
+
+PLACES = ("output_dir", "logging_dir", "run_name")  # where a run is written is not what it learns
+
+
+@dataclass(frozen=True)
+class Libraries:
+    """The libraries' own settings of a run. What is None is built from the config."""
+
+    quantization: BitsAndBytesConfig | None = None
+    lora: LoraConfig | None = None
+    arguments: SFTConfig | None = None
+
+    def check(self, config: Config, device: Device, n_rows: int) -> None:
+        """Raise `UserError` if a given setting is not that of the config: the run would be recorded as another."""
+        ours = (quantization_config(config, device), lora_config(config), learning_arguments(config, n_rows, device))
+        for (name, given), own in zip(vars(self).items(), ours, strict=True):
+            settings, expected = ({} if s is None else s.to_dict() for s in (given, own))
+            for key in settings.keys() - set(PLACES):
+                if settings[key] != expected.get(key):
+                    raise UserError(
+                        f"{name}: {key} is {settings[key]} in the cell and {expected.get(key)} in the config, by which "
+                        "the run is known. Fix: change it in the parameters cell."
+                    )
+
+
+def learning_arguments(config: Config, n_rows: int, device: Device) -> SFTConfig:
+    """Return what decides what is learned from `n_rows` rows, as TRL takes it."""
+    return SFTConfig(
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler,
+        warmup_steps=math.ceil(config.warmup_ratio * config.steps(n_rows)),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        optim=config.optimizer,
+        gradient_checkpointing=config.gradient_checkpointing,
+        bf16=device.kind == "cuda" and device.dtype == "bfloat16",
+        fp16=device.kind == "cuda" and device.dtype == "float16",
+        use_cpu=device.kind == "cpu",
+        max_length=None,  # rows are truncated already
+        seed=config.seed,
+        report_to="none",
+    )
+
+
+def run_arguments(context: RunContext, given: SFTConfig | None = None) -> SFTConfig:
+    """Add to the `given` arguments, or to those of the config, when to evaluate and to save, and what to log."""
+    config, device, n_rows = context.config, context.device, len(context.data.trained_on)
+    steps = config.steps(n_rows)
+    eval_steps = min(config.eval_steps or steps // config.epochs, steps)
+    save_steps = config.save_steps
+    if config.keep_best:  # the library wants a checkpoint at each evaluation; SaveBest adds those between
+        save_steps = math.ceil(save_steps / eval_steps) * eval_steps
+    arguments = replace(
+        given or learning_arguments(config, n_rows, device),
+        output_dir=str(context.run / "checkpoints"),
+        eval_strategy="steps",
+        eval_steps=eval_steps,
+        save_strategy="steps",
+        save_steps=save_steps,
+        restore_callback_states_from_checkpoint=True,
+        load_best_model_at_end=config.keep_best,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        logging_steps=1,
+        disable_tqdm=True,  # see Progress
+        logging_nan_inf_filter=False,  # the filter would hide a NaN loss
+        include_num_input_tokens_seen="non_padding",
+        dataloader_pin_memory=device.kind == "cuda",
+    )
+    return _on_one_gpu(arguments)
+
+
+def _on_one_gpu(arguments: SFTConfig) -> SFTConfig:
+    """Return the arguments for one GPU. With several, the library would multiply the batch size by their number."""
+    if arguments.n_gpu > 1:
+        print(f"{arguments.n_gpu} GPUs are visible. This run uses the first, with the batch size of its config.")
+        arguments._n_gpu = 1
+    return arguments
