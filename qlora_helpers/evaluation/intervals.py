@@ -10,7 +10,6 @@ import numpy as np
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
-_EXCEEDED = round((1 - CONFIDENCE) * RESAMPLES)  # resamples in which a bound is exceeded
 POWER = 0.8  # of the smallest effect that a comparison is expected to detect
 FEW_ROWS = 20  # with fewer rows, the rows-by-seeds variance is too uncertain to be subtracted
 _KEPT = 4_000_000  # resampled rows that are kept for the next interval; 32 MB
@@ -177,6 +176,7 @@ class _Balanced:
     """A bound for each vector of deviations that is exceeded equally often; in 5% of the resamples, any is exceeded."""
 
     def __init__(self) -> None:
+        self._exceeded = round((1 - CONFIDENCE) * RESAMPLES)  # resamples in which any bound is exceeded
         self._rarest = np.full(RESAMPLES, RESAMPLES)  # of each resample: how many deviate as much, in the rarest case
         self._largest: list[np.ndarray] = []
 
@@ -184,11 +184,11 @@ class _Balanced:
         """Add the deviations of an estimate, of which only the largest are kept."""
         ordered = np.sort(deviations)
         np.minimum(self._rarest, RESAMPLES - np.searchsorted(ordered, deviations), out=self._rarest)
-        self._largest.append(ordered[-_EXCEEDED - 1 :].copy())
+        self._largest.append(ordered[-self._exceeded - 1 :].copy())
 
     def bounds(self) -> list[float]:
         """Return the bound of each estimate, in order."""
-        allowed = np.sort(self._rarest)[_EXCEEDED]
+        allowed = np.sort(self._rarest)[self._exceeded]
         # With more allowed, all deviations from the first that is kept up to the bound are equal.
         return [largest[-min(allowed, len(largest))] for largest in self._largest]
 

@@ -18,7 +18,7 @@ from qlora_helpers.data import cleaning
 from qlora_helpers.evaluation.context import RunContext
 from qlora_helpers.models import qlora
 from qlora_helpers.runs import RunFolder
-from qlora_helpers.training import trainer
+from qlora_helpers.training import libraries, trainer
 
 ALLOWED = {torch.float16, torch.float32, torch.uint8, torch.int64, torch.int32, torch.bool}
 ALLOWED |= {torch.float64}  # scalars only: the inverse of the loss scale, and sums of the evaluation
@@ -85,8 +85,10 @@ def test_emulated_bf16_is_refused(t4):
 
 
 def test_trainer_settings(t4, config, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.SFTConfig, "device", property(lambda self: torch.device("cpu")))
-    args = trainer._arguments(config, 16, t4, RunFolder(tmp_path / "run"))
+    monkeypatch.setattr(libraries.SFTConfig, "device", property(lambda self: torch.device("cpu")))
+    monkeypatch.setattr(libraries.SFTConfig, "n_gpu", 1)
+    rows = SimpleNamespace(trained_on=range(16))
+    args = libraries.run_arguments(RunContext(config, rows, None, t4, RunFolder(tmp_path / "run")))
     assert (args.fp16, args.bf16, args.bf16_full_eval, args.tf32) == (True, False, False, None)
     assert device.autocast(t4).fast_dtype == torch.float16
 
@@ -141,7 +143,7 @@ def test_loss_scale_of_a_gpu_run_starts_low(t4, monkeypatch, config, tokenizer, 
     """Only the scaler is checked: the rest of the library's trainer needs a GPU."""
     built = []
     monkeypatch.setattr(torch.amp, "GradScaler", lambda kind, init_scale: built.append((kind, init_scale)))
-    monkeypatch.setattr(trainer, "_arguments", lambda *args: None)
+    monkeypatch.setattr(trainer, "run_arguments", lambda *args: None)
     monkeypatch.setattr(trainer, "train_in_float32", lambda model: None)
 
     class Shell:
