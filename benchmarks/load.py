@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +24,7 @@ from qlora_helpers import files
 
 RUNS, BESIDE = 200, (1, 2_000)
 ROWS, HELD_OUT, GENERAL, ANSWERS = (25_000, 100_000), 100, 48, 20
-STEPS, SECONDS_PER_STEP, WATCHED = 100_000, 0.1, 2_000  # the live figure is watched over the last steps
+STEPS, SECONDS_PER_STEP, WATCHED = 100_000, 0.1, 5_000  # the live figure is watched over the last steps
 MANY = 10_000  # rows of one interval, and answers
 GOALS = {
     "compare": "20 s, 300 MB",
@@ -171,7 +171,7 @@ def live() -> None:
     shown = SimpleNamespace(update=lambda figure: figure._repr_png_())
     sys.modules["IPython.display"] = SimpleNamespace(display=lambda figure, **_: shown)  # type: ignore[assignment]
     callbacks.in_notebook = lambda: True
-    callbacks.time = SimpleNamespace(monotonic=lambda: virtual + spent + time.perf_counter())  # type: ignore[assignment]
+    callbacks.time = SimpleNamespace(monotonic=lambda: virtual + time.perf_counter())  # type: ignore[assignment]
     rng = random.Random(0)
     history: list[dict[str, Any]] = []
     for step in range(1, STEPS + 1):
@@ -201,9 +201,8 @@ def start(folder: str) -> None:
     print(f"{1000 * (time.perf_counter() - began):.1f} ms to choose {chosen.name}")
 
 
-def results(cases: list[str]) -> list[Result]:
+def results(cases: list[str]) -> Iterator[Result]:
     """Measure the cases, one after another."""
-    measured = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if "compare" in cases:
@@ -211,9 +210,9 @@ def results(cases: list[str]) -> list[Result]:
             words = ["-m", "qlora_helpers", "compare", *(str(folder / "runs" / f"run{i}") for i in range(RUNS))]
             page = folder / "out" / "report.html"
             words += ["--out", str(page.parent)]
-            measured.append(measure("compare", words, lambda _: f"page of {page.stat().st_size / 1e6:.1f} MB"))
+            yield measure("compare", words, lambda _: f"page of {page.stat().st_size / 1e6:.1f} MB")
         own = [str(Path(__file__)), "--child"]
-        measured += [measure(case, [*own, case]) for case in ("interval", "answers", "live") if case in cases]
+        yield from (measure(case, [*own, case]) for case in ("interval", "answers", "live") if case in cases)
         for number in BESIDE if "start" in cases else ():
             beside = folder / f"beside{number}"
             for i in range(number):
@@ -221,13 +220,12 @@ def results(cases: list[str]) -> list[Result]:
                 files.write_json(beside / f"run{i}" / "config.json", content)
                 files.write_json(beside / f"run{i}" / "metrics.json", {})
             for when in ("first", "later"):
-                measured.append(measure(f"start, {number:,} beside, {when}", [*own, "start", str(beside)]))
+                yield measure(f"start, {number:,} beside, {when}", [*own, "start", str(beside)])
         for number in ROWS if "data" in cases else ():
             rows = folder / f"rows{number}.jsonl"
             _apart("rows", rows, number)
             words = ["-m", "qlora_helpers", "data", str(rows), "--out", str(folder / f"data{number}")]
-            measured.append(measure(f"data, {number:,} rows", [*words, "--max-tokens", "1024"], lambda _: ""))
-    return measured
+            yield measure(f"data, {number:,} rows", [*words, "--max-tokens", "1024"], lambda _: "")
 
 
 def main() -> None:
@@ -244,14 +242,14 @@ def main() -> None:
         else:
             {"interval": interval, "answers": answers, "live": live, "start": start}[case](*given)
         return
-    measured = results(args.cases)
     if args.json:
         keys = ("case", "seconds", "cpu_seconds", "peak_mb", "note")
-        print(json.dumps([dict(zip(keys, one, strict=True)) for one in measured], indent=1))
+        print(json.dumps([dict(zip(keys, one, strict=True)) for one in results(args.cases)], indent=1))
         return
-    print("| case | seconds | CPU seconds | peak MB | measured | goal |\n|---|---|---|---|---|---|")
-    for case, seconds, cpu, peak, note in measured:
-        print(f"| {case} | {seconds:.1f} | {cpu:.1f} | {peak:.0f} | {note[:60]} | {GOALS[case.split(',')[0]]} |")
+    print("| case | seconds | CPU seconds | peak MB | measured | goal |\n|---|---|---|---|---|---|", flush=True)
+    for case, seconds, cpu, peak, note in results(args.cases):
+        goal = GOALS[case.split(",")[0]]
+        print(f"| {case} | {seconds:.1f} | {cpu:.1f} | {peak:.0f} | {note[:60]} | {goal} |", flush=True)
 
 
 if __name__ == "__main__":

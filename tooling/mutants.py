@@ -11,6 +11,7 @@ build/mutants: the same command goes on where it was stopped. It prints the faul
 import argparse
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -79,12 +80,14 @@ def run(faults: WorkDB, minutes: float) -> None:
     covered = CoverageData(str(TREE / ".coverage"))
     covered.read()
     ends = time.monotonic() + 60 * minutes
-    for fault in sorted(faults.pending_work_items, key=_place):
+    command = shlex.join([*PYTEST, "-x", f"@{FOLDER / 'tests.txt'}"])
+    for number, fault in enumerate(sorted(faults.pending_work_items, key=_place)):
         if time.monotonic() > ends:
             return
         tests = covering(fault, covered)
         (FOLDER / "tests.txt").write_text("\n".join(tests), "utf-8")
-        command = f"{' '.join(PYTEST)} -x @{FOLDER / 'tests.txt'}"
+        if number == 0:  # a command that fails without a fault would make every fault look noticed
+            subprocess.run(shlex.split(command), check=True)
         result = mutate_and_test(fault.mutations, command, LIMIT)
         if not tests:
             result.test_outcome = TestOutcome.SURVIVED

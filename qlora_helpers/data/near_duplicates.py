@@ -143,11 +143,15 @@ def same_question(a: str, b: str, common: Collection[str] = frozenset()) -> bool
     Symbols and numbers must be the same. Words may be added to one of the texts, in any order. If both have words of
     their own, these must be slips of spelling or words that are `common` in the data set.
     """
+    words = [set(text.split()) - EMPHASIS for text in (a, b)]
+    own = [words[0].difference(words[1], common), words[1].difference(words[0], common)]
+    if _surely_left(own[0], words[1]) and _surely_left(own[1], words[0]):  # as for most texts, and quickly found
+        return False
     in_a, in_b = (Counter(word for word in text.split() if word not in EMPHASIS) for text in (a, b))
     only_a, only_b = ([w for w in only.elements() if w not in common] for only in (in_a - in_b, in_b - in_a))
     if _symbols(" ".join((in_a - in_b) + (in_b - in_a))):
         return False
-    if _surely_left(only_a, only_b) and _surely_left(only_b, only_a):  # as for most texts, without comparing each pair
+    if _surely_left(only_a, only_b) and _surely_left(only_b, only_a):
         return False
     for word in tuple(only_a):
         twin = next((other for other in only_b if is_slip(word, other)), None)
@@ -157,7 +161,7 @@ def same_question(a: str, b: str, common: Collection[str] = frozenset()) -> bool
     return not (only_a and only_b)
 
 
-def _surely_left(words: list[str], others: list[str]) -> bool:
+def _surely_left(words: Collection[str], others: Collection[str]) -> bool:
     """Return whether one of the words is surely no slip of spelling of any of the others."""
     begun = {other[0] for other in others if len(other) >= SLIP}
     return any(len(word) < SLIP or word[0] not in begun for word in words)

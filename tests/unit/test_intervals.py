@@ -65,6 +65,12 @@ def test_noise_of_rows_with_seeds_is_counted_once():
     assert varied.row_error == pytest.approx(2 / 500**0.5, rel=0.1)
 
 
+def test_the_variance_from_noise_of_rows_with_seeds_in_numbers():
+    """Two rows and two seeds: residuals of 1/2 in four cells of a total of 2, so 4 x (1/4)² / (2 x 1) x 2/1."""
+    estimate = Estimate(np.ones(2), np.ones(2), {(0, 1): np.eye(2)})
+    assert estimate.crossed_variances == [pytest.approx(0.25)]
+
+
 def test_few_rows_are_not_trusted_to_subtract_it():
     estimate = rows_by_seeds(np.random.default_rng(0), rows=intervals.FEW_ROWS - 1)
     assert estimate.row_error == pytest.approx(intervals.ratio(estimate.above, estimate.below).error)
