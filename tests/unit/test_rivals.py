@@ -36,9 +36,9 @@ def test_every_form_of_the_base_model_is_measured_once_and_shared(config, tokeni
     loaded = []
     real = qlora.load_base
 
-    def load_base(config, device):
+    def load_base(config, *others):
         loaded.append(config.quantization)
-        return real(config, device)
+        return real(config, *others)
 
     for module in (qlora, trainer):
         monkeypatch.setattr(module, "load_base", load_base)

@@ -12,7 +12,7 @@ from qlora_helpers.evaluation import answers, rivals
 from qlora_helpers.export import merge, parity
 from qlora_helpers.models import safetensors_io
 from qlora_helpers.runs import RunFolder
-from qlora_helpers.training import trainer
+from qlora_helpers.training import libraries, trainer
 
 
 def test_a_run_on_a_local_model_notes_the_fingerprint_of_its_weights(
@@ -45,16 +45,21 @@ PASSED_ON = {
 }
 
 
+def arguments(config, device, tmp_path):
+    rows = SimpleNamespace(trained_on=range(16))
+    return libraries.run_arguments(rivals.RunContext(config, rows, None, device, RunFolder(tmp_path)))
+
+
 @pytest.mark.parametrize("setting", PASSED_ON)
 def test_every_setting_of_training_reaches_the_library(config, device, tmp_path, setting):
     name, value = PASSED_ON[setting]
-    given = trainer._arguments(config.replace(**{setting: value}), 16, device, RunFolder(tmp_path))
+    given = arguments(config.replace(**{setting: value}), device, tmp_path)
     assert getattr(given, name) == value
-    assert getattr(trainer._arguments(config, 16, device, RunFolder(tmp_path)), name) != value
+    assert getattr(arguments(config, device, tmp_path), name) != value
 
 
 def test_warmup_is_a_share_of_the_steps(config, device, tmp_path):
-    given = trainer._arguments(config.replace(warmup_ratio=0.5, epochs=2), 16, device, RunFolder(tmp_path))
+    given = arguments(config.replace(warmup_ratio=0.5, epochs=2), device, tmp_path)
     assert given.warmup_steps == 4  # of 8
 
 
