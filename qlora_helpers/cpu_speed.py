@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import files
+from qlora_helpers import files, locks
 
 CANDIDATES = ("float32", "bfloat16")
 WORTHWHILE = 1.2  # bfloat16 rounds more coarsely, so it must be at least this many times as fast
@@ -49,13 +49,11 @@ def lookup(hidden: int, intermediate: int) -> CpuSpeed:
     It is stored so that all runs on a machine use the same dtype and can be compared. The key consists of the
     processor, the torch version and the number of threads.
     """
-    import filelock
-
     size = min(hidden, WIDEST), min(intermediate, WIDEST)
     key, path = json.dumps([*cache_key(), *size]), files.cache_folder() / STORE
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(f"{path}.lock"):
+        with locks.hold(Path(f"{path}.lock")):
             stored = _stored(path)
             if (speed := _speed(stored.get(key))) is None:
                 speed = measure(*size)

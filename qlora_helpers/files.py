@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import parse
+from qlora_helpers import locks, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 PART, LOCK, REPLACED = ".part", ".building", "replaced"  # of a folder that is being built
@@ -100,12 +100,10 @@ def building(target: Path) -> Iterator[Path]:
     It is built in a hidden folder beside `target`. After an error, `target` is as it was; a folder that it names
     already is replaced, so the caller decides whether it may be.
     """
-    import filelock
-
     make_folder(target.parent)
     clear_leftovers(target)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-", suffix=PART))
-    with filelock.FileLock(scratch / LOCK):
+    with locks.hold(scratch / LOCK):
         try:
             built = scratch / "built"
             built.mkdir()
@@ -121,11 +119,14 @@ def building(target: Path) -> Iterator[Path]:
 
 
 def clear_leftovers(target: Path) -> None:
-    """Delete what killed processes left of folders that they built for `target`. Those still being built stay."""
+    """Delete what killed processes left of folders that they built for `target`.
+
+    Those still being built stay, and so do all where the file system has no locks that would tell them apart.
+    """
     import filelock
 
     for scratch in target.parent.glob(f".{glob.escape(target.name)}-*{PART}"):
-        with contextlib.suppress(filelock.Timeout):
+        with contextlib.suppress(filelock.Timeout, OSError, NotImplementedError):
             if (scratch / LOCK).exists():
                 with filelock.FileLock(scratch / LOCK, timeout=0):
                     _clear(scratch, target)

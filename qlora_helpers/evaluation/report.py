@@ -58,7 +58,7 @@ def headlines(result: Comparison) -> list[str]:
     lines = []
     for d in result.headlines:
         size, rows, tokens = f"{math.expm1(d.value):+.1%}", f"{d.rows} of {result.heldout_rows}", d.tokens
-        if d.rows == result.heldout_rows and d.b in losses:
+        if d.rows == result.heldout_rows:
             after = losses[d.b]
             size = f"{math.exp(after):.2f} instead of {math.exp(after - d.value):.2f} ({size})"
             rows, tokens = f"{d.rows}", result.heldout_tokens

@@ -374,6 +374,21 @@ def test_a_file_system_without_locks_is_a_line_and_no_end(monkeypatch, tmp_path,
     assert f"{tmp_path} is on a file system without locks" in capsys.readouterr().out or code == errno.ENOSYS
 
 
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOTSUP, errno.EIO])
+def test_a_folder_is_built_on_a_file_system_without_locks_and_no_other_is_cleared(monkeypatch, tmp_path, code):
+    def flock(*args):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    other = tmp_path / f".out-0{files.PART}"
+    other.mkdir()
+    (other / files.LOCK).touch()
+    with files.building(tmp_path / "out") as built:
+        (built / "a").write_text("a")
+    assert (tmp_path / "out" / "a").read_text() == "a"
+    assert other.exists()
+
+
 def test_a_lock_that_another_process_holds_is_waited_for_no_longer_than_asked(tmp_path):
     with locks.hold(tmp_path / "a.lock"), pytest.raises(Timeout), locks.hold(tmp_path / "a.lock", timeout=0):
         pass

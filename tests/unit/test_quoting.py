@@ -37,7 +37,8 @@ def test_names_put_no_links_and_no_images_into_a_report(name, tmp_path):
     made = result()
     made = replace(
         made,
-        table=[replace(model, name=f"{model.name}{name}") for model in made.table],
+        table=[replace(model, name=f"{model.name}{name}") for model in made.table]
+        + [replace(made.table[-1], name=name)],
         differences=[replace(d, b=name) for d in made.differences],
         forgetting=[replace(d, b=name) for d in made.forgetting],
         answers=[{"prompt": name, name: name}],

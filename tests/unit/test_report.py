@@ -271,7 +271,8 @@ def test_of_many_differences_the_figure_shows_those_to_the_best_rivals_and_says_
     few = result()
     names = [f"exp{i}" for i in range(report.DRAWN + 5)]
     each = [replace(few.differences[0], a=rival, b=name) for name in names for rival in ("base", "base, 16 bits")]
-    many = replace(few, differences=each, best_rival=dict.fromkeys(names, "base, 16 bits"))
+    table = [*few.table, *(replace(few.table[-1], name=name) for name in names)]
+    many = replace(few, table=table, differences=each, best_rival=dict.fromkeys(names, "base, 16 bits"))
     for made in (few, many):
         report.write(made, {}, tmp_path)
     assert drawn == [few.differences, many.headlines[: report.DRAWN]]
