@@ -2,7 +2,7 @@
 
 usage: python benchmarks/calibration.py [TABLE …] [--trials 1000]
 
-Held-out rows are drawn with replacement from the 100 rows of results/h100-smollm2-study, with their lengths and with
+Held-out rows are drawn with replacement from the 100 rows of results/h100-smollm2-seeds, with their lengths and with
 the losses that its models had on them, heavy tails included. Training seeds and draws of training rows shift all rows
 alike and each row by itself. Each table is written to results/calibration/, and all tables to docs/statistics.md.
 """
@@ -28,7 +28,7 @@ from qlora_helpers.evaluation.intervals import Estimate, Interval
 from qlora_helpers.evaluation.losses import RowLoss
 from qlora_helpers.files import ROOT
 
-STUDY, OUT, PAGE = ROOT / "results" / "h100-smollm2-study", ROOT / "results" / "calibration", "docs/statistics.md"
+STUDY, OUT, PAGE = ROOT / "results" / "h100-smollm2-seeds", ROOT / "results" / "calibration", "docs/statistics.md"
 BASE, FEW_SHOT, SMALL, LONGER, LARGE, ALL = (
     "base", "base/few_shot", "100-rows", "100-rows-250-steps", "200-rows", "all-283-rows",
 )  # fmt: skip

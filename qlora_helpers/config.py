@@ -121,7 +121,7 @@ class Config:
     n_seeds: int = _field(1, "training seeds per experiment in a comparison", low=1, identity=False)
     equal_steps: bool = _field(False, "also train the smaller experiment for as many steps", identity=False)
     few_shot: bool = _field(True, "also measure the base model with few-shot examples", identity=False)
-    n_answers: int = _field(100, "number of held-out questions to answer and score", low=1, identity=False)
+    n_answers: int = _field(100, "number of held-out questions to answer and score", low=0, identity=False)
     score: str | None = _field(None, "score answers: exact, choice, json, python, regex:…", identity=False)
     run_code: bool = _field(False, "allow score=python to run answers on this machine", identity=False)
     seconds_per_step: float | None = _field(

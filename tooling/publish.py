@@ -18,11 +18,11 @@ from typing import Any
 from qlora_helpers import __main__ as command_line
 from qlora_helpers import plots
 from qlora_helpers.config import Config, load_preset, preset_names
-from qlora_helpers.evaluation import comparison, differences, report
-from qlora_helpers.evaluation.comparison import FEW_SHOT, Comparison
-from qlora_helpers.evaluation.differences import Difference
+from qlora_helpers.evaluation import comparison, differences, learning_curve, report
+from qlora_helpers.evaluation.comparison import FEW_SHOT, Comparison, Summary
+from qlora_helpers.evaluation.differences import UNSURE, Difference
 from qlora_helpers.evaluation.report import markdown_table
-from qlora_helpers.evaluation.rivals import BASE, IN_16_BITS
+from qlora_helpers.evaluation.rivals import BASE, IN_16_BITS, OWN_TEMPLATE
 from qlora_helpers.files import ROOT
 from qlora_helpers.planning import gpus, measurements
 from qlora_helpers.runs import RunFolder
@@ -32,20 +32,23 @@ WIDTH = 120
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 STUDY = "h100-smollm2-study"
 CLAIMS, EVALUATION = "h100-claims", "h100-evaluation"
-FP16, BF16 = "h100-smollm2-fp16/exp1", f"{STUDY}/100-rows"  # the same rows, seed and steps in both dtypes
+FP16, BF16 = "h100-smollm2-fp16/exp1", "h100-smollm2-seeds/100-rows"  # the same rows, seed and steps in both dtypes
 CPUS = ("cpu-avx2", "cpu-amx")
 TITLES = {
     "h100-smollm2-fp16": "The first two experiments as on a T4: fp16, 14.56 GiB",
     "h100-tinyllama-shape-t4": "TinyLlama's shape with random weights, as on a T4 (its losses mean nothing)",
 }
-SMALL, LONGER, LARGE = "100 rows", "100 rows, 250 steps", "200 rows"
+FIRST, SMALL, LARGE = "100 rows", "200 rows, 500 steps", "400 rows"  # the last two have the same number of steps
+SIZES = {"5 epochs": ("n100", "n200", "n400", "n800", "n1600"), "500 steps": ("n100-epochs20", "n200-epochs10", "n400")}
+DRAWN = (FIRST, "100 rows, 500 steps", LARGE, "1600 rows")  # their loss curves
 PLAN = "plan --preset llama31-8b --memory 16"
 
 
 def pages() -> dict[str, str]:
     """Every page with generated parts, by its path, as it should be now."""
     written = {name: fill(name, (ROOT / name).read_text("utf-8")) for name in PARTS}
-    return written | {"docs/study.md": report.markdown(_read(STUDY), [_figure("differences"), _figure("loss_curves")])}
+    figures = [_figure(name) for name in ("sizes", "differences", "loss_curves")]
+    return written | {"docs/study.md": report.markdown(_read(STUDY), figures, speed=False)}
 
 
 def fill(page: str, text: str) -> str:
@@ -72,23 +75,17 @@ def _answer() -> str:
     entry, line = result.answers[0], result.table[-1]
     run = RunFolder(ROOT / "results" / STUDY / line.run)
     used, metrics = run.read("config.json")["config"], run.read("metrics.json")
-    said = {"base model": entry[BASE], "fine-tuned": entry[line.name]}
+    said = {"base model in 4 bits": entry[BASE], "fine-tuned": entry[line.name]}
     cells = [[name, _code(text)] for name, text in said.items()]
     return _join(
         markdown_table(["", entry["prompt"]], cells),
         _wrap(
-            f"Model `{used['model']}`, preset `{used['preset_name']}` on {metrics['train_rows']} rows, "
+            f"Model `{used['model']}`, preset `{used['preset_name']}` on {metrics['train_rows']:,} rows, "
             f"{result.device['name']}, {result.device['dtype']}, seed {used['seed']}; greedy decoding, at "
             f"most {used['max_new_tokens']} new tokens. This is the first of the {len(result.answers)} recorded "
             "questions, not a selected one."
         ),
     )
-
-
-_EARLIER = (
-    "The times of the second processor are those of an earlier version, which trained on 20 and 40 rows instead of 16 "
-    "and 32 and did not measure the model in 16 bits."
-)
 
 
 def _notebooks() -> str:
@@ -100,7 +97,7 @@ def _notebooks() -> str:
         times = [_clock(run["seconds"].get(path.stem)) for run in series]
         rows.append([f"[{path.stem[:2]}](notebooks/{path.name})", title, *times, badge])
     rows.append(["", "the series that `make run` executes", *(_clock(run["total"]) for run in series), ""])
-    return _join(markdown_table(["", "notebook", *(run["device"]["name"] for run in series), ""], rows), _EARLIER)
+    return markdown_table(["", "notebook", *(run["device"]["name"] for run in series), ""], rows)
 
 
 def _notebook_paths() -> list[Path]:
@@ -125,23 +122,19 @@ def _clock(seconds: float | None) -> str:
 
 
 def _findings() -> str:
-    """Four sentences and their table."""
+    """What the study found, and its table."""
     result = _read(STUDY)
     rows = []
     for line in result.table:
         cells = ["–"] * 3
         if line.seeds:
-            against = "{0.value:+.4f} ({0.low:+.4f} to {0.high:+.4f})".format(_difference(result, BASE, line.name))
-            cells = [f"{line.steps:.0f}", f"{line.train_loss:.4f}", against]
+            best = _difference(result, result.best_rival[line.name], line.name)
+            against = f"{best.value:+.4f} ({best.low:+.4f} to {best.high:+.4f}): {best.verdict}"
+            cells = [f"{line.steps:,.0f}", f"{line.train_loss:.4f}", against]
         rows.append([line.name, *cells[:2], f"{line.heldout_loss:.4f}", cells[2]])
-    heads = ["", "steps", "training loss", "held-out loss", "difference from the base model (95% interval)"]
-    return _join(" ".join(_sentences(result)), markdown_table(heads, rows), _made(result))
-
-
-_NO_RIVAL = (
-    "The rivals here are the model in 4 bits: this study did not measure it in 16 bits, as downloaded. With the few "
-    "rows of notebook 07, that model is better than both adapters."
-)
+    heads = ["", "steps", "training loss", "held-out loss", "difference from the best rival (95% interval)"]
+    draws = f"{', '.join(f'{line.name}: {line.draws} draws' for line in result.table if line.seeds)}."
+    return _join(" ".join(_sentences(result)), markdown_table(heads, rows), f"{_made(result)} {draws}")
 
 
 def _sentences(result: Comparison) -> list[str]:
@@ -150,27 +143,46 @@ def _sentences(result: Comparison) -> list[str]:
     trained = [line for line in result.table if line.seeds]
     best = min(trained, key=lambda line: line.heldout_loss)
     lowest = min(trained, key=lambda line: line.train_loss)
-    data = _difference(result, LONGER, LARGE)
+    (rival,) = set(result.best_rival.values())
+    data, cost = _difference(result, SMALL, LARGE), result.quantizing
     ends = {name: lines[name].text["ends by itself"].value for name in (BASE, FEW_SHOT, best.name)}
-    helps = all(_difference(result, rival, SMALL).verdict == "better" for rival in (BASE, FEW_SHOT))
-    _require(helps and lines[FEW_SHOT].heldout_loss > lines[BASE].heldout_loss, "only fine-tuning helps")
-    _require(data.verdict == "better" and lines[LONGER].steps == lines[LARGE].steps, "more data helps")
-    _require(lowest is not best, "the training loss misleads")
+    _require(_difference(result, BASE, FIRST).verdict == "better", "fine-tuning lowers the loss of the 4-bit model")
+    _require(cost is not None and cost.verdict == "worse", "quantizing costs something")
+    _require(rival == OWN_TEMPLATE[IN_16_BITS], "the model as downloaded is the best rival")
+    _require(data.verdict == "better" and lines[SMALL].steps == lines[LARGE].steps, "more data helps")
+    _require(lowest.heldout_loss == max(line.heldout_loss for line in trained), "the training loss misleads")
     _require(not any(change.verdict == "worse" for change in result.forgetting), "no loss on general questions rises")
-    _require(ends[BASE] < ends[best.name] < ends[FEW_SHOT] < 1, "few answers end")
     return [
-        f"Fine-tuning `{result.model['name']}` on {lines[SMALL].train_rows:.0f} rows lowered the held-out loss "
-        f"from {lines[BASE].heldout_loss:.4f} to {lines[SMALL].heldout_loss:.4f}; three examples in the prompt "
-        f"did not lower it ({lines[FEW_SHOT].heldout_loss:.4f}).",
-        *([] if IN_16_BITS in lines else [_NO_RIVAL]),
-        f"More data helped beyond more steps: after {lines[LARGE].steps:.0f} steps each, {LARGE} beat {SMALL} by "
-        f"{-data.value:.4f} (95% interval {-data.high:.4f} to {-data.low:.4f}).",
+        f"Fine-tuning `{result.model['name']}` in 4 bits on {lines[FIRST].train_rows:.0f} rows lowered its held-out "
+        f"loss from {lines[BASE].heldout_loss:.4f} to {lines[FIRST].heldout_loss:.4f}. But quantizing had raised it by "
+        f"{cost.value:.4f}, and the model as downloaded, in 16 bits and in its own chat template, has "
+        f"{lines[rival].heldout_loss:.4f}. {_pays(result, trained)}",
+        f"More data helped beyond more steps: after {lines[LARGE].steps:.0f} steps each, {LARGE} beat "
+        f"{SMALL.partition(',')[0]} by {-data.value:.4f} (95% interval {-data.high:.4f} to {-data.low:.4f}).",
         f"The training loss points to the wrong run: it is lowest for {lowest.name.replace(', ', ' and ')}, which "
-        "does not have the lowest held-out loss.",
+        "has the highest held-out loss of all adapters.",
         f"On {result.forgetting[0].rows} general questions, no mean loss rose distinguishably "
-        f"({_range(result.forgetting)}), but only {ends[best.name]:.0%} of the best run's answers ended within the "
-        f"token limit (base model: {ends[BASE]:.0%}; with three examples: {ends[FEW_SHOT]:.0%}).",
+        f"({_range(result.forgetting)}). Of the answers, {ends[best.name]:.0%} ended within the token limit for "
+        f"{best.name} (base model: {ends[BASE]:.0%}; with three examples: {ends[FEW_SHOT]:.0%}).",
     ]
+
+
+def _pays(result: Comparison, trained: list[Summary]) -> str:
+    """At which number of rows an adapter of the recipe's own epochs is better than every rival."""
+    against = {line.name: _difference(result, result.best_rival[line.name], line.name) for line in trained}
+    plain = [line for line in trained if "," not in line.name]
+    by_verdict = {
+        verdict: [f"{line.train_rows:,.0f}" for line in plain if against[line.name].verdict == verdict]
+        for verdict in ("worse", UNSURE, "better")
+    }
+    _require(all(by_verdict.values()), "an adapter is worse, then not distinguishable, then better")
+    worse, unsure, better = (" and ".join(rows) for rows in by_verdict.values())
+    last = against[plain[-1].name]
+    return (
+        f"Against that model, adapters of {worse} rows are worse, those of {unsure} rows are not distinguishable, and "
+        f"with {better} rows fine-tuning pays: {-last.value:.4f} lower (95% interval {-last.high:.4f} to "
+        f"{-last.low:.4f})."
+    )
 
 
 def _range(changes: list[Difference]) -> str:
@@ -207,23 +219,29 @@ def _results() -> str:
 def _recipe() -> str:
     """What was trained, from the preset and the study's own runs."""
     used = RunFolder(ROOT / "results" / BF16).read("config.json")["config"]
-    rows = [f"{line.train_rows:.0f}" for line in _read(STUDY).table if line.seeds]
+    trained = [line for line in _read(STUDY).table if line.seeds]
+    sizes = [f"{line.train_rows:,.0f}" for line in trained if "," not in line.name]
+    longer = [f"{line.train_rows:.0f}" for line in trained if "," in line.name]
+    spread = json.loads((ROOT / "results" / STUDY / "spread.json").read_text("utf-8"))
     return _wrap(
         f"The recipe is that of the preset [`{used['preset_name']}`](presets.md): r = {used['rank']} on "
         f"{' and '.join(f'`{name}`' for name in used['target_modules'])}, {used['max_length']} tokens, effective batch "
         f"{used['batch_size'] * used['gradient_accumulation']}, {used['epochs']} epochs. It is trained on "
-        f"{', '.join(list(dict.fromkeys(rows))[:-1])} and all {rows[-1]} rows of real conversations, and on {SMALL} "
-        f"for as many steps as {LARGE}."
+        f"{', '.join(sizes[:-1])} and {sizes[-1]} rows of real conversations, and on {' and '.join(longer)} for as "
+        f"many steps as {LARGE}; each number of rows in several draws, each with its own training seed. The two "
+        f"standard deviations of the held-out loss: {spread['draws and seeds']:.4f} nats over draws of {FIRST} with "
+        f"their seeds, {spread['seeds']:.4f} over seeds of one draw. Command: `python benchmarks/study.py FILE --out "
+        "DIR --larger-draws 5`"
     )
 
 
 def _study() -> str:
     result = _read(STUDY)
     parts = [
-        "## SmolLM2-135M-Instruct, bf16: is it the data or the steps?",
+        "## SmolLM2-135M-Instruct, bf16: when does a fine-tune pay?",
         report.table_markdown(result, speed=False),
-        report.bullets(report.verdicts(result)),
-        f"{report.basis(result)} {report.scope(result)}",
+        f"![Held-out loss against the number of training rows]({_figure('sizes')})",
+        report.verdicts_markdown(result),
         f"![Differences in held-out loss with 95% intervals]({_figure('differences')})",
         f"![Training and held-out loss of each experiment]({_figure('loss_curves')})",
         "Greedy answers to the held-out questions, with 95% intervals (first seed):",
@@ -434,7 +452,7 @@ def _figure(name: str) -> str:
 
 def _made(result: Comparison) -> str:
     device = result.device
-    seeds = ", ".join(map(str, result.table[-1].seeds))
+    seeds = ", ".join(map(str, max((line.seeds for line in result.table), key=len)))
     rows = f"{result.heldout_rows} held-out rows with {result.heldout_tokens:,} trained tokens."
     return f"{rows} {device['name']}, {device['dtype']}, seeds {seeds}; {_packages(vars(result))}."
 
@@ -470,12 +488,21 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
 }
 
 
+def _curve(folder: Path, name: str) -> learning_curve.Curve:
+    """The study's sizes with the same epochs or the same steps."""
+    trained = {key: [RunFolder(run) for run in sorted(folder.glob(f"{key}-seed*"))] for key in SIZES[name]}
+    return learning_curve.build(name, trained)
+
+
 def main() -> None:
     """All figures, then all pages."""
     result = _read(STUDY)
-    logs = {line.name: _log(f"{STUDY}/{line.run}") for line in result.table if line.seeds}
+    runs = {line.name: line.run for line in result.table if line.name in DRAWN}
+    logs = {name: _log(f"{STUDY}/{run}") for name, run in runs.items()}
+    folder = ROOT / "results" / STUDY
     figures = {
-        "differences": differences.figure(result.differences),
+        "sizes": learning_curve.figure([_curve(folder, name) for name in SIZES]),
+        "differences": differences.figure(result.headlines),
         "loss_curves": plots.loss_curves(logs),
         "memory": plots.planned_and_measured(measurements.read("settings")),
         "arithmetic": plots.loss_curves({"bf16": _log(BF16), "fp16, as on a T4": _log(FP16)}),

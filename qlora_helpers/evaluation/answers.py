@@ -24,11 +24,13 @@ Shots = tuple[Message, ...]
 
 
 def heldout_prompts(heldout: list[Example], number: int) -> list[dict[str, Any]]:
-    """Prompts to answer: two published questions, then the last question of each of `number` held-out rows.
+    """Prompts to answer: two published questions, then the last question of each of `number` held-out rows; none for 0.
 
     A held-out row is asked as it is trained: `turns` are its system prompt, input and earlier rounds. `group` names
     what the row belongs to, and `tests` is code that its answer has to pass, if the row has them.
     """
+    if not number:
+        return []
     asked: list[dict[str, Any]] = [{"prompt": prompt, "reference": None} for prompt in PUBLISHED_PROMPTS]
     for example in heldout[:number]:
         *turns, answer = example.row.messages

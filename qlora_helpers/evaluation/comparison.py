@@ -134,7 +134,7 @@ def compare(experiments: Folders, margin: float | None = None) -> Comparison:
     manifests = [run.read("manifest.json") for run in every]
     _check_comparable(every, manifests)
     one_model = len({m["baseline"] for m in manifests}) == 1
-    rivals, absent = _rivals(every, manifests) if one_model else ({}, {})
+    rivals, absent = rivals_of(every) if one_model else ({}, {})
     folders = rivals | experiments
     arms = {name: arm(name, runs, name in experiments) for name, runs in folders.items()}
     heldout = arms[next(iter(experiments))].seeds[0]
@@ -172,11 +172,12 @@ def compare(experiments: Folders, margin: float | None = None) -> Comparison:
     )
 
 
-def _rivals(every: list[RunFolder], manifests: list[dict[str, Any]]) -> tuple[Folders, dict[str, str]]:
-    """The forms of the base model that were measured, and why the others were not."""
+def rivals_of(every: Iterable[RunFolder]) -> tuple[Folders, dict[str, str]]:
+    """The forms of the base model that were measured for these runs, and why the others were not."""
     folders: Folders = {}
     absent: dict[str, str] = {}
-    for run, m in zip(every, manifests, strict=True):  # a run of an older version names its base model only
+    for run in every:
+        m = run.read("manifest.json")  # that of an older version names the base model only
         named = {BASE: m["baseline"]} | m.get("rivals", {}) | {FEW_SHOT: f"{m['baseline']}/few_shot"}
         paths = {name: run.path.parent / folder for name, folder in named.items()}
         folders |= {n: [RunFolder(path)] for n, path in paths.items() if (path / "heldout_losses.jsonl").exists()}

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -29,11 +29,15 @@ _PER_DOUBLING = {
 
 @dataclass(frozen=True)
 class Curve:
-    """Held-out losses after training on nested sets of rows, measured on the same rows as the base model."""
+    """Held-out losses after training on nested sets of rows, measured on the same rows as the base model.
+
+    `rivals` are the losses of the other forms of the base model that were measured on all of these rows.
+    """
 
     name: str
     base: Arm
     arms: dict[int, Arm]
+    rivals: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def base_loss(self) -> float:
@@ -169,9 +173,12 @@ def build(name: str, trained: Mapping[str, list[RunFolder]]) -> Curve:
     Raises `UserError` if they were not measured on the same held-out rows.
     """
     first = next(iter(trained.values()))[0]
-    base = RunFolder(first.path.parent / first.read("manifest.json")["baseline"])
+    base = read_losses(RunFolder(first.path.parent / first.read("manifest.json")["baseline"]))
+    folders, _ = comparison.rivals_of([first])
+    measured = {name: read_losses(runs[0]) for name, runs in folders.items() if name != BASE}
+    rivals = {name: mean_loss(rows) for name, rows in measured.items() if len(rows) == len(base)}
     arms = {runs[0].read("metrics.json")["train_rows"]: comparison.arm(name, runs) for name, runs in trained.items()}
-    return Curve(name, Arm(BASE, [read_losses(base)], trained=False), arms)
+    return Curve(name, Arm(BASE, [base], trained=False), arms, rivals)
 
 
 def compare_settings(trained: Mapping[str, list[RunFolder]]) -> list[Difference]:
@@ -209,12 +216,16 @@ def figure(curves: list[Curve]) -> Figure:
     """Held-out loss against rows of training, with the base model, and what doubling the largest size may bring.
 
     Bars are 95% intervals of the difference to the base model, which is what is paired, drawn below its loss; those of
-    a curve hold at once. With four sizes, the fitted law and its band; with fewer, straight segments. The shaded wedge
-    lies between the last doubling's gain and none.
+    a curve hold at once. If another form of the base model is better than the one that was trained, the best is drawn.
+    With four sizes, the fitted law and its band; with fewer, straight segments. The shaded wedge lies between the last
+    doubling's gain and none.
     """
     figure, (axes,) = plots.new_figure("How much do more rows help?", 4.6)
     base = curves[0].base_loss
     axes.axhline(base, color="black", linestyle="--", linewidth=1.5, label="base model")
+    if rivals := {name: loss for name, loss in curves[0].rivals.items() if loss < base}:
+        best = min(rivals, key=rivals.__getitem__)
+        axes.axhline(rivals[best], color=plots.VERMILION, linestyle=":", linewidth=2, label=f"best rival:\n{best}")
     for curve, color, mark in zip(curves, (plots.BLUE, plots.ORANGE), "os", strict=False):
         points = curve.points
         losses = [base + change.value for change in points.values()]

@@ -14,6 +14,7 @@ from qlora_helpers.evaluation.intervals import RESAMPLES
 from qlora_helpers.evaluation.markup import bullets, html, markdown_table
 from qlora_helpers.evaluation.rivals import BASE, IN_16_BITS
 from qlora_helpers.evaluation.text_metrics import mostly_unspaced
+from qlora_helpers.evaluation.verdict_table import verdict_table
 from qlora_helpers.quoting import markdown as inert
 from qlora_helpers.quoting import markdown_code as quote
 from qlora_helpers.runs import RunFolder
@@ -82,15 +83,16 @@ def quantizing(result: Comparison) -> list[str]:
 
 def verdicts(result: Comparison) -> list[str]:
     """A sentence for every difference: those to the best rivals, what quantizing cost, then the others."""
-    return [*headlines(result), *_further(result)]
-
-
-def _further(result: Comparison) -> list[str]:
-    """The verdicts after the headlines."""
     told = [d for d in result.differences if d.a == BASE] if result.quantizing else []
     before = {(d.a, d.b) for d in (*told, *result.headlines)}
     others = [d for d in result.differences if (d.a, d.b) not in before]
-    return [*quantizing(result), *(_sentence(result, d) for d in others)]
+    return [*headlines(result), *quantizing(result), *(_sentence(result, d) for d in others)]
+
+
+def verdicts_markdown(result: Comparison) -> str:
+    """The sentences about the best rivals, a table of all differences, and what they rest on."""
+    parts = [bullets(headlines(result)), verdict_table(result), f"{basis(result)} {scope(result)}"]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _sentence(result: Comparison, difference: Difference) -> str:
@@ -147,13 +149,13 @@ def rehearsal(difference: Difference) -> str:
     return f"the loss on {difference.rows} general questions {words[difference.verdict]} ({sizes})"
 
 
-def markdown(result: Comparison, figures: list[str]) -> str:
-    """The text of `report.md`: setup, tables, verdicts, figures, answers and limits."""
+def markdown(result: Comparison, figures: list[str], speed: bool = True) -> str:
+    """The text of `report.md`: setup, tables, verdicts, figures, answers and limits. `speed` as in `table_markdown`."""
     parts = {
         "# Did fine-tuning help, and how sure are we?": "\n\n".join(
-            part for part in (bullets(headlines(result)), _setup(result), table_markdown(result)) if part
+            part for part in (bullets(headlines(result)), _setup(result), table_markdown(result, speed)) if part
         ),
-        "## Verdicts": f"{bullets(_further(result))}\n\n{basis(result)} {scope(result)}\n{_METHOD}",
+        "## Verdicts": f"{verdict_table(result)}\n\n{basis(result)} {scope(result)}\n{_METHOD}",
         "## What the answers are like": _text(result),
         "## What was forgotten": bullets(forgetting(result)) or _NO_BASE,
         "## Figures": _drawn(result)[1]

@@ -124,6 +124,12 @@ def test_what_is_asked(setup):
     assert [entry["reference"] for entry in result[2:]] == [e.row.messages[1]["content"] for e in examples[:2]]
 
 
+def test_no_answers_are_no_questions_either(setup):
+    """A study of many seeds, of which only the losses count, asks nothing of most."""
+    _, examples = setup
+    assert answers.heldout_prompts(examples, 0) == []
+
+
 @pytest.mark.parametrize(
     ("text", "invented"),
     [

@@ -1,6 +1,7 @@
 """Figures have titles and labels, overfitting is marked where it occurs, and the live curve stays in one display."""
 
 import builtins
+import dataclasses
 import io
 import json
 import subprocess
@@ -88,6 +89,9 @@ FIGURES = {
     "differences": lambda: differences.figure(GAPS),
     "learning_curves": lambda: learning_curve.figure(CURVES),
 }
+
+
+RIVALS = {"base, 16 bits": 2.6, "base, 16 bits, own template": 2.3, "base + 3 examples": 3.1}
 
 
 def words(figure: Figure) -> list[str]:
@@ -403,3 +407,12 @@ def test_live_loss_reads_the_log_once_and_survives_a_damaged_one(tmp_path, noteb
     (tmp_path / "log.jsonl").unlink()
     callback.on_train_end(None, state(lines[1:5]), None)
     assert [drawn(figure)[1] for _, figure in notebook.calls] == [[], [0], [0]]
+
+
+@pytest.mark.parametrize(
+    ("rivals", "drawn"), [(RIVALS, "best rival:\nbase, 16 bits, own template"), ({"few": 3.1}, "")]
+)
+def test_the_curve_shows_the_best_rival_if_it_beats_the_base_model(rivals: dict[str, float], drawn: str) -> None:
+    figure = learning_curve.figure([dataclasses.replace(CURVES[0], rivals=rivals)])
+    assert [text for text in words(figure) if "rival" in text] == [drawn] * bool(drawn)
+    assert any(list(line.get_ydata()) == [2.3, 2.3] for line in figure.axes[0].lines) == bool(drawn)

@@ -11,6 +11,8 @@ from qlora_helpers.evaluation import differences, power
 from qlora_helpers.evaluation.differences import Arm
 from qlora_helpers.evaluation.losses import RowLoss, to_rows
 from qlora_helpers.evaluation.power import Pilot
+from qlora_helpers.files import ROOT
+from qlora_helpers.runs import RunFolder
 
 ROW, DRAW, BOTH = 0.1, 0.01, 0.05  # standard deviations in nats per token
 
@@ -116,12 +118,23 @@ def test_the_command_plans_from_several_seeds(runs, capsys):
 
 
 def test_one_run_plans_rows_only_and_says_so(runs, capsys):
-    for words in (("--pilot", runs / "s0"), ("--pilot", runs / "s0", runs / "r8"), ()):
+    for words in (("--pilot", runs / "s0"), ("--pilot", runs / "s0", runs / "r8")):
         code, printed = plan(capsys, *words)
         assert code == 0
         assert "Only the rows are estimated" in printed.out
         assert "2 draw(s)" not in printed.out
-    assert "assumed rows" in printed.out
+
+
+def test_without_a_pilot_the_recorded_study_is_assumed(capsys):
+    folder = ROOT / "results" / "h100-smollm2-study"
+    names = ("n100-epochs20", "n200-epochs10")
+    recorded = power.pilot([RunFolder(run) for name in names for run in sorted(folder.glob(f"{name}-seed*"))])
+    for part in ("row", "draw", "both", "runs"):
+        assert getattr(power.ASSUMED, part) == pytest.approx(getattr(recorded, part), rel=0.03)
+    code, printed = plan(capsys)
+    assert code == 0
+    assert "assumed: two adapters of a 135M model" in printed.out
+    assert "comes from 9 runs" in printed.out
 
 
 def test_seeds_with_the_same_rows_do_not_speak_for_draws(runs, capsys, config):

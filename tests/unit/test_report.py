@@ -12,6 +12,7 @@ from qlora_helpers.evaluation.comparison import Comparison, Summary
 from qlora_helpers.evaluation.differences import Difference
 from qlora_helpers.evaluation.intervals import Interval
 from qlora_helpers.evaluation.paired import MetricDifference
+from qlora_helpers.evaluation.verdict_table import verdict_table
 
 NASTY = "```python\nprint('<script>alert(1)</script>')\n```\n# Heading\n| a | b | [x](javascript:alert(1))"
 
@@ -70,11 +71,34 @@ def test_text_metrics_have_intervals():
 def test_report_holds_table_verdicts_figures_and_answers():
     text = report.markdown(result(), ["figures/loss_curves.png"])
     assert report.table_markdown(result()) in text
-    assert "exp1 is better than base (-0.2000 nats, 95% interval -0.3000 to -0.1000; -18.1% perplexity)." in text
+    assert "| exp1 | base | -0.2000 (-0.3000 to -0.1000) | -18.1% | **better** |  |" in text
     assert "![loss curves](figures/loss_curves.png)" in text
     assert "- *exp1*: `fine`" in text
     assert "- *base*: (empty)" in text
     assert "/somewhere" not in text
+
+
+def test_the_table_of_verdicts_names_what_each_shows():
+    unsure = Difference("base, 16 bits", "exp1", 0.02, -0.1, 0.14, rows=4, tokens=90, seeds=1, detectable=0.15)
+    first = replace(result(), quantizing=Difference("base, 16 bits", "base", 0.1, 0.05, 0.2, rows=6, seeds=1))
+    made = replace(first, differences=[*first.differences, unsure], best_rival={"exp1": "base, 16 bits"})
+    lines = verdict_table(made).splitlines()[2:]
+    assert lines == [
+        "| base | base, 16 bits | +0.1000 (+0.0500 to +0.2000) | +10.5% | **worse** | what quantizing cost |",
+        "| exp1 | base | -0.2000 (-0.3000 to -0.1000) | -18.1% | **better** | what training won back |",
+        "| exp1 | base, 16 bits | +0.0200 (-0.1000 to +0.1400) | +2.0% | not distinguishable | the best rival; "
+        "detectable: 0.1500; 4 of 6 rows, 90 tokens |",
+    ]
+    assert verdict_table(replace(made, differences=[], quantizing=None)) == ""
+    assert "perplexity" not in verdict_table(replace(made, unit="byte"))
+
+
+def test_the_table_of_verdicts_keeps_open_ends_and_margins_apart():
+    open_ended = Difference("base", "exp1", 0.1, -math.inf, math.inf, rows=6, seeds=1, detectable=math.inf)
+    same = Difference("base", "exp1", 0.01, -0.02, 0.03, rows=6, seeds=1, margin=0.05)
+    lines = verdict_table(replace(result(), differences=[open_ended, same])).splitlines()[2:]
+    assert lines[0].endswith("(no end to no end) | +10.5% | not distinguishable | no effect is detectable |")
+    assert lines[1].endswith("| the same | within ±0.05 |")
 
 
 @pytest.mark.parametrize(

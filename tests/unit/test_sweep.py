@@ -216,6 +216,11 @@ def _curve_of(result):
     assert line.doubling.value == pytest.approx(losses[1] - losses[0])
     assert line.base_loss == pytest.approx(result["4 rows"][0].read("metrics.json")["base_eval_loss"])
     assert list(line.arms) == [4, 8]
+    assert {name: line.rivals[name] for name in ("base + 3 examples", "base, 16 bits")} == {
+        model.name: pytest.approx(model.heldout_loss)
+        for model in comparison.compare(sizes).table
+        if model.name in ("base + 3 examples", "base, 16 bits")
+    }
     assert line.to_dict()["against_base"]["8"]["value"] == pytest.approx(losses[1] - line.base_loss)
     (turned,) = learning_curve.compare_settings({name: result[name] for name in ("8 rows", "rank 8")})
     assert (turned.a, turned.b) == (learning_curve.BASE_SETTING, "rank 8")

@@ -1,0 +1,55 @@
+"""All differences of a comparison as one Markdown table."""
+
+import math
+
+from qlora_helpers.evaluation.comparison import Comparison
+from qlora_helpers.evaluation.differences import UNSURE, Difference
+from qlora_helpers.evaluation.markup import markdown_table
+from qlora_helpers.evaluation.rivals import BASE
+from qlora_helpers.quoting import markdown as inert
+
+
+def verdict_table(result: Comparison) -> str:
+    """What quantizing cost, then each experiment against its rivals and against the one before it.
+
+    Empty if nothing was compared.
+    """
+    lines = [[*_cells(result, d), _remark(result, d)] for d in _in_order(result)]
+    if not lines:
+        return ""
+    unit = "nats" if result.unit == "token" else "bits per byte"
+    heads = ["", "compared with", f"{unit} (95% interval)", "perplexity", "verdict", ""]
+    if result.unit == "byte":  # a perplexity per byte would not mean the same for both
+        heads, lines = [h for h in heads if h != "perplexity"], [[*line[:3], *line[4:]] for line in lines]
+    return markdown_table(heads, lines)
+
+
+def _in_order(result: Comparison) -> list[Difference]:
+    """The differences by experiment; of each, the rivals first."""
+    names = [model.name for model in result.table]
+    ordered = sorted(result.differences, key=lambda d: names.index(d.b))
+    return [*filter(None, [result.quantizing]), *ordered]
+
+
+def _cells(result: Comparison, d: Difference) -> list[str]:
+    low, high = ("no end" if math.isinf(end) else f"{end:+.4f}" for end in (d.low, d.high))
+    verdict = f"**{d.verdict}**" if d.verdict in ("better", "worse") else d.verdict
+    return [inert(d.b), inert(d.a), f"{d.value:+.4f} ({low} to {high})", f"{math.expm1(d.value):+.1%}", verdict]
+
+
+def _remark(result: Comparison, d: Difference) -> str:
+    """What a difference shows, what could have been detected, and its rows if they are not all."""
+    parts = []
+    if result.quantizing and (d.a, d.b) == (result.quantizing.a, result.quantizing.b):
+        parts.append("what quantizing cost")
+    elif result.quantizing and d.a == BASE:
+        parts.append("what training won back")
+    if (d.a, d.b) in {(best.a, best.b) for best in result.headlines}:
+        parts.append("the best rival")
+    if d.verdict == UNSURE and d.detectable:
+        parts.append("no effect is detectable" if math.isinf(d.detectable) else f"detectable: {d.detectable:.4f}")
+    if d.margin and d.verdict not in ("better", "worse", UNSURE):
+        parts.append(f"within ±{d.margin}")
+    if d.rows != result.heldout_rows:
+        parts.append(f"{d.rows} of {result.heldout_rows} rows, {d.tokens:,} tokens")
+    return "; ".join(parts)
