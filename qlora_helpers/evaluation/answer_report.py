@@ -14,9 +14,10 @@ def text_table_markdown(result: Comparison) -> str:
     """Metrics of each model that answered, and of the references at the limit of tokens, with their intervals."""
     names = list(dict.fromkeys(name for model in result.table for name in model.text))
     answered = {model.name: model.text for model in result.table if model.text} | result.at_limit
-    few = f"{result.answered} answers" if too_few(result) else "no interval"
+    few = too_few(result)
     lines = [[inert(model), *(_interval(text.get(name), few) for name in names)] for model, text in answered.items()]
-    return markdown_table(["", *map(inert, names)], lines) if names else "No held-out question was answered."
+    head = f"{result.answered} answers, too few for intervals" if few else ""
+    return markdown_table([head, *map(inert, names)], lines) if names else "No held-out question was answered."
 
 
 def answer_differences(result: Comparison) -> str:
@@ -64,11 +65,13 @@ def thinking(result: Comparison) -> list[str]:
     return lines
 
 
-def _interval(interval: Interval | None, unbounded: str) -> str:
+def _interval(interval: Interval | None, value_only: bool) -> str:
     if interval is None:
         return "–"
     value, low, high = (_number(n) for n in (interval.value, interval.low, interval.high))
-    return f"{value} ({unbounded})" if low == high == "–" else f"{value} ({low} to {high})"
+    if value_only:
+        return value
+    return f"{value} (no interval)" if low == high == "–" else f"{value} ({low} to {high})"
 
 
 def _change(change: MetricDifference | None) -> str:
