@@ -80,10 +80,12 @@ class Case:
             tempfile.tempdir = str(self.folder / "tmp")
             os.environ |= {"HOME": tempfile.tempdir, "QLORA_CACHE": tempfile.tempdir}
             os.chdir("case")
+            begun = open(self.folder / "begun", "w")  # noqa: SIM115  (a case may let opening files fail)
             argv = kind_of(self.seed)(random.Random(self.seed), world)
             pages = [int(number) for number in Path("/proc/self/statm").read_text().split()]
             used, resident = (number * resource.getpagesize() for number in pages[:2])
-            (self.folder / "begun").write_text(json.dumps([argv, resident]))
+            with begun:
+                begun.write(json.dumps([argv, resident]))
             resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
             from qlora_helpers.__main__ import main
 

@@ -164,21 +164,26 @@ def _stack(axes: Axes, names: list[str], parts: dict[str, list[float]], totals: 
 
 @styled
 def loss_curves(logs: dict[str, list[dict[str, Any]]]) -> Figure:
-    """Plot training and held-out loss by step, one panel per run, on one scale, from the lines of `log.jsonl`.
+    """Plot held-out and training loss by step, one panel per run, on one scale, from the lines of `log.jsonl`.
 
-    If the held-out loss rises at the end, its minimum is marked and the steps after it are shaded. Of more than
-    `PANELS` runs, the first ones are shown, and the title says so.
+    The training loss is smoothed; single steps are dots, of which those far from the curve are outside the panel. If
+    the held-out loss rises at the end, its minimum is marked and the steps after it are shaded. The title says what the
+    held-out losses did. Of more than `PANELS` runs, the first ones are shown, and the title says so.
     """
-    title = "Loss during training" + (f", the first {PANELS} of {len(logs)} runs" if len(logs) > PANELS else "")
-    logs = dict(islice(logs.items(), PANELS))
-    rows, columns = (1, len(logs)) if len(logs) <= 2 else (len(logs), 1)
+    shown = {name: _losses(lines) for name, lines in islice(logs.items(), PANELS)}
+    title = _outcome([heldout for _, heldout in shown.values()])
+    title += f",\nthe first {PANELS} of {len(logs)} runs" if len(logs) > PANELS else ""
+    rows, columns = (1, len(shown)) if len(shown) <= 2 else (len(shown), 1)
     figure, panels = new_figure(title, 1.4 + 2.4 * rows, rows, columns)
-    for axes, (name, lines) in zip(panels, logs.items(), strict=True):
+    for axes, (name, (train, heldout)) in zip(panels, shown.items(), strict=True):
         axes.set_title(name)
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
         axes.grid(axis="y")
-        axes.margins(y=0.2)
-        _draw_losses(axes, lines)
+        _draw_losses(axes, train, heldout)
+    drawn = [loss for train, heldout in shown.values() for loss in (*_smooth(train), *heldout.values())]
+    room = 0.25 * (np.ptp(drawn) or 1) if drawn else 0.0
+    for axes in panels[:1] if drawn else []:  # all panels share its scale
+        axes.set_ylim(min(drawn) - room, max(drawn) + room)
     for axes in panels[-columns:]:
         axes.set_xlabel("training step")
     figure.supylabel("loss (nats per token)")
@@ -188,14 +193,36 @@ def loss_curves(logs: dict[str, list[dict[str, Any]]]) -> Figure:
     return figure
 
 
-def _draw_losses(axes: Axes, lines: list[dict[str, Any]]) -> None:
-    train = {line["step"]: line["loss"] for line in lines if "loss" in line}
+def _losses(lines: list[dict[str, Any]]) -> tuple[dict[int, float], dict[int, float]]:
+    """Training and held-out losses by step."""
     heldout: dict[int, float] = {}
     for line in lines:
         if "eval_loss" in line:  # a second one for a step is that of the weights that keep_best restored
             heldout.setdefault(line["step"], line["eval_loss"])
-    mark = "-" if len(train) > 1 else "."  # a single step makes no line
-    axes.plot(list(train), list(train.values()), mark, color=BLUE, linewidth=1, label="training")
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}, heldout
+
+
+def _smooth(train: dict[int, float]) -> list[float]:
+    """Means over neighboring steps, a tenth of all; at the ends, over those that are there."""
+    losses, reach = np.array(list(train.values())), len(train) // 20
+    return [float(losses[max(0, i - reach) : i + reach + 1].mean()) for i in range(len(losses))]
+
+
+def _outcome(runs: list[dict[int, float]]) -> str:
+    """What the held-out losses did, as a title."""
+    turned = sum(_turning_point(heldout) is not None for heldout in runs)
+    fell = sum(heldout[max(heldout)] < heldout[min(heldout)] - TURN for heldout in runs if heldout)
+    if turned:
+        return "Overfitting: the held-out loss rises again" + f" in {turned} of {len(runs)} runs" * (len(runs) > 1)
+    if runs and fell == len(runs):
+        return "The held-out loss fell" + " in every run" * (len(runs) > 1)
+    return "Loss during training"
+
+
+def _draw_losses(axes: Axes, train: dict[int, float], heldout: dict[int, float]) -> None:
+    axes.plot(list(train), list(train.values()), ".", color=BLUE, markersize=3, alpha=0.35)
+    if len(train) > 1:  # a single step makes no line
+        axes.plot(list(train), _smooth(train), color=BLUE, linewidth=1.5, label="training, smoothed")
     losses = list(heldout.values())
     axes.plot(list(heldout), losses, "o-", color=VERMILION, linewidth=2.8, markersize=5, label="not trained on")
     turn = _turning_point(heldout)

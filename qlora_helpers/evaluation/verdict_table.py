@@ -12,15 +12,15 @@ from qlora_helpers.quoting import markdown as inert
 def verdict_table(result: Comparison) -> str:
     """What quantizing cost, then each experiment against its rivals and against the one before it.
 
-    Empty if nothing was compared.
+    The verdict stands first, where a phone shows it. Empty if nothing was compared.
     """
     lines = [[*_cells(result, d), _remark(result, d)] for d in _in_order(result)]
     if not lines:
         return ""
     unit = "nats" if result.unit == "token" else "bits per byte"
-    heads = ["", "compared with", f"{unit} (95% interval)", "perplexity", "verdict", ""]
+    heads = ["", "verdict", "compared with", f"{unit} (95% interval)", "perplexity", ""]
     if result.unit == "byte":  # a perplexity per byte would not mean the same for both
-        heads, lines = [h for h in heads if h != "perplexity"], [[*line[:3], *line[4:]] for line in lines]
+        heads, lines = [h for h in heads if h != "perplexity"], [[*line[:4], *line[5:]] for line in lines]
     return markdown_table(heads, lines)
 
 
@@ -34,7 +34,7 @@ def _in_order(result: Comparison) -> list[Difference]:
 def _cells(result: Comparison, d: Difference) -> list[str]:
     low, high = ("no end" if math.isinf(end) else f"{end:+.4f}" for end in (d.low, d.high))
     verdict = f"**{d.verdict}**" if d.verdict in ("better", "worse") else d.verdict
-    return [inert(d.b), inert(d.a), f"{d.value:+.4f} ({low} to {high})", f"{math.expm1(d.value):+.1%}", verdict]
+    return [inert(d.b), verdict, inert(d.a), f"{d.value:+.4f} ({low} to {high})", f"{math.expm1(d.value):+.1%}"]
 
 
 def _remark(result: Comparison, d: Difference) -> str:

@@ -219,13 +219,41 @@ def test_two_runs_stand_side_by_side_and_three_in_a_column() -> None:
 def test_of_many_runs_the_first_are_drawn_and_the_title_says_so() -> None:
     figure = plots.loss_curves({str(i): log([2.0, 1.9]) for i in range(plots.PANELS + 5)})
     assert [axes.get_title() for axes in figure.axes] == [str(i) for i in range(plots.PANELS)]
-    assert figure.get_suptitle() == f"Loss during training, the first {plots.PANELS} of {plots.PANELS + 5} runs"
-    assert plots.loss_curves({"a": log([2.0])}).get_suptitle() == "Loss during training"
+    said = f"The held-out loss fell in every run,\nthe first {plots.PANELS} of {plots.PANELS + 5} runs"
+    assert figure.get_suptitle() == said
+
+
+@pytest.mark.parametrize(
+    ("heldout", "title"),
+    [
+        ([[2.0]], "Loss during training"),
+        ([[2.0, 1.5], [2.0, 2.001]], "Loss during training"),
+        ([[2.0, 1.5]], "The held-out loss fell"),
+        ([[2.0, 1.5, 1.8], [2.0, 1.9]], "Overfitting: the held-out loss rises again in 1 of 2 runs"),
+        ([[2.0, 2.2]], "Overfitting: the held-out loss rises again"),
+    ],
+)
+def test_the_title_says_what_the_heldout_losses_did(heldout: list[list[float]], title: str) -> None:
+    assert plots.loss_curves({str(i): log(one) for i, one in enumerate(heldout)}).get_suptitle() == title
+
+
+def test_one_wild_step_does_not_flatten_the_curves() -> None:
+    lines = [*log([2.0, 1.9, 1.8, 1.7, 1.6, 1.5]), {"step": 51, "loss": 90.0}]
+    low, high = plots.loss_curves({"run": lines}).axes[0].get_ylim()
+    assert low < 1.5
+    assert high < 40
 
 
 def test_differences_names_the_sides_and_the_verdicts() -> None:
     figure = differences.figure(GAPS)
-    assert words(figure) == ["better", "worse", "not\ndistinguishable", "← better", "worse →"]
+    assert words(figure) == [
+        *("exp1", "better", "exp2", "worse", "not distinguishable"),
+        *("← better", "worse →"),
+    ]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["vs base", "vs base", "vs exp1"]
+    assert list(figure.axes[0].get_yticks()) == [1, 3, 4]
+    assert figure.get_suptitle() == "Comparisons: 1 better, 1 not distinguishable, 1 worse"
+    assert differences.figure(GAPS[:1]).get_suptitle() == "The comparison: 1 better"
     left, right = figure.axes[0].get_xlim()
     assert left < -0.45
     assert right > 0.4
@@ -306,7 +334,9 @@ class FakeNotebook:
 @pytest.fixture
 def notebook(monkeypatch) -> FakeNotebook:
     fake = FakeNotebook()
-    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=object())))
+    shell = SimpleNamespace(kernel=object())
+    ipython = SimpleNamespace(get_ipython=lambda: shell, version_info=(9, 0))  # Matplotlib reads the version
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
     monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=fake.display))
     monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: fake.now))
     return fake
@@ -317,8 +347,8 @@ def state(lines: list[dict[str, float]], steps: int = 30) -> SimpleNamespace:
 
 
 def drawn(figure: Figure) -> tuple[list[float], list[float]]:
-    """Return the steps of the training line and of the held-out line."""
-    training, heldout = figure.axes[0].lines[:2]
+    """Return the steps of the training losses and of the held-out line."""
+    training, *_, heldout = (line for line in figure.axes[0].lines if line.get_label() != "lowest")
     return list(training.get_xdata()), list(heldout.get_xdata())
 
 

@@ -71,7 +71,7 @@ def test_text_metrics_have_intervals():
 def test_report_holds_table_verdicts_figures_and_answers():
     text = report.markdown(result(), ["figures/loss_curves.png"])
     assert report.table_markdown(result()) in text
-    assert "| exp1 | base | -0.2000 (-0.3000 to -0.1000) | -18.1% | **better** |  |" in text
+    assert "| exp1 | **better** | base | -0.2000 (-0.3000 to -0.1000) | -18.1% |  |" in text
     assert "![loss curves](figures/loss_curves.png)" in text
     assert "- *exp1*: `fine`" in text
     assert "- *base*: (empty)" in text
@@ -84,9 +84,9 @@ def test_the_table_of_verdicts_names_what_each_shows():
     made = replace(first, differences=[*first.differences, unsure], best_rival={"exp1": "base, 16 bits"})
     lines = verdict_table(made).splitlines()[2:]
     assert lines == [
-        "| base | base, 16 bits | +0.1000 (+0.0500 to +0.2000) | +10.5% | **worse** | what quantizing cost |",
-        "| exp1 | base | -0.2000 (-0.3000 to -0.1000) | -18.1% | **better** | what training won back |",
-        "| exp1 | base, 16 bits | +0.0200 (-0.1000 to +0.1400) | +2.0% | not distinguishable | the best rival; "
+        "| base | **worse** | base, 16 bits | +0.1000 (+0.0500 to +0.2000) | +10.5% | what quantizing cost |",
+        "| exp1 | **better** | base | -0.2000 (-0.3000 to -0.1000) | -18.1% | what training won back |",
+        "| exp1 | not distinguishable | base, 16 bits | +0.0200 (-0.1000 to +0.1400) | +2.0% | the best rival; "
         "detectable: 0.1500; 4 of 6 rows, 90 tokens |",
     ]
     assert verdict_table(replace(made, differences=[], quantizing=None)) == ""
@@ -97,8 +97,10 @@ def test_the_table_of_verdicts_keeps_open_ends_and_margins_apart():
     open_ended = Difference("base", "exp1", 0.1, -math.inf, math.inf, rows=6, seeds=1, detectable=math.inf)
     same = Difference("base", "exp1", 0.01, -0.02, 0.03, rows=6, seeds=1, margin=0.05)
     lines = verdict_table(replace(result(), differences=[open_ended, same])).splitlines()[2:]
-    assert lines[0].endswith("(no end to no end) | +10.5% | not distinguishable | no effect is detectable |")
-    assert lines[1].endswith("| the same | within ±0.05 |")
+    assert lines[0].endswith(
+        "| not distinguishable | base | +0.1000 (no end to no end) | +10.5% | no effect is detectable |"
+    )
+    assert lines[1] == "| exp1 | the same | base | +0.0100 (-0.0200 to +0.0300) | +1.0% | within ±0.05 |"
 
 
 @pytest.mark.parametrize(
