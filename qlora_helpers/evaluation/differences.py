@@ -242,9 +242,15 @@ def _summed(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:
 
 @plots.styled
 def figure(differences: Sequence[Difference]) -> Figure:
-    """Each difference with its 95% interval and verdict, by the model that is judged. Left of zero is better."""
-    groups = {d.b: [one for one in differences if one.b == d.b] for d in differences}
-    figure, (axes,) = plots.new_figure(_title(differences), 1.8 + 0.36 * (len(differences) + len(groups)))
+    """Each difference with its 95% interval and verdict. Left of zero is better.
+
+    They are grouped by the model that is judged, or by its rival if each model has one.
+    """
+    by_model = len({d.b for d in differences}) < len(differences)
+    groups: dict[str, list[Difference]] = {}
+    for d in differences:
+        groups.setdefault(d.b if by_model else f"vs {d.a}", []).append(d)
+    figure, (axes,) = plots.new_figure(_title(differences), 1.8 + 0.45 * (len(differences) + len(groups)))
     bounds = [end for d in differences for end in (d.low, d.value, d.high) if math.isfinite(end)]
     left, right = min([0.0, *bounds]), max([0.0, *bounds])
     reach = (right - left) or 1.0
@@ -256,18 +262,19 @@ def figure(differences: Sequence[Difference]) -> Figure:
         head = next(places)
         axes.text(-0.02, head, name, transform=axes.get_yaxis_transform(), va="center", ha="right", fontweight="bold")
         for d, row in zip(group, places, strict=False):
-            rows[row] = f"vs {d.a}"
+            rows[row] = f"vs {d.a}" if by_model else d.b
             color = colors.get(d.verdict, plots.GRAY)
             axes.hlines(row, max(d.low, left), min(d.high, right), color=color, linewidth=3)
             axes.plot(d.value, row, marker="|", markersize=12, markeredgewidth=2, color=color)
-            axes.text(1.02, row, d.verdict, transform=axes.get_yaxis_transform(), va="center", color=color)
+            words = d.verdict.replace("not ", "not\n")
+            axes.text(1.02, row, words, transform=axes.get_yaxis_transform(), va="center", color=color)
     axes.axvline(0, color="black", linewidth=1.5)
     for x, side in ((left / 2, "← better"), (right / 2, "worse →")):
         axes.text(x, 1.02, side, transform=axes.get_xaxis_transform(), ha="center", va="bottom")
     axes.set(xlim=(left, right), ylim=(len(differences) + len(groups) - 0.5, -0.5))
     unit = "bits per byte" if any(d.unit == "byte" for d in differences) else "nats per token"
     axes.set_xlabel(f"difference in held-out loss, 95% interval\n({unit})")
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.set_yticks(list(rows), list(rows.values()))
     figure.supylabel("models compared")
     return figure

@@ -247,12 +247,15 @@ def test_one_wild_step_does_not_flatten_the_curves() -> None:
 def test_differences_names_the_sides_and_the_verdicts() -> None:
     figure = differences.figure(GAPS)
     assert words(figure) == [
-        *("exp1", "better", "exp2", "worse", "not distinguishable"),
+        *("exp1", "better", "exp2", "worse", "not\ndistinguishable"),
         *("← better", "worse →"),
     ]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["vs base", "vs base", "vs exp1"]
     assert list(figure.axes[0].get_yticks()) == [1, 3, 4]
     assert figure.get_suptitle() == "Comparisons: 1 better, 1 not distinguishable, 1 worse"
+    one_each = differences.figure(GAPS[:2])
+    assert words(one_each)[0] == "vs base"
+    assert [label.get_text() for label in one_each.axes[0].get_yticklabels()] == ["exp1", "exp2"]
     assert differences.figure(GAPS[:1]).get_suptitle() == "The comparison: 1 better"
     left, right = figure.axes[0].get_xlim()
     assert left < -0.45
