@@ -128,12 +128,12 @@ def from_config(name: str, config: dict[str, Any]) -> Shape:
     its own, so that this one stays free of torch. Raises `UserError` for an unknown model type or a missing key.
     """
     kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise UserError(f"config: {name} has model_type = {kind!r}. Fix: pass the model's own config.json.")
     if kind in LLAMA_LIKE:
         return _llama(name, config)
     if kind == "bloom":
         return _bloom(name, config)
-    if not isinstance(kind, str):
-        raise UserError(f"config: {name} has model_type = {kind!r}. Fix: pass the model's own config.json.")
     counted = _built_elsewhere(
         json.dumps({key: value for key, value in config.items() if key != "quantization_config"})
     )
