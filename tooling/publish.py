@@ -29,6 +29,7 @@ from qlora_helpers.runs import RunFolder
 
 START, END = "<!-- {}: written by make figures -->", "<!-- end of {} -->"
 WIDTH = 120
+ANSWER = 300  # characters of an answer in the README
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 STUDY = "h100-smollm2-study"
 CLAIMS, EVALUATION = "h100-claims", "h100-evaluation"
@@ -76,14 +77,14 @@ def _answer() -> str:
     run = RunFolder(ROOT / "results" / STUDY / line.run)
     used, metrics = run.read("config.json")["config"], run.read("metrics.json")
     said = {"base model in 4 bits": entry[BASE], "fine-tuned": entry[line.name]}
-    cells = [[name, _code(text)] for name, text in said.items()]
+    cells = [[name, _code(textwrap.shorten(text, ANSWER, placeholder=" …"))] for name, text in said.items()]
     return _join(
         markdown_table(["", entry["prompt"]], cells),
         _wrap(
             f"Model `{used['model']}`, preset `{used['preset_name']}` on {metrics['train_rows']:,} rows, "
             f"{result.device['name']}, {result.device['dtype']}, seed {used['seed']}; greedy decoding, at "
-            f"most {used['max_new_tokens']} new tokens. This is the first of the {len(result.answers)} recorded "
-            "questions, not a selected one."
+            f"most {used['max_new_tokens']} new tokens, of which the beginning is shown. This is the first of the "
+            f"{len(result.answers)} recorded questions, not a selected one."
         ),
     )
 

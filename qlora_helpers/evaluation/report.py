@@ -1,6 +1,7 @@
 """The report of a comparison in Markdown: its tables, and its verdicts in words."""
 
 import math
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from qlora_helpers.quoting import markdown_code as quote
 from qlora_helpers.runs import RunFolder
 
 SHOWN = 4  # prompts whose answers are quoted
+WORDS = 500  # characters of an answer
 DRAWN = 20  # differences in a figure
 _COLUMNS = {
     "train_rows": ("rows", ",.0f"),
@@ -238,9 +240,14 @@ def _setup(result: Comparison) -> str:
 def _answers(entries: list[dict[str, str]]) -> str:
     return "\n\n".join(
         f"**Question:** {quote(entry['prompt'])}\n\n"
-        + "\n".join(f"- *{inert(name)}*: {quote(text)}" for name, text in entry.items() if name != "prompt")
+        + "\n".join(f"- *{inert(name)}*: {_beginning(text)}" for name, text in entry.items() if name != "prompt")
         for entry in entries
     )
+
+
+def _beginning(text: str) -> str:
+    """The first words of an answer. `comparison.json` has it whole."""
+    return quote(textwrap.shorten(text, WORDS, placeholder=" …"))
 
 
 def _made_with(result: Comparison) -> str:
