@@ -26,7 +26,7 @@ STEP = 4  # tokens of each answer per step; buttons are handled between steps
 TICK = 40  # milliseconds that the browser waits before it requests the next step
 NEW_TOKENS = 128
 CUT = "\ufffd"  # an incomplete character at the end of an unfinished answer decodes to this
-HELP = "Write a question. ▶ (first button) sends it, ❚❚ pauses, and ■ (last button) stops the answers."
+HELP = "Write a question and send it."
 STYLE = {
     "user": "margin:.6em 0 .3em;font-weight:bold",
     "assistant": "margin:0;padding:.3em .6em;border-left:3px solid rgba(128,128,128,.5)",
@@ -136,42 +136,62 @@ class Panel:
 
         self.conversation = conversation
         self.growing: Iterator[None] | None = None
+        self.running = False
         self.lock = RLock()  # JupyterLab 4 handles each click in its own thread
         wide, whole_words = widgets.Layout(width="auto"), {"description_width": "initial"}
         self.columns = {
             name: widgets.HTML(layout=widgets.Layout(flex="1 1 14em", min_width="0")) for name in conversation.turns
         }
         self.question = widgets.Textarea(value=question, rows=2, placeholder="your question", layout=wide)
-        self.clock = widgets.Play(min=0, max=10**9, interval=TICK, show_repeat=False)
+        # It ticks in the browser, so that clicks reach the kernel between two ticks. The buttons start and stop it.
+        self.clock = widgets.Play(min=0, max=10**9, interval=TICK, layout=widgets.Layout(display="none"))
+        self.send = widgets.Button(description="Send", icon="paper-plane", button_style="primary")
+        self.stop = widgets.Button(description="Stop", icon="stop", disabled=True)
         self.temperature = widgets.FloatSlider(
             value=0.0, min=0.0, max=2.0, step=0.1, description="temperature", style=whole_words
         )
-        self.clear = widgets.Button(description="clear")
+        self.clear = widgets.Button(description="Clear")
         names = list(conversation.turns)
         self.which = widgets.Dropdown(
             options=names, value=names[-1], description="conversation with", style=whole_words
         )
-        self.take = widgets.Button(description="as a row", tooltip="one line of JSON for your next data set")
+        self.take = widgets.Button(description="As a row", tooltip="one line of JSON for your next data set")
         self.row = widgets.Textarea(rows=2, placeholder="one line for a .jsonl file: select and copy", layout=wide)
         self.status = widgets.HTML()
-        bars = [[self.clock, self.temperature, self.clear], [self.which, self.take]]
+        bars = [[self.send, self.stop, self.clear, self.temperature, self.clock], [self.which, self.take]]
         wrapped = widgets.Layout(flex_flow="row wrap")
         ask, more = (widgets.HBox(bar, layout=wrapped) for bar in bars)
         answers = widgets.HBox(list(self.columns.values()), layout=wrapped)
         self.box = widgets.VBox([answers, self.question, ask, self.status, more, self.row])
         self.clock.observe(self._tick, names="value")
+        self.send.on_click(self._send)
+        self.stop.on_click(self._stop)
         self.clear.on_click(self._clear)
         self.take.on_click(self._take)
         self._draw()
         self._say(HELP)
 
+    def _send(self, button: Any) -> None:
+        with self.lock:
+            if self.growing is None and self.question.value.strip():
+                self._run(True)
+
+    def _stop(self, button: Any) -> None:
+        with self.lock:
+            self._rest(HELP)
+
+    def _run(self, running: bool) -> None:
+        playing = "playing" if self.clock.has_trait("playing") else "_playing"  # ipywidgets 8, and 7
+        setattr(self.clock, playing, running)
+        self.running = self.send.disabled = running
+        self.stop.disabled = not running
+
     def _tick(self, change: Any) -> None:
-        """The Play widget advanced by one, or was reset to 0 because someone pressed ■."""
+        """The clock advanced by one, or was set back to 0."""
         with self.lock:
             if change["new"] == 0:
-                if self.growing:
-                    self._rest(HELP)
-            elif self.growing or self.question.value.strip():
+                return
+            if self.running:
                 self._grow()
             else:  # it advanced once more before it learned that the answers are complete
                 self._rest()
@@ -192,12 +212,12 @@ class Panel:
             self._draw()
             if first:
                 self.question.value = ""
-                self._say("■ stops the answers.")
+                self._say("The answers grow …")
 
     def _rest(self, message: str | None = None) -> None:
-        """Stop the Play widget. The answers so far stay."""
+        """Stop the clock. The answers so far stay."""
         self.growing = None
-        setattr(self.clock, "playing" if self.clock.has_trait("playing") else "_playing", False)  # ipywidgets 8, and 7
+        self._run(False)
         self.clock.value = 0
         if message:
             self._say(message)
@@ -250,4 +270,7 @@ def _column(name: str, turns: list[Message]) -> str:
         for turn in turns
     )
     head = f'<div style="opacity:.7">{html.escape(name)}</div>'
-    return f'<div class="tex2jax_ignore" style="line-height:1.4;overflow-wrap:anywhere">{head}{shown}</div>'
+    # A reversed column that scrolls stays at its end while the text in it grows.
+    style = "display:flex;flex-direction:column-reverse;max-height:24em;overflow-y:auto"
+    scrolled = f'<div style="{style}"><div>{shown}</div></div>'
+    return f'<div class="tex2jax_ignore" style="line-height:1.4;overflow-wrap:anywhere">{head}{scrolled}</div>'

@@ -143,9 +143,9 @@ def test_training_shows_one_progress_bar_and_one_figure(lab, browser, model_fold
 def test_chat_is_stopped_and_cleared_midway(lab, browser, make_run):
     with running(lab, browser, "chat", CHAT.replace("RUN", repr(str(make_run().path)))) as page:
         answers = page.locator(".jp-OutputArea .tex2jax_ignore")
-        play, stop = (page.locator(f".widget-play button:has(i.fa-{name})") for name in ("play", "stop"))
-        idle, growing = page.get_by_text("Write a question."), page.get_by_text("■ stops the answers.")
-        play.click()
+        send, stop = (page.get_by_role("button", name=name) for name in ("Send", "Stop"))
+        idle, growing = page.get_by_text("Write a question and send it."), page.get_by_text("The answers grow …")
+        send.click()
         growing.wait_for()
         stop.click()
         idle.wait_for()
@@ -155,10 +155,10 @@ def test_chat_is_stopped_and_cleared_midway(lab, browser, make_run):
         page.wait_for_timeout(1000)
         assert answers.all_inner_texts() == texts
         page.get_by_placeholder("your question").fill("And snow?")
-        play.click()
+        send.click()
         growing.wait_for()
         assert all("And snow?" in text for text in answers.all_inner_texts())
-        page.get_by_role("button", name="clear").click()
+        page.get_by_role("button", name="Clear").click()
         idle.wait_for()
         page.wait_for_timeout(1000)
         assert [text.strip() for text in answers.all_inner_texts()] == ["base", "exp1"]

@@ -184,6 +184,7 @@ def test_click_in_another_thread_waits_for_the_step(talk, monkeypatch):
             yield answer
 
     monkeypatch.setattr(talk, "_tokens", clicked_in_the_middle)
+    shown.send.click()
     shown.clock.value = 1
     clicks[0].join(10)
     assert talk.entries() == []
@@ -255,7 +256,12 @@ def test_panel_in_a_kernel(browser):
     playing = "playing" if "playing" in browser.state("PlayModel") else "_playing"
     clock, question, row = "PlayModel", "your question", "one line for a .jsonl file: select and copy"
     assert browser.state(question)["value"] == "What is <b>rain</b>?"
-    browser((clock, change(value=1, **{playing: True})))
+    browser((clock, change(value=1)))  # a tick of before, while a question is being written
+    assert browser.state(question)["value"] == "What is <b>rain</b>?"
+    browser(("Send", CLICK), ("Send", CLICK))
+    assert browser.state(clock)[playing]
+    assert [browser.state(name)["disabled"] for name in ("Send", "Stop")] == [True, False]
+    browser((clock, change(value=1)))
     first = browser.pages()
     assert sum("What is &lt;b&gt;rain&lt;/b&gt;?" in page for page in first) == 2
     assert not any("<b>" in page for page in first)
@@ -263,14 +269,16 @@ def test_panel_in_a_kernel(browser):
     browser((clock, change(value=2)))
     second = browser.pages()
     assert second != first
-    # The Play widget may advance once more before it receives the stop. That must not start anything.
-    browser((clock, change(value=0, **{playing: False})), (clock, change(value=3)), (clock, change(value=4)))
+    # The clock may advance once more before it learns of the stop. That must not start anything.
+    browser(("Stop", CLICK), (clock, change(value=3)), (clock, change(value=4)))
+    assert [browser.state(name)["disabled"] for name in ("Send", "Stop")] == [False, True]
     stopped = browser.pages()
     assert stopped[:2] == second[:2]
     assert (browser.state(clock)[playing], browser.state(clock)["value"]) == (False, 0)
     browser((question, change(value="And snow?")))
+    browser(("Send", CLICK))
     for step in range(1, 9):  # 24 tokens in steps of 4, and one step that detects the end
-        browser((clock, change(value=step, **{playing: True})))
+        browser((clock, change(value=step)))
         if not browser.state(clock)[playing]:
             break
     assert step == 7
@@ -278,19 +286,19 @@ def test_panel_in_a_kernel(browser):
     assert browser.state(clock)["value"] == 0
     code = "for n, turn in enumerate(shown.conversation.turns['exp1']): turn['content'] = f'<i>{n}'"
     browser.kernel(code)  # a random model writes broken characters, which are not valid in a row
-    browser(("as a row", CLICK))
+    browser(("As a row", CLICK))
     messages = json.loads(browser.state(row)["value"])["messages"]
     assert messages == [{"role": ("user", "assistant")[n % 2], "content": f"<i>{n}"} for n in range(4)]
-    browser(("clear", CLICK))
+    browser(("Clear", CLICK))
     assert "rain" not in "".join(browser.pages())
     assert browser.state(row)["value"] == ""
 
 
 def test_panel_shows_errors(browser):
     playing = "playing" if "playing" in browser.state("PlayModel") else "_playing"
-    browser(("as a row", CLICK))
+    browser(("As a row", CLICK))
     assert "exp1 is not a valid row (no answer). Fix" in browser.pages()[-1]
-    browser(("your question", change(value="why? " * 500)), ("PlayModel", change(value=1, **{playing: True})))
+    browser(("your question", change(value="why? " * 500)), ("Send", CLICK), ("PlayModel", change(value=1)))
     assert "has to hold 24 of the answer too. Fix: clear the conversation" in browser.pages()[-1]
     assert browser.state("PlayModel")[playing] is False
     assert browser.state("your question")["value"] == "why? " * 500
