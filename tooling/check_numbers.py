@@ -53,7 +53,7 @@ NO_PROSE = (
     r"\b[Nn]otebooks? \d\d\b(?:(?:,| and| to|–|-) ?\d\d\b)*",
     r"(?<=\d–)\d\d\b",
     r"\b(?:Python|Llama|Gemma|Qwen) \d+(?:\.\d+)?",
-    r"et al\.,? \d{4}",
+    r"et\s+al\.,?\s+\d{4}",
 )
 DURATION = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?) (?:s|min|h|seconds|minutes|hours)\b")
 
@@ -119,7 +119,7 @@ def in_file(path: Path) -> set[float]:
 
 def without_facts(sentence: str, facts: dict[str, str], used: set[str]) -> str:
     """Take the phrases that are facts out of a sentence, and add them to `used`."""
-    for phrase in facts:
+    for phrase in sorted(facts, key=len, reverse=True):
         sentence, count = re.subn(rf"(?<![\w.,]){re.escape(phrase)}(?!\w|[.,]\d)", " ", sentence)
         if count:
             used.add(phrase)
@@ -147,7 +147,7 @@ def check(path: Path, everywhere: dict[str, str], own: dict[str, str]) -> list[s
 
 def main(names: list[str]) -> int:
     """Print what was found in the notebooks."""
-    facts = yaml.safe_load(FACTS.read_text("utf-8"))
+    facts = yaml.load(FACTS.read_text("utf-8"), yaml.BaseLoader)  # a phrase such as 7.5 is a text
     paths = [Path(name) for name in names] or sorted((ROOT / "notebooks").glob("*.ipynb"))
     found = [line for path in paths for line in check(path, facts["all"], facts.get(path.stem, {}))]
     print("\n".join(found) or "numbers: every one has an origin")

@@ -17,7 +17,9 @@ SETTINGS = {
     "output_type": "display_data",
     "data": {
         "text/plain": ["Preset a, profile cpu.\nn_samples   16 instead of 100 (profile)"],
-        "text/html": ["<table><tr><td>16</td><td>100</td></tr></table><pre>n_samples   16    rows of at most 512</pre>"],
+        "text/html": [
+            "<table><tr><td>16</td><td>100</td></tr></table><pre>n_samples   16    rows of at most 512</pre>"
+        ],
     },
 }
 
@@ -83,7 +85,10 @@ def test_settings_count_as_they_are_here_and_not_as_in_the_preset(tmp_path):
 
 def test_figures_and_styles_are_no_origins(tmp_path):
     figure = {"output_type": "display_data", "data": {"text/plain": ["<NotebookFigure size 640x380 with 12 Axes>"]}}
-    style = {"output_type": "display_data", "data": {"text/html": ["<style>width: 12 px</style><p id='12 px'>none</p>"]}}
+    style = {
+        "output_type": "display_data",
+        "data": {"text/html": ["<style>width: 12 px</style><p id='12 px'>none</p>"]},
+    }
     assert found(tmp_path, "It has 12 axes.", outputs=[figure, style])
 
 
@@ -95,7 +100,7 @@ def test_figures_and_styles_are_no_origins(tmp_path):
         "See notebook 11, notebooks 01–07, [page 27](page.md#27) and `limit=27`.",
         "```\n27\n```",
         "A T4, an H100, SmolLM2-135M, NF4, top-1, Llama 31, Python 3.13 and https://a.org/27.",
-        "As published (Hu et al. 2021).",
+        "As published (Hu et\nal. 2021).",
     ],
 )
 def test_names_headings_links_and_code_hold_no_numbers(tmp_path, prose):
