@@ -58,13 +58,14 @@ def low_rank(model: Any, batch: Any, layer: str) -> Figure:
     found = [m for path, m in model.named_modules() if path.endswith(f".{layer}") and hasattr(m, "base_layer")]
     if not found:
         raise UserError(f"layer: {layer} has no adapter. Fix: choose one of the names in target_modules.")
-    adapted = found[len(found) // 2].base_layer
+    adapter = found[len(found) // 2]
+    adapted, (rank,) = adapter.base_layer, adapter.r.values()
     left, right = _factors(model, batch, adapted)
     draw = torch.Generator().manual_seed(0)
     chance = _shares(torch.randn(left.shape, generator=draw), torch.randn(right.shape, generator=draw))
     real, width = _shares(left, right), min(adapted.in_features, adapted.out_features)
-    rank = min(16, len(real))
-    figure, (axes,) = new_figure(f"{rank} of {width} directions hold {real[rank - 1]:.0%} of the gradient", 3.8)
+    most = int(np.argmax(real >= 0.99)) + 1
+    figure, (axes,) = new_figure(f"99% of the gradient lies in {most} of {width} directions", 3.8)
     for shares, color, label in ((real, BLUE, "gradient"), (chance, GRAY, "random vectors")):
         axes.plot(range(1, len(shares) + 1), 100 * shares, color=color, linewidth=2.5, label=label)
     axes.axvline(rank, color="black", linestyle="--", linewidth=1, label=f"rank {rank}")

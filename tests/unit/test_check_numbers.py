@@ -17,9 +17,7 @@ SETTINGS = {
     "output_type": "display_data",
     "data": {
         "text/plain": ["Preset a, profile cpu.\nn_samples   16 instead of 100 (profile)"],
-        "text/html": [
-            "<table><tr><td>16</td><td>100</td></tr></table><pre>n_samples   16    rows of at most 512</pre>"
-        ],
+        "text/html": ["<table><tr><td>16</td><td>100</td></tr></table><pre>n_samples   16    rows up to 512</pre>"],
     },
 }
 
@@ -87,7 +85,7 @@ def test_figures_and_styles_are_no_origins(tmp_path):
     figure = {"output_type": "display_data", "data": {"text/plain": ["<NotebookFigure size 640x380 with 12 Axes>"]}}
     style = {
         "output_type": "display_data",
-        "data": {"text/html": ["<style>width: 12 px</style><p id='12 px'>none</p>"]},
+        "data": {"text/html": ["<style>12 px</style><p id='12 px'>none</p>"]},
     }
     assert found(tmp_path, "It has 12 axes.", outputs=[figure, style])
 
