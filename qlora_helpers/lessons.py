@@ -16,6 +16,7 @@ from qlora_helpers.plots import BLUE, GRAY, ORANGE, PALETTE, VERMILION, new_figu
 
 LENGTHS = (128, 256, 512, 1024, 2048)  # tokens of a row
 WIDE = 32  # inputs and outputs of the layer in `alpha`
+SCALE = 1024  # of the loss
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # of the positive numbers of fp16, IEEE 754
 
 
@@ -75,7 +76,7 @@ def low_rank(model: Any, batch: Any, layer: str) -> Figure:
 
 
 def _factors(model: Any, batch: Any, layer: torch.nn.Module) -> list[torch.Tensor]:
-    """Gradient of the output and input of `layer`, tokens × width, for the loss on `batch`."""
+    """Gradient of the output and input of `layer`, tokens × width, for `SCALE` times the loss on `batch`."""
     kept: list[torch.Tensor] = []
 
     def keep(_: Any, inputs: Any, output: torch.Tensor) -> None:
@@ -83,7 +84,8 @@ def _factors(model: Any, batch: Any, layer: torch.nn.Module) -> list[torch.Tenso
         kept.extend((output, inputs[0].detach()))
 
     hook = layer.register_forward_hook(keep)
-    model.eval()(**batch, labels=batch["input_ids"]).loss.backward()
+    loss = model.eval()(**batch, labels=batch["input_ids"]).loss
+    (SCALE * loss).backward()  # or fp16 would lose a part; shares do not depend on it
     hook.remove()
     model.zero_grad()
     gradient = kept[0].grad

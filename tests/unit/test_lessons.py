@@ -55,7 +55,7 @@ def test_the_factors_of_a_gradient_multiply_to_what_autograd_gives(model, batch)
         assert not plain._forward_hooks
         plain.weight.requires_grad_(True)
         model(**batch, labels=batch["input_ids"]).loss.backward()
-        torch.testing.assert_close(left.T @ right, plain.weight.grad, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(left.T @ right / lessons.SCALE, plain.weight.grad, rtol=1e-3, atol=1e-6)
     finally:
         model.base_model.model.model.layers[1].self_attn.v_proj.base_layer = layer
         model.zero_grad()
