@@ -13,7 +13,7 @@ NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-sanitize-wi
 
 help:
 	@echo "make run            execute notebooks 01-07 into $(OUT), and compare the runs"
-	@echo "make lint           ruff, mypy, import layers, spelling, and the list of phrases"
+	@echo "make lint           ruff, mypy, import layers, spelling, the list of phrases, and numbers in notebooks"
 	@echo "make test           make lint, the fast notebooks and the fast tests (minutes)"
 	@echo "make test-full      also the slow ones; compiles llama.cpp once (needs a C++ compiler)"
 	@echo "make test-versions  the unit tests on the oldest, newest and Colab's versions (gigabytes)"
@@ -49,6 +49,7 @@ lint: $(READY)
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/codespell
 	$(BIN)/python tooling/phrases.py
+	$(BIN)/python tooling/check_numbers.py
 
 test: lint
 	$(BIN)/python -m qlora_helpers fetch
