@@ -41,6 +41,15 @@ def test_each_notebook_runs_alone(tmp_path, name):
 
 
 @pytest.mark.slow
+def test_notebook_07_shows_the_recorded_study_without_runs_of_its_own(tmp_path):
+    run = papermill("07_compare", tmp_path, profile="cpu", which_runs="recorded", workdir=tmp_path / "work")
+    _, stderr = run.communicate()
+    assert run.returncode == 0, stderr[-2000:]
+    assert "1600 rows" in (tmp_path / "out.ipynb").read_text("utf-8")
+    assert not list((tmp_path / "work").glob("exp*"))
+
+
+@pytest.mark.slow
 def test_killed_run_resumes_and_ends_with_the_same_adapter(tmp_path):
     adapters = []
     for kill in (False, True):

@@ -35,6 +35,14 @@ def test_the_series_is_there():
     assert PATHS[-1].stem == ALONE
 
 
+def test_every_word_that_is_linked_is_in_the_glossary():
+    words = set(re.findall(r"^#+ (.+)$", (FOLDER.parent / "docs" / "glossary.md").read_text("utf-8"), re.MULTILINE))
+    anchors = {re.sub(r"[^a-z0-9]+", "-", word.lower()).strip("-") for word in words}
+    linked = {link for path in PATHS for link in re.findall(r"glossary\.md#([\w-]+)", path.read_text("utf-8"))}
+    assert len(linked) > 10
+    assert linked <= anchors
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_order_of_cells(notebook, request):
     kinds = [cell.cell_type for cell in notebook.cells[:5]]
