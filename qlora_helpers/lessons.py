@@ -117,24 +117,25 @@ def alpha(alphas: Sequence[float], rank: int, dropout: float) -> Figure:
 
 
 def _trained(scale: float, rank: int, dropout: float) -> list[float]:
-    """Losses of 100 steps of Adam (Kingma and Ba 2015, algorithm 1) on A and B, which start as in LoRA."""
-    draw = np.random.default_rng(0)
-    inputs = draw.normal(size=(128, WIDE))
-    outputs = inputs @ draw.normal(size=(WIDE, 4)) @ draw.normal(size=(4, WIDE)) / math.sqrt(4 * WIDE)
-    weights = [draw.uniform(-1, 1, (rank, WIDE)) / math.sqrt(WIDE), np.zeros((WIDE, rank))]
-    means, squares = ([np.zeros_like(weight) for weight in weights] for _ in range(2))
-    losses = []
-    for step in range(1, 101):
-        kept = inputs * (draw.random(inputs.shape) >= dropout) / (1 - dropout)
-        a, b = weights
-        error = scale * kept @ a.T @ b.T - outputs
-        losses.append(float(np.square(error).mean()))
-        slope = 2 * scale * error / error.size
-        for i, gradient in enumerate((b.T @ slope.T @ kept, slope.T @ kept @ a.T)):
-            means[i] += 0.1 * (gradient - means[i])
-            squares[i] += 0.001 * (gradient**2 - squares[i])
-            size = np.sqrt(squares[i] / (1 - 0.999**step)) + 1e-8
-            weights[i] = weights[i] - 0.01 * means[i] / (1 - 0.9**step) / size
+    """Losses of 100 steps on A and B, which start as in LoRA: A random, B zero.
+
+    A step moves every weight by 0.01 against the sign of its gradient (signSGD, Bernstein et al. 2018, arXiv
+    1802.04434), which is Adam without its averages. `torch.optim` is not used: it imports torch's compiler, which takes
+    longer than all these steps.
+    """
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        inputs = torch.randn(128, WIDE)
+        outputs = inputs @ torch.randn(WIDE, 4) @ torch.randn(4, WIDE) / math.sqrt(4 * WIDE)
+        weights = [torch.randn(WIDE, rank) / math.sqrt(WIDE), torch.zeros(rank, WIDE)]
+        losses = []
+        for _ in range(100):
+            a, b = (weight.requires_grad_() for weight in weights)
+            change = torch.nn.functional.dropout(inputs, dropout) @ a @ b
+            loss = torch.nn.functional.mse_loss(scale * change, outputs)
+            slopes = torch.autograd.grad(loss, (a, b))
+            weights = [w.detach() - 0.01 * slope.sign() for w, slope in zip((a, b), slopes, strict=True)]
+            losses.append(loss.item())
     return losses
 
 

@@ -317,7 +317,8 @@ def _memory() -> str:
         "## Planned and measured peak memory",
         "Error of the plan against the peak memory that torch reserved, median and worst:",
         markdown_table(["settings", "peak of the run", "training", "held-out losses", "answers"], rows),
-        f"{len({line['model'] for line in lines})} models' shapes with random weights, {lines[0]['device']}; {_packages(lines[0])}.",
+        f"{len({line['model'] for line in lines})} models' shapes with random weights, {lines[0]['device']}; "
+        f"{_packages(lines[0])}.",
         f"![Planned and measured memory]({_figure('memory')})",
     )
 

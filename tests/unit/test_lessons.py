@@ -98,25 +98,6 @@ def test_a_larger_alpha_goes_further_per_step_and_dropout_hides_inputs():
     assert labeled(lessons.alpha([8, 2048], 16, 0.05))
 
 
-def test_the_small_adapters_take_the_steps_of_torchs_adam(monkeypatch):
-    draw = np.random.default_rng(0)
-    inputs = torch.tensor(draw.normal(size=(128, lessons.WIDE)))
-    outputs = inputs @ torch.tensor(draw.normal(size=(lessons.WIDE, 4)) @ draw.normal(size=(4, lessons.WIDE)))
-    outputs /= np.sqrt(4 * lessons.WIDE)
-    a = torch.nn.Parameter(torch.tensor(draw.uniform(-1, 1, (8, lessons.WIDE)) / np.sqrt(lessons.WIDE)))
-    b = torch.nn.Parameter(torch.zeros(lessons.WIDE, 8, dtype=torch.float64))
-    adam = torch.optim.Adam([a, b], lr=0.01)
-    losses = []
-    for _ in range(10):
-        kept = inputs * torch.tensor(draw.random(inputs.shape) >= 0.25) / 0.75
-        loss = (2 * kept @ a.T @ b.T - outputs).square().mean()
-        losses.append(loss.item())
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    assert lessons._trained(2, 8, 0.25)[:10] == pytest.approx(losses, rel=1e-4)
-
-
 def test_an_adapters_moments_take_eight_bytes_per_weight():
     figure = lessons.optimizer_states(TINYLLAMA)
     assert labeled(figure)
