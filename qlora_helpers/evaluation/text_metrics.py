@@ -15,6 +15,7 @@ from qlora_helpers.evaluation.intervals import Interval
 from qlora_helpers.evaluation.paired import Answers, MetricDifference
 
 BLEU_RESAMPLES, BLEU_SEED = 1000, 12345  # of sacrebleu's own bootstrap
+BLEU_BLOCK = 50_000  # resampled answers in memory at a time; 5 MB
 MOST = {"ROUGE-L": 1, "sentence BLEU": 100, "sentence chrF": 100, "repeats itself": 1}  # largest value of a mean
 SHARES = {"ends by itself": "stopped", "invents a turn": "invented", "thinks": "thought"}  # name: key of an answer
 AT_LIMIT = ("ROUGE-L", "BLEU", "chrF", "ends by itself", "length")  # what a limit of tokens can lower
@@ -256,13 +257,15 @@ def _metrics() -> tuple[Any, Any]:
 
 
 def _score(metric: Any, counts: np.ndarray) -> Interval:
-    """Score over all answers with sacrebleu's bootstrap interval, one resample in memory at a time."""
+    """Score over all answers with the interval of sacrebleu's bootstrap, which holds all resamples in memory at once."""
     scored = metric._compute_score_from_stats(counts.sum(axis=0).tolist())
     value, low, high = scored.score, 0.0, 100.0
     if len(counts) > 1:  # one answer says nothing about others
+        step = max(BLEU_BLOCK // len(counts), 1)
         rng, rows = np.random.default_rng(BLEU_SEED), counts.astype("float32")  # as in sacrebleu
-        resamples = (rows[rng.choice(len(rows), len(rows))].sum(0) for _ in range(BLEU_RESAMPLES))
-        scored.estimate_ci([metric._compute_score_from_stats(sums) for sums in resamples])
+        sizes = (min(step, BLEU_RESAMPLES - start) for start in range(0, BLEU_RESAMPLES, step))
+        resamples = (rows[rng.integers(0, len(rows), (size, len(rows)))].sum(1) for size in sizes)
+        scored.estimate_ci([metric._compute_score_from_stats(sums) for block in resamples for sums in block])
         low, high = scored._mean - scored._ci, scored._mean + scored._ci
     value, low, high = (min(max(float(number), 0.0), 100.0) for number in (value, low, high))  # rounding, and few rows
     return Interval(value, low, high)
