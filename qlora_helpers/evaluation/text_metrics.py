@@ -257,7 +257,7 @@ def _metrics() -> tuple[Any, Any]:
 
 
 def _score(metric: Any, counts: np.ndarray) -> Interval:
-    """Score over all answers with the interval of sacrebleu's bootstrap, which holds all resamples in memory at once."""
+    """Score over all answers with the interval of sacrebleu's bootstrap, without its memory for all resamples."""
     scored = metric._compute_score_from_stats(counts.sum(axis=0).tolist())
     value, low, high = scored.score, 0.0, 100.0
     if len(counts) > 1:  # one answer says nothing about others
