@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 MANY = 20_000  # items from which starting processes pays
 SPAN = 500  # items that a process takes at a time
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _task: tuple[Callable[[Any], Any], Sequence[Any]]  # what forked processes work on, without a copy
 

@@ -1,6 +1,6 @@
 """Metrics of answers beside their references: wording, endings, invented turns, repetition, length, thoughts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import inf
@@ -98,8 +98,8 @@ def differences(a: Answers, b: Answers) -> list[MetricDifference]:
     for name, key in SHARES.items():
         if key == "thought" and not any(row[key] or row["reference_thought"] for row in (*left, *right)):
             continue
-        shares = ([bool(row[key]) for row in side] for side in (left, right))
-        made.append(paired.share(name, *shares, groups))
+        happened = [[bool(row[key]) for row in side] for side in (left, right)]
+        made.append(paired.share(name, happened[0], happened[1], groups))
     return paired.holm(made)
 
 
@@ -179,12 +179,12 @@ def _common(a: list[str], b: list[str]) -> int:
 
 @dataclass(frozen=True)
 class _Counts:
-    """What the metrics need of each answer, in arrays with a row for each. `bleu` and `chrf` are sacrebleu's counts."""
+    """What the metrics need of each answer. `bleu` and `chrf` are sacrebleu's counts, in arrays with a row for each."""
 
-    rouge: np.ndarray
-    repeated: np.ndarray
-    lengths: np.ndarray
-    of_references: np.ndarray
+    rouge: list[float]
+    repeated: list[float]
+    lengths: list[int]
+    of_references: list[int]
     bleu: np.ndarray
     chrf: np.ndarray
 
@@ -201,7 +201,8 @@ def _counted(texts: tuple[str, ...], references: tuple[str, ...]) -> _Counts:
             chrf._compute_segment_statistics(text, wanted.chrf),
         )
         rows.append((_rouge(_words(text), wanted.words), _repeated(units), len(units), wanted.length, *counts))
-    return _Counts(*(np.array(column) for column in zip(*rows, strict=True)))
+    rouge, repeated, lengths, of_references, *arrays = zip(*rows, strict=True)
+    return _Counts(list(rouge), list(repeated), list(lengths), list(of_references), *map(np.array, arrays))
 
 
 @dataclass(frozen=True)
@@ -226,10 +227,10 @@ def _reference(text: str) -> _Reference:
     return _Reference(_words(text), len(_units(text)), cut, *grams)
 
 
-def _means(counts: _Counts) -> dict[str, np.ndarray]:
+def _means(counts: _Counts) -> dict[str, Sequence[float]]:
     """Values of each answer, by metric. For `length`, the words of the answer."""
     bleu, chrf = (
-        np.array([metric._compute_score_from_stats(row).score for row in rows.tolist()])
+        [metric._compute_score_from_stats(row).score for row in rows.tolist()]
         for metric, rows in zip(_metrics(), (counts.bleu, counts.chrf), strict=True)
     )
     return {
