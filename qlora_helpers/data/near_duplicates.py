@@ -262,7 +262,10 @@ class Index:
         If there is none and `add` is true, the text is kept. Kept texts are numbered from 0 in the order they were
         added.
         """
-        words = normalize(text)
+        return self.first_normalized(normalize(text), add)
+
+    def first_normalized(self, words: str, add: bool = True) -> tuple[int, float] | None:
+        """The same for a text that `normalize` returned."""
         key = hash(words.replace("\n", " "))
         if key in self._position:  # the same tokens
             return self._position[key], 1.0
@@ -289,6 +292,6 @@ class Index:
                 return (), int
             group = self._groups[figures] = self._new_lsh()
         signature = self._empty.copy()
-        signature.update_batch(_hashes(words))
+        signature.update_batch(shingles(words))
         keep = partial(group.insert, minhash=signature, check_duplication=False)
         return sorted(group.query(signature)), keep

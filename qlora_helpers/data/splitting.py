@@ -8,9 +8,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 
 from qlora_helpers.config import Config
-from qlora_helpers.data import prompts
+from qlora_helpers.data import processes, prompts
 from qlora_helpers.data.cleaned import Cleaned, NearDuplicate, TokenizedRow
-from qlora_helpers.data.leaks import HeldOut
+from qlora_helpers.data.leaks import HeldOut, Leak
 from qlora_helpers.data.prompts import Example
 from qlora_helpers.data.schema import TEST, VALIDATION, Row
 
@@ -25,8 +25,8 @@ def split_key(row: Row, seed: int) -> tuple[int, str, str, str]:
 
     Rows of a group follow each other.
     """
-    place = {TEST: 0, VALIDATION: 1}.get(row.split, 2)
-    return place, _digest(seed, row.group or row.prompt), *draw_key(row, seed)
+    place, own = {TEST: 0, VALIDATION: 1}.get(row.split, 2), draw_key(row, seed)
+    return place, _digest(seed, row.group) if row.group else own[0], *own
 
 
 def draw_key(row: Row, draw: int) -> Key:
@@ -68,7 +68,7 @@ class Split:
                 continue
             for item, example in self.fit([row]):
                 usable += 1
-                if self._is_leak(row):
+                if self._is_leak(row, self._held.leak(row)):
                     continue
                 self._held.add(row)
                 self._groups[row.group] += 1
@@ -84,7 +84,7 @@ class Split:
                 self.cleaned.drop(row, f"validation split, over n_selection={wanted}")
                 continue
             for item, example in self.fit([row]):
-                if not self._is_leak(row):
+                if not self._is_leak(row, self._held.leak(row)):
                     self._keep(example, prompts.heldout_limit(self.config))
                     self.cleaned.selection.append(item)
 
@@ -95,8 +95,11 @@ class Split:
         """
         config, limit = self.config, prompts.heldout_limit(self.config)
         chosen = config.selection_rows - len(self.cleaned.selection)
-        for item, example in self.fit(sorted(self._other_groups(rows), key=self._draw_key)):
-            if self._is_leak(item.row):
+        rows = sorted(self._other_groups(rows), key=self._draw_key)
+        found = zip(rows, processes.in_order(self._held.leak, rows), strict=True)
+        leaks = {row.id: leak for row, leak in found if leak}
+        for item, example in self.fit(rows):
+            if self._is_leak(item.row, leaks.get(item.row.id)):
                 continue
             number = len(self.cleaned.train)
             if config.n_samples is None or number < config.n_samples:
@@ -125,8 +128,7 @@ class Split:
             else:
                 yield row
 
-    def _is_leak(self, row: Row) -> bool:
-        leak = self._held.leak(row)
+    def _is_leak(self, row: Row, leak: Leak | None) -> bool:
         if leak is not None:
             self._leaks.append(NearDuplicate(row, leak.heldout, leak.similarity, leak.reason))
         return leak is not None

@@ -14,8 +14,7 @@ from qlora_helpers.evaluation import answer_metrics, verdicts
 from qlora_helpers.evaluation.answer_metrics import AnswerDifferences
 from qlora_helpers.evaluation.differences import Arm, Difference, difference
 from qlora_helpers.evaluation.intervals import Interval
-from qlora_helpers.evaluation.losses import mean_loss, read_losses
-from qlora_helpers.evaluation.rivals import BASE, IN_16_BITS, OWN_TEMPLATE
+from qlora_helpers.evaluation.row_losses import BASE, IN_16_BITS, OWN_TEMPLATE, mean_loss, read_losses
 from qlora_helpers.runs import RunFolder
 
 FEW_SHOT = "base + 3 examples"

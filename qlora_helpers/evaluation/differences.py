@@ -15,7 +15,7 @@ from qlora_helpers import plots
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import intervals
 from qlora_helpers.evaluation.intervals import Estimate, Interval
-from qlora_helpers.evaluation.losses import RowLoss
+from qlora_helpers.evaluation.row_losses import RowLoss
 from qlora_helpers.quoting import markdown
 
 SAME, UNSURE = "the same", "not distinguishable"

@@ -14,8 +14,8 @@ from qlora_helpers.evaluation import comparison, differences
 from qlora_helpers.evaluation.comparison import BASE
 from qlora_helpers.evaluation.differences import UNSURE, Arm, Difference
 from qlora_helpers.evaluation.intervals import Interval
-from qlora_helpers.evaluation.losses import mean_loss, read_losses
 from qlora_helpers.evaluation.power_law import PowerLaw, fit
+from qlora_helpers.evaluation.row_losses import mean_loss, read_losses
 from qlora_helpers.runs import RunFolder
 
 BASE_SETTING = "the base setting"

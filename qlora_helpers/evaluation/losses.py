@@ -1,6 +1,6 @@
 """Loss of each held-out row, and the measurements of a base model that its runs share."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,6 +17,8 @@ from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import answers
 from qlora_helpers.evaluation.answers import Shots
 from qlora_helpers.evaluation.context import RunContext
+from qlora_helpers.evaluation.row_losses import RowLoss, read_losses, to_rows
+from qlora_helpers.evaluation.row_losses import mean_loss as mean_loss  # for those who measure losses here
 from qlora_helpers.models import forward
 from qlora_helpers.planning import memory
 from qlora_helpers.runs import RunFolder
@@ -24,26 +26,6 @@ from qlora_helpers.runs import RunFolder
 SHOTS = 3  # examples in the prompt of the base model
 SHOTS_FROM = 0.25  # share of the training rows that they are drawn from: those of ordinary length
 GENERAL_LENGTH = 512
-
-
-@dataclass(frozen=True, slots=True)
-class RowLoss:
-    """Loss of one row, summed over its trained tokens in float32 (nats).
-
-    `bytes` is the length of its answers in UTF-8; 0 for a truncated row, since tokenizers truncate at different places.
-    Rows of one `group`, such as a document, depend on each other; a row without one is independent.
-    """
-
-    id: str
-    loss_sum: float
-    tokens: int
-    bytes: int
-    group: str = ""
-
-
-def mean_loss(losses: list[RowLoss]) -> float:
-    """Mean per trained token: long rows count more, as in training."""
-    return sum(row.loss_sum for row in losses) / sum(row.tokens for row in losses)
 
 
 def heldout_losses(
@@ -213,16 +195,3 @@ def measure_answers(model: Any, context: RunContext, where: RunFolder) -> None:
     files.write_jsonl(where / "answers.jsonl", answered)
     general = heldout_losses(model, general_examples(config, tokenizer), device, rows)
     files.write_jsonl(where / "general_losses.jsonl", to_rows(general))
-
-
-def to_rows(losses: list[RowLoss]) -> list[dict[str, Any]]:
-    """Plain values, as written to `heldout_losses.jsonl`."""
-    return [asdict(loss) for loss in losses]
-
-
-def read_losses(run: RunFolder, name: str = "heldout_losses.jsonl") -> list[RowLoss]:
-    """Losses per row of a run or of a base model, as `to_rows` wrote them."""
-    path = run / name
-    if not path.exists():
-        raise UserError(f"run folder: {run.path} has no {name}. Fix: run its notebook to the end.")
-    return [RowLoss(**row) for row in files.read_jsonl(path)]

@@ -9,11 +9,10 @@ from qlora_helpers import quoting
 from qlora_helpers.config import BUNDLED_MODEL, Config
 from qlora_helpers.data import sources
 from qlora_helpers.errors import UserError, reason
-from qlora_helpers.evaluation import answer_metrics, differences, losses
+from qlora_helpers.evaluation import answer_metrics, differences
 from qlora_helpers.evaluation.differences import Arm, Difference
 from qlora_helpers.evaluation.intervals import Interval
-from qlora_helpers.evaluation.losses import RowLoss, mean_loss
-from qlora_helpers.evaluation.rivals import BASE
+from qlora_helpers.evaluation.row_losses import BASE, RowLoss, mean_loss, read_losses
 from qlora_helpers.models import hub
 from qlora_helpers.runs import RunFolder
 
@@ -161,7 +160,7 @@ def _reservations(run: RunFolder, config: Config, foreign: bool) -> str:
 def _read(folder: Path) -> list[RowLoss] | None:
     """Held-out losses beside a run, if they are there."""
     where = RunFolder(folder)
-    return losses.read_losses(where) if (where / "heldout_losses.jsonl").exists() else None
+    return read_losses(where) if (where / "heldout_losses.jsonl").exists() else None
 
 
 def _change(before: list[RowLoss] | None, loss: float, gap: float, after: list[RowLoss] | None) -> str:

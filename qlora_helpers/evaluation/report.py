@@ -13,7 +13,7 @@ from qlora_helpers.evaluation.comparison import Comparison, Summary
 from qlora_helpers.evaluation.differences import SAME, UNSURE, Difference
 from qlora_helpers.evaluation.intervals import RESAMPLES
 from qlora_helpers.evaluation.markup import bullets, html, markdown_table
-from qlora_helpers.evaluation.rivals import BASE, IN_16_BITS
+from qlora_helpers.evaluation.row_losses import BASE, IN_16_BITS
 from qlora_helpers.evaluation.text_metrics import mostly_unspaced
 from qlora_helpers.evaluation.verdict_table import verdict_table
 from qlora_helpers.quoting import markdown as inert

@@ -18,15 +18,9 @@ from qlora_helpers.device import GIB, Device, forget_peak
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import losses
 from qlora_helpers.evaluation.context import RunContext
-from qlora_helpers.evaluation.losses import RowLoss
+from qlora_helpers.evaluation.row_losses import BASE, IN_16_BITS, OWN_TEMPLATE, RowLoss
 from qlora_helpers.models import hub
 from qlora_helpers.planning import memory, plan, quantization
-
-BASE = "base"
-IN_16_BITS = f"{BASE}, 16 bits"
-
-
-OWN_TEMPLATE = {name: f"{name}, own template" for name in (BASE, IN_16_BITS)}
 
 
 @dataclass(frozen=True)

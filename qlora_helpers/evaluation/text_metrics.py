@@ -1,10 +1,12 @@
 """Metrics of answers beside their references: wording, endings, invented turns, repetition, length, thoughts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from math import inf
 from typing import Any
 
+import numpy as np
 import regex
 
 from qlora_helpers.data.turns import split_thought
@@ -12,7 +14,8 @@ from qlora_helpers.evaluation import intervals, paired
 from qlora_helpers.evaluation.intervals import Interval
 from qlora_helpers.evaluation.paired import Answers, MetricDifference
 
-BLEU_RESAMPLES = 1000  # sacrebleu's own bootstrap
+BLEU_RESAMPLES, BLEU_SEED = 1000, 12345  # of sacrebleu's own bootstrap
+BLEU_BLOCK = 50_000  # resampled answers in memory at a time; 5 MB
 MOST = {"ROUGE-L": 1, "sentence BLEU": 100, "sentence chrF": 100, "repeats itself": 1}  # largest value of a mean
 SHARES = {"ends by itself": "stopped", "invents a turn": "invented", "thinks": "thought"}  # name: key of an answer
 AT_LIMIT = ("ROUGE-L", "BLEU", "chrF", "ends by itself", "length")  # what a limit of tokens can lower
@@ -40,7 +43,7 @@ def text_metrics(answers: list[dict[str, Any]]) -> dict[str, Interval]:
     """Metrics over the answers that have a reference, each with its 95% interval; empty without such answers.
 
     - ROUGE-L, 0 to 1: F1 of the longest common subsequence of words, mean over answers (Lin, "ROUGE: a package for
-      automatic evaluation of summaries", 2004; the library rouge-score).
+      automatic evaluation of summaries", 2004).
     - BLEU, 0 to 100: brevity penalty times the geometric mean of the precisions of 1- to 4-grams over all answers
       (Papineni et al., "BLEU: a method for automatic evaluation of machine translation", 2002; the library sacrebleu).
       If no answer has four tokens, the mean ends at the longest n-grams that there are.
@@ -58,15 +61,16 @@ def text_metrics(answers: list[dict[str, Any]]) -> dict[str, Interval]:
     rows = _scored(answers)
     if not rows:
         return {}
-    texts, references = [row["answer"] for row in rows], [row["reference"] for row in rows]
+    counts = _counted(tuple(row["answer"] for row in rows), tuple(row["reference"] for row in rows))
     ones = [1.0] * len(rows)
     metrics = {
-        "ROUGE-L": intervals.ratio(_rouge(texts, references), ones).within(0, 1),
-        **{name: _score(metric, *sides) for name, (metric, sides) in _sacrebleu(texts, references).items()},
+        "ROUGE-L": intervals.ratio(counts.rouge, ones).within(0, 1),
+        "BLEU": _score(_metrics()[0], counts.bleu),
+        "chrF": _score(_metrics()[1], counts.chrf),
         "ends by itself": intervals.share(sum(row["stopped"] for row in rows), len(rows)),
         "invents a turn": intervals.share(sum(row["invented"] for row in rows), len(rows)),
-        "repeats itself": intervals.ratio([_repeated(text) for text in texts], ones).within(0, 1),
-        "length": intervals.ratio(_lengths(texts), _lengths(references)).within(0, inf),
+        "repeats itself": intervals.ratio(counts.repeated, ones).within(0, 1),
+        "length": intervals.ratio(counts.lengths, counts.of_references).within(0, inf),
     }
     if any(row["thought"] or row["reference_thought"] for row in rows):
         metrics["thinks"] = thinks(answers)
@@ -85,17 +89,17 @@ def differences(a: Answers, b: Answers) -> list[MetricDifference]:
     if not left:
         return []
     groups = [row.get("group", "") for row in left]
-    references = [row["reference"] for row in left]
+    references = tuple(row["reference"] for row in left)
+    one, other = (_counted(tuple(row["answer"] for row in side), references) for side in (left, right))
     made = []
-    sides = (_means(tuple(row["answer"] for row in side), tuple(references)).items() for side in (left, right))
-    for (name, x), (_, y) in zip(*sides, strict=True):
-        per = _lengths(references) if name == "length" else None
+    for (name, x), y in zip(_means(one).items(), _means(other).values(), strict=True):
+        per = one.of_references if name == "length" else None
         made.append(paired.ratio(name, x, y, groups, per, MOST.get(name, inf)))
     for name, key in SHARES.items():
         if key == "thought" and not any(row[key] or row["reference_thought"] for row in (*left, *right)):
             continue
-        one, other = ([bool(row[key]) for row in side] for side in (left, right))
-        made.append(paired.share(name, one, other, groups))
+        happened = [[bool(row[key]) for row in side] for side in (left, right)]
+        made.append(paired.share(name, happened[0], happened[1], groups))
     return paired.holm(made)
 
 
@@ -142,45 +146,105 @@ def _units(text: str) -> list[str]:
     return [unit for part in text.split() for unit in _UNITS.findall(part)]
 
 
-def _lengths(texts: list[str]) -> list[int]:
-    return [len(_units(text)) for text in texts]
-
-
-def _repeated(text: str) -> float:
-    units = _units(text)
+def _repeated(units: list[str]) -> float:
     grams = [tuple(units[i : i + 4]) for i in range(len(units) - 3)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-class _Tokenizer:
-    """Words for ROUGE in any script. The library's own tokenizer drops all but ASCII letters and digits."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return _WORDS.findall(text.lower()) or text.split()  # a text of symbols has no words, but can be right
+def _words(text: str) -> list[str]:
+    """Words for ROUGE in any script. The tokenizer of rouge-score drops all but ASCII letters and digits."""
+    return _WORDS.findall(text.lower()) or text.split()  # a text of symbols has no words, but can be right
 
 
-def _rouge(texts: list[str], references: list[str]) -> list[float]:
-    from rouge_score.rouge_scorer import RougeScorer
+def _rouge(words: list[str], wanted: list[str]) -> float:
+    """F1 of the longest common subsequence. The table of rouge-score takes a hundred times as long."""
+    common = _common(words, wanted)
+    if not common:
+        return 0.0
+    precision, recall = common / len(words), common / len(wanted)
+    return 2 * precision * recall / (precision + recall)
 
-    scorer = RougeScorer(["rougeL"], tokenizer=_Tokenizer())
-    return [scorer.score(b, a)["rougeL"].fmeasure for a, b in zip(texts, references, strict=True)]
+
+def _common(a: list[str], b: list[str]) -> int:
+    """Length of the longest common subsequence (Hyyrö, "Bit-parallel LCS-length computation revisited", 2004)."""
+    places: dict[str, int] = {}
+    for i, word in enumerate(a):
+        places[word] = places.get(word, 0) | 1 << i
+    column = every = (1 << len(a)) - 1
+    for word in b:
+        matched = column & places.get(word, 0)
+        column = (column + matched | column - matched) & every
+    return len(a) - column.bit_count()
 
 
-@lru_cache(maxsize=64)  # a model of a report is compared with several others
-def _means(texts: tuple[str, ...], references: tuple[str, ...]) -> dict[str, list[float]]:
+@dataclass(frozen=True)
+class _Counts:
+    """What the metrics need of each answer. `bleu` and `chrf` are sacrebleu's counts, in arrays with a row for each."""
+
+    rouge: list[float]
+    repeated: list[float]
+    lengths: list[int]
+    of_references: list[int]
+    bleu: np.ndarray
+    chrf: np.ndarray
+
+
+@lru_cache(maxsize=512)  # a model of a report is compared with several others, in any order
+def _counted(texts: tuple[str, ...], references: tuple[str, ...]) -> _Counts:
+    """Count answer by answer: the n-grams of all of them would fill the memory."""
+    bleu, chrf = _metrics()
+    rows = []
+    for text, reference in zip(texts, references, strict=True):
+        wanted, units = _reference(reference), _units(text)
+        counts = (
+            bleu._compute_segment_statistics(wanted.cut(text.rstrip()), wanted.bleu),
+            chrf._compute_segment_statistics(text, wanted.chrf),
+        )
+        rows.append((_rouge(_words(text), wanted.words), _repeated(units), len(units), wanted.length, *counts))
+    rouge, repeated, lengths, of_references, *arrays = zip(*rows, strict=True)
+    return _Counts(list(rouge), list(repeated), list(lengths), list(of_references), *map(np.array, arrays))
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """A reference: its words for ROUGE, its length, its tokenizer for BLEU, and its n-grams as sacrebleu counts them.
+
+    sacrebleu's own tokenizing is turned off, so that each reference can have the tokenizer of its script.
+    """
+
+    words: list[str]
+    length: int
+    cut: Callable[[str], str]
+    bleu: dict[str, Any]
+    chrf: dict[str, Any]
+
+
+@lru_cache(maxsize=64)  # every model answers the same questions
+def _reference(text: str) -> _Reference:
+    bleu, chrf = _metrics()
+    cut = _bleu_tokenizer(_script(text))
+    grams = bleu._extract_reference_info([cut(text.rstrip())]), chrf._extract_reference_info([text])
+    return _Reference(_words(text), len(_units(text)), cut, *grams)
+
+
+def _means(counts: _Counts) -> dict[str, Sequence[float]]:
     """Values of each answer, by metric. For `length`, the words of the answer."""
-    (bleu, split), (chrf, whole) = _sacrebleu(list(texts), list(references)).values()
+    bleu, chrf = (
+        [metric._compute_score_from_stats(row).score for row in rows.tolist()]
+        for metric, rows in zip(_metrics(), (counts.bleu, counts.chrf), strict=True)
+    )
     return {
-        "ROUGE-L": _rouge(list(texts), list(references)),
-        "sentence BLEU": [bleu.sentence_score(text, [wanted]).score for text, wanted in zip(*split, strict=True)],
-        "sentence chrF": [chrf.sentence_score(text, [wanted]).score for text, wanted in zip(*whole, strict=True)],
-        "repeats itself": [_repeated(text) for text in texts],
-        "length": [float(length) for length in _lengths(list(texts))],
+        "ROUGE-L": counts.rouge,
+        "sentence BLEU": bleu,
+        "sentence chrF": chrf,
+        "repeats itself": counts.repeated,
+        "length": counts.lengths,
     }
 
 
-def _sacrebleu(texts: list[str], references: list[str]) -> dict[str, tuple[Any, tuple[list[str], list[str]]]]:
-    """The library's metrics, each with the texts and the references that it compares."""
+@cache
+def _metrics() -> tuple[Any, Any]:
+    """sacrebleu's BLEU and chrF."""
     from sacrebleu.metrics import BLEU, CHRF
 
     class PlainChrf(CHRF):
@@ -189,22 +253,21 @@ def _sacrebleu(texts: list[str], references: list[str]) -> dict[str, tuple[Any, 
         def _compute_f_score(self, statistics: Any) -> float:
             return float(super()._compute_f_score(statistics))
 
-    tokenizers = [_bleu_tokenizer(_script(reference)) for reference in references]
-    one, other = (
-        [cut(text.rstrip()) for cut, text in zip(tokenizers, side, strict=True)] for side in (texts, references)
-    )
     # By default, BLEU counts n-grams that are longer than every answer as wrong: one right word scores 0.
-    bleu = BLEU(tokenize="none", force=True, effective_order=True)
-    return {"BLEU": (bleu, (one, other)), "chrF": (PlainChrf(), (texts, references))}
+    return BLEU(tokenize="none", force=True, effective_order=True), PlainChrf()
 
 
-def _score(metric: Any, texts: list[str], references: list[str]) -> Interval:
-    if len(texts) < 2:  # one answer says nothing about others
-        scored = metric.corpus_score(texts, [references])
-        value, low, high = scored.score, 0.0, 100.0
-    else:
-        scored = metric.corpus_score(texts, [references], n_bootstrap=BLEU_RESAMPLES)
-        value, low, high = scored.score, scored._mean - scored._ci, scored._mean + scored._ci
+def _score(metric: Any, counts: np.ndarray) -> Interval:
+    """Score over all answers with the interval of sacrebleu's bootstrap, without its memory for all resamples."""
+    scored = metric._compute_score_from_stats(counts.sum(axis=0).tolist())
+    value, low, high = scored.score, 0.0, 100.0
+    if len(counts) > 1:  # one answer says nothing about others
+        step = max(BLEU_BLOCK // len(counts), 1)
+        rng, rows = np.random.default_rng(BLEU_SEED), counts.astype("float32")  # as in sacrebleu
+        sizes = (min(step, BLEU_RESAMPLES - start) for start in range(0, BLEU_RESAMPLES, step))
+        resamples = (rows[rng.integers(0, len(rows), (size, len(rows)))].sum(1) for size in sizes)
+        scored.estimate_ci([metric._compute_score_from_stats(sums) for block in resamples for sums in block])
+        low, high = scored._mean - scored._ci, scored._mean + scored._ci
     value, low, high = (min(max(float(number), 0.0), 100.0) for number in (value, low, high))  # rounding, and few rows
     return Interval(value, low, high)
 

@@ -5,7 +5,7 @@ import math
 from qlora_helpers.evaluation.comparison import Comparison
 from qlora_helpers.evaluation.differences import UNSURE, Difference
 from qlora_helpers.evaluation.markup import markdown_table
-from qlora_helpers.evaluation.rivals import BASE
+from qlora_helpers.evaluation.row_losses import BASE
 from qlora_helpers.quoting import markdown as inert
 
 

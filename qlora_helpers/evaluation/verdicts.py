@@ -7,7 +7,7 @@ import numpy as np
 
 from qlora_helpers.evaluation import differences
 from qlora_helpers.evaluation.differences import Arm, Difference
-from qlora_helpers.evaluation.rivals import OWN_TEMPLATE
+from qlora_helpers.evaluation.row_losses import OWN_TEMPLATE
 
 
 def on_shared_rows(rival: Arm, arm: Arm) -> tuple[Arm, Arm]:
