@@ -157,24 +157,14 @@ def _words(text: str) -> list[str]:
 
 
 def _rouge(words: list[str], wanted: list[str]) -> float:
-    """F1 of the longest common subsequence. The table of rouge-score takes a hundred times as long."""
-    common = _common(words, wanted)
+    """F1 of the longest common subsequence. rouge-score finds the same one in a hundred times the time."""
+    from rapidfuzz.distance import LCSseq
+
+    common = LCSseq.similarity(words, wanted)
     if not common:
         return 0.0
     precision, recall = common / len(words), common / len(wanted)
     return 2 * precision * recall / (precision + recall)
-
-
-def _common(a: list[str], b: list[str]) -> int:
-    """Length of the longest common subsequence (Hyyrö, "Bit-parallel LCS-length computation revisited", 2004)."""
-    places: dict[str, int] = {}
-    for i, word in enumerate(a):
-        places[word] = places.get(word, 0) | 1 << i
-    column = every = (1 << len(a)) - 1
-    for word in b:
-        matched = column & places.get(word, 0)
-        column = (column + matched | column - matched) & every
-    return len(a) - column.bit_count()
 
 
 @dataclass(frozen=True)
