@@ -63,7 +63,7 @@ def test_the_processes_end_when_their_parent_is_killed(tmp_path):
     code = (
         "import os, time; from qlora_helpers.data import processes; processes.MANY = processes.SPAN = 1\n"
         "os.sched_getaffinity = lambda _: {0, 1}\n"
-        "list(processes.in_order(lambda item: print(os.getpid(), flush=True) or time.sleep(60), range(2)))"
+        "list(processes.in_order(lambda item: os.write(1, b'%d\\n' % os.getpid()) and time.sleep(60), range(2)))"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     children = [int(parent.stdout.readline()) for _ in range(2)]
