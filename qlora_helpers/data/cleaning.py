@@ -6,16 +6,16 @@ The order of the rows depends only on their text and two seeds, not on their ord
 import re
 import unicodedata
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 from qlora_helpers.config import Config
-from qlora_helpers.data import processes, prompts, rendering, sources
+from qlora_helpers.data import prompts, rendering, sources
 from qlora_helpers.data.cleaned import Cleaned, Data, NearDuplicate, TokenizedRow, fingerprint
 from qlora_helpers.data.leaks import HeldOut, parts
-from qlora_helpers.data.near_duplicates import Index, normalize, same_text
+from qlora_helpers.data.near_duplicates import Index, same_text
 from qlora_helpers.data.prompts import Example
 from qlora_helpers.data.schema import TEST, VALIDATION, Row
 from qlora_helpers.data.splitting import Fit, Split, in_draw, split_key
@@ -235,13 +235,12 @@ def _fitting(
             yield TokenizedRow(example.row, tokens, trained), example
 
 
-def _distinct(cleaned: Cleaned, rows: Sequence[Row], config: Config) -> Iterator[Row]:
+def _distinct(cleaned: Cleaned, rows: Iterable[Row], config: Config) -> Iterator[Row]:
     """Yield one row of each group of near duplicates: the first in the order of the split."""
     index = Index(config.near_duplicates, same_text)
     kept: list[Row] = []
-    texts = processes.in_order(lambda row: normalize(parts(row)), rows)
-    for row, words in zip(rows, texts, strict=True):
-        match = index.first_normalized(words)
+    for row in rows:
+        match = index.first_similar(parts(row))
         if match is None:
             kept.append(row)
             yield row

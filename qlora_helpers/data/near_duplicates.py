@@ -262,10 +262,7 @@ class Index:
         If there is none and `add` is true, the text is kept. Kept texts are numbered from 0 in the order they were
         added.
         """
-        return self.first_normalized(normalize(text), add)
-
-    def first_normalized(self, words: str, add: bool = True) -> tuple[int, float] | None:
-        """The same for a text that `normalize` returned."""
+        words = normalize(text)
         key = hash(words.replace("\n", " "))
         if key in self._position:  # the same tokens
             return self._position[key], 1.0
