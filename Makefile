@@ -9,7 +9,7 @@ FULL := .venv/.ready-full
 FAST_NOTEBOOKS := $(wildcard notebooks/0[1-4]_*.ipynb)
 NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg -p no:cacheprovider
 
-.PHONY: help install run test test-full lint notebooks figures docs clean set-repo colab-list test-versions lock mutants
+.PHONY: help install run test test-full lint notebooks figures pictures docs clean set-repo colab-list test-versions lock mutants
 
 help:
 	@echo "make run            execute notebooks 01-07 into $(OUT), and compare the runs"
@@ -20,6 +20,7 @@ help:
 	@echo "make mutants        plant 100 faults in the core and list those that no unit test notices (hours)"
 	@echo "make notebooks      execute the notebooks with the CPU profile and store their outputs"
 	@echo "make figures        draw figures/ and write the generated parts of README.md and docs/"
+	@echo "make pictures       picture the widgets for docs/ in a real browser (needs Chromium)"
 	@echo "make docs           build docs/ as a site in site/; a broken link is an error"
 	@echo "make set-repo URL=https://github.com/NAME/REPOSITORY   point badges and notebooks to your copy"
 	@echo "make lock           write the installed versions and their hashes to requirements.lock"
@@ -81,6 +82,10 @@ notebooks: $(READY)
 
 figures: $(READY)
 	$(BIN)/python tooling/publish.py
+
+# Runs of `make run` are what the pictures show.
+pictures: $(FULL) run
+	QLORA_PICTURES=docs QLORA_PICTURED_RUNS=$(abspath $(OUT))/exp2 $(BIN)/python -m pytest -m slow tests/notebooks/test_browser.py -k pictures
 
 docs: $(READY)
 	$(BIN)/python -m mkdocs build --strict

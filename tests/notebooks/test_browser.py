@@ -18,6 +18,8 @@ BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 MISSING = [name for name in ("jupyterlab", "playwright") if importlib.util.find_spec(name) is None]
 ROOT = Path(__file__).parents[2]
 SECONDS = 60  # limit for a server or a cell on a busy machine
+PICTURES = os.environ.get("QLORA_PICTURES")  # a folder for the pictures of docs/, and finished runs: `make pictures`
+RUNS = os.environ.get("QLORA_PICTURED_RUNS", "")
 
 pytestmark = [
     pytest.mark.slow,
@@ -51,6 +53,13 @@ from qlora_helpers.chat import panel, side_by_side
 from qlora_helpers.runs import RunFolder
 loaded = side_by_side.load({"exp1": [RunFolder(Path(RUN))]})
 panel.show(loaded, ["What is <b class='nasty'>rain</b>?"], new_tokens=400)
+"""
+RECORDED = """
+from qlora_helpers import notebook
+from qlora_helpers.chat import side_by_side
+from qlora_helpers.evaluation import comparison
+answers = comparison.read(notebook.recorded()).answers
+side_by_side.show([{name: entry[name] for name in ("prompt", "base", "100 rows", "1600 rows")} for entry in answers])
 """
 
 
@@ -93,7 +102,7 @@ def browser():
 
 
 @contextmanager
-def running(lab, browser, name, code):
+def running(lab, browser, name, code, width=1000):
     """Open a notebook with one cell, run it as a person would, and yield the page."""
     folder, address = lab
     kernel = {"name": "python3", "display_name": "Python 3"}  # without it, JupyterLab asks for a kernel
@@ -101,7 +110,7 @@ def running(lab, browser, name, code):
         cells=[nbformat.v4.new_code_cell(code.strip())], metadata={"kernelspec": kernel}
     )
     nbformat.write(notebook, folder / f"{name}.ipynb")
-    page = browser.new_page(viewport={"width": 1000, "height": 1400})
+    page = browser.new_page(viewport={"width": width, "height": 1400})
     page.set_default_timeout(SECONDS * 1000)
     try:
         page.goto(address.format(f"{name}.ipynb"))
@@ -165,3 +174,27 @@ def test_chat_is_stopped_and_cleared_midway(lab, browser, make_run):
         assert page.get_by_text("error:").count() == 0
         assert page.locator(".nasty").count() == 0
         assert page.locator(".jp-OutputArea [data-mime-type*=stderr]").all_inner_texts() == []
+
+
+@pytest.mark.skipif(not PICTURES, reason="make pictures")
+def test_pictures_of_widgets_for_the_docs(lab, browser):
+    """What the widgets look like, with the bundled model and the runs of `make run`."""
+
+    def picture(page, name):
+        page.locator(".jp-Cell-outputArea").last.screenshot(path=Path(PICTURES) / f"{name}.png")
+
+    question = "What is the capital of France?"
+    code = CHAT.replace("RUN", repr(RUNS)).replace("What is <b class='nasty'>rain</b>?", question).replace("400", "40")
+    with running(lab, browser, "docs-chat", code, 800) as page:
+        page.get_by_role("button", name="Send").click()
+        page.get_by_text("The answers grow …").wait_for()
+        page.get_by_text("Write a question and send it.").wait_for()
+        picture(page, "chat")
+    with running(lab, browser, "docs-picker", RECORDED, 800) as page:
+        page.locator(".jp-OutputArea select").wait_for()
+        picture(page, "picker")
+    code = TRAINING.replace("MODEL", repr("smollm2-135m-instruct")).replace("learning_rate=0.01", "epochs=3")
+    with running(lab, browser, "docs-training", code, 800) as page:
+        page.set_default_timeout(600_000)
+        page.get_by_text("[1]:", exact=True).first.wait_for()
+        picture(page, "live_plot")
