@@ -55,11 +55,13 @@ loaded = side_by_side.load({"exp1": [RunFolder(Path(RUN))]})
 panel.show(loaded, ["What is <b class='nasty'>rain</b>?"], new_tokens=400)
 """
 RECORDED = """
+import textwrap
 from qlora_helpers import notebook
 from qlora_helpers.chat import side_by_side
 from qlora_helpers.evaluation import comparison
 answers = comparison.read(notebook.recorded()).answers
-side_by_side.show([{name: entry[name] for name in ("prompt", "base", "100 rows", "1600 rows")} for entry in answers])
+names = ("prompt", "base", "100 rows", "1600 rows")
+side_by_side.show([{name: textwrap.shorten(entry[name], 300, placeholder=" …") for name in names} for entry in answers])
 """
 
 
@@ -70,7 +72,8 @@ def lab(tmp_path_factory):
     folder, runtime = home / "notebooks", home / "runtime"
     folder.mkdir()
     own = {f"JUPYTER_{kind}_DIR": str(home / kind.lower()) for kind in ("RUNTIME", "CONFIG", "DATA")}
-    options = ["--no-browser", "--allow-root", "--ip=127.0.0.1", "--ServerApp.port=0", f"--ServerApp.root_dir={folder}"]
+    quiet = ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=None"]
+    options = [*quiet, "--no-browser", "--allow-root", "--ip=127.0.0.1", "--ServerApp.port=0", f"--ServerApp.root_dir={folder}"]
     with (home / "log").open("w") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", *options],
