@@ -117,12 +117,7 @@ def alpha(alphas: Sequence[float], rank: int, dropout: float) -> Figure:
 
 
 def _trained(scale: float, rank: int, dropout: float) -> list[float]:
-    """Losses of 100 steps on A and B, which start as in LoRA: A random, B zero.
-
-    A step moves every weight by 0.01 against the sign of its gradient (signSGD, Bernstein et al. 2018, arXiv
-    1802.04434), which is Adam without its averages. `torch.optim` is not used: it imports torch's compiler, which takes
-    longer than all these steps.
-    """
+    """Losses of 100 steps on A and B, which start as in LoRA: A random, B zero."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         inputs = torch.randn(128, WIDE)
@@ -133,10 +128,19 @@ def _trained(scale: float, rank: int, dropout: float) -> list[float]:
             a, b = (weight.requires_grad_() for weight in weights)
             change = torch.nn.functional.dropout(inputs, dropout) @ a @ b
             loss = torch.nn.functional.mse_loss(scale * change, outputs)
-            slopes = torch.autograd.grad(loss, (a, b))
-            weights = [w.detach() - 0.01 * slope.sign() for w, slope in zip((a, b), slopes, strict=True)]
+            weights = sign_step([a, b], loss, 0.01)
             losses.append(loss.item())
     return losses
+
+
+def sign_step(weights: Sequence[torch.Tensor], loss: torch.Tensor, rate: float) -> list[torch.Tensor]:
+    """Return the weights, each moved by `rate` against the sign of its gradient.
+
+    This is signSGD (Bernstein et al. 2018, arXiv 1802.04434), Adam without its averages. `torch.optim` imports torch's
+    compiler, which takes longer than all steps of a lesson.
+    """
+    slopes = torch.autograd.grad(loss, weights)
+    return [weight.detach() - rate * slope.sign() for weight, slope in zip(weights, slopes, strict=True)]
 
 
 @styled

@@ -11,14 +11,14 @@ from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 
 from qlora_helpers import plots
 from qlora_helpers.evaluation.intervals import Interval
+from qlora_helpers.lessons import sign_step
 
 
 def tiny_losses(text: str, rate: float, steps: int = 60) -> list[float]:
     """Train a tiny model to predict the next byte of `text`; return the loss of each step in nats per byte.
 
-    It is two matrices that turn a byte into 32 numbers and these into the logits of the next byte. Each step moves
-    every weight by `rate` against the sign of its gradient (signSGD, Bernstein et al. 2018, arXiv 1802.04434), which is
-    Adam without its averages. Fixed random seed.
+    It is two matrices that turn a byte into 32 numbers and these into the logits of the next byte. The steps are those
+    of `sign_step`. Fixed random seed.
     """
     generator = torch.Generator().manual_seed(0)
     content = torch.tensor(list(text.encode()))
@@ -28,10 +28,7 @@ def tiny_losses(text: str, rate: float, steps: int = 60) -> list[float]:
         places = torch.randint(len(content) - 1, (512,), generator=generator)
         weights = first.requires_grad_(), last.requires_grad_()
         loss = torch.nn.functional.cross_entropy(first[content[places]] @ last, content[places + 1])
-        # No torch.optim: it imports torch's compiler, which takes longer than all these steps.
-        first, last = (
-            w.detach() - rate * g.sign() for w, g in zip(weights, torch.autograd.grad(loss, weights), strict=True)
-        )
+        first, last = sign_step(weights, loss, rate)
         losses.append(loss.item())
     return losses
 

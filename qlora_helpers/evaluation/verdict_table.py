@@ -44,7 +44,7 @@ def _remark(result: Comparison, d: Difference) -> str:
         parts.append("what quantizing cost")
     elif result.quantizing and d.a == BASE:
         parts.append("what training won back")
-    if (d.a, d.b) in {(best.a, best.b) for best in result.headlines}:
+    if result.best_rival.get(d.b) == d.a:
         parts.append("the best rival")
     if d.verdict == UNSURE and d.detectable:
         parts.append("no effect is detectable" if math.isinf(d.detectable) else f"detectable: {d.detectable:.4f}")
