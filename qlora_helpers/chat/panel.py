@@ -27,6 +27,7 @@ TICK = 40  # milliseconds that the browser waits before it requests the next ste
 NEW_TOKENS = 128
 CUT = "\ufffd"  # an incomplete character at the end of an unfinished answer decodes to this
 HELP = "Write a question and send it."
+HELP_7 = "Write a question. ▶ sends it, and ■ stops the answers."
 STYLE = {
     "user": "margin:.6em 0 .3em;font-weight:bold",
     "assistant": "margin:0;padding:.3em .6em;border-left:3px solid rgba(128,128,128,.5)",
@@ -143,8 +144,11 @@ class Panel:
             name: widgets.HTML(layout=widgets.Layout(flex="1 1 14em", min_width="0")) for name in conversation.turns
         }
         self.question = widgets.Textarea(value=question, rows=2, placeholder="your question", layout=wide)
-        # It ticks in the browser, so that clicks reach the kernel between two ticks. The buttons start and stop it.
-        self.clock = widgets.Play(min=0, max=10**9, interval=TICK, layout=widgets.Layout(display="none"))
+        # It ticks in the browser, so that clicks reach the kernel between two ticks. The kernel can start it with
+        # ipywidgets 8 only. With 7, as on Colab, it stands in the place of the buttons.
+        self.clock = widgets.Play(min=0, max=10**9, interval=TICK, show_repeat=False)
+        self.startable = self.clock.has_trait("playing")
+        self.help = HELP if self.startable else HELP_7
         self.send = widgets.Button(description="Send", icon="paper-plane", button_style="primary")
         self.stop = widgets.Button(description="Stop", icon="stop", disabled=True)
         self.temperature = widgets.FloatSlider(
@@ -158,7 +162,10 @@ class Panel:
         self.take = widgets.Button(description="As a row", tooltip="one line of JSON for your next data set")
         self.row = widgets.Textarea(rows=2, placeholder="one line for a .jsonl file: select and copy", layout=wide)
         self.status = widgets.HTML()
-        bars = [[self.send, self.stop, self.clear, self.temperature, self.clock], [self.which, self.take]]
+        if self.startable:
+            self.clock.layout.display = "none"
+        buttons = [self.send, self.stop, self.clock] if self.startable else [self.clock]
+        bars = [[*buttons, self.clear, self.temperature], [self.which, self.take]]
         wrapped = widgets.Layout(flex_flow="row wrap")
         ask, more = (widgets.HBox(bar, layout=wrapped) for bar in bars)
         answers = widgets.HBox(list(self.columns.values()), layout=wrapped)
@@ -169,7 +176,7 @@ class Panel:
         self.clear.on_click(self._clear)
         self.take.on_click(self._take)
         self._draw()
-        self._say(HELP)
+        self._say(self.help)
 
     def _send(self, button: Any) -> None:
         with self.lock:
@@ -178,20 +185,21 @@ class Panel:
 
     def _stop(self, button: Any) -> None:
         with self.lock:
-            self._rest(HELP)
+            self._rest(self.help)
 
     def _run(self, running: bool) -> None:
-        playing = "playing" if self.clock.has_trait("playing") else "_playing"  # ipywidgets 8, and 7
-        setattr(self.clock, playing, running)
+        setattr(self.clock, "playing" if self.startable else "_playing", running)
         self.running = self.send.disabled = running
         self.stop.disabled = not running
 
     def _tick(self, change: Any) -> None:
-        """The clock advanced by one, or was set back to 0."""
+        """The clock advanced by one, or was set back to 0, with ipywidgets 7 also by a click on ■."""
         with self.lock:
+            asked = self.running or (not self.startable and (self.growing or self.question.value.strip()))
             if change["new"] == 0:
-                return
-            if self.running:
+                if self.growing:
+                    self._rest(self.help)
+            elif asked:
                 self._grow()
             else:  # it advanced once more before it learned that the answers are complete
                 self._rest()
@@ -202,7 +210,7 @@ class Panel:
         try:
             next(growing)
         except StopIteration:
-            self._rest(HELP)
+            self._rest(self.help)
         except Exception as error:
             self._rest(f"error: {error}")
             if not isinstance(error, UserError):
@@ -224,7 +232,7 @@ class Panel:
 
     def _clear(self, button: Any) -> None:
         with self.lock:
-            self._rest(HELP)
+            self._rest(self.help)
             self.conversation.clear()
             self.row.value = ""
             self._draw()

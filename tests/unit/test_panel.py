@@ -192,6 +192,24 @@ def test_click_in_another_thread_waits_for_the_step(talk, monkeypatch):
     assert "error" not in shown.status.value
 
 
+def test_with_ipywidgets_7_the_play_widget_itself_sends_and_stops(talk, monkeypatch):
+    """There, a kernel cannot start it: its view begins to tick only when someone presses ▶."""
+    import ipywidgets
+
+    has_trait = ipywidgets.Play.has_trait
+    monkeypatch.setattr(ipywidgets.Play, "has_trait", lambda self, name: name != "playing" and has_trait(self, name))
+    shown = panel.Panel(talk, "Why?")
+    assert shown.clock.layout.display is None
+    assert shown.send not in shown.box.children[2].children
+    shown.clock.value = 1
+    assert shown.growing is not None
+    shown.clock.value = 0
+    assert shown.growing is None
+    assert "Why?" in str(talk.entries())
+    shown.clock.value = 2  # once more, before it learns of the stop
+    assert shown.growing is None
+
+
 CODE = """
 from pathlib import Path
 from qlora_helpers.chat import panel, side_by_side
