@@ -73,8 +73,8 @@ def normalize(text: str) -> str:
     text = PROSE.sub(" ", STOP.sub("\n", APOSTROPHE.sub("", text).replace(PART, f"\n{PART}\n")))
     found = _tokens(text if text.isascii() else UNSPACED.sub(r" \g<0> ", text))
     words = [token for token, _ in found]
-    for i, token in enumerate(words):
-        if not token.islower() and (folded := token.casefold()) != token and not _in_code(found, i):
+    for i in [i for i, token in enumerate(words) if not token.islower()]:
+        if (folded := words[i].casefold()) != words[i] and not _in_code(found, i):
             words[i] = folded
     sentences = (" ".join(line.split()) for line in " ".join(words).split("\n"))
     return "\n".join(line for line in sentences if line)
@@ -87,7 +87,10 @@ def _tokens(text: str) -> list[tuple[str, str]]:
         if number:
             found.append(("\n", line[:1].strip()))
         for part in line.split():
-            found += [(part, "")] if part.isalpha() else TOKEN.findall(part)
+            if part.isalpha():
+                found.append((part, ""))
+            else:
+                found += TOKEN.findall(part)
     return found
 
 
@@ -105,10 +108,10 @@ def _in_code(found: list[tuple[str, str]], i: int) -> bool:
 
 def shingles(words: str) -> set[int]:
     """Return the 32-bit hashes of the character 4-grams in a normalized text, regardless of case."""
-    return set(_hashes(words))
+    return set(_hashes(words).tolist())
 
 
-def _hashes(words: str) -> list[int]:
+def _hashes(words: str) -> np.ndarray:
     """Return the hashes of all 4-grams in order, also repeated ones."""
     flat = words[:LONGEST].replace("\n", " ").casefold()
     points = np.frombuffer(flat.ljust(SHINGLE).encode("utf-32-le"), dtype=np.uint32)
@@ -116,7 +119,7 @@ def _hashes(words: str) -> list[int]:
     hashes = np.zeros(count, dtype=np.uint32)
     for i, factor in enumerate(FACTORS):
         hashes += points[i : i + count] * np.uint32(factor)
-    return list(hashes.tolist())
+    return hashes
 
 
 def jaccard(a: set[int], b: set[int]) -> float:
@@ -217,6 +220,8 @@ def _letters(words: str) -> int:
 
 def _figures(words: str) -> int:
     """Return a number that is equal for texts of which `same_question` may hold: they have the same symbols."""
+    if words.replace(" ", "").replace("\n", "").isalpha():  # as most prose, and quickly found
+        return hash(())
     return hash(tuple(sorted(token for token in _symbols(words) if token not in EMPHASIS)))
 
 
@@ -254,7 +259,8 @@ class Index:
 
             params = _bands(self.threshold - 0.05)
             self._new_lsh = partial(MinHashLSH, num_perm=PERMUTATIONS, params=params)
-            self._empty = MinHash(PERMUTATIONS, hashfunc=int)
+            # A text is hashed to an array: MinHash keeps the lowest of each permutation, as of single numbers.
+            self._signature = MinHash(PERMUTATIONS, hashfunc=_hashes)
 
     def first_similar(self, text: str, add: bool = True) -> tuple[int, float] | None:
         """Return the position and similarity of the first near duplicate of the text among those kept, or None.
@@ -288,7 +294,7 @@ class Index:
             if not add:
                 return (), int
             group = self._groups[figures] = self._new_lsh()
-        signature = self._empty.copy()
-        signature.update_batch(shingles(words))
-        keep = partial(group.insert, minhash=signature, check_duplication=False)
-        return sorted(group.query(signature)), keep
+        self._signature.clear()
+        self._signature.update_batch([words])
+        keep = partial(group.insert, minhash=self._signature, check_duplication=False)
+        return sorted(group.query(self._signature)), keep
