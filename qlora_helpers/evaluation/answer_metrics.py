@@ -107,10 +107,12 @@ def at_limits(runs: Iterable[RunFolder]) -> dict[str, Metrics]:
     """
     found: dict[str, Metrics] = {}
     for run in runs:
+        if not (run.adapter / "tokenizer_config.json").exists():
+            continue
         limit = run.config().max_new_tokens
         name = f"reference at the limit, {limit} tokens"
         rows = read(run)
-        if name not in found and answered(rows) and (run.adapter / "tokenizer_config.json").exists():
+        if name not in found and answered(rows):
             cut = text_metrics.at_limit(rows, hub.saved_tokenizer(run.adapter), limit)
             found[name] = _bounded(cut, answered(rows))
     return found

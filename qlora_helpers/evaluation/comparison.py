@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def compare(experiments: Folders, margin: float | None = None) -> Comparison:
     folders = rivals | experiments
     arms = {name: arm(name, runs, name in experiments) for name, runs in folders.items()}
     heldout = arms[next(iter(experiments))].seeds[0]
-    general = _general(rivals[BASE], experiments) if BASE in rivals else []
+    general = _general(rivals[BASE], experiments, arms) if BASE in rivals else []
     cost = [(arms[IN_16_BITS], arms[BASE])] if IN_16_BITS in rivals else []
     pairs = [(name, other) for name in rivals for other in experiments] + list(pairwise(experiments))
     compared = [verdicts.on_shared_rows(arms[a], arms[b]) for a, b in pairs]
@@ -155,7 +155,7 @@ def compare(experiments: Folders, margin: float | None = None) -> Comparison:
         versions=first["versions"],
         data=first["data"]["source"],
         model=first["model"],
-        table=[_summary(name, runs, texts[name]) for name, runs in folders.items()],
+        table=[_summary(arms[name], runs, texts[name]) for name, runs in folders.items()],
         differences=judged[len(cost) + len(general) :],
         forgetting=judged[len(cost) :][: len(general)],
         answers=answer_metrics.side_by_side(answers),
@@ -193,10 +193,11 @@ def arm(name: str, runs: list[RunFolder], trained: bool = True, file: str = "hel
     return Arm(name, [read_losses(run, file) for run in runs], trained, labels)
 
 
-def _general(base: list[RunFolder], experiments: Folders) -> list[tuple[Arm, Arm]]:
+def _general(base: list[RunFolder], experiments: Folders, arms: Mapping[str, Arm]) -> list[tuple[Arm, Arm]]:
     """The base model and each experiment on the general questions."""
     before, *after = (
-        arm(name, runs, name != BASE, "general_losses.jsonl") for name, runs in ({BASE: base} | experiments).items()
+        replace(arms[name], seeds=[read_losses(run, "general_losses.jsonl") for run in runs])
+        for name, runs in ({BASE: base} | experiments).items()
     )
     return [(before, arm) for arm in after]
 
@@ -257,14 +258,14 @@ def rehearsed(without: list[RunFolder], with_it: list[RunFolder]) -> Difference:
     return difference(a, b)
 
 
-def _summary(name: str, runs: list[RunFolder], text: dict[str, Interval]) -> Summary:
-    losses = [mean_loss(read_losses(run)) for run in runs]
+def _summary(arm: Arm, runs: list[RunFolder], text: dict[str, Interval]) -> Summary:
+    losses = [mean_loss(rows) for rows in arm.seeds]
     finished = [run for run in runs if run.finished]
     metrics = [run.read("metrics.json") for run in finished]
     means = {key: float(np.mean([m[key] for m in metrics])) if metrics else None for key in MEANS}
     data = [run.read("manifest.json")["data"] for run in finished]
     return Summary(
-        name=name,
+        name=arm.name,
         run=runs[0].name,
         seeds=[m["seed"] for m in metrics],
         heldout_loss=float(np.mean(losses)),

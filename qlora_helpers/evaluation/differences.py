@@ -4,7 +4,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -113,7 +113,7 @@ class Difference:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; a number that is not finite is null."""
-        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(self).items()}
         return plain | {"verdict": self.verdict, "text": str(self)}
 
     @classmethod

@@ -241,6 +241,7 @@ def _counts(rng: np.random.Generator, n: int, resamples: int) -> np.ndarray:
     return np.bincount(drawn.ravel(), minlength=n * resamples).reshape(resamples, n).astype(float)
 
 
+@lru_cache(maxsize=1024)  # models of a comparison share the number of answers
 def share(count: int, of: int) -> Interval:
     """Share of rows with Wilson's interval (1927), which is valid near 0 and 1 too."""
     from scipy.stats import binomtest

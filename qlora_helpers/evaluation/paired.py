@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,7 @@ class MetricDifference:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; a number that is not finite is null."""
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in vars(self).items()}
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "MetricDifference":

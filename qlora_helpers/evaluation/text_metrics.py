@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from math import inf
 from typing import Any
 
@@ -92,7 +92,7 @@ def differences(a: Answers, b: Answers) -> list[MetricDifference]:
     references = tuple(row["reference"] for row in left)
     one, other = (_counted(tuple(row["answer"] for row in side), references) for side in (left, right))
     made = []
-    for (name, x), y in zip(_means(one).items(), _means(other).values(), strict=True):
+    for (name, x), y in zip(one.means.items(), other.means.values(), strict=True):
         per = one.of_references if name == "length" else None
         made.append(paired.ratio(name, x, y, groups, per, MOST.get(name, inf)))
     for name, key in SHARES.items():
@@ -178,6 +178,21 @@ class _Counts:
     bleu: np.ndarray
     chrf: np.ndarray
 
+    @cached_property
+    def means(self) -> dict[str, Sequence[float]]:
+        """Values of each answer, by metric. For `length`, the words of the answer."""
+        bleu, chrf = (
+            [metric._compute_score_from_stats(row).score for row in rows.tolist()]
+            for metric, rows in zip(_metrics(), (self.bleu, self.chrf), strict=True)
+        )
+        return {
+            "ROUGE-L": self.rouge,
+            "sentence BLEU": bleu,
+            "sentence chrF": chrf,
+            "repeats itself": self.repeated,
+            "length": self.lengths,
+        }
+
 
 @lru_cache(maxsize=512)  # a model of a report is compared with several others, in any order
 def _counted(texts: tuple[str, ...], references: tuple[str, ...]) -> _Counts:
@@ -217,24 +232,13 @@ def _reference(text: str) -> _Reference:
     return _Reference(_words(text), len(_units(text)), cut, *grams)
 
 
-def _means(counts: _Counts) -> dict[str, Sequence[float]]:
-    """Values of each answer, by metric. For `length`, the words of the answer."""
-    bleu, chrf = (
-        [metric._compute_score_from_stats(row).score for row in rows.tolist()]
-        for metric, rows in zip(_metrics(), (counts.bleu, counts.chrf), strict=True)
-    )
-    return {
-        "ROUGE-L": counts.rouge,
-        "sentence BLEU": bleu,
-        "sentence chrF": chrf,
-        "repeats itself": counts.repeated,
-        "length": counts.lengths,
-    }
-
-
 @cache
 def _metrics() -> tuple[Any, Any]:
-    """sacrebleu's BLEU and chrF."""
+    """sacrebleu's BLEU and chrF.
+
+    Its public functions return scores, but chrF no counts, and they count a reference again for each answer. A
+    bootstrap that draws counts in blocks, and references that are counted once, need its private functions.
+    """
     from sacrebleu.metrics import BLEU, CHRF
 
     class PlainChrf(CHRF):
