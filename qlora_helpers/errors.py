@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from qlora_helpers import quoting
+
 PACKAGE = str(Path(__file__).parent)
 LONGEST = 300  # characters of a reason; libraries quote whole files
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -35,8 +37,7 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        words = " ".join(message.split())  # quoted input may contain newlines or terminal control codes
-        super().__init__("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words))
+        super().__init__(quoting.one_line(message))  # it may quote newlines or codes that steer a terminal
 
     def _render_traceback_(self) -> list[str]:
         return [f"UserError: {self}"]

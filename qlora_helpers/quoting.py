@@ -18,6 +18,11 @@ def terminal(text: str) -> str:
     return re.sub(f"[{STEERING}]", "\N{REPLACEMENT CHARACTER}", text)
 
 
+def one_line(text: str) -> str:
+    """Return `text` on one line, with single blanks and without characters that are not printable."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+
+
 def markdown(text: str) -> str:
     """Return a text on one line for Markdown, also inside a table. It stays as it is if it holds no markup or address.
 

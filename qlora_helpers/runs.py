@@ -31,12 +31,12 @@ def workdir(given: str | None = None) -> Path:
     in the current folder. Raises `UserError` if it is not writable.
     """
     if given or os.environ.get("QLORA_WORKDIR"):
-        path = Path(given or os.environ["QLORA_WORKDIR"])
+        path = parse.path(given or os.environ["QLORA_WORKDIR"], "output folder", is_input=False)
     elif DRIVE.is_dir():
         path = DRIVE / "qlora_runs"
     else:
         path = (files.ROOT if (files.ROOT / "pyproject.toml").exists() else Path.cwd()) / "runs"
-    path = path.expanduser().resolve()
+    path = path.resolve()
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

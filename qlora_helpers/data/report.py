@@ -1,7 +1,6 @@
 """Describe a data set after cleaning: as HTML in a notebook, and as Markdown and JSON on disk."""
 
 import html
-import os
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import files, runs
+from qlora_helpers import files, parse, quoting, runs
 from qlora_helpers.config import Config
 from qlora_helpers.data import rendering, schema
 from qlora_helpers.data.cleaned import Cleaned, TokenizedRow, fingerprint
@@ -102,13 +101,13 @@ def check_output(out: Path, source: str) -> Path:
     inside it, or it inside the source: an output must not be read as an input the next time.
     """
     try:
-        out = out.expanduser().resolve()
+        out = parse.path(out, "output folder", is_input=False).resolve()
         held = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    except (OSError, ValueError, RuntimeError) as error:
+    except OSError as error:
         raise UserError(f"output folder: {out} cannot be written ({error}). Fix: choose another folder.") from None
-    given = os.path.expanduser(source)
-    if os.path.exists(given):  # else it is on the hub, or reading it will say what is wrong
-        read = Path(os.path.realpath(given))
+    given = parse.path(source, "dataset")
+    if given.exists():  # else it is on the hub
+        read = given.resolve()
         if read.is_relative_to(out) or out.is_relative_to(read):
             raise UserError(f"output folder: {out} and the source {read} overlap. Fix: choose a folder apart from it.")
     if foreign := [name for name in held if name not in FILES or FILES[0] not in held]:
@@ -210,8 +209,8 @@ def _samples(used: list[TokenizedRow], config: Config) -> Table:
 
 
 def _quote(value: Any) -> str:
-    """Format a value for a table cell: one line, no control characters, at most `WIDTH` characters."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
+    """Format a value for a table cell: one line of at most `WIDTH` characters."""
+    text = quoting.one_line(str(value))
     return text if len(text) <= WIDTH else f"{text[: WIDTH - 1]}…"
 
 
@@ -221,12 +220,11 @@ def _longest_bar(table: Table) -> int:
 
 
 def _to_markdown(table: Table) -> str:
-    escape = str.maketrans({"|": "\\|", "<": "&lt;", ">": "&gt;", "`": "\\`", "[": "\\[", "*": "\\*"})
     longest = _longest_bar(table)
     columns = [*table.columns, ""] if longest else table.columns
     lines = [f"## {table.title}", "", table.text, "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in table.rows:
-        cells = [f"{v:,}" if isinstance(v, int) else _quote(v).translate(escape) for v in row]
+        cells = [f"{v:,}" if isinstance(v, int) else quoting.markdown(_quote(v)) for v in row]
         if longest and table.bar is not None:
             cells.append("█" * round(20 * row[table.bar] / longest))
         lines.append(f"| {' | '.join(cells)} |")

@@ -4,10 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from qlora_helpers import files
+from qlora_helpers import files, parse
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device, limit_memory
 from qlora_helpers.errors import UserError, nearest
@@ -62,11 +61,11 @@ def evaluate(run: RunFolder, tasks: Sequence[str], limit: int | None = None, cha
     if chat and not tokenizer.chat_template:
         raise UserError(f"chat template: {config.model} has none. Fix: leave out --chat-template.")
     manager = TaskManager()
-    _check_tasks(manager, tasks)
+    names = _names(manager, tasks)
     device = compute_dtype.as_begun(compute_dtype.device_for(config), run.compute_dtype())
     limit_memory(device, config.memory_limit_gib)
     options = {
-        "tasks": list(tasks),
+        "tasks": names,
         "task_manager": manager,
         "limit": limit,
         "apply_chat_template": chat,
@@ -124,20 +123,27 @@ def _values(results: Mapping[str, Any], task: str, metric: str, kind: str) -> di
     }
 
 
-def _check_tasks(manager: Any, tasks: Sequence[str]) -> None:
-    for task in tasks:
-        if task not in manager.all_tasks and not Path(task).expanduser().is_file():
-            known = nearest(task, manager.all_tasks) if len(task) > 2 else ""
-            known = known if known.startswith(" Did") else ""
-            raise UserError(f"harness: no task '{task}'.{known} Fix: name a task of lm-eval or a YAML file.")
+def _names(manager: Any, tasks: Sequence[str]) -> list[str]:
+    """Tasks as lm-eval takes them: names, and paths of files without `~`. Raises `UserError` for others."""
+    names = [task if task in manager.all_tasks else _task_file(manager, task) for task in tasks]
     try:
-        manager.load(list(tasks))
+        manager.load(names)
     except Exception as error:  # many kinds: no network, no such file, a damaged YAML file
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"harness: the data of {', '.join(tasks)} cannot be loaded ({why}). Fix: check the connection, or the "
             "files that the task names; paths in it are relative to the current folder."
         ) from None
+    return names
+
+
+def _task_file(manager: Any, task: str) -> str:
+    file = parse.path(task, "harness")
+    if not file.is_file():
+        known = nearest(task, manager.all_tasks) if len(task) > 2 else ""
+        known = known if known.startswith(" Did") else ""
+        raise UserError(f"harness: no task '{task}'.{known} Fix: name a task of lm-eval or a YAML file.")
+    return str(file)
 
 
 def _wrapped(model: Any, tokenizer: Any, config: Config, device: Device) -> Any:
