@@ -25,7 +25,7 @@ from qlora_helpers import files
 from qlora_helpers.evaluation import intervals
 from qlora_helpers.evaluation.differences import Arm, contrast, difference, family
 from qlora_helpers.evaluation.intervals import Estimate, Interval
-from qlora_helpers.evaluation.losses import RowLoss
+from qlora_helpers.evaluation.row_losses import RowLoss
 from qlora_helpers.files import ROOT
 
 STUDY, OUT, PAGE = ROOT / "results" / "h100-smollm2-seeds", ROOT / "results" / "calibration", "docs/statistics.md"

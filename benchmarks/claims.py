@@ -24,8 +24,8 @@ from qlora_helpers.config import BUNDLED_MODEL, PROFILES, Config
 from qlora_helpers.data import cleaning
 from qlora_helpers.device import detect
 from qlora_helpers.evaluation import differences, losses
-from qlora_helpers.evaluation.comparison import BASE
 from qlora_helpers.evaluation.differences import UNSURE, Arm, Difference
+from qlora_helpers.evaluation.row_losses import BASE, mean_loss, read_losses
 from qlora_helpers.experiments import matrix
 from qlora_helpers.models import hub
 
@@ -56,7 +56,7 @@ def smaller(original: Any, examples: list[Any], tokenizer: Any, folder: Path) ->
     blocks, device, costs = original.model.layers, detect("bfloat16"), []
     for left_out in range(len(blocks)):
         original.model.layers = torch.nn.ModuleList([b for n, b in enumerate(blocks) if n != left_out])
-        costs.append(losses.mean_loss(losses.heldout_losses(original, examples, device)))
+        costs.append(mean_loss(losses.heldout_losses(original, examples, device)))
     original.model.layers = blocks
     kept = sorted(sorted(range(len(blocks)), key=costs.__getitem__)[LEFT_OUT:])
     print(f"smaller: {len(kept)} of {len(blocks)} blocks; removed: {sorted({*range(len(blocks))} - {*kept})}")
@@ -118,8 +118,8 @@ def judge(trained: dict[str, list[runs.RunFolder]], folder: Path) -> list[tuple[
     The models share a tokenizer, so losses per token are comparable, and truncated rows count too.
     """
     base = runs.RunFolder(folder / trained[RANK_14][0].read("manifest.json")["baseline"])
-    sides = {name: Arm(name, [losses.read_losses(run) for run in group]) for name, group in trained.items()}
-    sides[BASE] = Arm(BASE, [losses.read_losses(base)], trained=False)
+    sides = {name: Arm(name, [read_losses(run) for run in group]) for name, group in trained.items()}
+    sides[BASE] = Arm(BASE, [read_losses(base)], trained=False)
     words = {"better": "confirmed here", "worse": "contradicted here", UNSURE: UNSURE}
     judged = []
     for claim, a, b, expected in CLAIMS:

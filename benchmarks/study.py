@@ -26,7 +26,7 @@ from qlora_helpers import files, runs
 from qlora_helpers.config import BUNDLED_MODEL, PROFILES, Config
 from qlora_helpers.data import cleaning
 from qlora_helpers.evaluation import comparison, report
-from qlora_helpers.evaluation.losses import mean_loss, read_losses
+from qlora_helpers.evaluation.row_losses import mean_loss, read_losses
 from qlora_helpers.experiments import matrix
 from qlora_helpers.experiments.matrix import PlannedRun
 from qlora_helpers.models import hub

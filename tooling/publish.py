@@ -22,7 +22,7 @@ from qlora_helpers.evaluation import comparison, differences, learning_curve, re
 from qlora_helpers.evaluation.comparison import FEW_SHOT, Comparison, Summary
 from qlora_helpers.evaluation.differences import UNSURE, Difference
 from qlora_helpers.evaluation.report import markdown_table
-from qlora_helpers.evaluation.rivals import BASE, IN_16_BITS, OWN_TEMPLATE
+from qlora_helpers.evaluation.row_losses import BASE, IN_16_BITS, OWN_TEMPLATE
 from qlora_helpers.files import ROOT
 from qlora_helpers.planning import gpus, measurements
 from qlora_helpers.runs import RunFolder

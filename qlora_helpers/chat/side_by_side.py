@@ -11,7 +11,7 @@ from qlora_helpers.config import Config
 from qlora_helpers.device import Device, limit_memory, on_colab
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import answers
-from qlora_helpers.evaluation.comparison import BASE
+from qlora_helpers.evaluation.row_losses import BASE
 from qlora_helpers.models import hub
 from qlora_helpers.planning import compute_dtype
 from qlora_helpers.runs import RunFolder

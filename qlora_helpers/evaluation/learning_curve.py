@@ -11,11 +11,10 @@ from matplotlib.figure import Figure
 
 from qlora_helpers import plots
 from qlora_helpers.evaluation import comparison, differences
-from qlora_helpers.evaluation.comparison import BASE
 from qlora_helpers.evaluation.differences import UNSURE, Arm, Difference
 from qlora_helpers.evaluation.intervals import Interval
 from qlora_helpers.evaluation.power_law import PowerLaw, fit
-from qlora_helpers.evaluation.row_losses import mean_loss, read_losses
+from qlora_helpers.evaluation.row_losses import BASE, mean_loss, read_losses
 from qlora_helpers.runs import RunFolder
 
 BASE_SETTING = "the base setting"

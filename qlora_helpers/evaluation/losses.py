@@ -18,7 +18,6 @@ from qlora_helpers.evaluation import answers
 from qlora_helpers.evaluation.answers import Shots
 from qlora_helpers.evaluation.context import RunContext
 from qlora_helpers.evaluation.row_losses import RowLoss, read_losses, to_rows
-from qlora_helpers.evaluation.row_losses import mean_loss as mean_loss  # for those who measure losses here
 from qlora_helpers.models import forward
 from qlora_helpers.planning import memory
 from qlora_helpers.runs import RunFolder

@@ -10,10 +10,9 @@ import numpy as np
 
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import comparison
-from qlora_helpers.evaluation.comparison import BASE
 from qlora_helpers.evaluation.differences import Arm, Contrast, contrast
 from qlora_helpers.evaluation.intervals import CONFIDENCE, POWER
-from qlora_helpers.evaluation.row_losses import read_losses
+from qlora_helpers.evaluation.row_losses import BASE, read_losses
 from qlora_helpers.runs import RunFolder
 
 ROWS = (50, 100, 200, 400, 800, 1600)

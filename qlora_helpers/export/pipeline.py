@@ -8,7 +8,7 @@ from qlora_helpers import files
 from qlora_helpers.data import chat_template, cleaning, rendering
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import losses, model_card, rivals
-from qlora_helpers.evaluation.losses import RowLoss
+from qlora_helpers.evaluation.row_losses import RowLoss, mean_loss
 from qlora_helpers.export import gguf, merge, parity
 from qlora_helpers.export.merge import Source
 from qlora_helpers.export.parity import Parity
@@ -91,7 +91,7 @@ def _write_own_loss(source: Source, merged: Path) -> dict[str, Any]:
     card = model_card.render(run, config, run.read("metrics.json"), merged=True, own=own)
     files.write_text(merged / "README.md", card)
     tokens = sum(row.tokens for row in own)
-    return {"heldout": {"rows": len(own), "tokens": tokens, "loss": losses.mean_loss(own)}}
+    return {"heldout": {"rows": len(own), "tokens": tokens, "loss": mean_loss(own)}}
 
 
 def _own_losses(source: Source, merged: Path) -> list[RowLoss]:

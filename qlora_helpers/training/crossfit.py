@@ -13,7 +13,7 @@ from pathlib import Path
 from qlora_helpers import files
 from qlora_helpers.config import Config
 from qlora_helpers.evaluation.context import RunContext
-from qlora_helpers.evaluation.losses import RowLoss, mean_loss
+from qlora_helpers.evaluation.row_losses import RowLoss, mean_loss
 
 FILE = "evaluations.jsonl"
 Evaluations = dict[int, list[RowLoss]]  # losses of the held-out rows by step

@@ -19,8 +19,8 @@ from qlora_helpers.data.cleaning import Data
 from qlora_helpers.device import Device, forget_peak, limit_memory, peak_memory_gib
 from qlora_helpers.evaluation import losses, model_card, rivals
 from qlora_helpers.evaluation.context import RunContext
-from qlora_helpers.evaluation.losses import RowLoss
 from qlora_helpers.evaluation.rivals import Rivals
+from qlora_helpers.evaluation.row_losses import BASE, RowLoss, mean_loss, to_rows
 from qlora_helpers.models import hub, qlora, safetensors_io
 from qlora_helpers.models.qlora import attach_lora, check_targets, load_base, save_biases, train_in_float32
 from qlora_helpers.planning import compute_dtype, quantization
@@ -94,7 +94,7 @@ def _attempt(context: RunContext, callbacks: Sequence[TrainerCallback], given: L
     trl_config.write(run, config, context.device, trainer.args, trainer.train_dataset)
     selection = context.data.selection
     before = trainer.measure(selection) if selection else base_losses  # a new adapter changes nothing
-    trainer.add_callback(LogWriter(run / "log.jsonl", losses.mean_loss(before)))
+    trainer.add_callback(LogWriter(run / "log.jsonl", mean_loss(before)))
     _fit(trainer, context)
     _save_results(trainer, context, base_losses)
 
@@ -142,7 +142,7 @@ class QloraTrainer(SFTTrainer):
         if self.evaluations is not None:
             self.evaluations[self.evaluated_step] = self.last_evaluation
             crossfit.write(Path(str(self.args.output_dir)).parent, self.evaluations)
-        metrics = {"eval_loss": losses.mean_loss(self.last_evaluation)}
+        metrics = {"eval_loss": mean_loss(self.last_evaluation)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -227,7 +227,7 @@ def _write_manifest(context: RunContext, base: Any, measured: Rivals) -> None:
         "fingerprint": safetensors_io.fingerprint(hub.model_folder(config)) if hub.is_local(config) else None,
         "four_bit_share": round(qlora.four_bit_share(base), 4),
     }
-    content["baseline"] = measured.folders[rivals.BASE]
+    content["baseline"] = measured.folders[BASE]
     content |= {"rivals": measured.folders, "absent_rivals": measured.absent}
     files.write_json(run / "manifest.json", content)
 
@@ -248,7 +248,7 @@ def _save_results(trainer: QloraTrainer, context: RunContext, base_losses: list[
     run, config = context.run, context.config
     model: Any = trainer.model
     heldout = _heldout_losses(trainer, context)
-    files.write_jsonl(run / "heldout_losses.jsonl", losses.to_rows(heldout))
+    files.write_jsonl(run / "heldout_losses.jsonl", to_rows(heldout))
     print("Training is done. Answering the held-out questions …", flush=True)
     with trainer.evaluating():
         losses.measure_answers(model, context, run)
@@ -297,8 +297,8 @@ def _metrics(
         "steps": state.global_step,
         "epochs": context.config.epochs,
         "train_loss": sum(line["loss"] for line in steps) / len(steps),
-        "eval_loss": losses.mean_loss(heldout),
-        "base_eval_loss": losses.mean_loss(base_losses),
+        "eval_loss": mean_loss(heldout),
+        "base_eval_loss": mean_loss(base_losses),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "seconds": round(seconds, 2),
         "tokens_per_second": round(state.num_input_tokens_seen / seconds, 1),

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from qlora_helpers import files
 from qlora_helpers.data import cleaning
 from qlora_helpers.device import detect
-from qlora_helpers.evaluation import comparison, losses
+from qlora_helpers.evaluation import losses
+from qlora_helpers.evaluation.row_losses import BASE, mean_loss
 from qlora_helpers.files import ROOT
 from qlora_helpers.models import qlora
 from qlora_helpers.runs import RunFolder
@@ -60,7 +61,7 @@ def test_smaller_model_lacks_the_block_that_matters_least(original, tokenizer, c
     for block in blocks:
         original.model.layers = torch.nn.ModuleList([block])
         rows = losses.heldout_losses(original, examples, detect("bfloat16"))
-        by_hand[losses.mean_loss(rows)] = logits(original)
+        by_hand[mean_loss(rows)] = logits(original)
     original.model.layers = blocks
     folder = claims.smaller(original, examples, tokenizer, tmp_path)
     made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
@@ -73,18 +74,18 @@ def test_claims_are_judged_by_their_intervals(tmp_path):
     """The losses of every arm are those of the base model plus a constant shift and noise."""
     shifts = {
         claims.RANK_14: -0.3, claims.RANK_20: -0.3, claims.LORA_ONLY: -0.2, claims.ALL: -0.4, claims.BAD: 0.5,
-        claims.SMALL: 0.1, comparison.BASE: 0.0,
+        claims.SMALL: 0.1, BASE: 0.0,
     }  # fmt: skip
     trained = {}
     for number, (name, shift) in enumerate(shifts.items()):
-        run = RunFolder(tmp_path / ("base" if name == comparison.BASE else str(number)))
+        run = RunFolder(tmp_path / ("base" if name == BASE else str(number)))
         noise = [0.02 * (-1) ** (row // (number % 3 + 1)) for row in range(12)]
         rows = [
             {"id": str(i), "loss_sum": 10 * (2 + shift + n), "tokens": 10, "bytes": 40} for i, n in enumerate(noise)
         ]
         files.write_jsonl(run / "heldout_losses.jsonl", rows)
         files.write_json(run / "manifest.json", {"baseline": "base"})
-        if name != comparison.BASE:
+        if name != BASE:
             trained[name] = [run]
     judged = claims.judge(trained, tmp_path)
     assert [claim for claim, _, _ in judged] == [claim for claim, *_ in claims.CLAIMS]

@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 
 from qlora_helpers import UserError, __main__, files
-from qlora_helpers.evaluation import answer_metrics, comparison, differences, losses, report
+from qlora_helpers.evaluation import answer_metrics, comparison, differences, report
 from qlora_helpers.evaluation.differences import Arm, Difference
-from qlora_helpers.evaluation.losses import RowLoss
+from qlora_helpers.evaluation.row_losses import RowLoss, mean_loss, read_losses
 from qlora_helpers.experiments import matrix
 from qlora_helpers.runs import RunFolder
 from qlora_helpers.training import trainer
@@ -210,7 +210,7 @@ def test_rehearsal_is_judged_on_the_general_questions(trained, tmp_path):
     _, trained_runs, _ = trained
     (without, *_), (with_it, *_) = trained_runs["exp1"], trained_runs["exp2"]
     own = comparison.rehearsed([without], [with_it])
-    gaps = [losses.mean_loss(losses.read_losses(run, "general_losses.jsonl")) for run in (without, with_it)]
+    gaps = [mean_loss(read_losses(run, "general_losses.jsonl")) for run in (without, with_it)]
     assert own.value == pytest.approx(gaps[1] - gaps[0])
     assert (own.rows, own.seeds) == (48, 1)
     copy = RunFolder(shutil.copytree(without.path, tmp_path / "lower"))

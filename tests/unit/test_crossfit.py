@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import EarlyStoppingCallback
 
-from qlora_helpers.evaluation.losses import RowLoss, mean_loss
+from qlora_helpers.evaluation.row_losses import RowLoss, mean_loss
 from qlora_helpers.runs import RunFolder
 from qlora_helpers.training import crossfit
 

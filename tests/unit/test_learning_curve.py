@@ -7,7 +7,7 @@ from qlora_helpers import UserError
 from qlora_helpers.evaluation import differences, learning_curve
 from qlora_helpers.evaluation.differences import Arm, Difference
 from qlora_helpers.evaluation.learning_curve import Curve
-from qlora_helpers.evaluation.losses import RowLoss
+from qlora_helpers.evaluation.row_losses import RowLoss
 
 TOKENS = (20, 30, 50, 10, 40, 25)
 

@@ -7,7 +7,7 @@ import torch
 
 from qlora_helpers.data import cleaning, prompts
 from qlora_helpers.evaluation import losses
-from qlora_helpers.evaluation.losses import RowLoss
+from qlora_helpers.evaluation.row_losses import RowLoss, mean_loss
 
 
 def one_by_one(built, examples):
@@ -68,7 +68,7 @@ def test_measuring_leaves_no_trace(setup, device):
 
 def test_the_mean_counts_tokens_not_rows():
     rows = [RowLoss("a", 10.0, 1, 0), RowLoss("b", 30.0, 9, 0)]
-    assert losses.mean_loss(rows) == 4.0
+    assert mean_loss(rows) == 4.0
 
 
 def test_after_shots_the_same_tokens_count(setup, config, device, tokenizer):

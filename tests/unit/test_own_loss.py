@@ -9,6 +9,7 @@ import pytest
 from qlora_helpers import files
 from qlora_helpers.data import cleaning
 from qlora_helpers.evaluation import losses
+from qlora_helpers.evaluation.row_losses import mean_loss
 from qlora_helpers.experiments import matrix
 from qlora_helpers.export import pipeline
 from qlora_helpers.models import qlora
@@ -32,7 +33,7 @@ def test_the_card_of_a_merged_model_has_its_own_loss(run, config, tokenizer, dev
     pipeline.ship(run, tmp_path / "out")
     merged = tmp_path / "out" / "merged"
     model = qlora.load_base(config.replace(model=str(merged), quantization="none"), device)
-    own = losses.mean_loss(losses.heldout_losses(model, cleaning.prepare(run.config(), tokenizer).heldout, device))
+    own = mean_loss(losses.heldout_losses(model, cleaning.prepare(run.config(), tokenizer).heldout, device))
     table = quoted((merged / "README.md").read_text("utf-8"))
     assert table["this model, merged in 16 bits"] == pytest.approx(own, abs=1e-4)
     adapted = run.read("metrics.json")["eval_loss"]

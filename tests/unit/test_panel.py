@@ -11,7 +11,7 @@ from qlora_helpers.chat import panel, side_by_side
 from qlora_helpers.chat.side_by_side import Table
 from qlora_helpers.data import prompts, rendering, sources
 from qlora_helpers.device import detect
-from qlora_helpers.evaluation.comparison import BASE
+from qlora_helpers.evaluation.row_losses import BASE
 from qlora_helpers.models import qlora
 from qlora_helpers.runs import RunFolder
 

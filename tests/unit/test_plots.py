@@ -23,7 +23,7 @@ from qlora_helpers.data.schema import Row
 from qlora_helpers.evaluation import differences, learning_curve
 from qlora_helpers.evaluation.differences import Arm, Difference
 from qlora_helpers.evaluation.learning_curve import Curve
-from qlora_helpers.evaluation.losses import RowLoss
+from qlora_helpers.evaluation.row_losses import RowLoss
 from qlora_helpers.files import ROOT
 from qlora_helpers.runs import RunFolder
 from qlora_helpers.training import callbacks

@@ -9,8 +9,8 @@ from qlora_helpers import UserError, files
 from qlora_helpers.__main__ import main
 from qlora_helpers.evaluation import differences, power
 from qlora_helpers.evaluation.differences import Arm
-from qlora_helpers.evaluation.losses import RowLoss, to_rows
 from qlora_helpers.evaluation.power import Pilot
+from qlora_helpers.evaluation.row_losses import RowLoss, to_rows
 from qlora_helpers.files import ROOT
 from qlora_helpers.runs import RunFolder
 

@@ -11,6 +11,7 @@ from qlora_helpers import files
 from qlora_helpers.data import cleaning, prompts
 from qlora_helpers.evaluation import comparison, losses, report, rivals
 from qlora_helpers.evaluation.context import RunContext
+from qlora_helpers.evaluation.row_losses import OWN_TEMPLATE, read_losses
 from qlora_helpers.experiments import matrix
 from qlora_helpers.models import qlora
 from qlora_helpers.runs import RunFolder
@@ -55,7 +56,7 @@ def test_every_form_of_the_base_model_is_measured_once_and_shared(config, tokeni
     own = list(prompts.encode([example.row for example in rows], config.replace(template="auto"), tokenizer))
     for name, examples in (("base, 16 bits", rows), ("base, 16 bits, own template", own)):
         want = losses.heldout_losses(real(config.replace(quantization="none"), device), examples, device)
-        got = losses.read_losses(RunFolder(tmp_path / manifests[0]["rivals"][name]))
+        got = read_losses(RunFolder(tmp_path / manifests[0]["rivals"][name]))
         assert [row.id for row in got] == [example.row.id for example in rows]
         assert [row.loss_sum for row in got] == pytest.approx([row.loss_sum for row in want], rel=1e-4)
         assert all(row.bytes for row in got)
@@ -134,7 +135,7 @@ def planted(folder, config, name="exp1", draw=0, rows=ROWS, questions=5, answers
 
     named = {form: f"base-{number}" for number, form in enumerate(FORMS) if form in means}
     for form, base in named.items():
-        count = rows if form in rivals.OWN_TEMPLATE.values() else ROWS
+        count = rows if form in OWN_TEMPLATE.values() else ROWS
         write(RunFolder(folder / base), means[form], count)
     write(RunFolder(folder / "base-0"), 3.0, questions, "general_losses.jsonl")
     write(run, means["run"], ROWS)

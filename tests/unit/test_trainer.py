@@ -17,7 +17,7 @@ from qlora_helpers.data import cleaning
 from qlora_helpers.device import detect
 from qlora_helpers.evaluation import losses
 from qlora_helpers.evaluation.context import RunContext
-from qlora_helpers.evaluation.losses import RowLoss
+from qlora_helpers.evaluation.row_losses import RowLoss, mean_loss, read_losses
 from qlora_helpers.models import qlora
 from qlora_helpers.planning import compute_dtype
 from qlora_helpers.runs import RunFolder
@@ -191,7 +191,7 @@ def test_the_saved_adapter_is_the_one_that_was_measured(trained, config, data, d
     device = detect(config.compute_dtype)
     loaded = qlora.load_adapter(qlora.load_base(config, device), trained.run.adapter)
     again = losses.heldout_losses(loaded, data.heldout, device)
-    measured = losses.read_losses(trained.run)
+    measured = read_losses(trained.run)
     assert [row.id for row in again] == [row.id for row in measured]
     assert [row.loss_sum for row in again] == pytest.approx([row.loss_sum for row in measured], rel=1e-5)
     ids = torch.tensor([data.heldout[0].input_ids])
@@ -201,7 +201,7 @@ def test_the_saved_adapter_is_the_one_that_was_measured(trained, config, data, d
 
 def test_the_base_is_measured_once_for_all_runs(trained, config, data):
     where = losses.baseline_folder(config, data, detect(config.compute_dtype), trained.run.path.parent)
-    measured = losses.mean_loss(losses.read_losses(where))
+    measured = mean_loss(read_losses(where))
     assert measured == trained.run.read("metrics.json")["base_eval_loss"]
     more = config.replace(n_samples=8, seed=5)
     assert losses.baseline_folder(more, data, detect("float32"), trained.run.path.parent) == where
@@ -345,11 +345,9 @@ def test_the_best_checkpoint_on_the_selection_rows_is_the_result(train, config, 
     assert min(logged) < logged[-1]
     device = detect(config.compute_dtype)
     base = qlora.load_base(config, device)
-    first = losses.mean_loss(losses.heldout_losses(base, rows.selection, device))
+    first = mean_loss(losses.heldout_losses(base, rows.selection, device))
     loaded = qlora.load_adapter(base, run.adapter)
-    chosen, again = (
-        losses.mean_loss(losses.heldout_losses(loaded, part, device)) for part in (rows.selection, rows.heldout)
-    )
+    chosen, again = (mean_loss(losses.heldout_losses(loaded, part, device)) for part in (rows.selection, rows.heldout))
     assert (first, chosen) == pytest.approx((logged[0], min(logged[1:])), rel=1e-5)
     assert again == pytest.approx(metrics["eval_loss"], rel=1e-5)
     assert run.read("manifest.json")["data"]["selection_ids"] == [example.row.id for example in rows.selection]
@@ -376,7 +374,7 @@ def test_the_best_of_many_noisy_losses_is_not_reported(train, config, tokenizer,
         rows = dataclasses.replace(rows, selection=[])
     run = train(rows=rows, **own)
     reported = run.read("metrics.json")["eval_loss"]
-    assert reported == losses.mean_loss(losses.read_losses(run))
+    assert reported == mean_loss(read_losses(run))
     error = 1 / math.sqrt(60)
     assert reported > 5 - error
     assert min(line["eval_loss"] for line in steps(run, "eval_loss")) < 5 - 1.5 * error
@@ -400,9 +398,7 @@ def test_a_cut_off_run_still_knows_its_best(train, tmp_path):
         assert (run / name).read_bytes() == (whole / name).read_bytes()
     seen = files.read_jsonl(run / "evaluations.jsonl")
     assert [line["step"] for line in seen[::6]] == list(range(1, 9))
-    assert {(line["id"], line["loss_sum"]) for line in seen} >= {
-        (row.id, row.loss_sum) for row in losses.read_losses(run)
-    }
+    assert {(line["id"], line["loss_sum"]) for line in seen} >= {(row.id, row.loss_sum) for row in read_losses(run)}
 
 
 def test_keeping_the_best_logs_each_step_once(train):

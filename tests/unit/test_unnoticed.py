@@ -9,6 +9,7 @@ import pytest
 from qlora_helpers import UserError, files
 from qlora_helpers.data import cleaning, prompts
 from qlora_helpers.evaluation import answers, rivals
+from qlora_helpers.evaluation.row_losses import BASE
 from qlora_helpers.export import merge, parity
 from qlora_helpers.models import safetensors_io
 from qlora_helpers.runs import RunFolder
@@ -21,7 +22,7 @@ def test_a_run_on_a_local_model_notes_the_fingerprint_of_its_weights(
     """Export and resuming compare with it: without one, other weights in the same folder pass."""
     context = rivals.RunContext(config, data, tokenizer, device, RunFolder(tmp_path / "run"))
     monkeypatch.setattr(trainer.qlora, "four_bit_share", lambda base: 1.0)
-    trainer._write_manifest(context, SimpleNamespace(config=SimpleNamespace()), rivals.Rivals({rivals.BASE: "base-0"}))
+    trainer._write_manifest(context, SimpleNamespace(config=SimpleNamespace()), rivals.Rivals({BASE: "base-0"}))
     noted = context.run.read("manifest.json")["model"]
     assert noted["fingerprint"] == safetensors_io.fingerprint(model_folder)
     assert len(noted["fingerprint"]) == 16
