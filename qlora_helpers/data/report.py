@@ -42,9 +42,8 @@ class DataReport:
 
     def markdown(self) -> str:
         """Return the report as Markdown."""
-        parts = ["# Data report", _summary(self.facts)]
-        if self.advice:
-            parts.append(f"> {self.advice}")
+        parts = ["# Data report", quoting.markdown(_summary(self.facts))]
+        parts += [f"> {quoting.markdown(line)}" for line in (self.advice or "").splitlines()]
         return "\n\n".join([*parts, *map(_to_markdown, self.tables)]) + "\n"
 
     def __repr__(self) -> str:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -86,8 +87,17 @@ def test_several_tasks_are_understood():
     assert main(["harness", "runs/x", "--tasks", "arc_easy", "--limit", "0"]) == 2
 
 
+def test_a_task_file_is_a_path_like_any_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.yaml").touch()
+    loaded = []
+    manager = SimpleNamespace(all_tasks=["arc"], load=loaded.extend)
+    assert harness._names(manager, ["arc", "~/own.yaml"]) == loaded == ["arc", str(tmp_path / "own.yaml")]
+    with pytest.raises(UserError, match=r"^harness: 'a\S+' cannot be used \(.*\). Fix: check the path.$"):
+        harness._names(manager, ["a\0"])
+
+
 @installed
-@pytest.mark.slow
 def test_the_numbers_are_lm_evals(run, tasks, capsys):
     """Against lm-eval alone, which loads base model and adapter itself."""
     import lm_eval

@@ -5,6 +5,7 @@ import random
 import re
 
 import pytest
+from datasketch import MinHash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -279,3 +280,12 @@ def test_rows_in_one_frame_are_not_all_compared_with_each_other(monkeypatch):
     assert matches(texts) == set()
     assert len(compared) < 10 * len(texts)
     assert matches([*texts, texts[0].replace("museum", "musuem")]) == {400}
+
+
+def test_the_signature_of_each_text_is_the_minhash_of_its_shingles():
+    index = Index(0.7)
+    for text in ("What is a variable in Python?", "Sum 1 + 2, then print it.", "When is the next train to Bern?"):
+        wanted = MinHash(near_duplicates.PERMUTATIONS, hashfunc=int)
+        wanted.update_batch(shingles(normalize(text)))
+        index.first_similar(text)
+        assert index._signature.digest().tolist() == wanted.digest().tolist()

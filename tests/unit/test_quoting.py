@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from qlora_helpers import plots, quoting
 from qlora_helpers.data import chat_template
+from qlora_helpers.data import report as data_report
 from qlora_helpers.evaluation import differences, report
 
 MARKUP = "[]()!<>`*|_#&~$@:/.\\\"' \n\x1b\u202e"
@@ -62,6 +63,18 @@ def test_names_put_no_links_and_no_images_into_a_report(name, tmp_path):
     assert not re.search('<[^>]* (?:href|src="(?!data:))', report.html(text, tmp_path))
 
 
+@pytest.mark.parametrize("name", HOSTILE)
+def test_rows_and_names_of_columns_put_no_markup_into_a_data_report(name):
+    facts = dict.fromkeys(("selection", "groups", "rows_read", "train", "heldout", "dropped", "trained_share"), 0)
+    facts |= dict.fromkeys(("source", "layout", "model", "template"), name) | {"columns": [name]}
+    table = data_report.Table("Rows", "All of them.", ("question", "answer"), [[name, "plain"], ["plain", name]])
+    text = data_report.DataReport(facts, [table], f"{name}\n{name}").markdown()
+    page = str(render(text))
+    assert not re.search("<(a|img|em|strong|del|script|br)[ >/]", page)
+    assert page.count("<h1>") == 1
+    assert page.count("<td>") == 4
+
+
 @pytest.mark.parametrize("name", ["exp1", "base, 16 bits", "rows × 2", "2.13.0+cu128", "AMD EPYC (2 cores)", "a-b_c"])
 def test_ordinary_names_stay_as_they_are(name):
     assert quoting.markdown(name) == name
@@ -75,6 +88,10 @@ def test_no_text_is_active_in_markdown(text):
     assert not re.search("<(a|img|h[1-6]|em|strong|del|script|br|div)[ >/]", page)
     assert page.count("<td>") == 1
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", page)
+
+
+def test_one_line_holds_no_break_and_nothing_that_steers():
+    assert quoting.one_line(" a\n\tb\u2028c\x1b[31m \u202ed\u200b") == "a b c\ufffd[31m \ufffdd\ufffd"
 
 
 def test_a_terminal_is_not_steered():

@@ -67,6 +67,13 @@ def test_workdir_is_made(tmp_path, monkeypatch):
     assert runs.workdir().is_dir()
 
 
+def test_a_workdir_is_a_path_like_any_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert runs.workdir("~/own") == tmp_path / "own"
+    with pytest.raises(UserError, match=r"output folder: .* Fix: check the path"):
+        runs.workdir("a\0")
+
+
 def test_a_workdir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
