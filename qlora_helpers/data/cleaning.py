@@ -159,7 +159,7 @@ def _divide(split: Split, rows: list[Row], most: int) -> None:
     split.hold_out(others, min(usable, most) or most)
     split.choose_on(validation)
     split.train_on(others)
-    split.finish()
+    split.finish(rows)
 
 
 def _encoding(config: Config, tokenizer: Any) -> tuple[Any, ...]:

@@ -105,11 +105,11 @@ class Split:
                 self._keep(example, limit)
             self.cleaned.train.append(item)
 
-    def finish(self) -> None:
-        """Order the training rows and the leaks by the data seed, and drop the leaks."""
-        seed = self.config.data_seed
-        self.cleaned.train.sort(key=lambda item: split_key(item.row, seed))
-        self._leaks.sort(key=lambda leak: split_key(leak.dropped, seed))
+    def finish(self, rows: Iterable[Row]) -> None:
+        """Order the training rows and the leaks as in `rows`, and drop the leaks."""
+        place = {row.id: number for number, row in enumerate(rows)}
+        self.cleaned.train.sort(key=lambda item: place[item.row.id])
+        self._leaks.sort(key=lambda leak: place[leak.dropped.id])
         for leak in self._leaks:
             self.cleaned.drop(leak.dropped, leak.reason)
         self.cleaned.near_duplicates.extend(self._leaks)
