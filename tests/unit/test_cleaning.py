@@ -6,7 +6,8 @@ from collections import Counter
 import pytest
 
 from qlora_helpers import Config, UserError
-from qlora_helpers.data import cleaning, prompts
+from qlora_helpers.data import cleaning, prompts, sources
+from qlora_helpers.data.cleaned import Cleaned
 
 ROWS = [{"instruction": f"Question number {i}?", "output": f"Answer {i}."} for i in range(40)]
 LONG = [{"instruction": f"Long story {i}?", "output": f"{i} words. " * 60} for i in range(10)]
@@ -385,3 +386,10 @@ def test_encoded_rows_are_not_kept_if_the_split_depends_on_the_number_of_rows(sm
     cleaned = cleaning.clean(small, tokenizer, lambda usable: usable // 10)
     assert len(cleaned.heldout) == 4
     assert cleaned.examples == {}
+
+
+def test_an_error_counts_the_reasons_that_it_leaves_out():
+    loaded = sources.Loaded([], [], "instruction", Counter(), "rows")
+    cleaned = Cleaned(loaded, 512, dropped=[{"reason": f"reason {n}"} for n in range(7)])
+    with pytest.raises(UserError, match=r"1 × reason 4; 2 more reasons\)"):
+        cleaning.check_enough(cleaned, 1, 1)
