@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 NUMBERED = re.compile(r"_\d$")
 KINDS = {bool: bool, int: int, float: float, str: str, "Optional[str]": str}  # annotations in a parameters cell
-CELL = "text-align: left; vertical-align: top; overflow-wrap: anywhere"  # of a table of texts
+CELL, LONG = "text-align: left; vertical-align: top", 20  # of a table of texts: style, and characters of a long word
 MARK = "# Parameters"  # first line of a notebook's parameters cell, and of the cell that papermill injects
 STUDY = "h100-smollm2-study"  # recorded runs that notebook 07 can show
 ANSWERED = ("base", "100 rows", "1600 rows")  # its models whose answers are shown beside those of a short run
@@ -103,10 +103,14 @@ def texts(rows: list[dict[str, Any]], columns: list[str] | None = None) -> "HTML
 
     names = columns or list(rows[0])
     head = "".join(f'<th style="{CELL}">{html.escape(name)}</th>' for name in names)
-    lines = [[html.escape(str(row.get(name) or "–")) for name in names] for row in rows]
-    body = ["".join(f'<td style="{CELL}">{text}</td>' for text in line) for line in lines]
-    table = "".join(f"<tr>{line}</tr>" for line in [head, *body]).replace("\n", "<br>")
-    return HTML(f'<table class="tex2jax_ignore">{table}</table>')
+    lines = ["".join(_cell(str(row.get(name) or "–")) for name in names) for row in rows]
+    return HTML(f'<table class="tex2jax_ignore">{"".join(f"<tr>{line}</tr>" for line in [head, *lines])}</table>')
+
+
+def _cell(text: str) -> str:
+    """A cell of a table. Words that are too long for a phone may be broken, but no others."""
+    broken = "; overflow-wrap: anywhere" if any(len(word) > LONG for word in text.split()) else ""
+    return f'<td style="{CELL}{broken}">{html.escape(text)}</td>'.replace("\n", "<br>")
 
 
 def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,6 +96,8 @@ def test_a_text_is_shown_as_it_stands():
     assert ">–</td>" in page
     assert "<style" not in page  # JupyterLab ignores it in a notebook that others have executed
     assert page.count("text-align: left") == 4
+    assert "anywhere" not in page
+    assert "anywhere" in notebook.texts([{"commit": "f" * 40}]).data  # or it would be wider than a phone
 
 
 def test_a_deleted_line_puts_its_value_back_to_the_default(tmp_path):
@@ -216,3 +218,18 @@ def test_the_recorded_study_is_there_and_its_absence_is_an_error(tmp_path, monke
     monkeypatch.setattr(files, "ROOT", tmp_path)
     with pytest.raises(UserError, match="not installed"):
         notebook.recorded()
+
+
+def test_the_recorded_answers_are_the_beginnings_of_those_of_the_study():
+    study = {entry["prompt"]: entry for entry in comparison.read(notebook.recorded()).answers}
+    shown = notebook.recorded_answers()
+    assert list(shown["How do computers store data?"]) == [
+        "recorded: base",
+        "recorded: 100 rows",
+        "recorded: 1600 rows",
+    ]
+    for prompt, answers in shown.items():
+        for name, text in answers.items():
+            whole = " ".join(study[prompt][name.removeprefix("recorded: ")].split())
+            assert whole.startswith(text.removesuffix(" …"))
+            assert 200 < len(text) <= 300
