@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 NUMBERED = re.compile(r"_\d$")
 KINDS = {bool: bool, int: int, float: float, str: str, "Optional[str]": str}  # annotations in a parameters cell
-CELL, LONG = "text-align: left; vertical-align: top", 20  # of a table of texts: style, and characters of a long word
+CELL = "text-align: left; vertical-align: top"  # of a table of texts
+LONG = re.compile(r"\S{25,}")  # a word, such as a commit, that makes a table wider than a phone
+BREAK = re.compile(r"([^\W_]{12}|[/._-])(?=\S)")  # where it may be broken
 MARK = "# Parameters"  # first line of a notebook's parameters cell, and of the cell that papermill injects
 STUDY = "h100-smollm2-study"  # recorded runs that notebook 07 can show
 ANSWERED = ("base", "100 rows", "1600 rows")  # its models whose answers are shown beside those of a short run
@@ -108,9 +110,10 @@ def texts(rows: list[dict[str, Any]], columns: list[str] | None = None) -> "HTML
 
 
 def _cell(text: str) -> str:
-    """A cell of a table. Words that are too long for a phone may be broken, but no others."""
-    broken = "; overflow-wrap: anywhere" if any(len(word) > LONG for word in text.split()) else ""
-    return f'<td style="{CELL}{broken}">{html.escape(text)}</td>'.replace("\n", "<br>")
+    """A cell of a table, in which a word that is too long for a phone may be broken."""
+    breakable = LONG.sub(lambda word: BREAK.sub("\\g<0>\0", word[0]), text)
+    escaped = html.escape(breakable).replace("\0", "<wbr>").replace("\n", "<br>")
+    return f'<td style="{CELL}">{escaped}</td>'
 
 
 def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:

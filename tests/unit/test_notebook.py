@@ -96,8 +96,9 @@ def test_a_text_is_shown_as_it_stands():
     assert ">–</td>" in page
     assert "<style" not in page  # JupyterLab ignores it in a notebook that others have executed
     assert page.count("text-align: left") == 4
-    assert "anywhere" not in page
-    assert "anywhere" in notebook.texts([{"commit": "f" * 40}]).data  # or it would be wider than a phone
+    assert "<wbr>" not in page
+    assert f"{'f' * 12}<wbr>{'f' * 12}<wbr>ff" in notebook.texts([{"commit": "f" * 26}]).data
+    assert "&lt;package.<wbr>" in notebook.texts([{"name": "<package.a_module_with_a_long_name"}]).data
 
 
 def test_a_deleted_line_puts_its_value_back_to_the_default(tmp_path):
