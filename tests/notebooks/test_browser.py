@@ -103,6 +103,13 @@ def test_selecting_a_question_shows_its_answers(lab, browser):
         assert page.title() != "broken out"
 
 
+def test_an_error_of_a_cell_is_found(lab, browser):
+    """What decides the exit code of `tooling/walk.py --run`."""
+    with running(lab, browser, "error", "1 / 0") as page:
+        page.get_by_text("[1]:", exact=True).first.wait_for()
+        assert walk.errors(page) == ["ZeroDivisionError: division by zero"]
+
+
 def test_training_shows_one_progress_bar_and_one_figure(lab, browser, model_folder):
     """Both are updated in place, and nothing else is printed: no warnings, no line per step."""
     code = TRAINING.replace("MODEL", repr(str(model_folder)))
