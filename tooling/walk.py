@@ -32,6 +32,7 @@ SETTINGS = {
     "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},  # cells out of sight are drawn, too
     "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
 }
+SESSION = "window.jupyterapp.shell.currentWidget.context.sessionContext"
 CELLS = "window.jupyterapp.shell.currentWidget.content.model.toJSON().cells"
 PROMPTS = "[...document.querySelectorAll('.jp-InputPrompt')].map(prompt => prompt.textContent)"
 
@@ -125,6 +126,7 @@ def walk(names: list[str], out: Path, run: bool) -> int:
             found = errors(page)
             failed |= bool(found)
             print(f"{name}: {pictures(page, out, name)} pictures", *found, sep="\n  ", flush=True)
+            page.evaluate(f"{SESSION}.shutdown()")  # or the kernels of all notebooks stay in memory
             page.close()
     return int(failed)
 
