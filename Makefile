@@ -9,7 +9,7 @@ FULL := .venv/.ready-full
 FAST_NOTEBOOKS := $(wildcard notebooks/0[1-4]_*.ipynb)
 NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg -p no:cacheprovider
 
-.PHONY: help install run test test-full lint notebooks figures pictures docs clean set-repo colab-list test-versions lock mutants
+.PHONY: help install run test test-full lint notebooks figures pictures walk docs clean set-repo colab-list test-versions lock mutants
 
 help:
 	@echo "make run            execute notebooks 01-07 into $(OUT), and compare the runs"
@@ -21,6 +21,7 @@ help:
 	@echo "make notebooks      execute the notebooks with the CPU profile and store their outputs"
 	@echo "make figures        draw figures/ and write the generated parts of README.md and docs/"
 	@echo "make pictures       picture the widgets for docs/ in a real browser (needs Chromium)"
+	@echo "make walk           picture the notebooks in JupyterLab, wide and narrow, light and dark, into build/walk"
 	@echo "make docs           build docs/ as a site in site/; a broken link is an error"
 	@echo "make set-repo URL=https://github.com/NAME/REPOSITORY   point badges and notebooks to your copy"
 	@echo "make lock           write the installed versions and their hashes to requirements.lock"
@@ -86,6 +87,10 @@ figures: $(READY)
 # Runs of `make run` are what the pictures show.
 pictures: $(FULL) run
 	QLORA_PICTURES=docs QLORA_PICTURED_RUNS=$(abspath $(OUT))/exp2 $(BIN)/python -m pytest -m slow tests/notebooks/test_browser.py -k pictures
+
+# The notebooks as a student sees them. With ARGS=--run, all cells run first, in a browser.
+walk: $(FULL)
+	$(BIN)/python tooling/walk.py $(ARGS)
 
 docs: $(READY)
 	$(BIN)/python -m mkdocs build --strict

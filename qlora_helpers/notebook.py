@@ -9,6 +9,7 @@ import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from qlora_helpers import device, drive, files, runs
@@ -16,12 +17,16 @@ from qlora_helpers.config import Config, as_kind, load_preset
 from qlora_helpers.errors import UserError
 
 if TYPE_CHECKING:
-    from pandas.io.formats.style import Styler
+    from IPython.display import HTML
 
 NUMBERED = re.compile(r"_\d$")
 KINDS = {bool: bool, int: int, float: float, str: str, "Optional[str]": str}  # annotations in a parameters cell
+CELL = "text-align: left; vertical-align: top"  # of a table of texts
+LONG = re.compile(r"\S{25,}")  # a word, such as a commit, that makes a table wider than a phone
+BREAK = re.compile(r"([^\W_]{12}|[/._-])(?=\S)")  # where it may be broken
 MARK = "# Parameters"  # first line of a notebook's parameters cell, and of the cell that papermill injects
 STUDY = "h100-smollm2-study"  # recorded runs that notebook 07 can show
+ANSWERED = ("base", "100 rows", "1600 rows")  # its models whose answers are shown beside those of a short run
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,10 @@ class Setup:
         return "\n".join([self._title, *lines, "all settings: print(config)"])
 
     def _repr_html_(self) -> str:
-        cells = ("".join(f"<td>{html.escape(text)}</td>" for text in line) for line in self.changes)
-        lines = "".join(f"<tr>{line}</tr>" for line in ["<th>setting<th>here<th>in the preset<th>set by", *cells])
+        names = ("setting", "here", "in the preset", "set by")
+        table = texts([dict(zip(names, line, strict=True)) for line in self.changes], list(names)).data
         every = f"<details><summary>all settings</summary><pre>{html.escape(str(self.config))}</pre></details>"
-        return f'<div class="tex2jax_ignore"><p>{html.escape(self._title)}</p><table>{lines}</table>{every}</div>'
+        return f'<div class="tex2jax_ignore"><p>{html.escape(self._title)}</p>{table}{every}</div>'
 
     @property
     def _title(self) -> str:
@@ -90,14 +95,25 @@ def resolve(namespace: Mapping[str, Any], experiment: int | None = None, apart: 
     return Setup(Config.from_params(**given), runs.workdir(work), run_name)
 
 
-def texts(rows: list[dict[str, Any]], columns: list[str] | None = None) -> "Styler":
-    """Return rows of texts as a table: left-aligned, with line breaks kept and HTML escaped."""
-    import pandas as pd
+def texts(rows: list[dict[str, Any]], columns: list[str] | None = None) -> "HTML":
+    """Return rows of texts as a table: left-aligned, with line breaks kept and HTML escaped.
 
-    table = pd.DataFrame(rows, columns=columns).fillna("–")
-    left = {"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap"}
-    heads = [{"selector": "th", "props": "text-align: left"}]
-    return table.style.format(escape="html").hide().set_properties(None, **left).set_table_styles(heads)
+    The columns are the keys of the first row, unless they are given. Each cell has its style, because JupyterLab
+    ignores style sheets in notebooks that others have executed.
+    """
+    from IPython.display import HTML
+
+    names = columns or list(rows[0])
+    head = "".join(f'<th style="{CELL}">{html.escape(name)}</th>' for name in names)
+    lines = ["".join(_cell(str(row.get(name) or "–")) for name in names) for row in rows]
+    return HTML(f'<table class="tex2jax_ignore">{"".join(f"<tr>{line}</tr>" for line in [head, *lines])}</table>')
+
+
+def _cell(text: str) -> str:
+    """A cell of a table, in which a word that is too long for a phone may be broken."""
+    breakable = LONG.sub(lambda word: BREAK.sub("\\g<0>\0", word[0]), text)
+    escaped = html.escape(breakable).replace("\0", "<wbr>").replace("\n", "<br>")
+    return f'<td style="{CELL}">{escaped}</td>'
 
 
 def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,6 +211,18 @@ def recorded() -> Path:
     if found is None:
         raise UserError(f"recorded runs: {STUDY} is not installed. Fix: use a checkout of the repository.")
     return found
+
+
+def recorded_answers() -> dict[str, dict[str, str]]:
+    """Return the beginnings of the recorded study's answers, by question and model: of the base and two adapters.
+
+    Beside the answers of a laptop's short run, they show what more rows do. Raises `UserError` if the study is missing.
+    """
+    entries = runs.RunFolder(recorded()).read("comparison.json")["answers"]
+    return {
+        entry["prompt"]: {f"recorded: {name}": shorten(entry[name], 300, placeholder=" …") for name in ANSWERED}
+        for entry in entries
+    }
 
 
 def in_notebook() -> bool:

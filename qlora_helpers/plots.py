@@ -110,7 +110,7 @@ def levels(weights: "dict[str, torch.Tensor]", levels: list[float]) -> Figure:
     axes.vlines(levels, -0.16 * top, -0.03 * top, color="black", label=f"{len(levels)} levels")
     axes.set(xlabel=f"weight ÷ largest weight in its block of {BLOCK}", ylabel="density")
     axes.set(ylim=(-0.19 * top, top), xticks=(-1, -0.5, 0, 0.5, 1))
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="outside lower center", ncols=4)
     return figure
 
 

@@ -33,7 +33,8 @@ def clean(path: Path, target: Path) -> None:
         for output in cell.get("outputs", []):
             if "execution_count" in output:
                 output.execution_count = cell.execution_count
-            output.get("metadata", {}).clear()
+            if "metadata" in output:  # a figure keeps its width and height, which are not those of its pixels
+                output.metadata = {key: size for key, size in output.metadata.items() if key == "image/png"}
             output.pop("transient", None)
     nbformat.validate(notebook)
     nbformat.write(notebook, target)

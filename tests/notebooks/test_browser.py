@@ -1,30 +1,25 @@
 """Notebooks in JupyterLab in a real Chromium, with live widgets. Needs requirements-full.txt."""
 
 import importlib.util
-import json
 import os
-import shutil
-import subprocess
-import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
 import pytest
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 MISSING = [name for name in ("jupyterlab", "playwright") if importlib.util.find_spec(name) is None]
 ROOT = Path(__file__).parents[2]
-SECONDS = 60  # limit for a server or a cell on a busy machine
+spec = importlib.util.spec_from_file_location("walk", ROOT / "tooling" / "walk.py")
+walk = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(walk)
 PICTURES = os.environ.get("QLORA_PICTURES")  # a folder for the pictures of docs/, and finished runs: `make pictures`
 RUNS = os.environ.get("QLORA_PICTURED_RUNS", "")
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} missing: pip install -r requirements-full.txt"),
-    pytest.mark.skipif(BROWSER is None, reason=f"no browser on PATH: none of {', '.join(BROWSERS)}"),
+    pytest.mark.skipif(walk.BROWSER is None, reason=f"no browser on PATH: none of {', '.join(walk.BROWSERS)}"),
 ]
 
 PICKER = """
@@ -55,53 +50,23 @@ loaded = side_by_side.load({"exp1": [RunFolder(Path(RUN))]})
 panel.show(loaded, ["What is <b class='nasty'>rain</b>?"], new_tokens=400)
 """
 RECORDED = """
-import textwrap
 from qlora_helpers import notebook
 from qlora_helpers.chat import side_by_side
-from qlora_helpers.evaluation import comparison
-answers = comparison.read(notebook.recorded()).answers
-names = ("prompt", "base", "100 rows", "1600 rows")
-side_by_side.show([{name: textwrap.shorten(entry[name], 300, placeholder=" …") for name in names} for entry in answers])
+side_by_side.show([{"prompt": prompt, **answers} for prompt, answers in notebook.recorded_answers().items()])
 """
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """A separate JupyterLab on a free port. Yields its folder, and a URL template with the token."""
-    home = tmp_path_factory.mktemp("lab")
-    folder, runtime = home / "notebooks", home / "runtime"
-    folder.mkdir()
-    own = {f"JUPYTER_{kind}_DIR": str(home / kind.lower()) for kind in ("RUNTIME", "CONFIG", "DATA")}
-    quiet = ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=None"]
-    options = [*quiet, "--no-browser", "--allow-root", "--ip=127.0.0.1", "--ServerApp.port=0", f"--ServerApp.root_dir={folder}"]
-    with (home / "log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "jupyterlab", *options],
-            env={**os.environ, **own, "PYTHONPATH": str(ROOT)},
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        until = time.monotonic() + SECONDS
-        while not (descriptions := list(runtime.glob("jpserver-*.json"))):
-            assert server.poll() is None, (home / "log").read_text()
-            assert time.monotonic() < until, (home / "log").read_text()
-            time.sleep(0.2)
-        server_info = json.loads(descriptions[0].read_text())
-        yield folder, f"{server_info['url']}doc/tree/{{}}?token={server_info['token']}"
-    finally:
-        server.terminate()  # this also stops its kernels
-        server.wait(SECONDS)
+    with walk.serve(tmp_path_factory.mktemp("lab")) as served:
+        yield served
 
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+    with walk.browse() as opened:
         yield opened
-        opened.close()
 
 
 @contextmanager
@@ -114,12 +79,10 @@ def running(lab, browser, name, code, width=1000):
     )
     nbformat.write(notebook, folder / f"{name}.ipynb")
     page = browser.new_page(viewport={"width": width, "height": 1400})
-    page.set_default_timeout(SECONDS * 1000)
+    page.set_default_timeout(walk.SECONDS * 1000)
     try:
         page.goto(address.format(f"{name}.ipynb"))
-        page.get_by_text("| Idle").wait_for()  # the kernel, in the status bar
-        page.get_by_role("menuitem", name="Run", exact=True).click()
-        page.get_by_text("Run All Cells", exact=True).click()
+        walk.run_all(page)
         yield page
     finally:
         page.close()
@@ -138,6 +101,13 @@ def test_selecting_a_question_shows_its_answers(lab, browser):
         assert "<b class='nasty'>bold</b> & $x$" in answers.inner_text()
         assert page.locator(".nasty").count() == 0
         assert page.title() != "broken out"
+
+
+def test_an_error_of_a_cell_is_found(lab, browser):
+    """What decides the exit code of `tooling/walk.py --run`."""
+    with running(lab, browser, "error", "1 / 0") as page:
+        page.get_by_text("[1]:", exact=True).first.wait_for()
+        assert walk.errors(page) == ["ZeroDivisionError: division by zero"]
 
 
 def test_training_shows_one_progress_bar_and_one_figure(lab, browser, model_folder):

@@ -91,10 +91,14 @@ def test_a_parameter_that_is_not_a_setting_is_checked_for_its_type(tmp_path, kin
 
 
 def test_a_text_is_shown_as_it_stands():
-    page = notebook.texts([{"prompt": "<b>x</b>\ny", "answer": None}], ["prompt", "answer"]).to_html()
-    assert "&lt;b&gt;x&lt;/b&gt;\ny" in page
-    assert "–" in page
-    assert "pre-wrap" in page
+    page = notebook.texts([{"prompt": "<b>x</b>\ny", "answer": None}], ["prompt", "answer"]).data
+    assert "&lt;b&gt;x&lt;/b&gt;<br>y</td>" in page
+    assert ">–</td>" in page
+    assert "<style" not in page  # JupyterLab ignores it in a notebook that others have executed
+    assert page.count("text-align: left") == 4
+    assert "<wbr>" not in page
+    assert f"{'f' * 12}<wbr>{'f' * 12}<wbr>ff" in notebook.texts([{"commit": "f" * 26}]).data
+    assert "&lt;package.<wbr>" in notebook.texts([{"name": "<package.a_module_with_a_long_name"}]).data
 
 
 def test_a_deleted_line_puts_its_value_back_to_the_default(tmp_path):
@@ -215,3 +219,18 @@ def test_the_recorded_study_is_there_and_its_absence_is_an_error(tmp_path, monke
     monkeypatch.setattr(files, "ROOT", tmp_path)
     with pytest.raises(UserError, match="not installed"):
         notebook.recorded()
+
+
+def test_the_recorded_answers_are_the_beginnings_of_those_of_the_study():
+    study = {entry["prompt"]: entry for entry in comparison.read(notebook.recorded()).answers}
+    shown = notebook.recorded_answers()
+    assert list(shown["How do computers store data?"]) == [
+        "recorded: base",
+        "recorded: 100 rows",
+        "recorded: 1600 rows",
+    ]
+    for prompt, answers in shown.items():
+        for name, text in answers.items():
+            whole = " ".join(study[prompt][name.removeprefix("recorded: ")].split())
+            assert whole.startswith(text.removesuffix(" …"))
+            assert 200 < len(text) <= 300
