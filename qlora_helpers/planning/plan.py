@@ -80,7 +80,8 @@ class Plan:
         """The verdict with its numbers."""
         several = f" on each of {self.parallel.gpus} GPUs, {self.parallel.strategy}" if self.parallel != ALONE else ""
         ram = f", and {self.ram:.2f} GiB of the computer's memory" if self.ram else ""
-        return f"{self.verdict}: {self.total:.2f} GiB" + (f" of {self.memory:.2f}" if self.memory else "") + several + ram
+        of = f" of {self.memory:.2f}" if self.memory else ""
+        return f"{self.verdict}: {self.total:.2f} GiB{of}{several}{ram}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, with GiB rounded to three decimals."""
@@ -227,8 +228,6 @@ def _advice(config: Config, plan: Plan, gpu: Gpu) -> list[Advice]:
     advice, now = [], step_time.seconds(config, gpu)
     for change, settings in _changes(config):
         changed = config.replace(**settings)
-        if changed.effective_batch % plan.parallel.gpus:
-            continue
         saved = plan.peak - plan_memory(changed, parallel=plan.parallel).peak
         if saved > 0.01 * plan.total:
             advice.append(Advice(change, saved, step_time.seconds(changed, gpu) / now, settings))
