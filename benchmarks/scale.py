@@ -167,6 +167,35 @@ def seventy_billion() -> str:
     return "\n".join(lines)
 
 
+# Peaks of reserved memory that Answer.AI published, with FSDP of 2024, on two GPUs and in GiB: model, strategy, rows per
+# GPU, tokens per row. https://github.com/AnswerDotAI/fsdp_qlora/blob/main/benchmarks_03_2024.md
+PUBLISHED = (
+    ("llama2-70b", "fsdp-offload", 2, 2048, 14.92),
+    ("llama2-7b", "fsdp", 1, 512, 4.98),
+    ("llama2-7b", "fsdp", 1, 2048, 5.21),
+    ("llama2-7b", "fsdp", 4, 2048, 11.22),
+    ("llama2-7b", "fsdp", 10, 2048, 20.97),
+    ("llama2-7b", "fsdp-offload", 12, 2048, 22.38),
+    ("llama2-7b", "ddp", 8, 2048, 20.94),
+)
+
+
+def of_answer_ai(model: str, rows: int, tokens: int = 2048) -> Config:
+    """Return the settings of those runs, with `rows` rows per step: the defaults of their train.py."""
+    targets = "q_proj,k_proj,v_proj,up_proj,down_proj,gate_proj"
+    own = {"rank": 64, "target_modules": targets, "optimizer": "adamw_torch", "gradient_accumulation": 1}
+    return Config.preset("llama31-8b", model=model, batch_size=rows, max_length=tokens, **own)
+
+
+def published() -> str:
+    """Return published peaks beside planned ones in a table."""
+    lines = ["| model | strategy | rows × tokens on each GPU | published GiB | planned GiB |", "| --- " * 5 + "|"]
+    for model, strategy, rows, tokens, gib in PUBLISHED:
+        planned = plan.plan_memory(of_answer_ai(model, 2 * rows, tokens), parallel=Parallel(2, strategy))
+        lines.append(f"| {model} | {strategy} | {rows} × {tokens} | {gib:.2f} | {sum(planned.training.values()):.2f} |")
+    return "\n".join(lines)
+
+
 def efficiency() -> str:
     """Return the estimated efficiency in a table: the share of a GPU's time in which it computes.
 
@@ -202,7 +231,7 @@ def main() -> None:
     parser.add_argument("--model-only", action="store_true", help="print the estimates for up to 64 GPUs")
     args = parser.parse_args()
     if args.model_only:
-        print(seventy_billion(), efficiency(), sep="\n\n")
+        print(seventy_billion(), published(), efficiency(), sep="\n\n")
         return
     if not (args.tokenizer and args.rows and args.out):
         parser.error("TOKENIZER_FOLDER, ROWS.jsonl and --out are needed to measure")
