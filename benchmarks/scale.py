@@ -167,8 +167,8 @@ def seventy_billion() -> str:
     return "\n".join(lines)
 
 
-# Peaks of reserved memory that Answer.AI published, with FSDP of 2024, on two GPUs and in GiB: model, strategy, rows per
-# GPU, tokens per row. https://github.com/AnswerDotAI/fsdp_qlora/blob/main/benchmarks_03_2024.md
+# Peaks of reserved memory that Answer.AI published, with FSDP of 2024, on two GPUs and in GiB: model, strategy, rows of
+# each GPU, tokens per row. https://github.com/AnswerDotAI/fsdp_qlora/blob/main/benchmarks_03_2024.md
 PUBLISHED = (
     ("llama2-70b", "fsdp-offload", 2, 2048, 14.92),
     ("llama2-7b", "fsdp", 1, 512, 4.98),

@@ -37,7 +37,8 @@ def answer(planned: Plan) -> str:
     """Return the result of a plan in words, with what to change first if the run does not fit."""
     head = f"{planned.model}, {planned.method}: {planned.parameters:,} parameters, {planned.trained:,} of them trained."
     if planned.memory is None:
-        return f"{head}\nFits on: {', '.join(other_gpus(planned)) or 'none of ' + ', '.join(GPUS)}."
+        several = f", {planned.parallel.gpus} of them" if planned.parallel.gpus > 1 else ""
+        return f"{head}\nFits on{several}: {', '.join(other_gpus(planned)) or 'none of ' + ', '.join(GPUS)}."
     return "\n".join([head, planned.words, *(f"- {advice}" for advice in planned.advice)])
 
 

@@ -200,6 +200,11 @@ def test_the_command_with_several_gpus(capsys, words, code, message):
     assert message in (seen.err if code == 2 else seen.out)
 
 
+def test_without_a_device_the_command_names_gpus_of_which_several_are_enough(capsys):
+    assert main([*LLAMA_70B, "--gpus", "2", "--strategy", "fsdp"]) == 0
+    assert "\nFits on, 2 of them: l4, rtx-4090, a100-40, a100-80, h100." in capsys.readouterr().out
+
+
 def test_json_names_the_gpus_the_strategy_and_the_computers_memory(capsys):
     assert main([*LLAMA_70B, "--gpus", "2", "--strategy", "fsdp-offload", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
