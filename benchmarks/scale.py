@@ -50,7 +50,8 @@ def command(settings: dict[str, Any], parallel: Parallel, out: Path) -> list[str
     """Return the command line of one run. The config files for accelerate are named after the strategies."""
     words = [sys.executable, "-m"]
     if parallel != ALONE:
-        file = str(Path(qlora_helpers.__file__).parent / "accelerate" / f"{parallel.strategy}.yaml")
+        name = f"{parallel.strategy.replace('-', '_')}.yaml"
+        file = str(Path(qlora_helpers.__file__).parent / "accelerate" / name)
         words += ["accelerate.commands.launch", "--config_file", file, "--num_processes", str(parallel.gpus), "-m"]
     words += ["qlora_helpers", "train", "--out", str(out)]
     for name, value in settings.items():
@@ -157,13 +158,17 @@ def steps_of_one() -> list[tuple[str, Config, float]]:
 
 def seventy_billion() -> str:
     """Return in a table whether models of 70 billion parameters fit two GPUs of 24 GB, one row each at a time."""
-    lines = ["| model | strategy | tokens | GiB on each GPU | GiB in RAM | verdict |", "| --- " * 6 + "|"]
+    heads = "| model | strategy | tokens | training, GiB on each GPU | fits | evaluation, GiB | fits | RAM, GiB |"
+    lines = [heads, "| --- " * 8 + "|"]
     for model, strategy, length in product(("llama2-70b", "llama31-70b"), STRATEGIES, (512, 1024, 2048)):
         config = Config.preset("llama31-8b", model=model, batch_size=1, gradient_accumulation=16)
         config = config.replace(max_length=length, heldout_max_length=length, optimizer="adamw_8bit")
         planned = plan.plan_memory(config, "rtx-4090", parallel=Parallel(2, strategy))
-        cells = (model, strategy, length, f"{planned.total:.2f}", f"{planned.ram:.2f}", planned.verdict)
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        cells = [model, strategy, str(length)]
+        for parts in (planned.training, planned.evaluation):
+            total = sum(parts.values()) + planned.context
+            cells += [f"{total:.2f}", "yes" if total <= GPUS["rtx-4090"].memory else "no"]
+        lines.append(f"| {' | '.join(cells)} | {planned.ram:.2f} |")
     return "\n".join(lines)
 
 

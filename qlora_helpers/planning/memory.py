@@ -5,10 +5,11 @@ runs, and `docs/results.md` lists the errors of the plan. All sizes are in bytes
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from qlora_helpers.planning import sharding
 from qlora_helpers.planning.shape import ATTENDED, Block
-from qlora_helpers.planning.workload import FULL, HALF, Workload
+from qlora_helpers.planning.workload import ALONE, FULL, HALF, Workload
 from qlora_helpers.planning.workload import workload_of as workload_of
 
 GIB = 2**30
@@ -218,6 +219,7 @@ def answers_at_once(workload: Workload) -> int:
 
 
 def _most(workload: Workload, parts: Callable[[Workload, int], dict[str, float]], most: int) -> int:
+    workload = replace(workload, parallel=ALONE)  # each process takes as many as a run of its rows alone
     budget = sum(training_parts(workload).values())
     while most > 1 and sum(parts(workload, most).values()) > budget:
         most //= 2
@@ -267,7 +269,7 @@ def _passing_through(workload: Workload, tokens: int, rows: int, logits: float) 
     spare = temporary + (SPARE_PACKED * sum(static.values()) if workload.packed else 0)
     return {
         **static,
-        **sharding.gathered(workload, layers=2, head=True),
+        **sharding.all_gathered(workload, _whole(workload)),
         "activations": block if block >= logits else 0.0,
         "logits and loss": logits if logits > block else 0.0,
         "workspace": float(WORKSPACE),

@@ -61,6 +61,16 @@ def gathered(workload: Workload, layers: int, head: bool) -> dict[str, float]:
     return {"gathered weights": layers * largest + (HALF * shape.vocabulary * shape.hidden if head else 0.0)}
 
 
+def all_gathered(workload: Workload, whole: dict[str, float]) -> dict[str, float]:
+    """Return the part that FSDP adds in an evaluation: one process uses the model alone, so each gathers all of it.
+
+    It is also what each GPU holds after loading, before the model is sharded.
+    """
+    if not workload.parallel.sharded:
+        return {}
+    return {"gathered weights": sum(size for name, size in whole.items() if name != REPLICATED)}
+
+
 def offloaded(workload: Workload, whole: dict[str, float]) -> float:
     """Return the bytes of the computer's memory that the shards of all its GPUs take together."""
     if not workload.parallel.offloaded:

@@ -90,5 +90,5 @@ def test_the_page_has_the_tables_that_the_script_prints(table):
 
 def test_the_page_has_the_plan_that_its_command_prints(capsys):
     command = next(line for line in PAGE.splitlines() if line.startswith("python -m qlora_helpers plan"))
-    assert main(command.split()[3:]) == 0
+    assert main(command.split()[3:]) == 3
     assert capsys.readouterr().out in PAGE
