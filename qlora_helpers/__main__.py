@@ -183,7 +183,7 @@ def _data(out: Path, max_tokens: int, n_heldout: int | None, template: str | Non
 
 def _plan(
     model: str | None, memory: float | None, device: str | None, method: str | None, targets: str | None, json: bool,
-    rows: list[int] | None, detect: float | None, pilot: list[Path] | None, **params: Any,
+    rows: list[int] | None, detect: float | None, pilot: list[Path] | None, gpus: int, strategy: str, **params: Any,
 ) -> int:  # fmt: skip
     from json import dumps
 
@@ -192,13 +192,14 @@ def _plan(
     if pilot:
         raise UserError("pilot: it belongs to --detect. Fix: add --detect X, in nats per token.")
     from qlora_helpers.planning import plan, tables
+    from qlora_helpers.planning.workload import Parallel
 
     if targets is not None:
         params["target_modules"] = "all-linear" if targets == "all" else targets
     config = plan.preset_on(params.pop("preset"), model, **params)
-    where = device if memory is None else memory
-    plans = plan.by_method(config, where)
-    asked = plan.plan_memory(config, where, method)
+    where, parallel = device if memory is None else memory, Parallel(gpus, strategy)
+    plans = plan.by_method(config, where, parallel)
+    asked = plan.plan_memory(config, where, method, parallel)
     if any(number < 1 for number in rows or []):
         raise UserError(f"rows: {min(rows or [])} is too small. Fix: use 1 or more.")
     times = tables.training_time(config, asked, where, rows or [config.n_samples or 1000])

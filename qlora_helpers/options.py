@@ -67,6 +67,7 @@ def batch(batch: Parser) -> None:
     for option, kind in (("learning-rates", float), ("ranks", int), ("epochs-list", int), ("effective-batches", int)):
         batch.option(f"--{option}", type=kind, nargs="+", metavar="X", help="values to try in turn, at the largest N")
     batch.option("--out", type=OUT, required=True, metavar="DIR", help="output folder")
+    batch.option("--parallel", type=int, metavar="N", help="runs at a time (default: the number of GPUs, at least 1)")
     batch.settings("n_samples", "seed", "profile")
     _profile(batch)
 
@@ -106,6 +107,8 @@ def plan(plan: Parser) -> None:
     where = plan.add_mutually_exclusive_group()
     plan.option("--memory", group=where, type=float, metavar="GIB", help="memory of the GPU")
     plan.option("--device", group=where, help="GPU by name, such as t4")
+    plan.option("--gpus", type=int, default=1, metavar="N", help="GPUs that share each step's rows (default 1)")
+    plan.option("--strategy", default="ddp", help="what each of them stores: ddp, fsdp or fsdp-offload (default ddp)")
     plan.option("--method", help="qlora, lora or full (default: that of the preset)")
     plan.option("--targets", help="layers with an adapter, such as q_proj,v_proj, or all")
     plan.option("--rows", type=int, nargs="+", metavar="N", help="numbers of training rows to print the time for")

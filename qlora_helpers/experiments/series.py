@@ -1,9 +1,14 @@
 """Run notebooks headless with papermill: the series in order, or notebook 05 once per run of a batch."""
 
 import logging
+import multiprocessing
+import os
+import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +76,16 @@ def _note_time(folder: Path, seconds: dict[str, float]) -> None:
 
 
 def run_batch(
-    out: Path, samples: list[int], seeds: list[int], lists: Mapping[str, Any] | None = None, **params: Any
-) -> list[RunFolder]:
+    out: Path, samples: list[int], seeds: list[int], lists: Mapping[str, Any] | None = None,
+    parallel: int | None = None, **params: Any,
+) -> list[RunFolder]:  # fmt: skip
     """Train one run per sample count and seed and, at the largest count, per value in `lists` (see `matrix.SETTINGS`).
 
-    Raises `UserError` before anything is written if parameters or data are invalid, or if a folder holds another run.
+    `parallel` is that of `train`. Raises `UserError` before anything is written if parameters or data are invalid, or
+    if a folder holds another run.
     """
+    if parallel is not None and parallel < 1:
+        raise UserError(f"parallel: {parallel} is too small. Fix: use 1 or more.")
     config = Config.from_params(preset="tinyllama-guanaco-100", n_samples=max(samples), **params)
     tokenizer = hub.load_tokenizer(config)
     cleaned = cleaning.clean(config, tokenizer)
@@ -86,36 +95,84 @@ def run_batch(
         if item.run.identity() is None:
             runs.check_free(RunFolder(item.folder / item.name), item.config, item.identity)
     runs.workdir(str(out))
-    return [run for group in train(needed).values() for run in group]
+    return [run for group in train(needed, parallel=parallel).values() for run in group]
 
 
-def train(needed: Sequence[PlannedRun], bar: bool = True) -> dict[str, list[RunFolder]]:
+def train(needed: Sequence[PlannedRun], bar: bool = True, parallel: int | None = None) -> dict[str, list[RunFolder]]:
     """Execute notebook 05 for every run that is not finished, under any folder name. Interrupted runs are resumed.
 
     Returns the runs of each experiment in order of seed. `bar` shows papermill's progress bar, which does not work
-    inside a notebook. A failed run does not stop the others: `UserError` is raised at the end.
+    inside a notebook. `parallel` runs train at a time, each on a GPU of its own as far as there are enough; None: as
+    many as there are GPUs. A failed run does not stop the others: `UserError` is raised at the end.
     """
-    failed: list[str] = []
+    gpus = visible_gpus()
+    workers = min(parallel or max(1, len(gpus)), len(needed))
     results: dict[str, list[RunFolder]] = {}
-    for number, item in enumerate(needed, 1):
-        run = item.run
-        label = f"[{number}/{len(needed)}] {run.name}"
-        if run.finished:
-            print(f"{label}: complete, not run again")
-        else:
-            params = item.config.params | {"workdir": str(item.folder), "run_name": run.name}
-            try:
-                execute("05_train_exp1", run / "notebook.ipynb", params, label, bar)
-            except UserError as error:
-                failed.append(run.name)
-                print(f"{label}: failed: {error}", flush=True)
-        results.setdefault(item.experiment, []).append(run)
+    with _pool(workers, gpus) as run_all:
+        outcomes = run_all(_attempt, _jobs(needed, bar and workers <= 1, results))
+        failed = [name for name in outcomes if name is not None]
     if failed:
         raise UserError(
             f"batch: {len(failed)} of {len(needed)} runs failed ({', '.join(failed)}); the others are finished. "
             "Fix: correct the errors printed above, then run the same command again."
         )
     return results
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as `CUDA_VISIBLE_DEVICES` names them."""
+    import torch
+
+    number = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(number)))
+    return named.split(",")[:number]
+
+
+@contextmanager
+def _pool(workers: int, gpus: list[str]) -> Iterator[Any]:
+    """A `map` over processes that see one GPU each, or for one worker the built-in one, in this process."""
+    if workers <= 1:
+        yield map
+        return
+    fresh = multiprocessing.get_context("spawn")  # a copy of this process would share its state of CUDA
+    free = fresh.Queue()
+    for worker in range(workers):
+        free.put(gpus[worker % len(gpus)] if gpus else None)
+    with ProcessPoolExecutor(workers, fresh, _take_gpu, (free,)) as pool:
+        yield pool.map
+
+
+def _take_gpu(free: Any) -> None:
+    """Let this process, and the notebooks that it starts, see only the next GPU of a queue."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # otherwise Ctrl-C ends one run and the next one begins
+    if (gpu := free.get()) is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+
+
+def _jobs(
+    needed: Sequence[PlannedRun], bar: bool, results: dict[str, list[RunFolder]]
+) -> Iterator[tuple[Path, dict[str, Any], str, bool]]:
+    """Yield the arguments of `execute` for every run that is not finished, and note all runs in `results`."""
+    for number, item in enumerate(needed, 1):
+        run = item.run
+        results.setdefault(item.experiment, []).append(run)
+        label = f"[{number}/{len(needed)}] {run.name}"
+        if run.finished:
+            print(f"{label}: complete, not run again", flush=True)
+        else:
+            params = item.config.params | {"workdir": str(item.folder), "run_name": run.name}
+            yield run / "notebook.ipynb", params, label, bar
+
+
+def _attempt(job: tuple[Path, dict[str, Any], str, bool]) -> str | None:
+    """Execute notebook 05 for one run. If it fails, print why and return the run's name."""
+    target, params, label, bar = job
+    try:
+        execute("05_train_exp1", target, params, label, bar)
+    except UserError as error:
+        print(f"{label}: failed: {error}", flush=True)
+        return target.parent.name
+    return None
 
 
 def execute(name: str, target: Path, params: dict[str, Any], label: str, bar: bool = True) -> None:

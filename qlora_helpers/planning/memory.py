@@ -5,16 +5,14 @@ runs, and `docs/results.md` lists the errors of the plan. All sizes are in bytes
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import replace
 
-from qlora_helpers.config import Config
-from qlora_helpers.errors import UserError
-from qlora_helpers.planning import architectures, quantization
-from qlora_helpers.planning.shape import ATTENDED, Block, Linear, Shape
+from qlora_helpers.planning import sharding
+from qlora_helpers.planning.shape import ATTENDED, Block
+from qlora_helpers.planning.workload import ALONE, FULL, HALF, Workload
+from qlora_helpers.planning.workload import workload_of as workload_of
 
 GIB = 2**30
-HALF, FULL = 2, 4  # bytes of bf16 or fp16, and of float32
 BLOCK = 64  # weights that share a 4-bit scale
 NESTED = 256  # scales that share a second scale, with double quantization
 BLOCK_8BIT = 256  # optimizer values that share a scale in 8-bit AdamW
@@ -33,70 +31,6 @@ SPARE_LOGITS = 0.03  # of the logits in an evaluation, most of which are one ten
 SPARE_PACKED = 0.03  # of 4-bit weights, which lie in gaps left by the 16-bit weights they were made from
 
 
-@dataclass(frozen=True)
-class Workload:
-    """The properties of a run that its memory depends on. Every row counts with the maximum length of its kind."""
-
-    shape: Shape
-    config: Config
-    full: bool
-
-    @property
-    def rows(self) -> int:
-        """Rows per forward pass."""
-        return self.config.batch_size
-
-    @property
-    def tokens(self) -> int:
-        """Tokens per forward pass."""
-        return self.rows * self.config.max_length
-
-    @property
-    def heldout_length(self) -> int:
-        """Tokens of the longest held-out row, which may be longer than those that are trained on."""
-        limit = self.config.heldout_max_length
-        return max(self.config.max_length, min(limit, self.shape.positions or limit))
-
-    @cached_property
-    def targets(self) -> frozenset[str]:
-        """Names of the layers that have an adapter."""
-        return frozenset() if self.full else self.shape.targets(self.config.target_modules)
-
-    def adapted(self, block: Block) -> tuple[Linear, ...]:
-        """Layers of a block that have an adapter."""
-        return tuple(linear for linear in block.linears if linear.name in self.targets)
-
-    def total(self, of_block: Callable[[Block], float]) -> float:
-        """Sum of a number over all blocks."""
-        return sum(block.count * of_block(block) for block in self.shape.blocks)
-
-    @property
-    def packed(self) -> bool:
-        """Whether the linear layers are stored in 4 bits."""
-        return self.config.quantization != "none" and not self.full
-
-
-def workload_of(config: Config, method: str | None = None) -> Workload:
-    """Return the workload of a run of `config`, or of the same settings with another method.
-
-    Raises `UserError` if the model's config cannot be loaded, or if a setting is impossible for the model.
-    """
-    config = quantization.of_method(config, method)
-    quantization.check(config)
-    shape = architectures.load(config.model, config.revision)
-    workload = Workload(shape, config, method == "full")
-    adapted = [linear for part in shape.parts for linear in workload.adapted(part)]
-    widths = [min(linear.n_in, linear.n_out) for linear in adapted]
-    if config.rank > min(widths, default=config.rank):
-        raise UserError(f"rank: {config.rank} exceeds the width of an adapted layer. Fix: use {min(widths)} or less.")
-    if shape.positions and config.max_length > shape.positions:
-        raise UserError(
-            f"max_length: {config.max_length} exceeds the {shape.positions} positions of {shape.name}. "
-            f"Fix: use {shape.positions} or less."
-        )
-    return workload
-
-
 def training_parts(workload: Workload) -> dict[str, float]:
     """Return bytes by part at the peak of a step: at the loss, in a block's backward pass, or in the optimizer step."""
     moments = (_at_loss(workload), _in_backward(workload), _at_step(workload))
@@ -108,6 +42,16 @@ def training_parts(workload: Workload) -> dict[str, float]:
 
 def static_parts(workload: Workload) -> dict[str, float]:
     """Return bytes by part that stay allocated during the whole run: the stored model and the trained weights."""
+    return sharding.shards(workload, _whole(workload))
+
+
+def offloaded(workload: Workload) -> float:
+    """Return the bytes that all GPUs together keep in the computer's memory: 0 without offload."""
+    trained = {"optimizer states": _moments(workload), "gradients": _gradients(workload)}
+    return sharding.offloaded(workload, {**_whole(workload), **trained})
+
+
+def _whole(workload: Workload) -> dict[str, float]:
     shape, trained_biases = workload.shape, _trained_biases(workload)
     packed = shape.packable if workload.packed else 0
     if workload.full:
@@ -129,8 +73,7 @@ def trained_parameters(workload: Workload) -> int:
 
 
 def _adapter(workload: Workload) -> int:
-    widths = [part.count * (one.n_in + one.n_out) for part in workload.shape.parts for one in workload.adapted(part)]
-    return workload.config.rank * sum(widths)
+    return sum(part.count * workload.adapter(part) for part in workload.shape.parts)
 
 
 def _trained_biases(workload: Workload) -> int:
@@ -144,10 +87,14 @@ def _trained_biases(workload: Workload) -> int:
 
 
 def _optimizer(workload: Workload) -> float:
-    """Bytes of AdamW's two moments. Paged moments move to CPU memory when GPU memory is short, so they count as 0."""
-    if workload.config.optimizer.startswith("paged"):
-        return 0.0
-    each = (1 + FULL / BLOCK_8BIT) if workload.config.optimizer == "adamw_8bit" else (HALF if workload.full else FULL)
+    """Bytes of the moments on a GPU. Paged ones move to CPU memory when GPU memory is short, so they count as 0."""
+    paged = workload.config.optimizer.startswith("paged")
+    return 0.0 if paged else sharding.at_step(workload, _moments(workload))
+
+
+def _moments(workload: Workload) -> float:
+    """Bytes of AdamW's two moments."""
+    each = (1 + FULL / BLOCK_8BIT) if "8bit" in workload.config.optimizer else (HALF if workload.full else FULL)
     return 2 * each * trained_parameters(workload)
 
 
@@ -156,15 +103,16 @@ def _gradients(workload: Workload) -> float:
 
 
 def _base(workload: Workload) -> dict[str, float]:
-    return {**static_parts(workload), "optimizer states": _optimizer(workload)}
+    buckets = sharding.buckets(workload, _gradients(workload))
+    return {**static_parts(workload), "optimizer states": _optimizer(workload), **buckets}
 
 
 def _at_loss(workload: Workload) -> dict[str, float]:
     """After the forward pass: everything saved for the backward pass exists, and the logits get their gradient."""
-    between = _gradients(workload) if workload.config.gradient_accumulation > 1 else 0.0
     return {
         **_base(workload),
-        "gradients": between,
+        **sharding.gathered(workload, layers=1, head=True),
+        "gradients": sharding.between_passes(workload, _gradients(workload)),
         "activations": _saved(workload),
         "logits and loss": float(LOSS_COPIES * FULL * workload.tokens * workload.shape.vocabulary),
         "workspace": float(WORKSPACE),
@@ -181,7 +129,8 @@ def _in_backward(workload: Workload) -> dict[str, float]:
     flowing = workload.tokens * width * (3 * workload.shape.intermediate + 4 * workload.shape.hidden)
     return {
         **_base(workload),
-        "gradients": _gradients(workload),
+        **sharding.gathered(workload, layers=2, head=False),
+        "gradients": sharding.in_backward(workload, _gradients(workload)),
         "activations": _saved(workload) + again + flowing,
         "logits and loss": 0.0,
         "workspace": float(WORKSPACE + dequantized),
@@ -190,8 +139,9 @@ def _in_backward(workload: Workload) -> dict[str, float]:
 
 def _at_step(workload: Workload) -> dict[str, float]:
     """Optimizer step: all gradients exist, and AdamW's division needs one more copy of the trained parameters."""
-    copy = _gradients(workload) if workload.config.optimizer == "adamw_torch" else 0.0
-    return {**_base(workload), "gradients": _gradients(workload), "workspace": WORKSPACE + copy}
+    gradients = sharding.at_step(workload, _gradients(workload))
+    copy = gradients if workload.config.optimizer == "adamw_torch" else 0.0
+    return {**_base(workload), "gradients": gradients, "workspace": WORKSPACE + copy}
 
 
 def _saved(workload: Workload) -> float:
@@ -269,6 +219,7 @@ def answers_at_once(workload: Workload) -> int:
 
 
 def _most(workload: Workload, parts: Callable[[Workload, int], dict[str, float]], most: int) -> int:
+    workload = replace(workload, parallel=ALONE)  # each process takes as many as a run of its rows alone
     budget = sum(training_parts(workload).values())
     while most > 1 and sum(parts(workload, most).values()) > budget:
         most //= 2
@@ -318,6 +269,7 @@ def _passing_through(workload: Workload, tokens: int, rows: int, logits: float) 
     spare = temporary + (SPARE_PACKED * sum(static.values()) if workload.packed else 0)
     return {
         **static,
+        **sharding.all_gathered(workload, _whole(workload)),
         "activations": block if block >= logits else 0.0,
         "logits and loss": logits if logits > block else 0.0,
         "workspace": float(WORKSPACE),

@@ -12,6 +12,7 @@ from qlora_helpers.planning import architectures, gpus, memory, quantization, st
 from qlora_helpers.planning.gpus import CONTEXT_GIB, GPUS, Gpu
 from qlora_helpers.planning.memory import GIB
 from qlora_helpers.planning.quantization import METHODS
+from qlora_helpers.planning.workload import ALONE, Parallel
 
 TIGHT = 0.9  # fraction of the GPU's memory above which the error of the plan may decide
 
@@ -35,6 +36,7 @@ class Plan:
     """Peak memory of one run in GiB, by part, in training and in evaluation, and whether it fits the device.
 
     `context` is the GPU memory that CUDA takes outside torch. `memory` is that of the GPU, None if no device was given.
+    With several GPUs, `parallel`, these are the numbers of each. `ram` is what all of them keep in the computer's.
     """
 
     model: str
@@ -46,6 +48,8 @@ class Plan:
     context: float
     memory: float | None
     advice: list[Advice]
+    parallel: Parallel = ALONE
+    ram: float = 0.0
 
     @property
     def peak(self) -> float:
@@ -74,7 +78,10 @@ class Plan:
     @property
     def words(self) -> str:
         """The verdict with its numbers."""
-        return f"{self.verdict}: {self.total:.2f} GiB" + (f" of {self.memory:.2f}" if self.memory else "")
+        several = f" on each of {self.parallel.gpus} GPUs, {self.parallel.strategy}" if self.parallel != ALONE else ""
+        ram = f", and {self.ram:.2f} GiB of the computer's memory" if self.ram else ""
+        of = f" of {self.memory:.2f}" if self.memory else ""
+        return f"{self.verdict}: {self.total:.2f} GiB{of}{several}{ram}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, with GiB rounded to three decimals."""
@@ -91,17 +98,26 @@ class Plan:
             "fits": self.fits,
             "verdict": self.verdict,
             "advice": [str(item) for item in self.advice],
+            "gpus": self.parallel.gpus,
+            "strategy": self.parallel.strategy,
+            "ram": round(self.ram, 3),
         }
 
 
-def plan_memory(config: Config, device: Device | str | float | None = None, method: str | None = None) -> Plan:
+def plan_memory(
+    config: Config,
+    device: Device | str | float | None = None,
+    method: str | None = None,
+    parallel: Parallel = ALONE,
+) -> Plan:
     """Plan the peak memory of `config` on `device`: a `Device`, a GPU's name such as t4, or its memory in GiB.
 
     Without a device there is no verdict. `method` is qlora, lora or full; None means the config's own. Full fine-tuning
     keeps weights, gradients and AdamW's moments in 16 bits, 8 bytes per parameter. Every row counts with the maximum
-    length. Raises `UserError` if the model's config cannot be loaded, or if a setting is impossible for the model.
+    length. `parallel` are several such GPUs, which share the effective batch. Raises `UserError` if the model's config
+    cannot be loaded, if a setting is impossible for the model, or if the GPUs cannot share the batch.
     """
-    workload = memory.workload_of(config, method)
+    workload = memory.workload_of(config, method, parallel)
     gpu = None if device is None else gpu_of(device, config)
     plan = Plan(
         model=config.model,
@@ -113,16 +129,20 @@ def plan_memory(config: Config, device: Device | str | float | None = None, meth
         context=gpu.context if gpu else CONTEXT_GIB,
         memory=gpu.memory if gpu else None,
         advice=[],
+        parallel=parallel,
+        ram=memory.offloaded(workload) / GIB,
     )
     if gpu is None or workload.full or plan.verdict == "fits":
         return plan
-    return replace(plan, advice=_advice(workload.config, plan, gpu))
+    return replace(plan, advice=_advice(quantization.of_method(config, method), plan, gpu))
 
 
-def by_method(config: Config, device: Device | str | float | None = None) -> dict[str, Plan]:
+def by_method(
+    config: Config, device: Device | str | float | None = None, parallel: Parallel = ALONE
+) -> dict[str, Plan]:
     """Return plans of the same run as QLoRA, LoRA and full fine-tuning, without those that the model does not allow."""
     possible = [method for method in METHODS if not quantization.refusal(quantization.of_method(config, method))]
-    return {method: plan_memory(config, device, method) for method in possible}
+    return {method: plan_memory(config, device, method, parallel) for method in possible}
 
 
 def fastest_split(config: Config, device: Device | str | float) -> Config:
@@ -208,7 +228,7 @@ def _advice(config: Config, plan: Plan, gpu: Gpu) -> list[Advice]:
     advice, now = [], step_time.seconds(config, gpu)
     for change, settings in _changes(config):
         changed = config.replace(**settings)
-        saved = plan.peak - plan_memory(changed).peak
+        saved = plan.peak - plan_memory(changed, parallel=plan.parallel).peak
         if saved > 0.01 * plan.total:
             advice.append(Advice(change, saved, step_time.seconds(changed, gpu) / now, settings))
     return sorted(advice, key=lambda item: -item.saves_gib / (max(item.time, 1) - 0.9))

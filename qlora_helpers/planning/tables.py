@@ -37,7 +37,8 @@ def answer(planned: Plan) -> str:
     """Return the result of a plan in words, with what to change first if the run does not fit."""
     head = f"{planned.model}, {planned.method}: {planned.parameters:,} parameters, {planned.trained:,} of them trained."
     if planned.memory is None:
-        return f"{head}\nFits on: {', '.join(other_gpus(planned)) or 'none of ' + ', '.join(GPUS)}."
+        several = f", {planned.parallel.gpus} of them" if planned.parallel.gpus > 1 else ""
+        return f"{head}\nFits on{several}: {', '.join(other_gpus(planned)) or 'none of ' + ', '.join(GPUS)}."
     return "\n".join([head, planned.words, *(f"- {advice}" for advice in planned.advice)])
 
 
@@ -46,15 +47,17 @@ def training_time(
 ) -> list[dict[str, Any]]:
     """Return steps and hours of training, one row for each number of training rows.
 
-    They hold for `device`, or without one for the smallest known GPU that fits. The list is empty if none fits; hours
-    are None for full fine-tuning.
+    They hold for `device`, or without one for the smallest known GPU that fits; for several of them if the plan does,
+    without the time that they exchange data. The list is empty if none fits; hours are None for full fine-tuning.
     """
     device = next(iter(other_gpus(planned)), None) if device is None else device
     if device is None:
         return []
     gpu = plan.gpu_of(device, config)
     name = device if isinstance(device, str) else f"a GPU of {gpu.memory:g} GiB"
-    step = step_time.seconds(config, gpu, planned.method) if planned.method != "full" else None
+    if (parallel := planned.parallel).gpus > 1:
+        name = f"{parallel.gpus} GPUs, each {name}, without communication"
+    step = step_time.seconds(parallel.share(config), gpu, planned.method) if planned.method != "full" else None
     lines = []
     for rows in n_rows:
         steps = config.steps(rows)
