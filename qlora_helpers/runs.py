@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import files, locks, parse
+from qlora_helpers import distributed, files, locks, parse
 from qlora_helpers.config import Config
 from qlora_helpers.errors import UserError
 
@@ -188,9 +188,15 @@ def check_free(run: RunFolder, config: Config, identity: dict[str, str] | None =
 
 @contextlib.contextmanager
 def lock(run: RunFolder) -> Iterator[None]:
-    """Lock the run folder for this process. Raises `UserError` at once if another process holds the lock."""
+    """Lock the run folder for this run. Raises `UserError` at once if another one holds the lock.
+
+    Of several processes that train one run, process 0 holds it.
+    """
     import filelock
 
+    if not distributed.is_main():
+        yield
+        return
     files.make_folder(run.path)
     with contextlib.ExitStack() as held:
         try:
@@ -207,7 +213,8 @@ def manifest(config: Config, device: Any, data: dict[str, Any]) -> dict[str, Any
     from qlora_helpers.device import versions
 
     return {"versions": versions(), "device": device.to_dict(), "git_commit": git_commit(), "data": data} | {
-        "config_fingerprint": config.identity
+        "config_fingerprint": config.identity,
+        "processes": distributed.count(),
     }
 
 

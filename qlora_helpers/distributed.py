@@ -1,0 +1,135 @@
+"""Several processes that train one run, as `accelerate launch` or `notebook_launcher` starts them.
+
+accelerate moves the tensors; this module says which process writes, and gives all of them the same values. Every
+process has its own GPU, or a share of the CPU. With one process, each function does nothing.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qlora_helpers.errors import UserError
+
+T = TypeVar("T")
+CONFIGS = Path(__file__).parent / "accelerate"  # config files for `accelerate launch`
+WAIT = timedelta(hours=24)  # process 0 may measure a large base model while the others wait
+SECONDS = 5.0  # that the others leave process 0 to report an error that all of them have
+
+
+def count() -> int:
+    """Return the number of processes that train this run."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return int(os.environ["RANK"]) if count() > 1 else 0
+
+
+def is_main() -> bool:
+    """Return whether this is process 0, the only one that writes files and prints."""
+    return rank() == 0
+
+
+def is_sharded() -> bool:
+    """Return whether accelerate shards the model over the processes (FSDP), so that all must take part to use it."""
+    return count() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def begin() -> None:
+    """Give this process the one GPU that is its own, connect it to the others, and silence all but process 0.
+
+    Call it before anything uses CUDA. It changes the environment, so that GPU 0 of this process is its own one.
+    """
+    if count() == 1:
+        return
+    if is_main():
+        _report_sigterm()
+    else:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    _hide_other_gpus()
+    import torch
+    from accelerate import PartialState
+
+    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
+    PartialState(cpu=not on_gpu, timeout=WAIT)
+
+
+def _hide_other_gpus() -> None:
+    """Leave one GPU visible. Code that uses the first GPU, like ours and that of many libraries, then uses this one."""
+    local = int(os.environ["LOCAL_RANK"])
+    names = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    os.environ["CUDA_VISIBLE_DEVICES"] = names[local] if local < len(names) else "" if names else str(local)
+    os.environ["LOCAL_RANK"] = "0"
+
+
+def lost() -> UserError:
+    """Return the error for a run of which another process has ended."""
+    return UserError(
+        f"training: another of the {count()} processes has ended, so this one ends too; if none printed an error, it was "
+        "killed. Fix: run the same command again, with any number of processes: it goes on from the last checkpoint."
+    )
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that the connection to another process broke."""
+    import torch.distributed as dist
+
+    return count() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
+
+
+def _report_sigterm() -> None:
+    """Print one line and end when the launcher ends this process because another one has ended.
+
+    A thread waits for the signal, because a handler would not run while the main thread waits for the other processes.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        signal.sigwait({signal.SIGTERM})
+        print(f"error: {lost()}", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def let_main_report() -> None:
+    """Wait for a moment before this process reports an error: if process 0 has the same one, the launcher ends this."""
+    if not is_main():
+        time.sleep(SECONDS)
+
+
+def wait() -> None:
+    """Wait until all processes are here."""
+    if count() > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """Return what `make` returns in process 0, which alone calls it."""
+    if count() == 1:
+        return make()
+    import torch.distributed as dist
+
+    values: list[Any] = [make() if is_main() else None]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """Run the body of a `with` statement in process 0, then in all others, which find what it wrote."""
+    if not is_main():
+        wait()
+    yield
+    if is_main():
+        wait()
