@@ -82,7 +82,7 @@ def _report(error: BaseException) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
         if isinstance(error, BrokenPipeError):
             return 141
-    distributed.let_main_report()
+    distributed.begin_report()
     line = errors.explain(error)
     print(f"error: {line}" if line else errors.internal(error), file=sys.stderr)
     return 2 if line else 1

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ T = TypeVar("T")
 CONFIGS = Path(__file__).parent / "accelerate"  # config files for `accelerate launch`
 WAIT = timedelta(hours=24)  # process 0 may measure a large base model while the others wait
 SECONDS = 5.0  # that the others leave process 0 to report an error that all of them have
+_reporting = threading.Event()  # set in process 0 once it reports an error
 
 
 def count() -> int:
@@ -94,14 +96,16 @@ def _report_sigterm() -> None:
 
     def wait() -> None:
         signal.sigwait({signal.SIGTERM})
-        print(f"error: {lost()}", file=sys.stderr, flush=True)
+        if not _reporting.is_set():
+            print(f"error: {lost()}", file=sys.stderr, flush=True)
         os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
-def let_main_report() -> None:
-    """Wait for a moment before this process reports an error: if process 0 has the same one, the launcher ends this."""
+def begin_report() -> None:
+    """Call it before this process reports an error. If process 0 has the same one, the launcher ends this one first."""
+    _reporting.set()
     if not is_main():
         time.sleep(SECONDS)
 
@@ -133,3 +137,35 @@ def main_first() -> Iterator[None]:
     yield
     if is_main():
         wait()
+
+
+@contextlib.contextmanager
+def gathered(model: Any) -> Iterator[None]:
+    """In the body of a `with` statement, each process holds all weights, so that one of them can use the model alone.
+
+    Without FSDP it always does.
+    """
+    if not is_sharded():
+        yield
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    generate = model.generate
+    model.generate = partial(generate, synced_gpus=False)  # else it waits for the other processes at every token
+    yield
+    model.generate = generate
+    for module in sharded:
+        module.reshard()
+        module.set_reshard_after_forward(True, recurse=False)
+
+
+def trained_weights(model: Any) -> dict[str, Any] | None:
+    """Return the trained weights of a sharded model by name, whole, or None if the model is not sharded."""
+    if not is_sharded():
+        return None
+    trained = ((name, p.detach()) for name, p in model.named_parameters() if p.requires_grad)
+    return {name: p.full_tensor().cpu() for name, p in trained}

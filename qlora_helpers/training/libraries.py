@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
+import torch
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 from trl import SFTConfig
@@ -122,3 +123,15 @@ def for_all_processes(config: Config) -> Config:
 def of_one_process(config: Config) -> Config:
     """Return `config` with the rows of a forward pass in one process, as the memory plan takes it."""
     return config.replace(batch_size=config.batch_size // distributed.count())
+
+
+def stored_for_sharding(config: Config, device: Device) -> BitsAndBytesConfig | None:
+    """Return how bitsandbytes stores the base model.
+
+    For FSDP, which shards floating-point tensors only, packed weights are stored in tensors of the compute dtype. Then
+    no mixed precision converts them, which would destroy them.
+    """
+    quantization = quantization_config(config, device)
+    if quantization and distributed.is_sharded():
+        quantization.bnb_4bit_quant_storage = getattr(torch, device.dtype)
+    return quantization

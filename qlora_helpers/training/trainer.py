@@ -29,7 +29,13 @@ from qlora_helpers.training import batches, checks, crossfit, oom, trl_config
 from qlora_helpers.training.callbacks import CopyToDrive, LogWriter, Progress, SaveBest
 from qlora_helpers.training.checks import Guard
 from qlora_helpers.training.crossfit import Evaluations
-from qlora_helpers.training.libraries import Libraries, for_all_processes, of_one_process, run_arguments
+from qlora_helpers.training.libraries import (
+    Libraries,
+    for_all_processes,
+    of_one_process,
+    run_arguments,
+    stored_for_sharding,
+)
 
 FP16_SCALE = 1024.0  # the default, 65536, overflows at first, and the scaler would skip the first steps
 
@@ -97,7 +103,13 @@ def _attempt(context: RunContext, callbacks: Sequence[TrainerCallback], given: L
         trl_config.write(run, config, context.device, trainer.args, trainer.train_dataset)
         trainer.add_callback(LogWriter(run / "log.jsonl", losses.mean_loss(before)))
     _fit(trainer, context)
-    _save_results(trainer, context, base_losses)
+    heldout = _heldout_losses(trainer, context)
+    weights = distributed.trained_weights(trainer.model)
+    with distributed.gathered(trainer.model):
+        checks.check_moved(trainer.model)
+        if distributed.is_main():
+            _save_results(trainer, context, base_losses, heldout, weights)
+        distributed.wait()
 
 
 def _measured_base(context: RunContext, given: Libraries) -> tuple[Any, list[RowLoss]]:
@@ -105,7 +117,7 @@ def _measured_base(context: RunContext, given: Libraries) -> tuple[Any, list[Row
     config, run = context.config, context.run
     main = distributed.is_main()
     in_16_bits = rivals.in_16_bits(context) if main else Rivals()
-    base = load_base(config, context.device, given.quantization)
+    base = load_base(config, context.device, given.quantization or stored_for_sharding(config, context.device))
     check_targets(base, config)
     if main:
         files.write_json(run / "config.json", {"identity": context.identity, "config": config.to_dict()})
@@ -177,7 +189,7 @@ class QloraTrainer(SFTTrainer):
         Process 0 measures, and the others wait for its losses: what follows from them is then the same in all.
         """
         self.eval_seconds = 0.0
-        with self.evaluating(), checks.unchanged(self.model):
+        with self.evaluating(), distributed.gathered(self.model), checks.unchanged(self.model):
             return distributed.from_main(
                 lambda: losses.heldout_losses(self.model, examples, self.device_, self.rows_at_once)
             )
@@ -272,26 +284,29 @@ def _fit(trainer: QloraTrainer, context: RunContext) -> None:
     """Train to the end, from the last complete checkpoint if there is one."""
     checkpoint = distributed.from_main(lambda: runs.last_checkpoint(context.run, context.identity))
     if checkpoint:
+        checks.check_saved_alike(checkpoint)
         print(f"Resuming from {checkpoint.name}.")
     trainer.evaluations = crossfit.begin(context, checkpoint)
     forget_peak(trainer.device_)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    checks.check_moved(trainer.model)
 
 
-def _save_results(trainer: QloraTrainer, context: RunContext, base_losses: list[RowLoss]) -> None:
+def _save_results(
+    trainer: QloraTrainer,
+    context: RunContext,
+    base_losses: list[RowLoss],
+    heldout: list[RowLoss],
+    weights: dict[str, Any] | None,
+) -> None:
     """Save losses, answers, adapter, tokenizer and model card; `metrics.json` last: it proves that all is on disk."""
     run, config = context.run, context.config
     model: Any = trainer.model
-    heldout = _heldout_losses(trainer, context)
-    if not distributed.is_main():
-        return distributed.wait()
     files.write_jsonl(run / "heldout_losses.jsonl", losses.to_rows(heldout))
     print("Training is done. Answering the held-out questions …", flush=True)
     with trainer.evaluating():
         losses.measure_answers(model, replace(context, config=of_one_process(config)), run)
     metrics = _metrics(trainer, context, heldout, base_losses)
-    model.save_pretrained(run.adapter)
+    model.save_pretrained(run.adapter, state_dict=weights)
     save_biases(model, run.adapter)
     context.tokenizer.save_pretrained(run.adapter)
     hashes = files.hashes(run.adapter)
@@ -301,7 +316,6 @@ def _save_results(trainer: QloraTrainer, context: RunContext, base_losses: list[
         files.flush_all(folder)
     files.flush(run / "log.jsonl")
     files.write_json(run / "metrics.json", metrics)
-    distributed.wait()
 
 
 def _heldout_losses(trainer: QloraTrainer, context: RunContext) -> list[RowLoss]:
