@@ -82,7 +82,7 @@ def _report(error: BaseException) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
         if isinstance(error, BrokenPipeError):
             return 141
-    distributed.begin_report()
+    distributed.begin_report(error)
     line = errors.explain(error)
     print(f"error: {line}" if line else errors.internal(error), file=sys.stderr)
     return 2 if line else 1
@@ -123,11 +123,12 @@ def _given(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(out: Path, **args: Any) -> None:
-    from qlora_helpers.evaluation import comparison, report
     from qlora_helpers.training import launched
 
-    run = launched.train(str(out), _given(args))
+    run = launched.train(str(out), _given(args))  # before libraries with threads are imported, see distributed.begin
     if distributed.is_main():
+        from qlora_helpers.evaluation import comparison, report
+
         result = comparison.compare(comparison.group([run]))
         print("", report.table_markdown(result), "", *report.verdicts(result), "", f"Run: {run.path}", sep="\n")
 

@@ -62,9 +62,10 @@ def run(run: Parser) -> None:
 
 def train(train: Parser) -> None:
     """Add the options of `train`."""
+    files = ", ".join(sorted(path.name for path in distributed.CONFIGS.glob("*.yaml")))
     train.epilog = (
-        f"With several GPUs: accelerate launch --config_file {distributed.CONFIGS}/FILE -m qlora_helpers train …, where "
-        f"FILE is {', '.join(sorted(path.name for path in distributed.CONFIGS.glob('*.yaml')))}."
+        "With several GPUs: accelerate launch --config_file FILE -m qlora_helpers train …, where FILE is one of "
+        f"{files} in {distributed.CONFIGS}."
     )
     train.option("--out", type=OUT, required=True, metavar="DIR", help="run folder")
     train.option("--preset", help="published experiment or recipe (default tinyllama-guanaco-100)")

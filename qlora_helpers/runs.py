@@ -188,15 +188,9 @@ def check_free(run: RunFolder, config: Config, identity: dict[str, str] | None =
 
 @contextlib.contextmanager
 def lock(run: RunFolder) -> Iterator[None]:
-    """Lock the run folder for this run. Raises `UserError` at once if another one holds the lock.
-
-    Of several processes that train one run, process 0 holds it.
-    """
+    """Lock the run folder for this process. Raises `UserError` at once if another process holds the lock."""
     import filelock
 
-    if not distributed.is_main():
-        yield
-        return
     files.make_folder(run.path)
     with contextlib.ExitStack() as held:
         try:

@@ -22,8 +22,10 @@ def train(folder: str, params: dict[str, Any]) -> RunFolder:
     config = distributed.from_main(lambda: Config.from_params(**params))
     path = Path(folder).expanduser().resolve()
     run = RunFolder(runs.workdir(str(path.parent)) / path.name)
-    runs.check_free(run, config)
+    distributed.from_main(lambda: runs.check_free(run, config))
     with distributed.main_first():
         tokenizer = hub.load_tokenizer(config)
     data = distributed.from_main(lambda: cleaning.prepare(config, tokenizer))
-    return trainer.train(config, data, tokenizer, run)
+    run = trainer.train(config, data, tokenizer, run)
+    distributed.end()
+    return run

@@ -52,8 +52,8 @@ def shrink(config: Config, device: Device, run: RunFolder, seen_gib: float) -> C
 
     The batch size is at least halved, with more gradient accumulation; at a batch size of 1, gradient checkpointing is
     turned on. The effective batch size and the number of steps stay the same. Raises `UserError` if `on_oom` is stop,
-    if several processes train, because the others have not run out of memory, or if nothing is left to shrink; the message has the planned memory, the `seen_gib` that were reserved, and the nearest
-    config that fits.
+    if several processes train, because the others did not run out of memory, or if nothing is left to shrink; the
+    message has the planned memory, the `seen_gib` that were reserved, and the nearest config that fits.
     """
     seen = f"{seen_gib:.1f} GiB were reserved"
     if config.on_oom == "shrink" and distributed.count() == 1:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,8 @@ def train(
         distributed.from_main(lambda: mirror.pull(identity))
         train(config, data, tokenizer, mirror.here, [*callbacks, CopyToDrive(mirror)], libraries)
         return distributed.from_main(mirror.finish)
-    with runs.lock(run), checks.full_disk_as_user_error(run.path):
+    with ExitStack() as held, checks.full_disk_as_user_error(run.path):
+        distributed.from_main(lambda: held.enter_context(runs.lock(run)))
         runs.check_free(run, config, identity)
         if distributed.from_main(lambda: run.finished):
             runs.check_adapter(run.adapter)
@@ -83,7 +84,7 @@ def train(
                 return run
             except RuntimeError as error:
                 if distributed.is_lost(error):
-                    raise distributed.lost() from None
+                    raise distributed.ProcessLost() from None
                 if not oom.is_oom_error(error):
                     raise
             seen = peak_memory_gib(device)
@@ -208,7 +209,8 @@ class QloraTrainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save the library's checkpoint without TRL's model card, seal it, and delete older ones.
 
-        Each process saves its random state. Process 0 saves and seals the rest. Where training stops early, none is saved: from there, the library would train another step.
+        Each process saves its random state. Process 0 saves and seals the rest. Where training stops early, none is
+        saved: from there, the library would train another step.
         """
         if self.control.should_training_stop and self.state.global_step < self.state.max_steps:
             return
