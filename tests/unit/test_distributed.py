@@ -195,7 +195,7 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(params, tmp_path, k
     import psutil
 
     run = RunFolder(tmp_path / "run")
-    words = ["-m", "qlora_helpers", "train", "--out", str(run.path), *options(params | {"epochs": 200})]
+    words = ["-m", "qlora_helpers", "train", "--out", str(run.path), *options(params | {"epochs": 40})]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
