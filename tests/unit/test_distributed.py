@@ -124,6 +124,8 @@ def test_two_processes_train_as_the_command_does_alone_and_the_first_writes(trai
     assert len(values(one, "loss")) == 6
     for key in ("loss", "eval_loss", "grad_norm"):
         assert values(two, key) == pytest.approx(values(one, key), abs=NEAR)
+    tokens = [values(run, "num_input_tokens_seen")[-1] for run in (one, two)]
+    assert 0 <= tokens[1] - tokens[0] <= 4  # a process without a row has two tokens in each epoch
     assert [run.read("manifest.json")["processes"] for run in (one, two)] == [1, 2]
     assert one.identity() == two.identity()
     names = [{path.name for path in run.path.rglob("*") if "rng_state" not in path.name} for run in (one, two)]
