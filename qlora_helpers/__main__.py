@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_helpers import __version__, errors, options, parse
+from qlora_helpers import __version__, distributed, errors, options, parse
 from qlora_helpers.config import our_name
 from qlora_helpers.errors import UserError, blame, nearest
 from qlora_helpers.options import Parser
@@ -82,6 +82,7 @@ def _report(error: BaseException) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
         if isinstance(error, BrokenPipeError):
             return 141
+    distributed.begin_report(error)
     line = errors.explain(error)
     print(f"error: {line}" if line else errors.internal(error), file=sys.stderr)
     return 2 if line else 1
@@ -119,6 +120,17 @@ def _run(**args: Any) -> None:
 def _given(args: dict[str, Any]) -> dict[str, Any]:
     """Return the options that were given, because papermill writes every parameter it gets into the notebook."""
     return {name: value for name, value in args.items() if value is not None}
+
+
+def _train(out: Path, **args: Any) -> None:
+    from qlora_helpers.training import launched
+
+    run = launched.train(str(out), _given(args))  # before libraries with threads are imported, see distributed.begin
+    if distributed.is_main():
+        from qlora_helpers.evaluation import comparison, report
+
+        result = comparison.compare(comparison.group([run]))
+        print("", report.table_markdown(result), "", *report.verdicts(result), "", f"Run: {run.path}", sep="\n")
 
 
 def _compare(run_folders: list[Path], out: Path, margin: float | None) -> None:
@@ -276,6 +288,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "run": Command("execute notebooks 01-07 and write the comparison", options.run, _run),
     "batch": Command("train one run per sample count, setting and seed", options.batch, _batch),
+    "train": Command("train one run, with one or several GPUs", options.train, _train),
     "data": Command("clean and split a data set, and report on it", options.data, _data),
     "plan": Command("plan peak memory and time of a run before downloading anything", options.plan, _plan),
     "compare": Command("compare finished runs and write a report", options.compare, _compare),

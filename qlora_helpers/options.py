@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, NoReturn
 
-from qlora_helpers import parse
+from qlora_helpers import distributed, parse
 from qlora_helpers.config import PROFILES, Config, value_type
 from qlora_helpers.errors import UserError
 
@@ -58,6 +58,19 @@ def run(run: Parser) -> None:
     run.option("--out", type=OUT, required=True, metavar="DIR", help="output folder")
     run.settings("n_samples", "profile")
     _profile(run)
+
+
+def train(train: Parser) -> None:
+    """Add the options of `train`."""
+    files = ", ".join(sorted(path.name for path in distributed.CONFIGS.glob("*.yaml")))
+    train.epilog = (
+        "With several GPUs: accelerate launch --config_file FILE -m qlora_helpers train …, where FILE is one of "
+        f"{files} in {distributed.CONFIGS}."
+    )
+    train.option("--out", type=OUT, required=True, metavar="DIR", help="run folder")
+    train.option("--preset", help="published experiment or recipe (default tinyllama-guanaco-100)")
+    train.settings("profile")
+    _profile(train)
 
 
 def batch(batch: Parser) -> None:

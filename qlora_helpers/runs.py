@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import files, locks, parse
+from qlora_helpers import distributed, files, locks, parse
 from qlora_helpers.config import Config
 from qlora_helpers.errors import UserError
 
@@ -207,7 +207,8 @@ def manifest(config: Config, device: Any, data: dict[str, Any]) -> dict[str, Any
     from qlora_helpers.device import versions
 
     return {"versions": versions(), "device": device.to_dict(), "git_commit": git_commit(), "data": data} | {
-        "config_fingerprint": config.identity
+        "config_fingerprint": config.identity,
+        "processes": distributed.count(),
     }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from qlora_helpers import distributed
 from qlora_helpers.data.prompts import IGNORE
 from qlora_helpers.device import Device
 from qlora_helpers.models import forward
@@ -55,6 +56,23 @@ class PackedRows:
         attention = MASKED if any(len(line) > 1 for line in lines) else CAUSAL
         logits = len(_trained_columns(lines)) * len(lines) * self.vocabulary / self.layers
         return BLOCK_WEIGHTS * self.hidden_size * area + logits + attention * area * length
+
+
+@dataclass(frozen=True)
+class Share:
+    """Collator that passes this process's rows of a batch on to another collator.
+
+    Each row is in the batch of one process. A process without a row gets the beginning of one, untrained: it has to
+    take part in the step, and adds nothing to the loss.
+    """
+
+    collate: Collator
+
+    def __call__(self, features: Features) -> Batch:
+        """Return a batch as keyword arguments of the model."""
+        ids = features[0]["input_ids"][:2]
+        own = features[distributed.rank() :: distributed.count()]
+        return self.collate(own or [{"input_ids": ids, "labels": [IGNORE] * len(ids)}])
 
 
 def split_rows(features: Features, number: int) -> list[Features]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from qlora_helpers import drive, files, plots
+from qlora_helpers import distributed, drive, files, plots
 from qlora_helpers.notebook import in_notebook
 from qlora_helpers.planning.step_time import in_words
 from qlora_helpers.runs import RunFolder
@@ -68,6 +68,11 @@ class SaveBest(TrainerCallback):
         control.should_save |= state.best_metric is None or metrics["eval_loss"] < state.best_metric
 
 
+def _shows_displays() -> bool:
+    """Whether this process can update a display. Processes that a notebook has started cannot: they print lines."""
+    return in_notebook() and distributed.count() == 1
+
+
 def _is_step(line: dict[str, Any]) -> bool:
     return "loss" in line or "eval_loss" in line
 
@@ -120,14 +125,14 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Store the losses, and show them unless they were shown a moment ago."""
         self._losses |= logs or {}
-        watched = in_notebook() or sys.stdout.isatty()
+        watched = _shows_displays() or sys.stdout.isatty()
         if time.monotonic() - self._shown >= (REFRESH_SECONDS if watched else LINE_SECONDS):
             self._show(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Show the final state."""
         self._show(state)
-        if not in_notebook() and sys.stdout.isatty():
+        if not _shows_displays() and sys.stdout.isatty():
             print()
         self._ended = True
 
@@ -137,7 +142,7 @@ class Progress(TrainerCallback):
         left = (self._shown - self._began) / done * (state.max_steps - state.global_step) if done else None
         losses = self._losses.get("loss"), self._losses.get("eval_loss")
         bar = Bar(state.global_step, state.max_steps, *losses, left, self._rows)
-        if in_notebook():
+        if _shows_displays():
             if self._handle is None:
                 from IPython.display import display
 

@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from qlora_helpers import distributed
 from qlora_helpers.data import cleaning
 from qlora_helpers.data.cleaning import Data
 from qlora_helpers.errors import UserError
@@ -66,6 +67,17 @@ def check_rows(data: Data) -> None:
                 "Fix: increase max_length, or use cleaning.prepare, which drops such rows."
             )
     cleaning.check_no_leak(data)
+
+
+def check_saved_alike(checkpoint: Path) -> None:
+    """Raise `UserError` if FSDP saved the checkpoint and does not run now, or the other way round."""
+    sharded = any(checkpoint.glob("pytorch_model_fsdp*"))
+    if sharded != distributed.is_sharded():
+        with_or_without = "with" if sharded else "without"
+        raise UserError(
+            f"checkpoint: {checkpoint} was saved {with_or_without} FSDP. Fix: continue {with_or_without} it, with any "
+            "number of processes, or choose another run folder."
+        )
 
 
 def check_moved(model: Any) -> None:

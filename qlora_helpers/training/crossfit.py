@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from qlora_helpers import files
+from qlora_helpers import distributed, files
 from qlora_helpers.config import Config
 from qlora_helpers.evaluation.context import RunContext
 from qlora_helpers.evaluation.row_losses import RowLoss, mean_loss
@@ -83,4 +83,5 @@ def begin(context: RunContext, checkpoint: Path | None) -> Evaluations | None:
 def write(folder: Path, evaluations: Evaluations) -> None:
     """Write one line per step and row to `evaluations.jsonl` in a run folder or in a checkpoint."""
     lines = ({"step": step, **asdict(row)} for step, rows in evaluations.items() for row in rows)
-    files.write_jsonl(folder / FILE, lines)
+    if distributed.is_main():
+        files.write_jsonl(folder / FILE, lines)

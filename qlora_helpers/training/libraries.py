@@ -3,10 +3,12 @@
 import math
 from dataclasses import dataclass, replace
 
+import torch
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 from trl import SFTConfig
 
+from qlora_helpers import distributed
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device
 from qlora_helpers.errors import UserError
@@ -83,6 +85,9 @@ def run_arguments(context: RunContext, given: SFTConfig | None = None) -> SFTCon
         logging_nan_inf_filter=False,  # the filter would hide a NaN loss
         include_num_input_tokens_seen="non_padding",
         dataloader_pin_memory=device.kind == "cuda",
+        accelerator_config={"even_batches": False},  # even batches would repeat rows in the last one
+        ddp_find_unused_parameters=False,  # every step uses the whole adapter
+        ddp_timeout=int(distributed.WAIT.total_seconds()),
     )
     return _on_one_gpu(arguments)
 
@@ -90,6 +95,43 @@ def run_arguments(context: RunContext, given: SFTConfig | None = None) -> SFTCon
 def _on_one_gpu(arguments: SFTConfig) -> SFTConfig:
     """Return the arguments for one GPU. With several, the library would multiply the batch size by their number."""
     if arguments.n_gpu > 1:
-        print(f"{arguments.n_gpu} GPUs are visible. This run uses the first, with the batch size of its config.")
+        print(
+            f"{arguments.n_gpu} GPUs are visible. This run uses the first, with the batch size of its config. All are "
+            f"used by: accelerate launch --config_file {distributed.CONFIGS / 'ddp.yaml'} --num_processes "
+            f"{arguments.n_gpu} -m qlora_helpers train"
+        )
         arguments._n_gpu = 1
     return arguments
+
+
+def for_all_processes(config: Config) -> Config:
+    """Return `config` with a `batch_size` that the processes can share, as large as before in each of them if possible.
+
+    The effective batch size stays the same. Raises `UserError` if the processes cannot have equal shares of it.
+    """
+    processes = distributed.count()
+    if config.effective_batch % processes:
+        raise UserError(
+            f"batch_size: {config.effective_batch} rows per step cannot be divided between {processes} processes. Fix: "
+            "another number of processes, or a batch_size that is a multiple of it."
+        )
+    fewer = math.gcd(config.gradient_accumulation, processes)
+    passes = config.gradient_accumulation // fewer
+    return config.replace(batch_size=config.batch_size * fewer, gradient_accumulation=passes)
+
+
+def of_one_process(config: Config) -> Config:
+    """Return `config` with the rows of a forward pass in one process, as the memory plan takes it."""
+    return config.replace(batch_size=config.batch_size // distributed.count())
+
+
+def stored_for_sharding(config: Config, device: Device) -> BitsAndBytesConfig | None:
+    """Return how bitsandbytes stores the base model.
+
+    For FSDP, which shards floating-point tensors only, packed weights are stored in tensors of the compute dtype. Then
+    no mixed precision converts them, which would destroy them.
+    """
+    quantization = quantization_config(config, device)
+    if quantization and distributed.is_sharded():
+        quantization.bnb_4bit_quant_storage = getattr(torch, device.dtype)
+    return quantization

@@ -2,6 +2,7 @@
 
 import gc
 
+from qlora_helpers import distributed
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device, forget_peak
 from qlora_helpers.errors import UserError
@@ -50,12 +51,12 @@ def shrink(config: Config, device: Device, run: RunFolder, seen_gib: float) -> C
     """Return the config to continue with after the GPU ran out of memory.
 
     The batch size is at least halved, with more gradient accumulation; at a batch size of 1, gradient checkpointing is
-    turned on. The effective batch size and the number of steps stay the same. Raises `UserError` if `on_oom` is stop or
-    nothing is left to shrink; the message has the planned memory, the `seen_gib` that were reserved, and the nearest
-    config that fits.
+    turned on. The effective batch size and the number of steps stay the same. Raises `UserError` if `on_oom` is stop,
+    if several processes train, because the others did not run out of memory, or if nothing is left to shrink; the
+    message has the planned memory, the `seen_gib` that were reserved, and the nearest config that fits.
     """
     seen = f"{seen_gib:.1f} GiB were reserved"
-    if config.on_oom == "shrink":
+    if config.on_oom == "shrink" and distributed.count() == 1:
         if config.batch_size > 1:
             smaller = next(size for size in range(config.batch_size // 2, 0, -1) if config.effective_batch % size == 0)
             passes = config.effective_batch // smaller
@@ -92,7 +93,7 @@ def _planned(config: Config, device: Device) -> str:
 
 def _fix(config: Config, device: Device) -> str:
     """Advice: the nearest config that fits and needs less memory than this one, as parameters."""
-    last = ["on_oom=shrink"] if config.on_oom == "stop" else []
+    last = ["on_oom=shrink"] if config.on_oom == "stop" and distributed.count() == 1 else []
     try:
         fitting = plan.nearest_fit(config, device)
         less = fitting and plan.plan_memory(fitting, device).total < plan.plan_memory(config, device).total

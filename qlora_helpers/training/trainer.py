@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainerControl
 from trl import SFTConfig, SFTTrainer
 
-from qlora_helpers import drive, files, runs
+from qlora_helpers import distributed, drive, files, runs
 from qlora_helpers.config import Config
 from qlora_helpers.data import cleaning
 from qlora_helpers.data.cleaning import Data
@@ -29,7 +29,13 @@ from qlora_helpers.training import batches, checks, crossfit, oom, trl_config
 from qlora_helpers.training.callbacks import CopyToDrive, LogWriter, Progress, SaveBest
 from qlora_helpers.training.checks import Guard
 from qlora_helpers.training.crossfit import Evaluations
-from qlora_helpers.training.libraries import Libraries, run_arguments
+from qlora_helpers.training.libraries import (
+    Libraries,
+    for_all_processes,
+    of_one_process,
+    run_arguments,
+    stored_for_sharding,
+)
 
 FP16_SCALE = 1024.0  # the default, 65536, overflows at first, and the scaler would skip the first steps
 
@@ -51,29 +57,34 @@ def train(
     identity = cleaning.identity(config, data)
     checks.check_rows(data)
     mirror = drive.mirror(run)
-    if mirror and not run.finished:
+    if mirror and not distributed.from_main(lambda: run.finished):
         runs.check_free(run, config, identity)
-        mirror.pull(identity)
+        distributed.from_main(lambda: mirror.pull(identity))
         train(config, data, tokenizer, mirror.here, [*callbacks, CopyToDrive(mirror)], libraries)
-        return mirror.finish()
-    with runs.lock(run), checks.full_disk_as_user_error(run.path):
+        return distributed.from_main(mirror.finish)
+    with ExitStack() as held, checks.full_disk_as_user_error(run.path):
+        distributed.from_main(lambda: held.enter_context(runs.lock(run)))
         runs.check_free(run, config, identity)
-        if run.finished:
+        if distributed.from_main(lambda: run.finished):
             runs.check_adapter(run.adapter)
             print(f"{run.path} is finished: nothing to train.")
             return run
         quantization.check(config)
-        device = compute_dtype.as_begun(compute_dtype.device_for(config), run.compute_dtype())
+        device = distributed.from_main(
+            lambda: compute_dtype.as_begun(compute_dtype.device_for(config), run.compute_dtype())
+        )
         libraries.check(config, device, len(data.trained_on))
         limit_memory(device, config.memory_limit_gib)
-        asked, config = config, oom.choose_split(config, device)
-        oom.announce(config, device)
+        asked, config = config, for_all_processes(distributed.from_main(lambda: oom.choose_split(config, device)))
+        oom.announce(of_one_process(config), device)
         while True:
             try:
                 given = libraries if config == asked else replace(libraries, arguments=None)  # of another split
                 _attempt(RunContext(config, data, tokenizer, device, run), callbacks, given)
                 return run
             except RuntimeError as error:
+                if distributed.is_lost(error):
+                    raise distributed.ProcessLost() from None
                 if not oom.is_oom_error(error):
                     raise
             seen = peak_memory_gib(device)
@@ -84,19 +95,37 @@ def train(
 def _attempt(context: RunContext, callbacks: Sequence[TrainerCallback], given: Libraries) -> None:
     """Train from the last checkpoint to the end, with one split of the batch."""
     config, run = context.config, context.run
-    in_16_bits = rivals.in_16_bits(context)
-    base = load_base(config, context.device, given.quantization)
-    check_targets(base, config)
-    files.write_json(run / "config.json", {"identity": context.identity, "config": config.to_dict()})
-    base_losses = losses.baseline(base, context)
-    _write_manifest(context, base, rivals.of_base(base, context) | in_16_bits)
+    with distributed.main_first():
+        base, base_losses = _measured_base(context, given)
     trainer = build_trainer(attach_lora(base, config, given.lora), context, callbacks, given.arguments)
-    trl_config.write(run, config, context.device, trainer.args, trainer.train_dataset)
     selection = context.data.selection
     before = trainer.measure(selection) if selection else base_losses  # a new adapter changes nothing
-    trainer.add_callback(LogWriter(run / "log.jsonl", mean_loss(before)))
+    if distributed.is_main():
+        trl_config.write(run, config, context.device, trainer.args, trainer.train_dataset)
+        trainer.add_callback(LogWriter(run / "log.jsonl", mean_loss(before)))
     _fit(trainer, context)
-    _save_results(trainer, context, base_losses)
+    heldout = _heldout_losses(trainer, context)
+    weights = distributed.trained_weights(trainer.model)
+    with distributed.gathered(trainer.model):
+        checks.check_moved(trainer.model)
+        if distributed.is_main():
+            _save_results(trainer, context, base_losses, heldout, weights)
+        distributed.wait()
+
+
+def _measured_base(context: RunContext, given: Libraries) -> tuple[Any, list[RowLoss]]:
+    """Load the base model, and return it with its held-out losses. Process 0 measures and writes, the others read."""
+    config, run = context.config, context.run
+    main = distributed.is_main()
+    in_16_bits = rivals.in_16_bits(context) if main else Rivals()
+    base = load_base(config, context.device, given.quantization or stored_for_sharding(config, context.device))
+    check_targets(base, config)
+    if main:
+        files.write_json(run / "config.json", {"identity": context.identity, "config": config.to_dict()})
+    base_losses = losses.baseline(base, context)
+    if main:
+        _write_manifest(context, base, rivals.of_base(base, context) | in_16_bits)
+    return base, base_losses
 
 
 class QloraTrainer(SFTTrainer):
@@ -118,6 +147,14 @@ class QloraTrainer(SFTTrainer):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The library's loss without TRL's entropy and accuracy, which cost a tenth of a step on a CPU."""
         return Trainer.compute_loss(self, model, inputs, *args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """Let each process read all batches, in the order of a single process: the collator takes its share of each."""
+        loader = super().get_train_dataloader()
+        if distributed.count() > 1:
+            batches_: Any = loader.batch_sampler
+            batches_.num_processes, batches_.process_index = 1, 0
+        return loader
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a step and add its time: evaluation and saving do not count as training."""
@@ -148,10 +185,15 @@ class QloraTrainer(SFTTrainer):
         return metrics
 
     def measure(self, examples: list[Any]) -> list[RowLoss]:
-        """Return the losses of rows with the current weights, by the function that measures them everywhere."""
+        """Return the losses of rows with the current weights, by the function that measures them everywhere.
+
+        Process 0 measures, and the others wait for its losses: what follows from them is then the same in all.
+        """
         self.eval_seconds = 0.0
-        with self.evaluating(), checks.unchanged(self.model):
-            return losses.heldout_losses(self.model, examples, self.device_, self.rows_at_once)
+        with self.evaluating(), distributed.gathered(self.model), checks.unchanged(self.model):
+            return distributed.from_main(
+                lambda: losses.heldout_losses(self.model, examples, self.device_, self.rows_at_once)
+            )
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -167,11 +209,15 @@ class QloraTrainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save the library's checkpoint without TRL's model card, seal it, and delete older ones.
 
-        Where training stops early, none is saved: from there, the library would train another step.
+        Each process saves its random state. Process 0 saves and seals the rest. Where training stops early, none is
+        saved: from there, the library would train another step.
         """
         if self.control.should_training_stop and self.state.global_step < self.state.max_steps:
             return
         Trainer._save_checkpoint(self, model, trial)
+        distributed.wait()
+        if not distributed.is_main():
+            return
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         save_biases(self.model, folder)
         if self.evaluations is not None:
@@ -191,7 +237,8 @@ def build_trainer(
     """
     config, data, device = context.config, context.data, context.device
     rows = [{"input_ids": example.input_ids, "labels": example.labels} for example in data.trained_on]
-    callbacks = [Guard(), Progress("selection" if data.selection else "held-out"), *callbacks]
+    main_only = [Progress("selection" if data.selection else "held-out"), *callbacks]
+    callbacks = [Guard(), *(main_only if distributed.is_main() else [])]
     if config.keep_best:
         callbacks.append(SaveBest())
     if config.early_stopping_patience:
@@ -208,11 +255,14 @@ def build_trainer(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)  # without its bar, the library prints a line for every step
+    if distributed.count() > 1:
+        trainer.data_collator = batches.Share(trainer.data_collator)
     train_in_float32(model)
     if device.kind == "cuda" and device.dtype == "float16":
         trainer.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=FP16_SCALE)
     longest = max(len(example.input_ids) for example in [*data.heldout, *data.selection])
-    trainer.rows_at_once, _ = losses.eval_batch_sizes(config.replace(heldout_max_length=max(8, longest)), device)
+    measured = of_one_process(config).replace(heldout_max_length=max(8, longest))
+    trainer.rows_at_once, _ = losses.eval_batch_sizes(measured, device)
     trainer.device_, trainer.identity = device, context.identity
     trainer.evaluated_on = data.selection or data.heldout
     return trainer
@@ -234,26 +284,31 @@ def _write_manifest(context: RunContext, base: Any, measured: Rivals) -> None:
 
 def _fit(trainer: QloraTrainer, context: RunContext) -> None:
     """Train to the end, from the last complete checkpoint if there is one."""
-    checkpoint = runs.last_checkpoint(context.run, context.identity)
+    checkpoint = distributed.from_main(lambda: runs.last_checkpoint(context.run, context.identity))
     if checkpoint:
+        checks.check_saved_alike(checkpoint)
         print(f"Resuming from {checkpoint.name}.")
     trainer.evaluations = crossfit.begin(context, checkpoint)
     forget_peak(trainer.device_)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    checks.check_moved(trainer.model)
 
 
-def _save_results(trainer: QloraTrainer, context: RunContext, base_losses: list[RowLoss]) -> None:
+def _save_results(
+    trainer: QloraTrainer,
+    context: RunContext,
+    base_losses: list[RowLoss],
+    heldout: list[RowLoss],
+    weights: dict[str, Any] | None,
+) -> None:
     """Save losses, answers, adapter, tokenizer and model card; `metrics.json` last: it proves that all is on disk."""
     run, config = context.run, context.config
     model: Any = trainer.model
-    heldout = _heldout_losses(trainer, context)
     files.write_jsonl(run / "heldout_losses.jsonl", to_rows(heldout))
     print("Training is done. Answering the held-out questions …", flush=True)
     with trainer.evaluating():
-        losses.measure_answers(model, context, run)
+        losses.measure_answers(model, replace(context, config=of_one_process(config)), run)
     metrics = _metrics(trainer, context, heldout, base_losses)
-    model.save_pretrained(run.adapter)
+    model.save_pretrained(run.adapter, state_dict=weights)
     save_biases(model, run.adapter)
     context.tokenizer.save_pretrained(run.adapter)
     hashes = files.hashes(run.adapter)
