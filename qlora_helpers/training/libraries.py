@@ -13,6 +13,7 @@ from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation.context import RunContext
 from qlora_helpers.models.qlora import lora_config, quantization_config
 
+FUSED = {"adamw_torch": "adamw_torch_fused"}  # the same updates in one kernel, which needs no synchronization in fp16
 PLACES = ("output_dir", "logging_dir", "run_name")  # where a run is written is not what it learns
 
 
@@ -45,6 +46,7 @@ def learning_arguments(config: Config, n_rows: int, device: Device) -> SFTConfig
         gradient_accumulation_steps=config.gradient_accumulation,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler,
+        train_sampling_strategy=config.sampling,
         warmup_steps=math.ceil(config.warmup_ratio * config.steps(n_rows)),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
@@ -74,6 +76,7 @@ def run_arguments(context: RunContext, given: SFTConfig | None = None) -> SFTCon
         eval_steps=eval_steps,
         save_strategy="steps",
         save_steps=save_steps,
+        optim=FUSED.get(config.optimizer, config.optimizer) if device.kind == "cuda" else config.optimizer,
         restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=config.keep_best,
         metric_for_best_model="eval_loss",

@@ -25,10 +25,11 @@ from qlora_helpers.models import hub, qlora, safetensors_io
 from qlora_helpers.models.qlora import attach_lora, check_targets, load_base, save_biases, train_in_float32
 from qlora_helpers.planning import compute_dtype, quantization
 from qlora_helpers.runs import RunFolder
-from qlora_helpers.training import batches, checks, crossfit, oom, trl_config
-from qlora_helpers.training.callbacks import CopyToDrive, LogWriter, Progress, SaveBest
+from qlora_helpers.training import batches, checks, crossfit, oom, paths, trl_config
+from qlora_helpers.training.callbacks import CopyToDrive, LogBeforeSaving, LogWriter, Progress, SaveBest
 from qlora_helpers.training.checks import Guard
 from qlora_helpers.training.crossfit import Evaluations
+from qlora_helpers.training.cuda_graphs import GraphStep
 from qlora_helpers.training.libraries import Libraries, run_arguments
 
 FP16_SCALE = 1024.0  # the default, 65536, overflows at first, and the scaler would skip the first steps
@@ -113,26 +114,67 @@ class QloraTrainer(SFTTrainer):
     peak_gib = 0.0  # of training steps
     eval_peak_gib = 0.0
     eval_seconds = 0.0  # of the last held-out losses, and of the answers after them
-    _seconds = 0.0
+    graphs: GraphStep | None = None  # None: the library's forward and backward pass
+    _seconds = 0.0  # of training since the last log line, without evaluations and checkpoints
+    _began: float | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._passes: list[tuple[int, torch.Tensor, float]] = []  # step, loss, learning rate since the last log line
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The library's loss without TRL's entropy and accuracy, which cost a tenth of a step on a CPU."""
         return Trainer.compute_loss(self, model, inputs, *args, **kwargs)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a step and add its time: evaluation and saving do not count as training."""
-        started = time.perf_counter()
-        loss = super().training_step(*args, **kwargs)
-        if self.device_.kind == "cuda":
-            torch.cuda.synchronize()
-        self._seconds += time.perf_counter() - started
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """Compute the gradients of a batch, from a CUDA graph if there is one, without waiting for the GPU."""
+        self._began = self._began or time.perf_counter()
+        if self.graphs is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            loss = self.graphs(inputs["input_ids"], inputs["labels"], num_items_in_batch)
+        self._passes.append((self.state.global_step + 1, loss, self._get_learning_rate()))
         return loss
 
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: nothing reads it, and the library would walk through all parameters in every step."""
+        return 0
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Count tokens without waiting for the GPU where the collator has counted them."""
+        if "tokens" in inputs:
+            self.state.num_input_tokens_seen += inputs["tokens"]
+        else:
+            super()._track_num_input_tokens(inputs)
+
+    def _stop_clock(self) -> None:
+        """Add the time since training began or went on: evaluation and saving do not count as training."""
+        if self._began is not None:
+            if self.device_.kind == "cuda":
+                torch.cuda.synchronize()
+            self._seconds += time.perf_counter() - self._began
+            self._began = None
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the seconds of the step and the peak memory so far to its log line, so that both survive a restart."""
+        """Add the seconds of the step and the peak memory so far to its log line, so that both survive a restart.
+
+        If several steps are logged at once, each gets its line, with an equal part of the time.
+        """
         if "loss" in logs:
-            logs["seconds"], self._seconds = self._seconds, 0.0
+            self._stop_clock()
+            losses_of: dict[int, float] = {}
+            rates = {step: rate for step, _, rate in self._passes}
+            values = torch.stack([loss for _, loss, _ in self._passes]).tolist()
+            for (step, _, _), value in zip(self._passes, values, strict=True):
+                losses_of[step] = losses_of.get(step, 0.0) + value
+            logs["seconds"] = self._seconds / len(losses_of)
             logs["peak_gib"] = round(max(self.peak_gib, peak_memory_gib(self.device_)), 3)
+            *earlier, logs["loss"] = losses_of.values()
+            for (step, rate), loss in zip(rates.items(), earlier, strict=False):
+                epoch = self.state.epoch * step / self.state.global_step
+                line = {**logs, "loss": loss, "learning_rate": rate, "epoch": epoch, "step": step}
+                self.state.log_history.append({key: line[key] for key in line if key != "grad_norm"})
+            self._passes, self._seconds = [], 0.0
         Trainer.log(self, logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -156,7 +198,10 @@ class QloraTrainer(SFTTrainer):
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Count time and memory inside the context as evaluation, and the memory before it as training."""
+        self._stop_clock()
         self.peak_gib = max(self.peak_gib, peak_memory_gib(self.device_))
+        if self.graphs is not None:
+            self.graphs.make_room()
         forget_peak(self.device_)
         started = time.perf_counter()
         yield
@@ -169,6 +214,7 @@ class QloraTrainer(SFTTrainer):
 
         Where training stops early, none is saved: from there, the library would train another step.
         """
+        self._stop_clock()
         if self.control.should_training_stop and self.state.global_step < self.state.max_steps:
             return
         Trainer._save_checkpoint(self, model, trial)
@@ -191,7 +237,7 @@ def build_trainer(
     """
     config, data, device = context.config, context.data, context.device
     rows = [{"input_ids": example.input_ids, "labels": example.labels} for example in data.trained_on]
-    callbacks = [Guard(), Progress("selection" if data.selection else "held-out"), *callbacks]
+    callbacks = [Guard(), LogBeforeSaving(), Progress("selection" if data.selection else "held-out"), *callbacks]
     if config.keep_best:
         callbacks.append(SaveBest())
     if config.early_stopping_patience:
@@ -228,7 +274,7 @@ def _write_manifest(context: RunContext, base: Any, measured: Rivals) -> None:
         "four_bit_share": round(qlora.four_bit_share(base), 4),
     }
     content["baseline"] = measured.folders[rivals.BASE]
-    content |= {"rivals": measured.folders, "absent_rivals": measured.absent}
+    content |= {"rivals": measured.folders, "absent_rivals": measured.absent, "training_path": run.training_path()}
     files.write_json(run / "manifest.json", content)
 
 
@@ -238,8 +284,10 @@ def _fit(trainer: QloraTrainer, context: RunContext) -> None:
     if checkpoint:
         print(f"Resuming from {checkpoint.name}.")
     trainer.evaluations = crossfit.begin(context, checkpoint)
+    paths.prepare(trainer, context, checkpoint)
     forget_peak(trainer.device_)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.graphs = None
     checks.check_moved(trainer.model)
 
 

@@ -1,0 +1,33 @@
+"""How the steps of a run are computed: by the library, from CUDA graphs, or with compiled blocks."""
+
+from pathlib import Path
+from typing import Any
+
+from qlora_helpers import files
+from qlora_helpers.evaluation.context import RunContext
+from qlora_helpers.training import cuda_graphs
+
+LOG_EVERY = 10  # steps between log writes with graphs; every step still has its line
+
+
+def prepare(trainer: Any, context: RunContext, checkpoint: Path | None) -> None:
+    """Choose how the steps of `trainer` are computed, print it, and record it in the manifest.
+
+    A run that continues stays on its path, so that it ends as if it had not been interrupted.
+    """
+    config, run, device = context.config, context.run, context.device
+    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    passes = (config.steps(len(context.data.trained_on)) - done) * config.gradient_accumulation
+    lengths = cuda_graphs.lengths_for(max(len(example.input_ids) for example in context.data.trained_on))
+    wanted = run.training_path().get("path") if checkpoint else None
+    if not trainer.model_accepts_loss_kwargs:  # its loss is a mean of its own, which graphs do not know
+        wanted = "off"
+    trainer.graphs, choice = cuda_graphs.choose(
+        trainer.model, device, trainer.accelerator.backward, wanted or config.fast, config.batch_size, lengths, passes
+    )
+    files.write_json(run / "manifest.json", {**run.read("manifest.json"), "training_path": choice.to_dict()})
+    if device.kind == "cuda":
+        print(f"Steps: {choice}")
+    if trainer.graphs is not None:
+        trainer.data_collator = cuda_graphs.FixedShapes(config.batch_size, lengths)
+        trainer.args.logging_steps = LOG_EVERY
