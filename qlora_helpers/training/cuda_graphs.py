@@ -202,24 +202,16 @@ class GraphStep:
         where = self.gradients[0].device
         ids = torch.zeros(self.rows, length, dtype=torch.long, device=where)
         labels, items = torch.full_like(ids, IGNORE), torch.ones((), device=where)
-        random_state = torch.cuda.get_rng_state()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), _random_numbers_given_back():
             self.passes(ids, labels, items)
         torch.cuda.current_stream().wait_stream(stream)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with _random_numbers_given_back(), torch.cuda.graph(graph, pool=self._pool):
             loss = self.passes(ids, labels, items)
-        torch.cuda.set_rng_state(random_state)
         self.graphs[length] = _Captured(graph, ids, labels, items, loss)
-
-    def make_room(self) -> None:
-        """Free the memory of the graphs if it is more than half of what this process may have, as for an evaluation."""
-        total = torch.cuda.get_device_properties(self.gradients[0].device).total_memory
-        if torch.cuda.memory_reserved() > total * torch.cuda.get_per_process_memory_fraction() / 2:
-            self.release()
 
     def release(self) -> None:
         """Free the memory of the graphs. They are captured again when they are needed."""
@@ -250,11 +242,17 @@ def choose(
             return _fastest(step, wanted, lengths, passes_left, seconds)
     except Exception as error:
         step.release()
-        first_line = str(error).strip().splitlines() or [type(error).__name__]
-        return None, Choice("off", f"capturing failed: {first_line[0][:200]}", seconds)
+        return None, Choice("off", f"capturing failed: {_cause(error)}", seconds)
     finally:
         model.zero_grad()
         model.train(mode)
+
+
+def _cause(error: BaseException) -> str:
+    """Return the first line of the error that came first: leaving a failed capture raises another."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _unsuitable(model: Any, passes: Passes, longest: int) -> str | None:
@@ -305,12 +303,25 @@ def _example(step: GraphStep, length: int) -> tuple[torch.Tensor, torch.Tensor, 
 
 def _seconds(run: Callable[[], Any]) -> float:
     """Return the seconds of a call, the mean of three after a first one."""
-    state = torch.cuda.get_rng_state()
-    run()
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(TIMED):
+    with _random_numbers_given_back():
         run()
-    torch.cuda.synchronize()
-    torch.cuda.set_rng_state(state)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(TIMED):
+            run()
+        torch.cuda.synchronize()
     return round((time.perf_counter() - began) / TIMED, 5)
+
+
+@contextmanager
+def _random_numbers_given_back() -> Iterator[None]:
+    """Give back the random numbers that the body draws. After a failed capture, the generator works again."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    before = torch.cuda.get_rng_state()
+    apart = generator.clone_state()
+    try:
+        yield
+    except BaseException:
+        generator.graphsafe_set_state(apart)
+        raise
+    torch.cuda.set_rng_state(before)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qlora_helpers import files
 from qlora_helpers.evaluation.context import RunContext
 from qlora_helpers.training import cuda_graphs
@@ -29,5 +31,9 @@ def prepare(trainer: Any, context: RunContext, checkpoint: Path | None) -> None:
     if device.kind == "cuda":
         print(f"Steps: {choice}")
     if trainer.graphs is not None:
+        largest = max(max(example.input_ids) for example in context.data.trained_on)
+        embeddings = trainer.model.get_input_embeddings()
+        embeddings(torch.tensor([largest], device=embeddings.weight.device))  # raises `UserError` if there is none
         trainer.data_collator = cuda_graphs.FixedShapes(config.batch_size, lengths)
         trainer.args.logging_steps = LOG_EVERY
+        trainer.room_gib = min(device.memory_gib, config.memory_limit_gib or device.memory_gib)

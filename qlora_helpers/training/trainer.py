@@ -1,5 +1,6 @@
 """One run: configure TRL's SFTTrainer, continue an interrupted run, save the results."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -115,6 +116,7 @@ class QloraTrainer(SFTTrainer):
     eval_peak_gib = 0.0
     eval_seconds = 0.0  # of the last held-out losses, and of the answers after them
     graphs: GraphStep | None = None  # None: the library's forward and backward pass
+    room_gib = math.inf  # memory that graphs and evaluations share
     _seconds = 0.0  # of training since the last log line, without evaluations and checkpoints
     _began: float | None = None
 
@@ -200,8 +202,8 @@ class QloraTrainer(SFTTrainer):
         """Count time and memory inside the context as evaluation, and the memory before it as training."""
         self._stop_clock()
         self.peak_gib = max(self.peak_gib, peak_memory_gib(self.device_))
-        if self.graphs is not None:
-            self.graphs.make_room()
+        if self.graphs is not None and self.peak_gib > self.room_gib / 2:
+            self.graphs.release()
         forget_peak(self.device_)
         started = time.perf_counter()
         yield
