@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -25,10 +26,13 @@ from qlora_helpers.training import batches
 from qlora_helpers.training.batches import Batch, Features
 
 PATHS = ("off", "graphs", "compiled")
-WIDTH, MOST_LENGTHS = 64, 8  # lengths are multiples of a width; Dynamo compiles at most 8 shapes of a function
+# Lengths are multiples of a width. The longest row of a batch in random order is nearly always a long one, so that more
+# lengths would save nothing; batches of rows of like length waste 4% instead of 6% with the smaller width.
+WIDTHS = {"random": 64, "group_by_length": 32}
+MOST_LENGTHS = 8  # Dynamo compiles at most 8 shapes of a function
 CHUNK = 1024  # tokens whose logits exist at the same time
 TIMED = 3  # passes that a path is timed with, after one that is not timed
-COMPILE_SECONDS = 12.0  # per length, measured on an H100: see docs/speed.md
+COMPILE_SECONDS = 8.0  # per length; 6 were measured beside an H100: see docs/speed.md
 COMPILED_SAVES = 0.3  # share of a graph's time, measured on an H100
 CAUSAL = "causal_without_mask"
 WINDOWS = ("sliding_window", "attention_chunk_size")  # settings of models whose tokens do not see all earlier ones
@@ -60,9 +64,9 @@ class Choice:
         return asdict(self)
 
 
-def lengths_for(longest: int) -> tuple[int, ...]:
-    """Return the lengths that rows of up to `longest` tokens are padded to: multiples of 64, at most eight."""
-    width = WIDTH * -(-longest // (WIDTH * MOST_LENGTHS))
+def lengths_for(longest: int, sampling: str = "random") -> tuple[int, ...]:
+    """Return the lengths that rows of up to `longest` tokens are padded to, at most eight."""
+    width = WIDTHS[sampling] * -(-longest // (WIDTHS[sampling] * MOST_LENGTHS))
     return tuple(range(width, longest + width, width))
 
 
@@ -92,7 +96,9 @@ class Passes:
         """`backward` is the trainer's, which scales the loss in float16."""
         self.model, self.device, self.backward = forward.inner(model), device, backward
         self.head = self.model.get_output_embeddings()
+        self.scales = _plain_scales(self.model)
         self.compiled_blocks: dict[Any, Any] = {}
+        self.loss_of_chunk = self._loss_sum
 
     def __call__(self, ids: torch.Tensor, labels: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
         """Add the gradients of a batch and return its loss: the sum over trained tokens, divided by `items`.
@@ -104,7 +110,8 @@ class Passes:
             parts = [part.requires_grad_() for part in hidden.detach().split(CHUNK)]
             losses = []
             for part, wanted in zip(parts, labels.split(CHUNK), strict=True):
-                loss = self._loss_sum(part, wanted) / items
+                whole = len(part) == CHUNK  # the rest of a batch has a size of its own, which is not worth compiling
+                loss = (self.loss_of_chunk if whole else self._loss_sum)(part, wanted) / items
                 self.backward(loss)
                 losses.append(loss.detach())
             hidden.backward(torch.cat([part.grad for part in parts]))
@@ -130,18 +137,21 @@ class Passes:
         return torch.nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
 
     def compile(self) -> None:
-        """Compile every block of the model, for these passes only: the trainer and evaluations call the plain ones."""
+        """Compile every block of the model and the loss, for these passes only: evaluations call the plain ones."""
         names = self.model._no_split_modules or ()
+        options: dict[str, Any] = {"fallback_random": True}  # dropout is drawn as without compiling
         for block in self.model.modules():
-            if type(block).__name__ in names:  # dropout is drawn as without compiling
-                options: dict[str, Any] = {"fallback_random": True}
+            if type(block).__name__ in names:
                 self.compiled_blocks[block] = torch.compile(block.forward, dynamic=False, options=options)
+        self.loss_of_chunk = torch.compile(self._loss_sum, dynamic=False, options=options)
 
     @contextmanager
     def _as_captured(self) -> Iterator[None]:
-        """Let the model attend without a mask, and call the compiled blocks."""
+        """Let the model attend without a mask, read plain scales, and call the compiled blocks."""
         before = self.model.config._attn_implementation
         self.model.set_attn_implementation(CAUSAL)
+        for state, _, plain in self.scales:
+            state.absmax, state.nested = plain, False
         for block, compiled in self.compiled_blocks.items():
             block.forward = compiled
         try:
@@ -149,7 +159,20 @@ class Passes:
         finally:
             for block in self.compiled_blocks:
                 del block.forward
+            for state, quantized, _ in self.scales:
+                state.absmax, state.nested = quantized, True
             self.model.set_attn_implementation(before)
+
+
+def _plain_scales(model: Any) -> list[tuple[Any, torch.Tensor, torch.Tensor]]:
+    """Return, for double quantized weights, their quantization state and their scales, quantized and in float32.
+
+    bitsandbytes would dequantize them in every pass. In float32 they take 4 bytes per 64 weights.
+    """
+    weights: list[Any] = [module.weight for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    nested = [weight.quant_state for weight in weights if weight.quant_state is not None and weight.quant_state.nested]
+    dequantize = bnb.functional.dequantize_blockwise
+    return [(state, state.absmax, dequantize(state.absmax, state.state2).float() + state.offset) for state in nested]
 
 
 @dataclass
@@ -292,6 +315,7 @@ def _fastest(
         return step, Choice("compiled", "the fastest here", seconds)
     step.release()
     step.passes.compiled_blocks.clear()
+    step.passes.loss_of_chunk = step.passes._loss_sum
     return step, Choice("graphs", "compiled blocks are not faster here", seconds)
 
 

@@ -20,7 +20,8 @@ def prepare(trainer: Any, context: RunContext, checkpoint: Path | None) -> None:
     config, run, device = context.config, context.run, context.device
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     passes = (config.steps(len(context.data.trained_on)) - done) * config.gradient_accumulation
-    lengths = cuda_graphs.lengths_for(max(len(example.input_ids) for example in context.data.trained_on))
+    longest = max(len(example.input_ids) for example in context.data.trained_on)
+    lengths = cuda_graphs.lengths_for(longest, config.sampling)
     wanted = run.training_path().get("path") if checkpoint else None
     if not trainer.model_accepts_loss_kwargs:  # its loss is a mean of its own, which graphs do not know
         wanted = "off"

@@ -53,12 +53,15 @@ def gradients(model):
     return [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
 
-@given(sizes=st.lists(st.integers(1, 300), min_size=1, max_size=4))
-def test_every_row_fits_one_of_at_most_eight_lengths(sizes):
-    lengths = cuda_graphs.lengths_for(max(sizes))
-    assert len(lengths) <= cuda_graphs.MOST_LENGTHS and all(length % 64 == 0 for length in lengths)
+@given(
+    sizes=st.lists(st.integers(1, 300), min_size=1, max_size=4), sampling=st.sampled_from(["random", "group_by_length"])
+)
+def test_every_row_fits_one_of_at_most_eight_lengths(sizes, sampling):
+    lengths = cuda_graphs.lengths_for(max(sizes), sampling)
+    assert len(lengths) <= cuda_graphs.MOST_LENGTHS
     batch = FixedShapes(4, lengths)(features(*sizes, untrained=0))
-    assert batch["input_ids"].shape[0] == 4 and batch["tokens"] == sum(sizes)
+    assert batch["input_ids"].shape[0] == 4
+    assert batch["tokens"] == sum(sizes)
     assert max(sizes) <= batch["input_ids"].shape[1] < max(sizes) + lengths[0]
     assert int((batch["labels"] != IGNORE).sum()) == sum(sizes)
 
@@ -82,6 +85,8 @@ def test_loss_and_gradients_are_those_of_the_models_own_forward_pass(model, pass
     for mine, theirs in zip(ours, gradients(model), strict=True):
         assert torch.allclose(mine, theirs, atol=1e-6)
     assert model.config._attn_implementation == "sdpa"
+    assert all(state.nested for state, *_ in passes.scales)
+    assert passes.scales
 
 
 def test_a_row_does_not_change_the_loss_of_another(model, passes):
@@ -177,6 +182,9 @@ def test_graph_replays_what_the_passes_compute(config, dtype):
     """Losses, gradients and dropout, over two lengths, with gradients added up over two passes."""
     here = detect(dtype)
     adapted = qlora.attach_lora(qlora.load_base(config, here), config.replace(dropout=0.2)).train()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:  # at first 0, and dropout on the adapter's input would change nothing
+            parameter.data.normal_(std=0.1)
     passes = Passes(adapted, here, lambda loss: loss.backward())
     step = GraphStep(passes, 4)
     collate = FixedShapes(4, (64, 128))
@@ -208,7 +216,7 @@ def test_failed_capture_leaves_training_and_random_numbers_working(config, data,
     settings = config.replace(compute_dtype="bfloat16", fast="graphs", n_answers=0, few_shot=False, dropout=0.1)
     run = trainer.train(settings, data, tokenizer, RunFolder(tmp_path / "run"))
     chosen = run.read("manifest.json")["training_path"]
-    assert chosen["path"] == "off" and "capturing failed" in chosen["reason"]
+    assert (chosen["path"], chosen["reason"][:16]) == ("off", "capturing failed")
 
 
 @needs_gpu
