@@ -86,6 +86,7 @@ def run_arguments(context: RunContext, given: SFTConfig | None = None) -> SFTCon
         logging_nan_inf_filter=False,  # the filter would hide a NaN loss
         include_num_input_tokens_seen="non_padding",
         dataloader_pin_memory=device.kind == "cuda",
+        accelerator_config={"non_blocking": device.kind == "cuda"},  # else each batch waits for the step before it
     )
     return _on_one_gpu(arguments)
 
