@@ -101,6 +101,7 @@ class Config:
     batch_size: int = _field(4, "rows per forward pass", low=1, identity=False)
     gradient_accumulation: int = _field(1, "forward passes per optimizer step", low=1, identity=False)
     learning_rate: float = _field(2e-4, "peak learning rate", low=0, high=1)
+    sampling: str = _field("random", "order of the training rows", choices=("random", "group_by_length"))
     lr_scheduler: str = _field("linear", "learning rate schedule", choices=("linear", "cosine", "constant"))
     warmup_ratio: float = _field(0.0, "fraction of the steps used for warmup", low=0, high=1)
     weight_decay: float = _field(0.0, "weight decay of AdamW", low=0)
@@ -109,6 +110,9 @@ class Config:
     )
     max_grad_norm: float = _field(1.0, "clip gradients to this norm", low=0)
     gradient_checkpointing: bool = _field(False, "recompute activations: less memory, more time", identity=False)
+    fast: str = _field(
+        "auto", "how a GPU computes steps", choices=("auto", "off", "graphs", "compiled"), identity=False
+    )
     auto_batch: bool = _field(False, "use the fastest batch split that fits, by the plan", identity=False)
     on_oom: str = _field(
         "stop", "out of GPU memory: stop, or split the batch and resume", choices=("stop", "shrink"), identity=False

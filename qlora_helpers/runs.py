@@ -100,6 +100,11 @@ class RunFolder:
         """Return the compute dtype of the run, from its manifest, or None for a run that has not started."""
         return self.read("manifest.json")["device"]["dtype"] if (self / "manifest.json").exists() else None
 
+    def training_path(self) -> dict[str, Any]:
+        """Return how the steps of the run were computed, from its manifest; empty for a run that has not started."""
+        manifest = self.read("manifest.json") if (self / "manifest.json").exists() else {}
+        return dict(manifest.get("training_path", {}))
+
     def log(self) -> list[dict[str, Any]]:
         """Return the training and held-out losses, one line per step."""
         return files.read_jsonl(self / "log.jsonl")

@@ -158,8 +158,12 @@ def _takes_columns(model: Any) -> bool:
     return "logits_to_keep" in parameters and accepts_any
 
 
-def same_loss(model: Any, collate: Collator, rounding: float = 0.0) -> bool:
-    """Whether `model` computes the same loss on batches from `collate` as on each row separately.
+def same_loss(
+    model: Any, collate: Collator, rounding: float = 0.0, loss: Callable[[Batch], float] | None = None
+) -> bool:
+    """Whether the loss of batches from `collate` is that of the model's own forward pass on each row separately.
+
+    `loss` computes the loss of a batch; None means the model's own forward pass.
 
     Two properties are checked. The loss of a batch of two rows must be the mean over the tokens of both, within
     `TOLERANCE` nats plus the share `rounding` of the loss. And the loss of the second row must not depend on the first
@@ -168,14 +172,21 @@ def same_loss(model: Any, collate: Collator, rounding: float = 0.0) -> bool:
     """
     vocabulary = model.config.get_text_config().vocab_size
     first, second, other = (_row(n, step, vocabulary) for step, n in zip((31, 37, 41), CHECK_LENGTHS, strict=True))
+    loss_of = loss or (lambda batch: model(**batch).loss.item())
+    where = model.get_input_embeddings().weight.device
+
+    def together_in(features: Features) -> float:
+        batch = collate(features).items()
+        return loss_of({key: value.to(where) if torch.is_tensor(value) else value for key, value in batch})
+
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            rows = (torch.tensor([ids]) for ids in (first, second))
+            rows = (torch.tensor([ids], device=where) for ids in (first, second))
             plain = [model(input_ids=row, labels=row).loss.item() for row in rows]
-            together = _loss(model, collate([_trained(first), _trained(second)]))
-            after = [_loss(model, collate([_untrained(row), _trained(second)])) for row in (first, other)]
+            together = together_in([_trained(first), _trained(second)])
+            after = [together_in([_untrained(row), _trained(second)]) for row in (first, other)]
     finally:
         model.train(was_training)
     counts = [len(first) - 1, len(second) - 1]  # the first token of a row is not predicted
@@ -193,7 +204,3 @@ def _trained(ids: list[int]) -> dict[str, list[int]]:
 
 def _untrained(ids: list[int]) -> dict[str, list[int]]:
     return {"input_ids": ids, "labels": [IGNORE] * len(ids)}
-
-
-def _loss(model: Any, batch: Batch) -> float:
-    return model(**batch).loss.item()

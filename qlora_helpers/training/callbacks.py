@@ -31,17 +31,27 @@ class LogWriter(TrainerCallback):
 
     def __init__(self, path: Path, base_loss: float) -> None:
         self.path, self.base_loss = path, base_loss
+        self._written = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the file with the loss before training and the steps before an interruption."""
         first = {"step": 0, "epoch": 0.0, "eval_loss": self.base_loss}
         files.write_jsonl(self.path, [first, *filter(_is_step, state.log_history)])
+        self._written = len(state.log_history)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Append the latest line."""
-        if _is_step(state.log_history[-1]):
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(state.log_history[-1]) + "\n")
+        """Append the lines since the last time."""
+        new, self._written = state.log_history[self._written :], len(state.log_history)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in new if _is_step(line))
+
+
+class LogBeforeSaving(TrainerCallback):
+    """Logs before checkpoints and evaluations and at the end, where not every step is logged."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Decide after the library whether this step is logged."""
+        control.should_log |= control.should_save or control.should_evaluate or state.global_step >= state.max_steps
 
 
 class CopyToDrive(TrainerCallback):

@@ -15,6 +15,7 @@ from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation.context import RunContext
 from qlora_helpers.models.qlora import lora_config, quantization_config
 
+FUSED = {"adamw_torch": "adamw_torch_fused"}  # the same updates in one kernel, which needs no synchronization in fp16
 PLACES = ("output_dir", "logging_dir", "run_name")  # where a run is written is not what it learns
 
 
@@ -47,6 +48,7 @@ def learning_arguments(config: Config, n_rows: int, device: Device) -> SFTConfig
         gradient_accumulation_steps=config.gradient_accumulation,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler,
+        train_sampling_strategy=config.sampling,
         warmup_steps=math.ceil(config.warmup_ratio * config.steps(n_rows)),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
@@ -76,6 +78,7 @@ def run_arguments(context: RunContext, given: SFTConfig | None = None) -> SFTCon
         eval_steps=eval_steps,
         save_strategy="steps",
         save_steps=save_steps,
+        optim=FUSED.get(config.optimizer, config.optimizer) if device.kind == "cuda" else config.optimizer,
         restore_callback_states_from_checkpoint=True,
         load_best_model_at_end=config.keep_best,
         metric_for_best_model="eval_loss",
@@ -85,7 +88,8 @@ def run_arguments(context: RunContext, given: SFTConfig | None = None) -> SFTCon
         logging_nan_inf_filter=False,  # the filter would hide a NaN loss
         include_num_input_tokens_seen="non_padding",
         dataloader_pin_memory=device.kind == "cuda",
-        accelerator_config={"even_batches": False},  # even batches would repeat rows in the last one
+        # Even batches would repeat rows in the last one; a blocking copy would wait for the step before it.
+        accelerator_config={"even_batches": False, "non_blocking": device.kind == "cuda"},
         ddp_find_unused_parameters=False,  # every step uses the whole adapter
         ddp_timeout=int(distributed.WAIT.total_seconds()),
     )

@@ -1,5 +1,6 @@
 """One run: configure TRL's SFTTrainer, continue an interrupted run, save the results."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,10 +26,11 @@ from qlora_helpers.models import hub, qlora, safetensors_io
 from qlora_helpers.models.qlora import attach_lora, check_targets, load_base, save_biases, train_in_float32
 from qlora_helpers.planning import compute_dtype, quantization
 from qlora_helpers.runs import RunFolder
-from qlora_helpers.training import batches, checks, crossfit, oom, trl_config
-from qlora_helpers.training.callbacks import CopyToDrive, LogWriter, Progress, SaveBest
+from qlora_helpers.training import batches, checks, crossfit, oom, paths, trl_config
+from qlora_helpers.training.callbacks import CopyToDrive, LogBeforeSaving, LogWriter, Progress, SaveBest
 from qlora_helpers.training.checks import Guard
 from qlora_helpers.training.crossfit import Evaluations
+from qlora_helpers.training.cuda_graphs import GraphStep
 from qlora_helpers.training.libraries import (
     Libraries,
     for_all_processes,
@@ -142,7 +144,14 @@ class QloraTrainer(SFTTrainer):
     peak_gib = 0.0  # of training steps
     eval_peak_gib = 0.0
     eval_seconds = 0.0  # of the last held-out losses, and of the answers after them
-    _seconds = 0.0
+    graphs: GraphStep | None = None  # None: the library's forward and backward pass
+    room_gib = math.inf  # memory that graphs and evaluations share
+    _seconds = 0.0  # of training since the last log line, without evaluations and checkpoints
+    _began: float | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._passes: list[tuple[int, torch.Tensor, float]] = []  # step, loss, learning rate since the last log line
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The library's loss without TRL's entropy and accuracy, which cost a tenth of a step on a CPU."""
@@ -156,21 +165,62 @@ class QloraTrainer(SFTTrainer):
             batches_.num_processes, batches_.process_index = 1, 0
         return loader
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a step and add its time: evaluation and saving do not count as training."""
-        started = time.perf_counter()
-        loss = super().training_step(*args, **kwargs)
-        if self.device_.kind == "cuda":
-            torch.cuda.synchronize()
-        self._seconds += time.perf_counter() - started
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """Compute the gradients of a batch, from a CUDA graph if there is one, without waiting for the GPU."""
+        self._began = self._began or time.perf_counter()
+        if self.graphs is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            loss = self.graphs(inputs["input_ids"], inputs["labels"], num_items_in_batch)
+        self._passes.append((self.state.global_step + 1, loss, self._get_learning_rate()))
         return loss
 
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: nothing reads it, and the library would walk through all parameters in every step."""
+        return 0
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Count tokens without waiting for the GPU where the collator has counted them."""
+        if "tokens" in inputs:
+            self.state.num_input_tokens_seen += inputs["tokens"]
+        else:
+            super()._track_num_input_tokens(inputs)
+
+    def _stop_clock(self) -> None:
+        """Add the time since training began or went on: evaluation and saving do not count as training."""
+        if self._began is not None:
+            if self.device_.kind == "cuda":
+                torch.cuda.synchronize()
+            self._seconds += time.perf_counter() - self._began
+            self._began = None
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the seconds of the step and the peak memory so far to its log line, so that both survive a restart."""
+        """Add the seconds of the step and the peak memory so far to its log line, so that both survive a restart.
+
+        If several steps are logged at once, each gets its line, with an equal part of the time.
+        """
         if "loss" in logs:
-            logs["seconds"], self._seconds = self._seconds, 0.0
+            self._stop_clock()
+            steps = {step: rate for step, _, rate in self._passes}
+            logs["seconds"], self._seconds = self._seconds / len(steps), 0.0
             logs["peak_gib"] = round(max(self.peak_gib, peak_memory_gib(self.device_)), 3)
+            if len(steps) > 1:
+                self._add_earlier_steps(logs, steps)
+            self._passes = []
         Trainer.log(self, logs, start_time)
+
+    def _add_earlier_steps(self, logs: dict[str, float], rates: dict[int, float]) -> None:
+        """Add log lines of the steps before this one, and replace the mean loss by that of this step."""
+        losses_of = dict.fromkeys(rates, 0.0)
+        values = torch.stack([loss for _, loss, _ in self._passes]).tolist()
+        for (step, _, _), value in zip(self._passes, values, strict=True):
+            losses_of[step] += value
+        _, logs["loss"] = losses_of.popitem()
+        same = {key: logs[key] for key in logs if key != "grad_norm"}
+        for step, loss in losses_of.items():
+            epoch = self.state.epoch * step / self.state.global_step
+            line = {**same, "loss": loss, "learning_rate": rates[step], "epoch": epoch, "step": step}
+            self.state.log_history.append(line)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Loss per trained token of the rows to choose on, or else of the held-out rows."""
@@ -198,7 +248,10 @@ class QloraTrainer(SFTTrainer):
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Count time and memory inside the context as evaluation, and the memory before it as training."""
+        self._stop_clock()
         self.peak_gib = max(self.peak_gib, peak_memory_gib(self.device_))
+        if self.graphs is not None and self.peak_gib > self.room_gib / 2:
+            self.graphs.release()
         forget_peak(self.device_)
         started = time.perf_counter()
         yield
@@ -212,6 +265,7 @@ class QloraTrainer(SFTTrainer):
         Each process saves its random state. Process 0 saves and seals the rest. Where training stops early, none is
         saved: from there, the library would train another step.
         """
+        self._stop_clock()
         if self.control.should_training_stop and self.state.global_step < self.state.max_steps:
             return
         Trainer._save_checkpoint(self, model, trial)
@@ -238,7 +292,7 @@ def build_trainer(
     config, data, device = context.config, context.data, context.device
     rows = [{"input_ids": example.input_ids, "labels": example.labels} for example in data.trained_on]
     main_only = [Progress("selection" if data.selection else "held-out"), *callbacks]
-    callbacks = [Guard(), *(main_only if distributed.is_main() else [])]
+    callbacks = [Guard(), LogBeforeSaving(), *(main_only if distributed.is_main() else [])]
     if config.keep_best:
         callbacks.append(SaveBest())
     if config.early_stopping_patience:
@@ -278,7 +332,7 @@ def _write_manifest(context: RunContext, base: Any, measured: Rivals) -> None:
         "four_bit_share": round(qlora.four_bit_share(base), 4),
     }
     content["baseline"] = measured.folders[BASE]
-    content |= {"rivals": measured.folders, "absent_rivals": measured.absent}
+    content |= {"rivals": measured.folders, "absent_rivals": measured.absent, "training_path": run.training_path()}
     files.write_json(run / "manifest.json", content)
 
 
@@ -289,8 +343,10 @@ def _fit(trainer: QloraTrainer, context: RunContext) -> None:
         checks.check_saved_alike(checkpoint)
         print(f"Resuming from {checkpoint.name}.")
     trainer.evaluations = crossfit.begin(context, checkpoint)
+    paths.prepare(trainer, context, checkpoint)
     forget_peak(trainer.device_)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.graphs = None
 
 
 def _save_results(

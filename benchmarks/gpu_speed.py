@@ -1,0 +1,298 @@
+"""Training speed on a GPU: this package on each of its paths, TRL's SFTTrainer, and the first report's own script.
+
+usage: python benchmarks/gpu_speed.py TOKENIZER_FOLDER ROWS.jsonl [--out FILE] [--groups recipe qv …] [--rounds 1]
+
+All contenders train the same rows, cut at 256 tokens, on a 4-bit base (NF4, double quantization) of TinyLlama's shape
+with random weights, with LoRA r=16, each in a process of its own that may use 14.56 GiB, as on a T4. Tokens per second
+count real tokens, not padding, as the median of three windows after the first steps. A group is one table.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from qlora_helpers import files
+from qlora_helpers.config import Config
+
+T4_GIB = 14.56
+SHAPE = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+LENGTH = 256
+OURS, TRL, REPORT = "this package", "TRL", "published script"
+WARM, WINDOW = 10, 20  # steps before the first window, and in each of the three windows
+# The library sorts 50 batches at a time by length, so that a graph of every length exists only after these.
+WARM_GROUPED = 60
+
+
+def contender(name: str, batch: int, fast: str = "", **more: Any) -> dict[str, Any]:
+    """Return the settings of one contender."""
+    return {"name": name, "batch": batch, "fast": fast, "dtype": "bfloat16", "linear": "qv", "dropout": 0.05,
+            "sampling": "random", "warm": WARM, "steps": WARM + 3 * WINDOW, **more}  # fmt: skip
+
+
+GROUPED = {"sampling": "group_by_length", "warm": WARM_GROUPED, "steps": WARM_GROUPED + 3 * WINDOW}
+GROUPS: dict[str, list[dict[str, Any]]] = {
+    # The published recipe: four rows per update, in random order, 125 updates, from train() to its return.
+    "recipe": [
+        contender(REPORT, 4, steps=125),
+        contender(OURS, 4, "graphs", steps=125),
+        contender(OURS, 4, "auto", steps=125),
+        contender(OURS, 4, "compiled", steps=125),
+        contender(OURS, 4, "off", steps=40),
+    ],
+    "qv": [
+        *(contender(TRL, rows) for rows in (16, 20, 22, 24)),
+        contender(TRL, 22, **GROUPED),
+        *(contender(OURS, rows, "compiled", **GROUPED) for rows in (22, 25)),
+        contender(OURS, 16, "graphs", **GROUPED),
+    ],
+    "all-linear": [
+        *(contender(TRL, rows, linear="all") for rows in (14, 16)),
+        contender(OURS, 14, "compiled", linear="all", **GROUPED),
+    ],
+    "fp16": [
+        contender(REPORT, 4, dtype="float16", steps=40),
+        *(contender(TRL, rows, dtype="float16") for rows in (22, 24)),
+        *(contender(OURS, rows, "graphs", dtype="float16", **GROUPED) for rows in (4, 16, 18)),
+    ],
+    # Losses of every step without dropout, whose random numbers depend on the padding.
+    "losses": [contender(OURS, 4, fast, dropout=0.0, steps=40) for fast in ("off", "graphs", "compiled")],
+}
+
+
+def config_of(setting: dict[str, Any], model: Path) -> Config:
+    """Return the config of a run of this package."""
+    target = {"target_modules": ["all-linear"]} if setting["linear"] == "all" else {}
+    return Config.from_params(
+        preset="tinyllama-guanaco-100", profile="gpu", model=str(model), dataset="sample",
+        compute_dtype=setting["dtype"], batch_size=setting["batch"], gradient_accumulation=1,
+        dropout=setting["dropout"], sampling=setting["sampling"],
+        fast=setting["fast"] or "off", max_length=LENGTH, eval_steps=10**6, save_steps=10**6, epochs=1, **target,
+    )  # fmt: skip
+
+
+def rows_of(path: Path, tokenizer: Any, number: int) -> list[list[int]]:
+    """Return the token ids of `number` rows, repeated if there are fewer."""
+    texts = [json.loads(line)["text"] for line in path.read_text("utf-8").splitlines()]
+    ids = tokenizer(texts, truncation=True, max_length=LENGTH)["input_ids"]
+    return [ids[index % len(ids)] for index in range(number)]
+
+
+def ours(setting: dict[str, Any], rows: list[list[int]], model: Path, folder: Path) -> tuple[Any, Any]:
+    """Build this package's trainer; returns it and a function that trains."""
+    from transformers import AutoTokenizer
+
+    from qlora_helpers.data import cleaning
+    from qlora_helpers.device import detect
+    from qlora_helpers.evaluation.context import RunContext
+    from qlora_helpers.models.qlora import attach_lora, load_base
+    from qlora_helpers.runs import RunFolder
+    from qlora_helpers.training import paths, trainer
+
+    config = config_of(setting, model)
+    device = detect(config.compute_dtype)
+    cleaning.identity = lambda *_: {}  # type: ignore[assignment]
+    examples = [SimpleNamespace(input_ids=ids, labels=ids) for ids in rows]
+    data: Any = SimpleNamespace(trained_on=examples, heldout=examples[:2], selection=[])
+    run = RunFolder(folder)
+    files.write_json(run / "manifest.json", {})
+    context = RunContext(config, data, AutoTokenizer.from_pretrained(model), device, run)
+    ready = trainer.build_trainer(attach_lora(load_base(config, device), config), context)
+    ready.evaluate = lambda *_, **__: {"eval_loss": 1.0}  # type: ignore[method-assign]
+    ready._save_checkpoint = lambda *_: None  # type: ignore[method-assign]
+
+    def train() -> None:
+        paths.prepare(ready, context, None)
+        _count_tokens(ready)
+        ready.train()
+
+    return ready, train
+
+
+def peer(setting: dict[str, Any], rows: list[list[int]], model: Path, folder: Path) -> tuple[Any, Any]:
+    """Build TRL's SFTTrainer or the published script's Trainer as their documentation does."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        BitsAndBytesConfig,
+        DataCollatorForLanguageModeling,
+        Trainer,
+        TrainingArguments,
+    )  # fmt: skip
+    from trl import SFTConfig, SFTTrainer
+
+    dtype = getattr(torch, setting["dtype"])
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    packed = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    base = AutoModelForCausalLM.from_pretrained(model, quantization_config=packed, dtype=dtype, device_map={"": 0})
+    targets = "all-linear" if setting["linear"] == "all" else ["q_proj", "v_proj"]
+    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=targets, task_type="CAUSAL_LM")
+    common: dict[str, Any] = {
+        "output_dir": str(folder), "num_train_epochs": 1, "learning_rate": 2e-4, "logging_steps": 5,
+        "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+        "bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16,
+    }  # fmt: skip
+    if setting["name"] == REPORT:
+        adapted = get_peft_model(prepare_model_for_kbit_training(base), lora)
+        padded = tokenizer.pad({"input_ids": rows}, padding="max_length", max_length=LENGTH)
+        arguments = TrainingArguments(
+            **common, per_device_train_batch_size=1, gradient_accumulation_steps=setting["batch"]
+        )
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        ready = Trainer(adapted, arguments, train_dataset=Dataset.from_dict(dict(padded)), data_collator=collator)
+    else:
+        arguments = SFTConfig(
+            **common, per_device_train_batch_size=setting["batch"], gradient_checkpointing=False, max_length=None,
+            train_sampling_strategy=setting["sampling"],
+        )  # fmt: skip
+        ready = SFTTrainer(
+            base, arguments, train_dataset=Dataset.from_dict({"input_ids": rows}), processing_class=tokenizer,
+            peft_config=lora,
+        )  # fmt: skip
+        for parameter in ready.model.parameters():  # faster than TRL's bfloat16, and fp16 works only so
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    def train() -> None:
+        _count_tokens(ready)
+        ready.train()
+
+    return ready, train
+
+
+def _count_tokens(trainer: Any) -> None:
+    """Let the collator note the real tokens of every batch, on the CPU."""
+    collate, trainer.batch_tokens = trainer.data_collator, []
+
+    def counting(features: list[Any]) -> Any:
+        trainer.batch_tokens.append(sum(sum(f.get("attention_mask", [1] * len(f["input_ids"]))) for f in features))
+        return collate(features)
+
+    trainer.data_collator = counting
+
+
+def measure(setting: dict[str, Any], model: Path, rows_file: Path) -> dict[str, Any]:
+    """Train one contender: tokens per second in three windows, peak GiB, seconds of train(), and losses."""
+    import torch
+    from transformers import AutoTokenizer, TrainerCallback
+
+    total = torch.cuda.get_device_properties(0).total_memory / 2**30
+    torch.cuda.set_per_process_memory_fraction(T4_GIB / total)
+    rows = rows_of(rows_file, AutoTokenizer.from_pretrained(model), setting["steps"] * setting["batch"])
+    window = (setting["steps"] - setting["warm"]) // 3
+    bounds = [setting["warm"] + index * window for index in range(4)]
+    times = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step in bounds:
+                torch.cuda.synchronize()
+                times.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer, train = (ours if setting["name"] == OURS else peer)(setting, rows, model, Path(scratch))
+        trainer.add_callback(Clock())
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        train()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        manifest = Path(scratch) / "manifest.json"
+        path = json.loads(manifest.read_text())["training_path"] if manifest.exists() else None
+    each = trainer.args.gradient_accumulation_steps
+    tokens = [sum(trainer.batch_tokens[a * each : b * each]) for a, b in pairwise(bounds)]
+    rates = [n / (b - a) for n, (a, b) in zip(tokens, pairwise(times), strict=True)]
+    return {
+        "tokens_per_second": statistics.median(rates),
+        "windows": rates,
+        "peak_gib": torch.cuda.max_memory_reserved() / 2**30,
+        "train_seconds": seconds,
+        "path": path,
+        "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
+    }
+
+
+def make_shape(folder: Path, tokenizer: str) -> None:
+    """Save a checkpoint with random weights in TinyLlama's shape."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from qlora_helpers.planning import architectures
+
+    with torch.device("cuda"):
+        shape = AutoConfig.for_model(**(architectures.known(SHAPE) or {}))
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+
+
+def measure_in_subprocess(setting: dict[str, Any], model: Path, rows: Path) -> dict[str, Any]:
+    """Run `measure` in a fresh process, so that no contender inherits another's memory."""
+    command = [sys.executable, __file__, str(model), str(rows), "--contender", json.dumps(setting)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "Error" in line]
+        return {"failed": "out of memory" if "OutOfMemory" in done.stderr else (lines or ["?"])[-1][:500]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Measure the chosen groups; with `--contender`, measure one contender for the comparing process."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("tokenizer")
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--contender")
+    args = parser.parse_args()
+    if args.contender:
+        print(json.dumps(measure(json.loads(args.contender), Path(args.tokenizer), args.rows)))
+        return
+    from qlora_helpers.device import detect, versions
+
+    with tempfile.TemporaryDirectory() as scratch:
+        model = Path(scratch) / "model"
+        make_shape(model, args.tokenizer)
+        result: dict[str, Any] = {
+            "device": detect().to_dict(),
+            "versions": versions(),
+            "limit_gib": T4_GIB,
+            "groups": {},
+        }
+        for group in args.groups:
+            measured = result["groups"].setdefault(group, [])
+            for setting in GROUPS[group]:
+                measured.append({**setting, **measure_in_subprocess(setting, model, args.rows)})
+                print(group, _in_words(measured[-1]), flush=True)
+                if args.out:
+                    files.write_json(args.out, result)
+
+
+def _in_words(line: dict[str, Any]) -> str:
+    about = f"{line['name']} {line['fast']} batch {line['batch']} {line['dtype']} {line['linear']} {line['sampling']}"
+    if "failed" in line:
+        return f"{about}: {line['failed']}"
+    rate, peak, seconds = line["tokens_per_second"], line["peak_gib"], line["train_seconds"]
+    return f"{about}: {rate:,.0f} tokens/s, {peak:.2f} GiB, train() {seconds:.1f} s {line['path'] or ''}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,351 @@
+"""Training steps on a GPU as CUDA graphs, with or without compiled blocks.
+
+A step with few tokens takes as long as Python needs to launch its kernels, however fast the GPU is. A CUDA graph
+records the kernels of a forward and a backward pass once for every shape and launches them together
+(https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). Rows are padded on the right, where causal attention
+needs no mask, so that a shape is a length; an incomplete batch is filled with empty rows. The training loop, optimizer,
+gradient clipping and fp16 scaler stay the library's: only the forward and backward pass is replaced.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from qlora_helpers.data.prompts import IGNORE
+from qlora_helpers.device import Device, autocast
+from qlora_helpers.errors import UserError
+from qlora_helpers.models import forward
+from qlora_helpers.training import batches
+from qlora_helpers.training.batches import Batch, Features
+
+PATHS = ("off", "graphs", "compiled")
+# Lengths are multiples of a width. The longest row of a batch in random order is nearly always a long one, so that more
+# lengths would save nothing; batches of rows of like length waste 4% instead of 6% with the smaller width.
+WIDTHS = {"random": 64, "group_by_length": 32}
+MOST_LENGTHS = 8  # Dynamo compiles at most 8 shapes of a function
+CHUNK = 1024  # tokens whose logits exist at the same time
+TIMED = 3  # passes that a path is timed with, after one that is not timed
+COMPILE_SECONDS = 8.0  # per length; 6 were measured beside an H100: see docs/speed.md
+COMPILED_SAVES = 0.3  # share of a graph's time, measured on an H100
+CAUSAL = "causal_without_mask"
+WINDOWS = ("sliding_window", "attention_chunk_size")  # settings of models whose tokens do not see all earlier ones
+
+
+def _causal(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
+    return sdpa_attention_forward(module, query, key, value, None, **kwargs)
+
+
+# While a graph is captured, transformers cannot look at the positions of the rows, and makes a mask for the case that
+# they are packed. It makes none for an implementation of attention that has no function for masks.
+AttentionInterface.register(CAUSAL, _causal)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the forward and backward passes of a run are computed, why, and the seconds of one on each path tried."""
+
+    path: str
+    reason: str
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{path} {1000 * seconds:.0f} ms" for path, seconds in self.seconds.items())
+        return f"fast={self.path}, {self.reason}" + (f" ({times} a pass)" if times else "") + "."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for the manifest."""
+        return asdict(self)
+
+
+def lengths_for(longest: int, sampling: str = "random") -> tuple[int, ...]:
+    """Return the lengths that rows of up to `longest` tokens are padded to, at most eight."""
+    width = WIDTHS[sampling] * -(-longest // (WIDTHS[sampling] * MOST_LENGTHS))
+    return tuple(range(width, longest + width, width))
+
+
+@dataclass(frozen=True)
+class FixedShapes:
+    """Collator that pads every batch to `rows` rows of one of the `lengths`."""
+
+    rows: int
+    lengths: tuple[int, ...]
+
+    def __call__(self, features: Features) -> Batch:
+        """Return ids and labels, (rows, length), and the number of tokens that are not padding."""
+        tokens = [len(row["input_ids"]) for row in features]
+        length = next(length for length in self.lengths if length >= max(tokens))
+        ids = torch.zeros(self.rows, length, dtype=torch.long)
+        labels = torch.full((self.rows, length), IGNORE)
+        for place, (row, size) in enumerate(zip(features, tokens, strict=True)):
+            ids[place, :size] = torch.tensor(row["input_ids"])
+            labels[place, :size] = torch.tensor(row["labels"])
+        return {"input_ids": ids, "labels": labels, "tokens": sum(tokens)}
+
+
+class Passes:
+    """Forward and backward pass of a padded batch, with the logits of `CHUNK` tokens at a time."""
+
+    def __init__(self, model: Any, device: Device, backward: Callable[[torch.Tensor], None]) -> None:
+        """`backward` is the trainer's, which scales the loss in float16."""
+        self.model, self.device, self.backward = forward.inner(model), device, backward
+        self.head = self.model.get_output_embeddings()
+        self.scales = _plain_scales(self.model)
+        self.compiled_blocks: dict[Any, Any] = {}
+        self.loss_of_chunk = self._loss_sum
+
+    def __call__(self, ids: torch.Tensor, labels: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        """Add the gradients of a batch and return its loss: the sum over trained tokens, divided by `items`.
+
+        The shapes of ids and labels are (rows, length).
+        """
+        with self._as_captured():
+            hidden, labels = self._hidden(ids), labels[:, 1:].flatten()
+            parts = [part.requires_grad_() for part in hidden.detach().split(CHUNK)]
+            losses = []
+            for part, wanted in zip(parts, labels.split(CHUNK), strict=True):
+                whole = len(part) == CHUNK  # the rest of a batch has a size of its own, which is not worth compiling
+                loss = (self.loss_of_chunk if whole else self._loss_sum)(part, wanted) / items
+                self.backward(loss)
+                losses.append(loss.detach())
+            hidden.backward(torch.cat([part.grad for part in parts]))
+        return torch.stack(losses).sum()
+
+    def loss(self, batch: Batch) -> float:
+        """Return the mean loss of a batch, without gradients."""
+        ids, labels = batch["input_ids"], batch["labels"][:, 1:].flatten()
+        with self._as_captured():
+            hidden = self._hidden(ids)
+            sums = [self._loss_sum(*pair) for pair in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)]
+        return (torch.stack(sums).sum() / (labels != IGNORE).sum()).item()
+
+    def _hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """Last hidden state of every token but the last of a row: (rows x (length - 1), width)."""
+        with autocast(self.device):
+            state: torch.Tensor = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return state[:, :-1].flatten(0, 1)
+
+    def _loss_sum(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with autocast(self.device):
+            logits = self.head(hidden)
+        return torch.nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="sum")
+
+    def compile(self) -> None:
+        """Compile every block of the model and the loss, for these passes only: evaluations call the plain ones."""
+        names = self.model._no_split_modules or ()
+        options: dict[str, Any] = {"fallback_random": True}  # dropout is drawn as without compiling
+        for block in self.model.modules():
+            if type(block).__name__ in names:
+                self.compiled_blocks[block] = torch.compile(block.forward, dynamic=False, options=options)
+        self.loss_of_chunk = torch.compile(self._loss_sum, dynamic=False, options=options)
+
+    @contextmanager
+    def _as_captured(self) -> Iterator[None]:
+        """Let the model attend without a mask, read plain scales, and call the compiled blocks."""
+        before = self.model.config._attn_implementation
+        self.model.set_attn_implementation(CAUSAL)
+        for state, _, plain in self.scales:
+            state.absmax, state.nested = plain, False
+        for block, compiled in self.compiled_blocks.items():
+            block.forward = compiled
+        try:
+            yield
+        finally:
+            for block in self.compiled_blocks:
+                del block.forward
+            for state, quantized, _ in self.scales:
+                state.absmax, state.nested = quantized, True
+            self.model.set_attn_implementation(before)
+
+
+def _plain_scales(model: Any) -> list[tuple[Any, torch.Tensor, torch.Tensor]]:
+    """Return, for double quantized weights, their quantization state and their scales, quantized and in float32.
+
+    bitsandbytes would dequantize them in every pass. In float32 they take 4 bytes per 64 weights.
+    """
+    weights: list[Any] = [module.weight for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    nested = [weight.quant_state for weight in weights if weight.quant_state is not None and weight.quant_state.nested]
+    dequantize = bnb.functional.dequantize_blockwise
+    return [(state, state.absmax, dequantize(state.absmax, state.state2).float() + state.offset) for state in nested]
+
+
+@dataclass
+class _Captured:
+    """A graph and the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    ids: torch.Tensor
+    labels: torch.Tensor
+    items: torch.Tensor
+    loss: torch.Tensor
+
+
+class GraphStep:
+    """The forward and backward pass of training, replayed from one graph per length."""
+
+    def __init__(self, passes: Passes, rows: int) -> None:
+        self.passes, self.rows = passes, rows
+        self.trained = [p for p in passes.model.parameters() if p.requires_grad]
+        self.gradients = [torch.zeros_like(p) for p in self.trained]  # the tensors that the graphs add to
+        self.graphs: dict[int, _Captured] = {}
+        self._pool: Any = None
+
+    def __call__(self, ids: torch.Tensor, labels: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+        """Add the gradients of a batch, (rows, length) each, and return its loss."""
+        if ids.shape[1] not in self.graphs:
+            self.capture(ids.shape[1])
+        captured = self.graphs[ids.shape[1]]
+        self._attach_gradients()
+        captured.ids.copy_(ids, non_blocking=True)
+        captured.labels.copy_(labels, non_blocking=True)
+        captured.items.copy_(items, non_blocking=True)
+        captured.graph.replay()
+        return captured.loss.clone()
+
+    def _attach_gradients(self) -> None:
+        """Put zeroed gradients where the trainer has removed them after an optimizer step."""
+        if self.trained[0].grad is not self.gradients[0]:
+            torch._foreach_zero_(self.gradients)
+            for parameter, gradient in zip(self.trained, self.gradients, strict=True):
+                parameter.grad = gradient
+
+    def capture(self, length: int) -> None:
+        """Capture the graph of rows of this length.
+
+        No token is trained while it is captured, so gradients stay as they are; random numbers that are drawn are
+        given back.
+        """
+        self._attach_gradients()
+        where = self.gradients[0].device
+        ids = torch.zeros(self.rows, length, dtype=torch.long, device=where)
+        labels, items = torch.full_like(ids, IGNORE), torch.ones((), device=where)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), _random_numbers_given_back():
+            self.passes(ids, labels, items)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with _random_numbers_given_back(), torch.cuda.graph(graph, pool=self._pool):
+            loss = self.passes(ids, labels, items)
+        self.graphs[length] = _Captured(graph, ids, labels, items, loss)
+
+    def release(self) -> None:
+        """Free the memory of the graphs. They are captured again when they are needed."""
+        self.graphs, self._pool = {}, None
+        torch.cuda.empty_cache()
+
+
+def choose(
+    model: Any, device: Device, backward: Callable[[torch.Tensor], None], wanted: str, rows: int,
+    lengths: Sequence[int], passes_left: int,
+) -> tuple[GraphStep | None, Choice]:  # fmt: skip
+    """Return the step of the fastest path for the passes that are left, and the choice; None for the library's own.
+
+    `wanted` is auto or a path. Each path is timed on a batch of the greatest length before training starts, which
+    changes neither weights nor gradients nor random numbers. What cannot be captured is trained without graphs.
+    """
+    if device.kind != "cuda" or wanted == "off":
+        return None, Choice("off", "as requested" if wanted == "off" else "needs an NVIDIA or AMD GPU")
+    passes = Passes(model, device, backward)
+    if reason := _unsuitable(model, passes, max(lengths)):
+        return None, Choice("off", reason)
+    step = GraphStep(passes, rows)
+    seconds: dict[str, float] = {}
+    mode = model.training
+    model.train()
+    try:
+        with torch.cuda.device(model.device):
+            return _fastest(step, wanted, lengths, passes_left, seconds)
+    except Exception as error:
+        step.release()
+        return None, Choice("off", f"capturing failed: {_cause(error)}", seconds)
+    finally:
+        model.zero_grad()
+        model.train(mode)
+
+
+def _cause(error: BaseException) -> str:
+    """Return the first line of the error that came first: leaving a failed capture raises another."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _unsuitable(model: Any, passes: Passes, longest: int) -> str | None:
+    """Return why the passes may not replace the model's own forward pass, or None."""
+    text = model.config.get_text_config()
+    if any((getattr(text, name, None) or longest) < longest for name in WINDOWS):
+        return "the model attends within a window that is shorter than the rows"
+    rounding = 0.0 if passes.device.dtype == "float32" else batches.ROUNDING
+    try:
+        with autocast(passes.device):
+            same = batches.same_loss(model, batches.padded, rounding, passes.loss)
+    except (AttributeError, ValueError, TypeError, UserError):
+        return "the model's attention or output head cannot be called separately"
+    return None if same else "the loss differs from that of the model's own forward pass"
+
+
+def _fastest(
+    step: GraphStep, wanted: str, lengths: Sequence[int], passes_left: int, seconds: dict[str, float]
+) -> tuple[GraphStep | None, Choice]:
+    longest = max(lengths)
+    seconds["off"] = _seconds(lambda: step.passes(*_example(step, longest)))
+    if wanted != "compiled":
+        seconds["graphs"] = _seconds(lambda: step(*_example(step, longest)))
+        if wanted == "graphs":
+            return step, Choice("graphs", "as requested", seconds)
+        if seconds["off"] <= seconds["graphs"]:
+            step.release()
+            return None, Choice("off", "graphs are not faster here", seconds)
+        if passes_left * seconds["graphs"] * COMPILED_SAVES < COMPILE_SECONDS * len(lengths):
+            return step, Choice("graphs", "compiling would take longer than it saves", seconds)
+    step.release()
+    step.passes.compile()
+    seconds["compiled"] = _seconds(lambda: step(*_example(step, longest)))
+    if wanted == "compiled":
+        return step, Choice("compiled", "as requested", seconds)
+    if seconds["compiled"] < seconds["graphs"]:
+        return step, Choice("compiled", "the fastest here", seconds)
+    step.release()
+    step.passes.compiled_blocks.clear()
+    step.passes.loss_of_chunk = step.passes._loss_sum
+    return step, Choice("graphs", "compiled blocks are not faster here", seconds)
+
+
+def _example(step: GraphStep, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a batch in which nothing is trained: ids, labels and the number of trained tokens."""
+    ids = torch.zeros(step.rows, length, dtype=torch.long, device=step.gradients[0].device)
+    return ids, torch.full_like(ids, IGNORE), torch.ones((), device=ids.device)
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    """Return the seconds of a call, the mean of three after a first one."""
+    with _random_numbers_given_back():
+        run()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(TIMED):
+            run()
+        torch.cuda.synchronize()
+    return round((time.perf_counter() - began) / TIMED, 5)
+
+
+@contextmanager
+def _random_numbers_given_back() -> Iterator[None]:
+    """Give back the random numbers that the body draws. After a failed capture, the generator works again."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    before = torch.cuda.get_rng_state()
+    apart = generator.clone_state()
+    try:
+        yield
+    except BaseException:
+        generator.graphsafe_set_state(apart)
+        raise
+    torch.cuda.set_rng_state(before)
