@@ -9,7 +9,7 @@ FULL := .venv/.ready-full
 FAST_NOTEBOOKS := $(wildcard notebooks/0[1-4]_*.ipynb)
 NBVAL := $(BIN)/python -m pytest --nbval --nbval-current-env --nbval-sanitize-with tests/notebooks/sanitize.cfg -p no:cacheprovider
 
-.PHONY: help install run test test-full lint notebooks figures pictures walk docs clean set-repo colab-list test-versions lock mutants
+.PHONY: test-outputs test-pool help install run test test-full lint notebooks figures pictures walk docs clean set-repo colab-list test-versions lock mutants
 
 help:
 	@echo "make run            execute notebooks 01-07 into $(OUT), and compare the runs"
@@ -53,10 +53,16 @@ lint: $(READY)
 	$(BIN)/python tooling/phrases.py
 	$(BIN)/python tooling/check_numbers.py
 
+# The stored outputs are compared while the tests run: together they use two cores to the end.
 test: lint
 	$(BIN)/python -m qlora_helpers fetch
-	QLORA_WORKDIR=$$(mktemp -d) $(NBVAL) $(FAST_NOTEBOOKS)
-	# Two processes with one thread each. Without reordering, the longest file, the series, starts first.
+	+$(MAKE) --no-print-directory --jobs=2 test-outputs test-pool
+
+test-outputs: $(READY)
+	QLORA_WORKDIR=$$(mktemp -d) OMP_NUM_THREADS=1 $(NBVAL) $(FAST_NOTEBOOKS)
+
+# Two processes with one thread each. Without reordering, the longest file, the series, starts first.
+test-pool: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-full: $(FULL) test

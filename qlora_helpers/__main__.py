@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qlora_helpers import __version__, distributed, errors, options, parse
+from qlora_helpers import __version__, distributed, errors, options, parse, quoting
 from qlora_helpers.config import our_name
 from qlora_helpers.errors import UserError, blame, nearest
 from qlora_helpers.options import Parser
@@ -162,7 +162,10 @@ def _batch(**args: Any) -> None:
     batch = series.run_batch(lists=lists, **_given(args))
     columns = {"train_rows": "", "seed": "", "steps": "", "base_eval_loss": ".4f", "eval_loss": ".4f", "seconds": ".0f"}
     metrics = {run.name: run.read("metrics.json") for run in batch}
-    rows = [[name, *(format(m[key], form) for key, form in columns.items())] for name, m in metrics.items()]
+    rows = [
+        [quoting.markdown(name), *(format(m[key], form) for key, form in columns.items())]
+        for name, m in metrics.items()
+    ]
     heads = ["run", "rows", "seed", "steps", "base loss", "held-out loss", "seconds"]
     print("", report.markdown_table(heads, rows), sep="\n")
 

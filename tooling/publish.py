@@ -35,6 +35,7 @@ STUDY = "h100-smollm2-study"
 CLAIMS, EVALUATION = "h100-claims", "h100-evaluation"
 FP16, BF16 = "h100-smollm2-fp16/exp1", "h100-smollm2-seeds/100-rows"  # the same rows, seed and steps in both dtypes
 CPUS = ("cpu-avx2", "cpu-amx")
+GPU_SPEED = "h100-speed"
 TITLES = {
     "h100-smollm2-fp16": "The first two experiments as on a T4: fp16, 14.56 GiB",
     "h100-tinyllama-shape-t4": "TinyLlama's shape with random weights, as on a T4 (its losses mean nothing)",
@@ -354,6 +355,35 @@ def _cpu() -> str:
     )
 
 
+def _gpu() -> str:
+    """Steps of the published recipe on a GPU, beside the published script."""
+    speed = json.loads((ROOT / "results" / GPU_SPEED / "speed.json").read_text("utf-8"))
+    recipe, (plain, *replayed) = (speed["groups"][name] for name in ("recipe", "losses"))
+    script = recipe[0]
+    rows = []
+    for line in recipe:
+        whole = line["steps"] == script["steps"]
+        cells = [
+            f"{line['name']}, fast={line['fast']}" if line["fast"] else line["name"],
+            f"{line['tokens_per_second']:,.0f} tokens/s",
+            f"{line['tokens_per_second'] / script['tokens_per_second']:.1f}",
+            f"{line['peak_gib']:.1f} GiB",
+            f"{line['train_seconds']:.1f} s" if whole else "",
+            f"{script['train_seconds'] / line['train_seconds']:.1f}" if whole else "",
+        ]
+        rows.append(cells)
+    apart = max(abs(a / b - 1) for line in replayed for a, b in zip(line["losses"], plain["losses"], strict=True))
+    return _join(
+        "TinyLlama's shape with random weights, NF4 with double quantization, r=16 on queries and values, four rows "
+        f"of at most 256 tokens in each of {script['steps']} updates, bf16, {speed['device']['name']}, limited to "
+        f"{speed['limit_gib']} GiB. Tokens without padding, median of three windows; `train()` includes capturing and "
+        "compiling. Command: `python benchmarks/gpu_speed.py TOKENIZER ROWS.jsonl --groups recipe losses`",
+        markdown_table(["trainer", "speed", "ratio", "memory", "`train()`", "ratio"], rows),
+        f"Without dropout, the losses of {len(plain['losses'])} steps from graphs and from compiled blocks are within "
+        f"{100 * apart:.2g}% of the library's. {_packages(speed)}.",
+    )
+
+
 def _same_losses(speed: dict[str, Any]) -> str:
     """How far the losses of a step are from those on padded batches, and how much of it is rounding."""
     dtype = speed["device"]["dtype"]
@@ -486,6 +516,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/results.md": {"results": _results},
     "docs/presets.md": {"presets": _presets},
     "docs/settings.md": {"settings": _settings},
+    "docs/speed.md": {"speed": _gpu},
     "docs/memory.md": {"plan": _plan_output, "known": _known},
 }
 

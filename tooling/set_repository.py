@@ -12,6 +12,8 @@ from qlora_helpers import files
 ADDRESS = re.compile(r"https://github\.com/([\w.-]+/[\w.-]+?)(?:\.git)?/?")
 PLACES = (
     re.compile(r"(?<=colab\.research\.google\.com/github/)[\w.-]+/[\w.-]+(?=/blob/)"),
+    re.compile(r"(?<=kernels/welcome\?src=https://github\.com/)[\w.-]+/[\w.-]+(?=/blob/)"),
+    re.compile(r"(?<=git\+https://github\.com/)[\w.-]+/[\w.-]+(?=[\s\"'`])"),
     re.compile(r'(?<=REPOSITORY = \\"https://github\.com/)[\w.-]+/[\w.-]+(?=\\")'),
 )
 

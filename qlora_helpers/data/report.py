@@ -104,7 +104,7 @@ def check_output(out: Path, source: str) -> Path:
         held = sorted(path.name for path in out.iterdir()) if out.exists() else []
     except OSError as error:
         raise UserError(f"output folder: {out} cannot be written ({error}). Fix: choose another folder.") from None
-    given = parse.path(source, "dataset")
+    given = parse.path(source, "dataset", is_input=False)  # it is read later
     if given.exists():  # else it is on the hub
         read = given.resolve()
         if read.is_relative_to(out) or out.is_relative_to(read):

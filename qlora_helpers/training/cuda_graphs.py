@@ -194,14 +194,22 @@ class GraphStep:
         self.trained = [p for p in passes.model.parameters() if p.requires_grad]
         self.gradients = [torch.zeros_like(p) for p in self.trained]  # the tensors that the graphs add to
         self.graphs: dict[int, _Captured] = {}
+        self.too_long: set[int] = set()  # lengths whose graphs do not fit beside the others
         self._pool: Any = None
 
     def __call__(self, ids: torch.Tensor, labels: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
         """Add the gradients of a batch, (rows, length) each, and return its loss."""
-        if ids.shape[1] not in self.graphs:
-            self.capture(ids.shape[1])
-        captured = self.graphs[ids.shape[1]]
+        length = ids.shape[1]
         self._attach_gradients()
+        if length not in self.graphs and length not in self.too_long:
+            try:
+                self.capture(length)
+            except torch.cuda.OutOfMemoryError:
+                self.too_long.add(length)
+                torch.cuda.empty_cache()
+        if length in self.too_long:
+            return self.passes(ids, labels, items)
+        captured = self.graphs[length]
         captured.ids.copy_(ids, non_blocking=True)
         captured.labels.copy_(labels, non_blocking=True)
         captured.items.copy_(items, non_blocking=True)
@@ -221,7 +229,6 @@ class GraphStep:
         No token is trained while it is captured, so gradients stay as they are; random numbers that are drawn are
         given back.
         """
-        self._attach_gradients()
         where = self.gradients[0].device
         ids = torch.zeros(self.rows, length, dtype=torch.long, device=where)
         labels, items = torch.full_like(ids, IGNORE), torch.ones((), device=where)

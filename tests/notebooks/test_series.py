@@ -35,7 +35,7 @@ def series(tmp_path_factory):
     """All seven notebooks with 8 and 16 rows, run from a folder outside the project."""
     out = tmp_path_factory.mktemp("series") / "out"
     words = ["qlora_helpers", "run", "--profile", "cpu", "--samples", 8, 16, "--epochs", 1, "--n-heldout", 6]
-    words += ["--heldout-max-length", 256, "--n-answers", 2]
+    words += ["--max-length", 128, "--heldout-max-length", 256, "--n-answers", 2]
     done = command(*words, "--out", out, cwd=out.parent)
     assert done.returncode == 0, done.stderr[-3000:]
     return out, words, done.stdout
@@ -117,7 +117,7 @@ def test_another_config_is_refused_and_the_run_is_kept(series):
 
 def test_batch_reuses_finished_runs(tmp_path, model_folder):
     words = ["qlora_helpers", "batch", "--profile", "cpu", "--model", model_folder, "--seeds", 0, "--epochs", 1]
-    words += ["--n-heldout", 8, "--save-steps", 1, "--out", tmp_path / "batch"]
+    words += ["--n-heldout", 8, "--n-answers", 1, "--max-new-tokens", 8, "--save-steps", 1, "--out", tmp_path / "batch"]
     first = command(*words, "--samples", 4, cwd=tmp_path)
     assert first.returncode == 0, first.stderr[-3000:]
     stamp = (tmp_path / "batch" / "n4-seed0" / "metrics.json").stat().st_mtime_ns

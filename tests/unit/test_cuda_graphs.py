@@ -118,6 +118,26 @@ def test_cpu_keeps_the_librarys_steps(model):
         assert cuda_graphs.choose(model, here, None, "auto", 4, (64,), 10)[1].path == "off"
 
 
+def test_length_whose_graph_does_not_fit_is_computed_without_one(model, passes, monkeypatch):
+    """The gradients are added to those of the batches before."""
+    asked = []
+
+    def capture(self, length):
+        asked.append(length)
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(GraphStep, "capture", capture)
+    step = GraphStep(passes, 2)
+    batch = moved(FixedShapes(2, (64,))(features(40, 50)), model)
+    one, two = (step(batch["input_ids"], batch["labels"], torch.tensor(84.0)) for _ in range(2))
+    added = gradients(model)
+    model.zero_grad()
+    assert passes(batch["input_ids"], batch["labels"], torch.tensor(84.0)) == one == two
+    assert asked == [64]
+    for twice, once in zip(added, gradients(model), strict=True):
+        assert torch.allclose(twice, 2 * once)
+
+
 class Recorded(TrainerCallback):
     """Lines that the trainer logs."""
 

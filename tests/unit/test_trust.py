@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mistune
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -279,7 +280,8 @@ def test_html_in_a_row_is_shown_as_text(write_rows, config, tokenizer, make_row)
     settings = config.replace(dataset=write_rows(rows), near_duplicates=1.0, n_heldout=2, n_samples=2, max_length=256)
     built = report.build(cleaning.clean(settings, tokenizer), settings, tokenizer)
     view = show(make_row(HTML, HTML), settings, tokenizer)
-    for shown in (built._repr_html_(), built.markdown(), view._repr_html_()):
+    rendered = mistune.create_markdown(escape=False, plugins=["table"])(built.markdown())
+    for shown in (built._repr_html_(), rendered, view._repr_html_()):
         assert "&lt;" in shown
         assert "<script" not in shown
         assert "<img" not in shown
