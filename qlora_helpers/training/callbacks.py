@@ -125,6 +125,7 @@ class Progress(TrainerCallback):
         self._began, self._first_step, self._shown = 0.0, 0, 0.0
         self._losses: dict[str, float] = {}
         self._handle: Any = None
+        self._printed = ""
         self._ended = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -159,8 +160,9 @@ class Progress(TrainerCallback):
                 self._handle = display(bar, display_id=True)
             else:
                 self._handle.update(bar)
-        elif not self._ended:  # measurements after training get no line
+        elif not self._ended and str(bar) != self._printed:  # measurements after training get no line
             print(f"\r\x1b[K{bar}" if sys.stdout.isatty() else bar, end="" if sys.stdout.isatty() else "\n", flush=True)
+            self._printed = str(bar)
 
 
 class LiveLoss(TrainerCallback):

@@ -7,10 +7,9 @@ needs no mask, so that a shape is a length; an incomplete batch is filled with e
 gradient clipping and fp16 scaler stay the library's: only the forward and backward pass is replaced.
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import bitsandbytes as bnb
@@ -20,22 +19,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qlora_helpers.data.prompts import IGNORE
 from qlora_helpers.device import Device, autocast
-from qlora_helpers.errors import UserError
 from qlora_helpers.models import forward
-from qlora_helpers.training import batches
 from qlora_helpers.training.batches import Batch, Features
 
-PATHS = ("off", "graphs", "compiled")
 # Lengths are multiples of a width. The longest row of a batch in random order is nearly always a long one, so that more
 # lengths would save nothing; batches of rows of like length waste 4% instead of 6% with the smaller width.
 WIDTHS = {"random": 64, "group_by_length": 32}
 MOST_LENGTHS = 8  # Dynamo compiles at most 8 shapes of a function
 CHUNK = 1024  # tokens whose logits exist at the same time
-TIMED = 3  # passes that a path is timed with, after one that is not timed
-COMPILE_SECONDS = 8.0  # per length; 6 were measured beside an H100: see docs/speed.md
-COMPILED_SAVES = 0.3  # share of a graph's time, measured on an H100
 CAUSAL = "causal_without_mask"
-WINDOWS = ("sliding_window", "attention_chunk_size")  # settings of models whose tokens do not see all earlier ones
 
 
 def _causal(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
@@ -45,23 +37,6 @@ def _causal(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, 
 # While a graph is captured, transformers cannot look at the positions of the rows, and makes a mask for the case that
 # they are packed. It makes none for an implementation of attention that has no function for masks.
 AttentionInterface.register(CAUSAL, _causal)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How the forward and backward passes of a run are computed, why, and the seconds of one on each path tried."""
-
-    path: str
-    reason: str
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        times = ", ".join(f"{path} {1000 * seconds:.0f} ms" for path, seconds in self.seconds.items())
-        return f"fast={self.path}, {self.reason}" + (f" ({times} a pass)" if times else "") + "."
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for the manifest."""
-        return asdict(self)
 
 
 def lengths_for(longest: int, sampling: str = "random") -> tuple[int, ...]:
@@ -234,12 +209,12 @@ class GraphStep:
         labels, items = torch.full_like(ids, IGNORE), torch.ones((), device=where)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), _random_numbers_given_back():
+        with torch.cuda.stream(stream), random_numbers_given_back():
             self.passes(ids, labels, items)
         torch.cuda.current_stream().wait_stream(stream)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with _random_numbers_given_back(), torch.cuda.graph(graph, pool=self._pool):
+        with random_numbers_given_back(), torch.cuda.graph(graph, pool=self._pool):
             loss = self.passes(ids, labels, items)
         self.graphs[length] = _Captured(graph, ids, labels, items, loss)
 
@@ -249,103 +224,8 @@ class GraphStep:
         torch.cuda.empty_cache()
 
 
-def choose(
-    model: Any, device: Device, backward: Callable[[torch.Tensor], None], wanted: str, rows: int,
-    lengths: Sequence[int], passes_left: int,
-) -> tuple[GraphStep | None, Choice]:  # fmt: skip
-    """Return the step of the fastest path for the passes that are left, and the choice; None for the library's own.
-
-    `wanted` is auto or a path. Each path is timed on a batch of the greatest length before training starts, which
-    changes neither weights nor gradients nor random numbers. What cannot be captured is trained without graphs.
-    """
-    if device.kind != "cuda" or wanted == "off":
-        return None, Choice("off", "as requested" if wanted == "off" else "needs an NVIDIA or AMD GPU")
-    passes = Passes(model, device, backward)
-    if reason := _unsuitable(model, passes, max(lengths)):
-        return None, Choice("off", reason)
-    step = GraphStep(passes, rows)
-    seconds: dict[str, float] = {}
-    mode = model.training
-    model.train()
-    try:
-        with torch.cuda.device(model.device):
-            return _fastest(step, wanted, lengths, passes_left, seconds)
-    except Exception as error:
-        step.release()
-        return None, Choice("off", f"capturing failed: {_cause(error)}", seconds)
-    finally:
-        model.zero_grad()
-        model.train(mode)
-
-
-def _cause(error: BaseException) -> str:
-    """Return the first line of the error that came first: leaving a failed capture raises another."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _unsuitable(model: Any, passes: Passes, longest: int) -> str | None:
-    """Return why the passes may not replace the model's own forward pass, or None."""
-    text = model.config.get_text_config()
-    if any((getattr(text, name, None) or longest) < longest for name in WINDOWS):
-        return "the model attends within a window that is shorter than the rows"
-    rounding = 0.0 if passes.device.dtype == "float32" else batches.ROUNDING
-    try:
-        with autocast(passes.device):
-            same = batches.same_loss(model, batches.padded, rounding, passes.loss)
-    except (AttributeError, ValueError, TypeError, UserError):
-        return "the model's attention or output head cannot be called separately"
-    return None if same else "the loss differs from that of the model's own forward pass"
-
-
-def _fastest(
-    step: GraphStep, wanted: str, lengths: Sequence[int], passes_left: int, seconds: dict[str, float]
-) -> tuple[GraphStep | None, Choice]:
-    longest = max(lengths)
-    seconds["off"] = _seconds(lambda: step.passes(*_example(step, longest)))
-    if wanted != "compiled":
-        seconds["graphs"] = _seconds(lambda: step(*_example(step, longest)))
-        if wanted == "graphs":
-            return step, Choice("graphs", "as requested", seconds)
-        if seconds["off"] <= seconds["graphs"]:
-            step.release()
-            return None, Choice("off", "graphs are not faster here", seconds)
-        if passes_left * seconds["graphs"] * COMPILED_SAVES < COMPILE_SECONDS * len(lengths):
-            return step, Choice("graphs", "compiling would take longer than it saves", seconds)
-    step.release()
-    step.passes.compile()
-    seconds["compiled"] = _seconds(lambda: step(*_example(step, longest)))
-    if wanted == "compiled":
-        return step, Choice("compiled", "as requested", seconds)
-    if seconds["compiled"] < seconds["graphs"]:
-        return step, Choice("compiled", "the fastest here", seconds)
-    step.release()
-    step.passes.compiled_blocks.clear()
-    step.passes.loss_of_chunk = step.passes._loss_sum
-    return step, Choice("graphs", "compiled blocks are not faster here", seconds)
-
-
-def _example(step: GraphStep, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return a batch in which nothing is trained: ids, labels and the number of trained tokens."""
-    ids = torch.zeros(step.rows, length, dtype=torch.long, device=step.gradients[0].device)
-    return ids, torch.full_like(ids, IGNORE), torch.ones((), device=ids.device)
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    """Return the seconds of a call, the mean of three after a first one."""
-    with _random_numbers_given_back():
-        run()
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(TIMED):
-            run()
-        torch.cuda.synchronize()
-    return round((time.perf_counter() - began) / TIMED, 5)
-
-
 @contextmanager
-def _random_numbers_given_back() -> Iterator[None]:
+def random_numbers_given_back() -> Iterator[None]:
     """Give back the random numbers that the body draws. After a failed capture, the generator works again."""
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     before = torch.cuda.get_rng_state()

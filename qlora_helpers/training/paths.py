@@ -1,16 +1,43 @@
 """How the steps of a run are computed: by the library, from CUDA graphs, or with compiled blocks."""
 
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qlora_helpers import distributed, files
+from qlora_helpers.data.prompts import IGNORE
+from qlora_helpers.device import Device, autocast
+from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation.context import RunContext
-from qlora_helpers.training import cuda_graphs
-from qlora_helpers.training.cuda_graphs import Choice
+from qlora_helpers.training import batches, cuda_graphs
+from qlora_helpers.training.cuda_graphs import GraphStep, Passes
 
 LOG_EVERY = 10  # steps between log writes with graphs; every step still has its line
+TIMED = 3  # passes that a path is timed with, after one that is not timed
+COMPILE_SECONDS = 8.0  # per length; 6 were measured beside an H100: see docs/speed.md
+COMPILED_SAVES = 0.3  # share of a graph's time, measured on an H100
+WINDOWS = ("sliding_window", "attention_chunk_size")  # settings of models whose tokens do not see all earlier ones
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the forward and backward passes of a run are computed, why, and the seconds of one on each path tried."""
+
+    path: str
+    reason: str
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{path} {1000 * seconds:.0f} ms" for path, seconds in self.seconds.items())
+        return f"fast={self.path}, {self.reason}" + (f" ({times} a pass)" if times else "") + "."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for the manifest."""
+        return asdict(self)
 
 
 def prepare(trainer: Any, context: RunContext, checkpoint: Path | None) -> None:
@@ -26,7 +53,7 @@ def prepare(trainer: Any, context: RunContext, checkpoint: Path | None) -> None:
     wanted = (run.training_path().get("path") if checkpoint else None) or config.fast
     trainer.graphs, choice = None, _impossible(trainer)
     if choice is None:
-        trainer.graphs, choice = cuda_graphs.choose(
+        trainer.graphs, choice = choose(
             trainer.model, device, trainer.accelerator.backward, wanted, config.batch_size, lengths, passes
         )
     if distributed.is_main():
@@ -49,3 +76,98 @@ def _impossible(trainer: Any) -> Choice | None:
     if not trainer.model_accepts_loss_kwargs:
         return Choice("off", "the model's loss is a mean of its own")
     return None
+
+
+def choose(
+    model: Any, device: Device, backward: Callable[[torch.Tensor], None], wanted: str, rows: int,
+    lengths: Sequence[int], passes_left: int,
+) -> tuple[GraphStep | None, Choice]:  # fmt: skip
+    """Return the step of the fastest path for the passes that are left, and the choice; None for the library's own.
+
+    `wanted` is auto or a path. Each path is timed on a batch of the greatest length before training starts, which
+    changes neither weights nor gradients nor random numbers. What cannot be captured is trained without graphs.
+    """
+    if device.kind != "cuda" or wanted == "off":
+        return None, Choice("off", "as requested" if wanted == "off" else "needs an NVIDIA or AMD GPU")
+    passes = Passes(model, device, backward)
+    if reason := _unsuitable(model, passes, max(lengths)):
+        return None, Choice("off", reason)
+    step = GraphStep(passes, rows)
+    seconds: dict[str, float] = {}
+    mode = model.training
+    model.train()
+    try:
+        with torch.cuda.device(model.device):
+            return _fastest(step, wanted, lengths, passes_left, seconds)
+    except Exception as error:
+        step.release()
+        return None, Choice("off", f"capturing failed: {_cause(error)}", seconds)
+    finally:
+        model.zero_grad()
+        model.train(mode)
+
+
+def _cause(error: BaseException) -> str:
+    """Return the first line of the error that came first: leaving a failed capture raises another."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _unsuitable(model: Any, passes: Passes, longest: int) -> str | None:
+    """Return why the passes may not replace the model's own forward pass, or None."""
+    text = model.config.get_text_config()
+    if any((getattr(text, name, None) or longest) < longest for name in WINDOWS):
+        return "the model attends within a window that is shorter than the rows"
+    rounding = 0.0 if passes.device.dtype == "float32" else batches.ROUNDING
+    try:
+        with autocast(passes.device):
+            same = batches.same_loss(model, batches.padded, rounding, passes.loss)
+    except (AttributeError, ValueError, TypeError, UserError):
+        return "the model's attention or output head cannot be called separately"
+    return None if same else "the loss differs from that of the model's own forward pass"
+
+
+def _fastest(
+    step: GraphStep, wanted: str, lengths: Sequence[int], passes_left: int, seconds: dict[str, float]
+) -> tuple[GraphStep | None, Choice]:
+    longest = max(lengths)
+    seconds["off"] = _seconds(lambda: step.passes(*_example(step, longest)))
+    if wanted != "compiled":
+        seconds["graphs"] = _seconds(lambda: step(*_example(step, longest)))
+        if wanted == "graphs":
+            return step, Choice("graphs", "as requested", seconds)
+        if seconds["off"] <= seconds["graphs"]:
+            step.release()
+            return None, Choice("off", "graphs are not faster here", seconds)
+        if passes_left * seconds["graphs"] * COMPILED_SAVES < COMPILE_SECONDS * len(lengths):
+            return step, Choice("graphs", "compiling would take longer than it saves", seconds)
+    step.release()
+    step.passes.compile()
+    seconds["compiled"] = _seconds(lambda: step(*_example(step, longest)))
+    if wanted == "compiled":
+        return step, Choice("compiled", "as requested", seconds)
+    if seconds["compiled"] < seconds["graphs"]:
+        return step, Choice("compiled", "the fastest here", seconds)
+    step.release()
+    step.passes.compiled_blocks.clear()
+    step.passes.loss_of_chunk = step.passes._loss_sum
+    return step, Choice("graphs", "compiled blocks are not faster here", seconds)
+
+
+def _example(step: GraphStep, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return a batch in which nothing is trained: ids, labels and the number of trained tokens."""
+    ids = torch.zeros(step.rows, length, dtype=torch.long, device=step.gradients[0].device)
+    return ids, torch.full_like(ids, IGNORE), torch.ones((), device=ids.device)
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    """Return the seconds of a call, the mean of three after a first one."""
+    with cuda_graphs.random_numbers_given_back():
+        run()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(TIMED):
+            run()
+        torch.cuda.synchronize()
+    return round((time.perf_counter() - began) / TIMED, 5)

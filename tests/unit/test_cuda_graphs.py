@@ -17,8 +17,9 @@ from qlora_helpers.device import detect
 from qlora_helpers.models import qlora
 from qlora_helpers.planning import compute_dtype
 from qlora_helpers.runs import RunFolder
-from qlora_helpers.training import cuda_graphs, trainer
-from qlora_helpers.training.cuda_graphs import Choice, FixedShapes, GraphStep, Passes
+from qlora_helpers.training import cuda_graphs, paths, trainer
+from qlora_helpers.training.cuda_graphs import FixedShapes, GraphStep, Passes
+from qlora_helpers.training.paths import Choice
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -101,21 +102,21 @@ def test_a_row_does_not_change_the_loss_of_another(model, passes):
 
 def test_model_that_attends_within_a_window_keeps_the_librarys_steps(model, passes):
     model.config.sliding_window = 32
-    assert "window" in cuda_graphs._unsuitable(model, passes, 64)
-    assert cuda_graphs._unsuitable(model, passes, 32) is None
+    assert "window" in paths._unsuitable(model, passes, 64)
+    assert paths._unsuitable(model, passes, 32) is None
 
 
 def test_model_whose_head_is_not_all_of_its_logits_keeps_the_librarys_steps(model, passes):
     """Granite, Gemma and others scale or cap their logits after the head."""
     head = passes.head
     passes.head = lambda hidden: head(hidden) / 8
-    assert "differs" in cuda_graphs._unsuitable(model, passes, 64)
+    assert "differs" in paths._unsuitable(model, passes, 64)
 
 
 def test_cpu_keeps_the_librarys_steps(model):
     here = detect("float32")
     if here.kind == "cpu":
-        assert cuda_graphs.choose(model, here, None, "auto", 4, (64,), 10)[1].path == "off"
+        assert paths.choose(model, here, None, "auto", 4, (64,), 10)[1].path == "off"
 
 
 def test_length_whose_graph_does_not_fit_is_computed_without_one(model, passes, monkeypatch):
@@ -160,7 +161,7 @@ def test_run_of_recorded_passes_is_the_librarys(config, data, tokenizer, tmp_pat
 
     own, own_lines = run("own")
     monkeypatch.setattr(
-        cuda_graphs, "choose",
+        paths, "choose",
         lambda model, device, backward, *_: (Passes(model, device, backward), Choice("graphs", "for this test")),
     )  # fmt: skip
     folder, lines = run("passes")
@@ -188,7 +189,7 @@ def test_run_that_continues_keeps_its_path(config, data, tokenizer, tmp_path, mo
             if state.global_step == 3:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(cuda_graphs, "choose", choose)
+    monkeypatch.setattr(paths, "choose", choose)
     settings, run = config.replace(n_answers=0, few_shot=False), RunFolder(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
         trainer.train(settings, data, tokenizer, run, [Stop()])

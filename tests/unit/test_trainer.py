@@ -21,7 +21,7 @@ from qlora_helpers.evaluation.row_losses import RowLoss, mean_loss, read_losses
 from qlora_helpers.models import qlora
 from qlora_helpers.planning import compute_dtype
 from qlora_helpers.runs import RunFolder
-from qlora_helpers.training import libraries, trainer
+from qlora_helpers.training import libraries, qlora_trainer, trainer
 
 METRICS = {
     "train_rows", "steps", "epochs", "train_loss", "eval_loss", "base_eval_loss", "trainable_parameters", "seconds",
@@ -130,12 +130,13 @@ def test_evaluations_time_and_memory_are_apart_from_trainings(train, monkeypatch
 
         return used
 
-    monkeypatch.setattr(trainer.Trainer, "training_step", use(step, 1.0, trainer.Trainer.training_step))
+    monkeypatch.setattr(qlora_trainer.Trainer, "training_step", use(step, 1.0, qlora_trainer.Trainer.training_step))
     monkeypatch.setattr(losses, "heldout_losses", use(heldout, 10.0, losses.heldout_losses))
     monkeypatch.setattr(losses, "measure_answers", use(2.0, 100.0, lambda *a: None))
-    monkeypatch.setattr(trainer, "peak_memory_gib", lambda device: peak.gib)
-    monkeypatch.setattr(trainer, "forget_peak", lambda device: setattr(peak, "gib", 1.0))
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now.seconds)
+    monkeypatch.setattr(qlora_trainer, "peak_memory_gib", lambda device: peak.gib)
+    for module in (trainer, qlora_trainer):
+        monkeypatch.setattr(module, "forget_peak", lambda device: setattr(peak, "gib", 1.0))
+    monkeypatch.setattr(qlora_trainer.time, "perf_counter", lambda: now.seconds)
     metrics = train(epochs=1, keep_best=keep_best, seed=7 + int(step)).read("metrics.json")
     assert (metrics["peak_memory_gib"], metrics["eval_peak_memory_gib"]) == (step, heldout)
     assert (metrics["seconds"], metrics["eval_seconds"]) == (4.0, 110.0)
@@ -298,7 +299,7 @@ def test_a_run_cut_off_after_its_last_step_is_only_finished(trained, train, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "_save_results", interrupt)
-        patch.setattr(trainer, "peak_memory_gib", lambda device: 987.0)
+        patch.setattr(qlora_trainer, "peak_memory_gib", lambda device: 987.0)
         with pytest.raises(KeyboardInterrupt):
             train(run)
     count = Count()
