@@ -1,9 +1,8 @@
 """One run without a notebook: what the command `train` runs, and what `notebook_launcher` runs in each process."""
 
-from pathlib import Path
 from typing import Any
 
-from qlora_helpers import distributed, runs
+from qlora_helpers import distributed, parse, runs
 from qlora_helpers.runs import RunFolder
 
 
@@ -20,7 +19,7 @@ def train(folder: str, params: dict[str, Any]) -> RunFolder:
     from qlora_helpers.training import trainer
 
     config = distributed.from_main(lambda: Config.from_params(**params))
-    path = Path(folder).expanduser().resolve()
+    path = parse.path(folder, "output folder", is_input=False).resolve()
     run = RunFolder(runs.workdir(str(path.parent)) / path.name)
     distributed.from_main(lambda: runs.check_free(run, config))
     with distributed.main_first():
