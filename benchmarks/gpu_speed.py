@@ -121,19 +121,9 @@ def ours(setting: dict[str, Any], rows: list[list[int]], model: Path, folder: Pa
 
 
 def peer(setting: dict[str, Any], rows: list[list[int]], model: Path, folder: Path) -> tuple[Any, Any]:
-    """Build TRL's SFTTrainer or the published script's Trainer as their documentation does."""
+    """Build TRL's SFTTrainer or the published script's Trainer; returns it and a function that trains."""
     import torch
-    from datasets import Dataset
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        BitsAndBytesConfig,
-        DataCollatorForLanguageModeling,
-        Trainer,
-        TrainingArguments,
-    )  # fmt: skip
-    from trl import SFTConfig, SFTTrainer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     dtype = getattr(torch, setting["dtype"])
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -142,39 +132,57 @@ def peer(setting: dict[str, Any], rows: list[list[int]], model: Path, folder: Pa
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     base = AutoModelForCausalLM.from_pretrained(model, quantization_config=packed, dtype=dtype, device_map={"": 0})
-    targets = "all-linear" if setting["linear"] == "all" else ["q_proj", "v_proj"]
-    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=targets, task_type="CAUSAL_LM")
     common: dict[str, Any] = {
         "output_dir": str(folder), "num_train_epochs": 1, "learning_rate": 2e-4, "logging_steps": 5,
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
         "bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16,
     }  # fmt: skip
-    if setting["name"] == REPORT:
-        adapted = get_peft_model(prepare_model_for_kbit_training(base), lora)
-        padded = tokenizer.pad({"input_ids": rows}, padding="max_length", max_length=LENGTH)
-        arguments = TrainingArguments(
-            **common, per_device_train_batch_size=1, gradient_accumulation_steps=setting["batch"]
-        )
-        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-        ready = Trainer(adapted, arguments, train_dataset=Dataset.from_dict(dict(padded)), data_collator=collator)
-    else:
-        arguments = SFTConfig(
-            **common, per_device_train_batch_size=setting["batch"], gradient_checkpointing=False, max_length=None,
-            train_sampling_strategy=setting["sampling"],
-        )  # fmt: skip
-        ready = SFTTrainer(
-            base, arguments, train_dataset=Dataset.from_dict({"input_ids": rows}), processing_class=tokenizer,
-            peft_config=lora,
-        )  # fmt: skip
-        for parameter in ready.model.parameters():  # faster than TRL's bfloat16, and fp16 works only so
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+    ready = (_published if setting["name"] == REPORT else _trl)(setting, rows, base, tokenizer, common)
 
     def train() -> None:
         _count_tokens(ready)
         ready.train()
 
     return ready, train
+
+
+def _lora(setting: dict[str, Any]) -> Any:
+    from peft import LoraConfig
+
+    targets = "all-linear" if setting["linear"] == "all" else ["q_proj", "v_proj"]
+    return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=targets, task_type="CAUSAL_LM")
+
+
+def _published(setting: dict[str, Any], rows: Any, base: Any, tokenizer: Any, common: dict[str, Any]) -> Any:
+    """Build the Trainer of the first report: rows padded to the full length, one at a time, with checkpointing."""
+    from datasets import Dataset
+    from peft import get_peft_model, prepare_model_for_kbit_training
+    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+    adapted = get_peft_model(prepare_model_for_kbit_training(base), _lora(setting))
+    padded = tokenizer.pad({"input_ids": rows}, padding="max_length", max_length=LENGTH)
+    arguments = TrainingArguments(**common, per_device_train_batch_size=1, gradient_accumulation_steps=setting["batch"])
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    return Trainer(adapted, arguments, train_dataset=Dataset.from_dict(dict(padded)), data_collator=collator)
+
+
+def _trl(setting: dict[str, Any], rows: Any, base: Any, tokenizer: Any, common: dict[str, Any]) -> Any:
+    """Build an SFTTrainer without checkpointing."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    arguments = SFTConfig(
+        **common, per_device_train_batch_size=setting["batch"], gradient_checkpointing=False, max_length=None,
+        train_sampling_strategy=setting["sampling"],
+    )  # fmt: skip
+    ready = SFTTrainer(
+        base, arguments, train_dataset=Dataset.from_dict({"input_ids": rows}), processing_class=tokenizer,
+        peft_config=_lora(setting),
+    )  # fmt: skip
+    for parameter in ready.model.parameters():  # faster than TRL's bfloat16, and fp16 works only so
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return ready
 
 
 def _count_tokens(trainer: Any) -> None:

@@ -75,19 +75,27 @@ def train(
         limit_memory(device, config.memory_limit_gib)
         asked, config = config, for_all_processes(distributed.from_main(lambda: oom.choose_split(config, device)))
         oom.announce(of_one_process(config), device)
-        while True:
-            try:
-                given = libraries if config == asked else replace(libraries, arguments=None)  # of another split
-                _attempt(RunContext(config, data, tokenizer, device, run), callbacks, given)
-                return run
-            except RuntimeError as error:
-                if distributed.is_lost(error):
-                    raise distributed.ProcessLost() from None
-                if not oom.is_oom_error(error):
-                    raise
-            seen = peak_memory_gib(device)
-            oom.free(device)  # the traceback, which kept the tensors alive, is gone only here
-            config = oom.shrink(config, device, run, seen)
+        _train_within_memory(RunContext(config, data, tokenizer, device, run), callbacks, libraries, asked)
+        return run
+
+
+def _train_within_memory(
+    context: RunContext, callbacks: Sequence[TrainerCallback], libraries: Libraries, asked: Config
+) -> None:
+    """Train, with smaller batches after the GPU ran out of memory: see `oom.shrink`. `asked` is the config as given."""
+    while True:
+        try:
+            given = libraries if context.config == asked else replace(libraries, arguments=None)  # of another split
+            _attempt(context, callbacks, given)
+            return
+        except RuntimeError as error:
+            if distributed.is_lost(error):
+                raise distributed.ProcessLost() from None
+            if not oom.is_oom_error(error):
+                raise
+        seen = peak_memory_gib(context.device)
+        oom.free(context.device)  # the traceback, which kept the tensors alive, is gone only here
+        context = replace(context, config=oom.shrink(context.config, context.device, context.run, seen))
 
 
 def _attempt(context: RunContext, callbacks: Sequence[TrainerCallback], given: Libraries) -> None:

@@ -16,9 +16,10 @@ from qlora_helpers.runs import RunFolder
 ROWS = "trl_rows"  # folder of the training rows, as tokens and labels
 # Settings that TRL takes from the run as they are. It writes to folders of its own, and evaluates nothing.
 SAME = (
-    "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
-    "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "gradient_checkpointing",
-    "save_steps", "logging_steps", "bf16", "fp16", "use_cpu", "max_length", "seed", "report_to",
+    "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim",
+    "gradient_checkpointing", "save_steps", "logging_steps", "bf16", "fp16", "use_cpu", "max_length", "seed",
+    "report_to",
 )  # fmt: skip
 HEAD = """\
 # The training of this run for TRL's own command line. Run it in this folder:

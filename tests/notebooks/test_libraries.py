@@ -25,7 +25,8 @@ T4 = dataclasses.replace(CPU, kind="cuda", name="Tesla T4", capability=(7, 5), d
 CHANGES = [
     {},
     {"quantization": "fp4", "double_quant": False, "target_modules": ("all-linear",), "rank": 5, "alpha": 7, "seed": 3},
-    {"bias": "lora_only", "dropout": 0.1, "warmup_ratio": 0.3, "lr_scheduler": "cosine", "gradient_accumulation": 2},
+    {"bias": "lora_only", "dropout": 0.1, "warmup_ratio": 0.3, "lr_scheduler": "cosine", "gradient_accumulation": 2,
+     "sampling": "group_by_length"},
     {"epochs": 3, "weight_decay": 0.1, "max_grad_norm": 0.5, "optimizer": "paged_adamw_8bit", "batch_size": 2},
     {"gradient_checkpointing": True, "learning_rate": 1e-3},
 ]

@@ -4,6 +4,7 @@ Graphs need a GPU, but the passes that they record run anywhere.
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from qlora_helpers.runs import RunFolder
 from qlora_helpers.training import cuda_graphs, paths, trainer
 from qlora_helpers.training.cuda_graphs import FixedShapes, GraphStep, Passes
 from qlora_helpers.training.paths import Choice
+from qlora_helpers.training.qlora_trainer import QloraTrainer
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -137,6 +139,15 @@ def test_length_whose_graph_does_not_fit_is_computed_without_one(model, passes, 
     assert asked == [64]
     for twice, once in zip(added, gradients(model), strict=True):
         assert torch.allclose(twice, 2 * once)
+
+
+@pytest.mark.parametrize(("room_gib", "dropped"), [(1e6, []), (16.0, ["graphs"])])
+def test_graphs_that_take_more_than_half_of_the_memory_are_dropped_before_an_evaluation(room_gib, dropped):
+    ready, seen = QloraTrainer.__new__(QloraTrainer), []
+    ready.device_, ready.peak_gib, ready.room_gib = detect("float32"), 9.0, room_gib
+    ready.graphs = SimpleNamespace(release=lambda: seen.append("graphs"))
+    with ready.evaluating():
+        assert seen == dropped
 
 
 class Recorded(TrainerCallback):

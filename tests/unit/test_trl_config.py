@@ -13,7 +13,9 @@ from qlora_helpers.training import trainer
 @pytest.fixture(scope="module")
 def run(config, data, tokenizer, tmp_path_factory):
     """A finished run."""
-    settings = config.replace(warmup_ratio=0.5, lr_scheduler="cosine", keep_best=True, batch_size=2)
+    settings = config.replace(
+        warmup_ratio=0.5, lr_scheduler="cosine", keep_best=True, batch_size=2, sampling="group_by_length"
+    )
     return trainer.train(settings, data, tokenizer, RunFolder(tmp_path_factory.mktemp("runs") / "exp1"))
 
 

@@ -35,6 +35,7 @@ PASSED_ON = {
     "gradient_accumulation": ("gradient_accumulation_steps", 2),
     "learning_rate": ("learning_rate", 3e-3),
     "lr_scheduler": ("lr_scheduler_type", "cosine"),
+    "sampling": ("train_sampling_strategy", "group_by_length"),
     "weight_decay": ("weight_decay", 0.03),
     "max_grad_norm": ("max_grad_norm", 0.3),
     "optimizer": ("optim", "paged_adamw_8bit"),
