@@ -1,9 +1,18 @@
-"""The model's own forward pass, without the logits that nobody reads."""
+"""The model's own forward pass: without the logits that nobody reads, and of single tokens as a CUDA graph."""
 
+import functools
 import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface, StaticCache, StaticLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+GROUPED = "sdpa_without_copied_keys"
+CACHE_MULTIPLE = 8  # attention on a GPU copies masks whose length is no multiple of this, in every layer
 
 
 def inner(model: Any) -> Any:
@@ -27,3 +36,124 @@ def logits_at(model: Any, ids: torch.Tensor, columns: torch.Tensor) -> torch.Ten
     options = {"logits_to_keep": columns} if accepts(model, "logits_to_keep") else {}
     logits: torch.Tensor = model(input_ids=ids, use_cache=False, **options).logits
     return logits if logits.shape[1] == len(columns) else logits[:, columns]  # some families ignore the argument
+
+
+def static_cache(model: Any, tokens: int) -> StaticCache | None:
+    """Return a cache of fixed size for this many tokens; None if the family, or one of its layers, needs another kind.
+
+    Layers with a sliding window or a state count their tokens in Python, which a graph would not repeat.
+    """
+    model = inner(model)
+    if not getattr(model, "_can_compile_fullgraph", False):
+        return None
+    cache = StaticCache(model.config, max_cache_len=-(-tokens // CACHE_MULTIPLE) * CACHE_MULTIPLE)
+    return cache if all(type(layer) is StaticLayer for layer in cache.layers) else None
+
+
+@contextmanager
+def single_tokens_replayed(model: Any) -> Iterator[None]:
+    """Replay passes of single tokens from a CUDA graph while the body generates once with a static cache on a GPU.
+
+    Such a pass takes as long as Python needs to launch its kernels, however many answers are written at once. If the
+    graph cannot be captured, one line says so and the model's own forward pass continues.
+    """
+    model = inner(model)
+    own, attention = vars(model).get("forward"), model.config._attn_implementation
+    replayed = _Replayed(model.forward)
+    model.forward = replayed
+    if attention == "sdpa":
+        model.set_attn_implementation(GROUPED)
+    try:
+        yield
+    finally:
+        if attention == "sdpa":
+            model.set_attn_implementation(attention)
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
+        if replayed.graph:
+            replayed.graph = replayed.output = None
+            torch.cuda.empty_cache()  # the memory of a graph is used for nothing else
+
+
+class _Replayed:
+    """A forward pass: plain for the prompts and for the first token, which warms up, then captured and replayed."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, forward)  # transformers reads the signature
+        self.forward, self.calls, self.failed = forward, 0, False
+        self.graph: Any = None
+        self.given: dict[str, Any] = {}
+        self.output: Any = None
+
+    def __call__(self, **given: Any) -> Any:
+        self.calls += 1
+        if self.calls > 2 and not (self.graph or self.failed):
+            self._capture(given)
+        if not self.graph:
+            return self.forward(**given)
+        for tensor, new in zip(_tensors(self.given), _tensors(given), strict=True):
+            tensor.copy_(new)
+        self.graph.replay()
+        return self.output
+
+    def _capture(self, given: dict[str, Any]) -> None:
+        try:
+            self.given = {name: _copied(value) for name, value in given.items()}
+            self.graph, self.output = capture(lambda: self.forward(**self.given))
+        except Exception as error:
+            self.failed, self.given = True, {}
+            print(f"Answers take longer: no CUDA graph of this model ({str(error).splitlines()[0][:200]}).", flush=True)
+
+
+def capture(body: Callable[[], Any]) -> tuple[Any, Any]:
+    """Return a CUDA graph of what the body computes, and the output that a replay writes.
+
+    Whatever the body raises is passed on, and the generator of random numbers works as before.
+    """
+    generator, graph = torch.cuda.default_generators[torch.cuda.current_device()], torch.cuda.CUDAGraph()
+    before = generator.clone_state()
+    try:
+        with torch.cuda.graph(graph):
+            output = body()
+    except BaseException:
+        generator.graphsafe_set_state(before)
+        raise
+    return graph, output
+
+
+def _copied(value: Any) -> Any:
+    """Copy tensors, also those in a dict of masks; anything else stays the same."""
+    if isinstance(value, dict):
+        return {name: _copied(one) for name, one in value.items()}
+    return value.clone(memory_format=torch.contiguous_format) if torch.is_tensor(value) else value
+
+
+def _tensors(given: dict[str, Any]) -> Iterator[torch.Tensor]:
+    for value in given.values():
+        if isinstance(value, dict):
+            yield from _tensors(value)
+        elif torch.is_tensor(value):
+            yield value
+
+
+def _grouped(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> tuple[Any, Any]:
+    """Attention of `sdpa`, for one token without copies of the keys that several heads share.
+
+    These heads become rows of one head. With a mask, transformers before 5.24 copied the whole cache in every pass.
+    """
+    rows, heads, tokens, width = query.shape
+    shared = key.shape[1]
+    plain = attention_mask is not None and attention_mask.shape[1] == 1 and options.get("position_bias") is None
+    if tokens > 1 or heads == shared or not plain:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    packed = query.reshape(rows, shared, heads // shared, width)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        packed, key, value, attn_mask=attention_mask, scale=options.get("scaling")
+    )
+    return output.reshape(rows, 1, heads, -1), None
+
+
+AttentionInterface.register(GROUPED, _grouped)
+AttentionMaskInterface.register(GROUPED, sdpa_mask)
