@@ -32,16 +32,14 @@ def heldout_losses(
 ) -> list[RowLoss]:
     """Loss of every row, in the given order, from the logits of the model's own forward pass.
 
+    On a GPU, rows that are shorter than the longest are evaluated more at once than `batch_size`, in no more memory.
     Keeps the model's mode and draws no random numbers.
     """
     was_training = model.training
     model.eval()
-    # Rows of similar length go together, which saves padding. Padding does not change a loss.
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
     losses: dict[int, RowLoss] = {}
     with torch.inference_mode(), autocast(device):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        for batch in _batches([len(example.input_ids) for example in examples], batch_size, device):
             losses |= dict(zip(batch, _batch_losses(model, [examples[i] for i in batch]), strict=True))
     model.train(was_training)
     return [losses[index] for index in range(len(examples))]
@@ -56,6 +54,21 @@ def eval_batch_sizes(config: Config, device: Device) -> tuple[int, int]:
     except UserError:  # an architecture that the memory plan does not know
         return 1, 8
     return memory.rows_at_once(load), memory.answers_at_once(load)
+
+
+def _batches(lengths: list[int], rows: int, device: Device) -> list[list[int]]:
+    """Indices of rows in batches. Rows of similar length go together, which saves padding; it does not change a loss.
+
+    A pass on a GPU takes about as long for few tokens as for many: a batch has as many as `rows` of the longest.
+    """
+    widths = lengths if device.kind == "cuda" else [1] * len(lengths)
+    most = rows * max(widths, default=0)
+    batches: list[list[int]] = [[]]
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if (len(batches[-1]) + 1) * widths[i] > most:
+            batches.append([])
+        batches[-1].append(i)
+    return [batch for batch in batches if batch]
 
 
 def _batch_losses(model: Any, batch: list[Example]) -> list[RowLoss]:
@@ -189,8 +202,9 @@ def measure_answers(model: Any, context: RunContext, where: RunFolder) -> None:
     """Answer the published and the held-out questions, and measure the losses on general questions."""
     config, tokenizer, device = context.config, context.tokenizer, context.device
     asked = answers.heldout_prompts(context.data.heldout, config.n_answers)
-    rows, questions = eval_batch_sizes(config, device)
+    _, questions = eval_batch_sizes(config, device)
     answered = answers.generate(model, tokenizer, config, device, asked, batch_size=questions)
     files.write_jsonl(where / "answers.jsonl", answered)
+    rows, _ = eval_batch_sizes(config.replace(heldout_max_length=GENERAL_LENGTH), device)
     general = heldout_losses(model, general_examples(config, tokenizer), device, rows)
     files.write_jsonl(where / "general_losses.jsonl", to_rows(general))

@@ -104,23 +104,32 @@ class _Replayed:
             self.graph, self.output = capture(lambda: self.forward(**self.given))
         except Exception as error:
             self.failed, self.given = True, {}
-            print(f"Answers take longer: no CUDA graph of this model ({str(error).splitlines()[0][:200]}).", flush=True)
+            print(f"Answers take longer: no CUDA graph of this model ({_cause(error)}).", flush=True)
 
 
 def capture(body: Callable[[], Any]) -> tuple[Any, Any]:
     """Return a CUDA graph of what the body computes, and the output that a replay writes.
 
-    Whatever the body raises is passed on, and the generator of random numbers works as before.
+    Whatever the body raises is passed on; stream and random numbers are then as before, which torch leaves to do.
     """
-    generator, graph = torch.cuda.default_generators[torch.cuda.current_device()], torch.cuda.CUDAGraph()
-    before = generator.clone_state()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    numbers = generator.clone_state()
     try:
         with torch.cuda.graph(graph):
             output = body()
     except BaseException:
-        generator.graphsafe_set_state(before)
+        torch.cuda.set_stream(stream)
+        generator.graphsafe_set_state(numbers)
         raise
     return graph, output
+
+
+def _cause(error: BaseException) -> str:
+    """Return the first line of the error that came first: leaving a failed capture raises another."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _copied(value: Any) -> Any:

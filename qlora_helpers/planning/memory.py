@@ -19,7 +19,8 @@ BLOCK_8BIT = 256  # optimizer values that share a scale in 8-bit AdamW
 LOSS_COPIES = 3  # float32 matrices of tokens x vocabulary at the loss: log-softmax, its gradient, the logits' gradient
 WORKSPACE = 64 * 2**20  # cuBLAS, forward and backward
 EVALUATION_LOGITS = 512  # tokens whose logits `evaluation` converts to float32 at once
-MOST_ROWS, MOST_ANSWERS = 8, 128  # more rows at once are not faster; a batch of answers takes as many steps as one
+MOST_ROWS, MOST_ANSWERS = 8, 128  # more rows at once are no faster on a CPU; many answers take as many steps as one
+MOST_ROWS_ON_GPU = 32  # a pass of fewer tokens takes as long: until then, Python launches kernels
 
 # Memory that the allocator reserves beyond what is used, as fractions fitted by least squares to the measured settings
 # that are not held back for scoring. The first is of one float32 matrix of tokens x vocabulary, whose gaps are not
@@ -209,8 +210,11 @@ def evaluation_parts(workload: Workload) -> dict[str, float]:
 
 
 def rows_at_once(workload: Workload) -> int:
-    """Return how many held-out rows to evaluate in one batch: at most as many as need no more memory than training."""
-    return _most(workload, _whole_rows, MOST_ROWS)
+    """Return how many held-out rows of the greatest length a GPU evaluates in one batch.
+
+    At most as many as need no more memory than training.
+    """
+    return _most(workload, _whole_rows, MOST_ROWS_ON_GPU)
 
 
 def answers_at_once(workload: Workload) -> int:

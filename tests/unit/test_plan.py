@@ -166,7 +166,7 @@ def test_the_nearest_fit_fits():
     assert plan.nearest_fit(config, 3.0) is None
 
 
-@pytest.mark.parametrize(("preset", "most"), [("tinyllama-guanaco-100", (8, 64)), ("llama31-8b", (8, 32))])
+@pytest.mark.parametrize(("preset", "most"), [("tinyllama-guanaco-100", (8, 64)), ("llama31-8b", (16, 32))])
 def test_evaluation_batches_need_no_more_memory_than_training(preset, most):
     config = Config.preset(preset)
     load = memory.workload_of(config)
