@@ -110,29 +110,37 @@ def _continue(
     ids, _ = tokenize(texts, tokenizer)
     batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
     batch = batch.to(model.get_input_embeddings().weight.device)
-    read = batch["input_ids"].shape[1]
-    most = config.max_new_tokens + (config.max_thinking_tokens if config.thinking else 0)
-    with torch.inference_mode(), autocast(device), neutral_generation(model), _fast(model, device, read + most) as fast:
-        output = model.generate(
-            **batch,
-            **fast,
-            max_new_tokens=most,
-            do_sample=False,
-            eos_token_id=ends,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    return output[:, read:].tolist()
+    options = {
+        "max_new_tokens": config.max_new_tokens + (config.max_thinking_tokens if config.thinking else 0),
+        "do_sample": False,
+        "eos_token_id": ends,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    with torch.inference_mode(), autocast(device), neutral_generation(model):
+        output = _from_graph(model, batch, options) if device.kind == "cuda" else None
+        if output is None:
+            output = model.generate(**batch, **options)
+    return output[:, batch["input_ids"].shape[1] :].tolist()
 
 
-@contextmanager
-def _fast(model: Any, device: Device, tokens: int) -> Iterator[dict[str, Any]]:
-    """On a GPU, yield arguments of `generate` with which each token is a replay of a CUDA graph, if the model can."""
-    cache = forward.static_cache(model, tokens) if device.kind == "cuda" else None
+def _from_graph(model: Any, batch: Any, options: dict[str, Any]) -> Any:
+    """Generate with each token as a replay of a CUDA graph; None if the model cannot, with a line if it should."""
+    cache = forward.static_cache(model, batch["input_ids"].shape[1] + options["max_new_tokens"])
     if cache is None:
-        yield {}
-        return
-    with forward.single_tokens_replayed(model):
-        yield {cache_argument(model): cache, "disable_compile": True}
+        return None
+    try:
+        with forward.single_tokens_replayed(model):
+            return model.generate(**batch, **options, **{cache_argument(model): cache}, disable_compile=True)
+    except Exception as error:
+        print(f"Answers take longer: no CUDA graph of this model ({_cause(error)}).", flush=True)
+        return None
+
+
+def _cause(error: BaseException) -> str:
+    """Return the first line of the error that came first: leaving a failed capture raises another."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 class AnswerReader:

@@ -54,8 +54,8 @@ def static_cache(model: Any, tokens: int) -> StaticCache | None:
 def single_tokens_replayed(model: Any) -> Iterator[None]:
     """Replay passes of single tokens from a CUDA graph while the body generates once with a static cache on a GPU.
 
-    Such a pass takes as long as Python needs to launch its kernels, however many answers are written at once. If the
-    graph cannot be captured, one line says so and the model's own forward pass continues.
+    Such a pass takes as long as Python needs to launch its kernels, however many answers are written at once. Raises
+    what the model raises while it is captured.
     """
     model = inner(model)
     own, attention = vars(model).get("forward"), model.config._attn_implementation
@@ -82,29 +82,22 @@ class _Replayed:
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         functools.update_wrapper(self, forward)  # transformers reads the signature
-        self.forward, self.calls, self.failed = forward, 0, False
+        self.forward, self.calls = forward, 0
         self.graph: Any = None
         self.given: dict[str, Any] = {}
         self.output: Any = None
 
     def __call__(self, **given: Any) -> Any:
         self.calls += 1
-        if self.calls > 2 and not (self.graph or self.failed):
-            self._capture(given)
-        if not self.graph:
+        if self.calls <= 2:
             return self.forward(**given)
+        if not self.graph:
+            self.given = {name: _copied(value) for name, value in given.items()}
+            self.graph, self.output = capture(lambda: self.forward(**self.given))
         for tensor, new in zip(_tensors(self.given), _tensors(given), strict=True):
             tensor.copy_(new)
         self.graph.replay()
         return self.output
-
-    def _capture(self, given: dict[str, Any]) -> None:
-        try:
-            self.given = {name: _copied(value) for name, value in given.items()}
-            self.graph, self.output = capture(lambda: self.forward(**self.given))
-        except Exception as error:
-            self.failed, self.given = True, {}
-            print(f"Answers take longer: no CUDA graph of this model ({_cause(error)}).", flush=True)
 
 
 def capture(body: Callable[[], Any]) -> tuple[Any, Any]:
@@ -123,13 +116,6 @@ def capture(body: Callable[[], Any]) -> tuple[Any, Any]:
         generator.graphsafe_set_state(numbers)
         raise
     return graph, output
-
-
-def _cause(error: BaseException) -> str:
-    """Return the first line of the error that came first: leaving a failed capture raises another."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _copied(value: Any) -> Any:

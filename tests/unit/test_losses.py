@@ -57,7 +57,9 @@ def test_more_tokens_than_go_through_the_head_at_once(setup, device, monkeypatch
     assert [row.loss_sum for row in parts] == pytest.approx([row.loss_sum for row in whole], rel=1e-5)
 
 
-@given(lengths=st.lists(st.integers(1, 300), max_size=40), rows=st.integers(1, 9), kind=st.sampled_from(["cpu", "cuda"]))
+@given(
+    lengths=st.lists(st.integers(1, 300), max_size=40), rows=st.integers(1, 9), kind=st.sampled_from(["cpu", "cuda"])
+)
 def test_every_row_is_in_one_batch_of_no_more_tokens_than_the_longest_rows(lengths, rows, kind):
     """On a CPU, of no more rows."""
     batches = losses._batches(lengths, rows, dataclasses.replace(cpu("float32"), kind=kind))
