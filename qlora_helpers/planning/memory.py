@@ -218,7 +218,10 @@ def rows_at_once(workload: Workload) -> int:
 
 
 def answers_at_once(workload: Workload) -> int:
-    """Return how many questions to answer in one batch: at most as many as need no more memory than training."""
+    """Return how many questions to answer in one batch: at most as many as need no more memory than training.
+
+    A GPU keeps room for the keys and values of whole answers from their first token on: see `forward.static_cache`.
+    """
     return _most(workload, answer_parts, MOST_ANSWERS)
 
 

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qlora_helpers.device import detect
 from qlora_helpers.evaluation import answers
 from qlora_helpers.models import forward, qlora
+from qlora_helpers.planning import memory
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 QUESTIONS = ["Hi", "What is a variable in programming, and why would I need more than one of them?", "How do I?"]
@@ -147,6 +148,15 @@ def test_heads_that_share_keys_attend_as_with_copies_of_them():
     copied = key.repeat_interleave(3, dim=1), value.repeat_interleave(3, dim=1)
     want = torch.nn.functional.scaled_dot_product_attention(query, *copied, attn_mask=mask, scale=0.3)
     torch.testing.assert_close(got, want.transpose(1, 2))
+
+
+def test_the_plan_counts_the_whole_cache(config, tokenizer, model_folder):
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
+    read, written = config.max_length // 2, config.max_new_tokens
+    cache = forward.static_cache(model, read + written)
+    model(input_ids=torch.ones(3, read, dtype=torch.long), **{answers.cache_argument(model): cache})
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert held == memory.answer_parts(memory.workload_of(config), 3)["keys and values"]
 
 
 @needs_gpu
