@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,10 +15,15 @@ from qlora_helpers.device import Device
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import comparison, losses
 from qlora_helpers.evaluation.differences import Difference
-from qlora_helpers.planning import measurements, memory, plan, step_time, tables
+from qlora_helpers.files import ROOT
+from qlora_helpers.planning import graphs, measurements, memory, plan, step_time, tables
 from qlora_helpers.planning.gpus import GPUS
+from qlora_helpers.planning.workload import Parallel
 from qlora_helpers.runs import RunFolder
-from qlora_helpers.training import oom
+from qlora_helpers.training import cuda_graphs, oom
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu_speed
 
 T4 = Device("cuda", "T4", (7, 5), 14.74, 14.5, "float16", "")
 
@@ -30,6 +36,74 @@ def test_the_plan_agrees_with_measurements(scored_only, moments):
     assert result["settings"] >= 12
     assert result["median"] < 0.05
     assert result["worst"] < 0.10
+
+
+# Peaks on an H100 in GiB, measured with the same passes before there was a benchmark: fast, rows, layers, scales aside.
+EARLIER = [
+    ("graphs", 16, "qv", 12.55),
+    *(("compiled", rows, "qv", gib) for rows, gib in ((16, 9.85), (22, 12.75), (25, 14.24))),
+    ("compiled", 16, "all", 16.28),
+]
+
+
+def test_the_plan_agrees_with_steps_measured_on_every_path():
+    """A run that needs more than its limit frees what it can, and reserves all of it."""
+    speed = json.loads((ROOT / "results" / "h100-speed" / "speed.json").read_text("utf-8"))
+    lines = [line for group in speed["groups"].values() for line in group]
+    lines = [line for line in lines if line["name"] == gpu_speed.OURS and "peak_gib" in line]
+    assert {line["path"]["path"] for line in lines} == {"off", "graphs", "compiled"}
+    measured = [(line, line["path"]["path"], line["peak_gib"], speed["limit_gib"]) for line in lines]
+    for fast, rows, linear, gib in EARLIER:
+        measured.append((gpu_speed.contender("", rows, linear=linear), fast, gib + 0.056, 80.0))
+    for line, path, gib, limit in measured:
+        config = gpu_speed.config_of(line, Path("tinyllama-1.1b")).replace(fast=path)
+        planned = sum(plan.plan_memory(config).training.values())
+        assert min(planned, limit) == pytest.approx(gib, rel=0.1), line
+
+
+@given(st.integers(8, 4096), st.sampled_from(["random", "group_by_length"]))
+def test_the_plan_counts_the_lengths_and_the_logits_of_the_graphs(longest, sampling):
+    config = Config.preset("llama31-8b", max_length=longest, sampling=sampling)
+    assert graphs.lengths(memory.workload_of(config)) == len(cuda_graphs.lengths_for(longest, sampling))
+    assert graphs.CHUNK == cuda_graphs.CHUNK
+
+
+def test_auto_fits_with_the_librarys_steps_and_says_whether_graphs_fit_too():
+    config = Config.preset("tinyllama-guanaco-100", max_length=256, gradient_accumulation=1)
+    ends = {4: ": fits", 18: ": tight", 20: ": does not fit, so fast=auto takes the library's steps"}
+    for rows, end in ends.items():
+        planned = plan.plan_memory(config.replace(batch_size=rows), "t4")
+        assert planned.verdict == "fits"
+        assert "graphs" not in planned.training
+        assert planned.words.endswith(f"; with CUDA graphs {planned.with_graphs:.2f}{end}")
+    neither = plan.plan_memory(config.replace(batch_size=64), "t4")
+    assert neither.words == f"does not fit: {neither.total:.2f} GiB of 14.74"
+
+
+def test_graphs_that_are_asked_for_decide_whether_the_run_fits():
+    config = Config.preset("tinyllama-guanaco-100", batch_size=20, gradient_accumulation=1, max_length=256)
+    off, auto, chosen = (plan.plan_memory(config.replace(fast=fast), "t4") for fast in ("off", "auto", "graphs"))
+    assert (off.fits, auto.fits, chosen.fits) == (True, True, False)
+    assert chosen.total == auto.with_graphs
+    assert chosen.words.endswith(f"; with the library's steps (fast=off) {off.total:.2f}: fits")
+    assert off.words == f"fits: {off.total:.2f} GiB of 14.74"
+    lines = {line["GiB"]: line["a"] for line in tables.parts({"a": chosen})}
+    assert lines["graphs"] == chosen.training["graphs"] > 1
+    names = ["total with CUDA graphs" in {line["GiB"] for line in tables.parts({"a": one})} for one in (off, auto)]
+    assert names == [False, True]
+
+
+def test_only_what_can_be_captured_is_planned_with_graphs():
+    config = Config.preset("tinyllama-guanaco-100", fast="graphs")
+    assert list(plan.plan_memory(config).peaks) == ["graphs", "off"]
+    bloom = plan.preset_on("tinyllama-guanaco-100", "bloom-560m", fast="graphs")
+    for planned in (
+        plan.plan_memory(config, method="full"),
+        plan.plan_memory(config, parallel=Parallel(2)),
+        plan.plan_memory(bloom),
+    ):
+        assert list(planned.peaks) == ["off"]
+        assert "graphs" not in planned.training
 
 
 def test_trained_parameters_are_the_models_own(model_folder, device, tmp_path):
@@ -74,6 +148,7 @@ SETTINGS = st.fixed_dictionaries(
         "dropout": st.sampled_from([0.0, 0.1]),
         "gradient_checkpointing": st.booleans(),
         "bias": st.sampled_from(["none", "all"]),
+        "fast": st.sampled_from(["off", "graphs", "compiled"]),
     }
 )
 
@@ -201,7 +276,8 @@ def test_a_t4_is_the_same_by_name_by_size_and_as_a_device():
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--device", "t4"], 0, "fits: 3.18 GiB of 14.74"),
+        (["--device", "t4"], 0, "fits: 3.18 GiB of 14.74; with CUDA graphs 4.91: fits"),
+        (["--device", "t4", "--fast", "graphs", "--batch", "20", "--accumulation", "1"], 3, "does not fit: "),
         (["--preset", "llama31-8b", "--memory", "16"], 3, "does not fit: 2"),
         (["--model", "bloom-7b1", "--bias", "all", "--rank", "20", "--memory", "80"], 0, "7,069,016,064 parameters"),
         (["--model", "bigscience/bloom-560m"], 0, "Fits on: t4"),
@@ -237,6 +313,8 @@ def test_json_has_the_parts_the_total_and_the_advice(capsys):
     peak = max(sum(result["training"].values()), sum(result["evaluation"].values()))
     assert result["total"] == pytest.approx(peak + result["context"], abs=0.01)
     assert set(result["methods"]) == {"qlora", "lora", "full"}
+    assert result["paths"]["off"] == result["total"]
+    assert set(result["paths"]) == {"off", "graphs"}
 
 
 def test_the_command_needs_no_torch():
