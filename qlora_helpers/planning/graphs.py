@@ -1,22 +1,20 @@
 """Memory of training steps from CUDA graphs, as `training.cuda_graphs` computes them: what differs from the library's.
 
-The graphs of all lengths share a pool that holds a pass of the longest rows. A graph is captured after an ordinary pass
-of its length, so the peak is the pool, beside it a pass of the next shorter rows, and a cuBLAS workspace for the stream
-of every capture. Peaks that were measured are in `results/h100-speed/speed.json`; COMPILED is fitted to them.
+The graphs of all lengths share a pool that holds a pass of the longest rows. The passes before the first capture run on
+a stream of their own, and give their memory back. Peaks that were measured are in `results/h100-speed/speed.json`. They
+are higher where there was room: torch reserves a pass for each of the two streams until memory is short.
 """
 
 from qlora_helpers.planning.workload import BLOCK, FULL, WORKSPACE, Workload
 
-WIDTHS = {"random": 64, "group_by_length": 32}  # tokens: lengths are multiples
-MOST_LENGTHS = 8
 CHUNK = 1024  # tokens whose logits exist at the same time
-COMPILED = 0.65  # of what a block saves for its backward pass, adapters aside, once element-wise kernels are fused
+COMPILED = 0.65  # of what a block saves for its backward pass, adapters aside, as their kernels are fused: fitted
 
 
 def paths(workload: Workload) -> tuple[str, ...]:
     """Return the path that `fast` asks for, and the other one that the run may take.
 
-    `auto` takes the library's steps if graphs do not fit, and graphs need more than compiled blocks. Several GPUs, full
+    `auto` takes the library's steps if graphs do not fit, and compiled blocks need less than graphs. Several GPUs, full
     fine-tuning and BLOOM, whose attention needs a mask, have the library's only.
     """
     fast = workload.config.fast
@@ -30,15 +28,7 @@ def loss_tokens(workload: Workload) -> int:
     return workload.tokens if workload.path == "off" else min(workload.tokens, CHUNK)
 
 
-def lengths(workload: Workload) -> int:
-    """Return the number of lengths that rows are padded to, each with a graph."""
-    longest, width = workload.config.max_length, WIDTHS[workload.config.sampling]
-    width *= -(-longest // (width * MOST_LENGTHS))
-    return -(-longest // width)
-
-
-def held(workload: Workload, of_pass: float) -> float:
-    """Return the bytes that graphs add to a pass of `of_pass` bytes: a second pass, workspaces, scales in float32."""
-    number = lengths(workload)
-    scales = FULL * workload.shape.packable / BLOCK if workload.packed and workload.config.double_quant else 0.0
-    return of_pass * (number - 1) / number + WORKSPACE * (number + 1) + scales
+def held(workload: Workload) -> float:
+    """Return the bytes that graphs add: cuBLAS on two more streams, and scales in float32."""
+    plain = workload.packed and workload.config.double_quant
+    return 2 * WORKSPACE + (FULL * workload.shape.packable / BLOCK if plain else 0.0)

@@ -31,15 +31,12 @@ SPARE_PACKED = 0.03  # of 4-bit weights, which lie in gaps left by the 16-bit we
 
 def training_parts(workload: Workload) -> dict[str, float]:
     """Return bytes by part at the peak of a step: at the loss, in a block's backward pass, or in the optimizer step."""
-    passes, step = (_at_loss(workload), _in_backward(workload)), _at_step(workload)
-    worst = max(*passes, step, key=lambda parts: sum(parts.values()))
+    moments = (_at_loss(workload), _in_backward(workload), _at_step(workload))
+    worst = max(moments, key=lambda parts: sum(parts.values()))
     of_loss, of_rest = SPARE_CHECKPOINTING if workload.config.gradient_checkpointing else SPARE
     spare = of_loss * _logits(workload) + of_rest * worst.get("activations", 0.0)
-    parts = {**worst, "fragmentation": spare}
-    if workload.path == "off":
-        return parts
-    of_pass = max(moment["activations"] + moment["logits and loss"] for moment in passes) + spare
-    return {**parts, "graphs": graphs.held(workload, of_pass)}
+    added = {} if workload.path == "off" else {"graphs": graphs.held(workload)}
+    return {**worst, "fragmentation": spare, **added}
 
 
 def static_parts(workload: Workload) -> dict[str, float]:

@@ -38,57 +38,73 @@ def test_the_plan_agrees_with_measurements(scored_only, moments):
     assert result["worst"] < 0.10
 
 
-# Peaks on an H100 in GiB, measured with the same passes before there was a benchmark: fast, rows, layers, scales aside.
-EARLIER = [
-    ("graphs", 16, "qv", 12.55),
-    *(("compiled", rows, "qv", gib) for rows, gib in ((16, 9.85), (22, 12.75), (25, 14.24))),
+# Peaks on an H100 in GiB when a pass of rows three quarters as long was needed beside the pool: fast, rows, layers.
+BESIDE = [
+    *(("graphs", rows, "qv", gib) for rows, gib in ((4, 4.48), (16, 12.55))),
+    *(("compiled", rows, "qv", gib) for rows, gib in ((4, 3.72), (16, 9.85), (22, 12.75), (25, 14.24))),
     ("compiled", 16, "all", 16.28),
 ]
 
 
-def test_the_plan_agrees_with_steps_measured_on_every_path():
-    """A run that needs more than its limit frees what it can, and reserves all of it."""
+def planned_gib(line, path):
+    """Return GiB that are planned for a line of the benchmark, and what a pass takes of them."""
+    config = gpu_speed.config_of(line, Path("tinyllama-1.1b")).replace(fast=path)
+    parts = plan.plan_memory(config).training
+    return sum(parts.values()), sum(parts[name] for name in ("activations", "logits and loss", "fragmentation"))
+
+
+@pytest.mark.parametrize(("fast", "rows", "linear", "gib"), BESIDE)
+def test_the_plan_agrees_with_what_a_pass_took_on_each_path(fast, rows, linear, gib):
+    planned, of_pass = planned_gib(gpu_speed.contender("", rows, linear=linear), fast)
+    assert planned + 0.75 * of_pass == pytest.approx(gib, rel=0.06)
+
+
+def test_the_speed_benchmark_reserved_what_was_planned_and_at_most_another_pass():
     speed = json.loads((ROOT / "results" / "h100-speed" / "speed.json").read_text("utf-8"))
     lines = [line for group in speed["groups"].values() for line in group]
     lines = [line for line in lines if line["name"] == gpu_speed.OURS and "peak_gib" in line]
     assert {line["path"]["path"] for line in lines} == {"off", "graphs", "compiled"}
-    measured = [(line, line["path"]["path"], line["peak_gib"], speed["limit_gib"]) for line in lines]
-    for fast, rows, linear, gib in EARLIER:
-        measured.append((gpu_speed.contender("", rows, linear=linear), fast, gib + 0.056, 80.0))
-    for line, path, gib, limit in measured:
-        config = gpu_speed.config_of(line, Path("tinyllama-1.1b")).replace(fast=path)
-        planned = sum(plan.plan_memory(config).training.values())
-        assert min(planned, limit) == pytest.approx(gib, rel=0.1), line
+    for line in lines:
+        path, measured = line["path"]["path"], line["peak_gib"]
+        (planned, _), (_, of_pass) = planned_gib(line, path), planned_gib(line, "graphs")
+        most = planned if path == "off" else min(speed["limit_gib"], planned + of_pass)
+        assert planned / 1.1 < measured < 1.1 * most, line
 
 
-@given(st.integers(8, 4096), st.sampled_from(["random", "group_by_length"]))
-def test_the_plan_counts_the_lengths_and_the_logits_of_the_graphs(longest, sampling):
-    config = Config.preset("llama31-8b", max_length=longest, sampling=sampling)
-    assert graphs.lengths(memory.workload_of(config)) == len(cuda_graphs.lengths_for(longest, sampling))
+def test_the_plan_counts_as_many_logits_as_the_graphs_hold():
     assert graphs.CHUNK == cuda_graphs.CHUNK
 
 
 def test_auto_fits_with_the_librarys_steps_and_says_whether_graphs_fit_too():
-    config = Config.preset("tinyllama-guanaco-100", max_length=256, gradient_accumulation=1)
-    ends = {4: ": fits", 18: ": tight", 20: ": does not fit, so fast=auto takes the library's steps"}
-    for rows, end in ends.items():
-        planned = plan.plan_memory(config.replace(batch_size=rows), "t4")
-        assert planned.verdict == "fits"
-        assert "graphs" not in planned.training
-        assert planned.words.endswith(f"; with CUDA graphs {planned.with_graphs:.2f}{end}")
-    neither = plan.plan_memory(config.replace(batch_size=64), "t4")
-    assert neither.words == f"does not fit: {neither.total:.2f} GiB of 14.74"
+    config = Config.preset("tinyllama-guanaco-100", batch_size=1)
+    planned = plan.plan_memory(config)  # few logits, and no mask: graphs need more
+    assert planned.with_graphs > planned.total + 0.1
+    between = (planned.total + planned.with_graphs) / 2
+    ends = {30.0: ": fits", between: ": does not fit, so fast=auto takes the library's steps"}
+    for gib, end in ends.items():
+        found = plan.plan_memory(config, gib)
+        assert found.fits
+        assert "graphs" not in found.training
+        assert found.words.endswith(f"; with CUDA graphs {planned.with_graphs:.2f}{end}")
+    assert plan.plan_memory(config, 1.0).words == f"does not fit: {planned.total:.2f} GiB of 1.00"
+    large = config.replace(batch_size=16, max_length=256)  # many logits: graphs need less
+    planned = plan.plan_memory(large)
+    found = plan.plan_memory(large, (planned.total + planned.with_graphs) / 2)
+    assert not found.fits
+    assert found.words.endswith(f"; with CUDA graphs {planned.with_graphs:.2f}: tight")
 
 
 def test_graphs_that_are_asked_for_decide_whether_the_run_fits():
-    config = Config.preset("tinyllama-guanaco-100", batch_size=20, gradient_accumulation=1, max_length=256)
-    off, auto, chosen = (plan.plan_memory(config.replace(fast=fast), "t4") for fast in ("off", "auto", "graphs"))
+    config = Config.preset("tinyllama-guanaco-100", batch_size=1)
+    planned = plan.plan_memory(config)
+    between = (planned.total + planned.with_graphs) / 2
+    off, auto, chosen = (plan.plan_memory(config.replace(fast=fast), between) for fast in ("off", "auto", "graphs"))
     assert (off.fits, auto.fits, chosen.fits) == (True, True, False)
     assert chosen.total == auto.with_graphs
-    assert chosen.words.endswith(f"; with the library's steps (fast=off) {off.total:.2f}: fits")
-    assert off.words == f"fits: {off.total:.2f} GiB of 14.74"
+    assert chosen.words.endswith(f"; with the library's steps (fast=off) {off.total:.2f}: tight")
+    assert off.words == f"tight: {off.total:.2f} GiB of {between:.2f}"
     lines = {line["GiB"]: line["a"] for line in tables.parts({"a": chosen})}
-    assert lines["graphs"] == chosen.training["graphs"] > 1
+    assert lines["graphs"] == chosen.training["graphs"] > 0.1
     names = ["total with CUDA graphs" in {line["GiB"] for line in tables.parts({"a": one})} for one in (off, auto)]
     assert names == [False, True]
 
@@ -276,8 +292,8 @@ def test_a_t4_is_the_same_by_name_by_size_and_as_a_device():
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--device", "t4"], 0, "fits: 3.18 GiB of 14.74; with CUDA graphs 4.91: fits"),
-        (["--device", "t4", "--fast", "graphs", "--batch", "20", "--accumulation", "1"], 3, "does not fit: "),
+        (["--device", "t4"], 0, "fits: 3.18 GiB of 14.74; with CUDA graphs 3.20: fits"),
+        (["--device", "t4", "--fast", "graphs", "--batch", "64", "--accumulation", "1"], 3, "does not fit: "),
         (["--preset", "llama31-8b", "--memory", "16"], 3, "does not fit: 2"),
         (["--model", "bloom-7b1", "--bias", "all", "--rank", "20", "--memory", "80"], 0, "7,069,016,064 parameters"),
         (["--model", "bigscience/bloom-560m"], 0, "Fits on: t4"),
