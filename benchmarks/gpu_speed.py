@@ -53,18 +53,17 @@ GROUPS: dict[str, list[dict[str, Any]]] = {
     ],
     "qv": [
         *(contender(TRL, rows) for rows in (16, 20, 22, 24)),
-        contender(TRL, 22, **GROUPED),
-        *(contender(OURS, rows, "compiled", **GROUPED) for rows in (22, 25)),
-        contender(OURS, 16, "graphs", **GROUPED),
+        *(contender(OURS, rows, "compiled", **GROUPED) for rows in (22, 28)),
+        contender(OURS, 24, "graphs", **GROUPED),
     ],
     "all-linear": [
-        *(contender(TRL, rows, linear="all") for rows in (14, 16)),
-        contender(OURS, 14, "compiled", linear="all", **GROUPED),
+        *(contender(TRL, rows, linear="all") for rows in (14, 16, 17)),
+        *(contender(OURS, rows, "compiled", linear="all", **GROUPED) for rows in (16, 20)),
     ],
     "fp16": [
         contender(REPORT, 4, dtype="float16", steps=40),
         *(contender(TRL, rows, dtype="float16") for rows in (22, 24)),
-        *(contender(OURS, rows, "graphs", dtype="float16", **GROUPED) for rows in (4, 16, 18)),
+        *(contender(OURS, rows, "graphs", dtype="float16", **GROUPED) for rows in (4, 16, 28)),
     ],
     # Losses of every step without dropout, whose random numbers depend on the padding.
     "losses": [contender(OURS, 4, fast, dropout=0.0, steps=40) for fast in ("off", "graphs", "compiled")],

@@ -150,6 +150,24 @@ def weights_by_module(tables: dict[str, list[dict[str, Any]]]) -> Figure:
     return figure
 
 
+@styled
+def pass_seconds(seconds: dict[str, float]) -> Figure:
+    """Plot the seconds of a forward and backward pass by value of `fast`, as `training.paths` timed them.
+
+    `seconds` includes off. The title says how many times as fast the fastest one is.
+    """
+    fastest = min(seconds, key=seconds.__getitem__)
+    title = "Graphs are not faster here"
+    if fastest != "off":
+        name = "Compiled graphs" if fastest == "compiled" else "Graphs"
+        title = f"{name} make a pass {seconds['off'] / seconds[fastest]:.1f} times as fast"
+    figure, (axes,) = new_figure(title, 1.3 + 0.5 * len(seconds))
+    milliseconds = [1000 * each for each in seconds.values()]
+    _stack(axes, list(seconds), {"": milliseconds}, [f"{each:.0f} ms" for each in milliseconds])
+    axes.set(xlabel="forward and backward pass (ms)", ylabel="value of fast")
+    return figure
+
+
 def _stack(axes: Axes, names: list[str], parts: dict[str, list[float]], totals: list[str]) -> None:
     """Draw one bar per name, with its parts from left to right and its total after them."""
     left = np.zeros(len(names))

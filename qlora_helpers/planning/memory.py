@@ -7,17 +7,15 @@ runs, and `docs/results.md` lists the errors of the plan. All sizes are in bytes
 from collections.abc import Callable
 from dataclasses import replace
 
-from qlora_helpers.planning import sharding
+from qlora_helpers.planning import graphs, sharding
 from qlora_helpers.planning.shape import ATTENDED, Block
-from qlora_helpers.planning.workload import ALONE, FULL, HALF, Workload
+from qlora_helpers.planning.workload import ALONE, BLOCK, FULL, HALF, WORKSPACE, Workload
 from qlora_helpers.planning.workload import workload_of as workload_of
 
 GIB = 2**30
-BLOCK = 64  # weights that share a 4-bit scale
 NESTED = 256  # scales that share a second scale, with double quantization
 BLOCK_8BIT = 256  # optimizer values that share a scale in 8-bit AdamW
 LOSS_COPIES = 3  # float32 matrices of tokens x vocabulary at the loss: log-softmax, its gradient, the logits' gradient
-WORKSPACE = 64 * 2**20  # cuBLAS, forward and backward
 EVALUATION_LOGITS = 512  # tokens whose logits `evaluation` converts to float32 at once
 MOST_ROWS, MOST_ANSWERS = 8, 128  # more rows at once are no faster on a CPU; many answers take as many steps as one
 MOST_ROWS_ON_GPU = 32  # a pass of fewer tokens takes as long: until then, Python launches kernels
@@ -37,8 +35,9 @@ def training_parts(workload: Workload) -> dict[str, float]:
     moments = (_at_loss(workload), _in_backward(workload), _at_step(workload))
     worst = max(moments, key=lambda parts: sum(parts.values()))
     of_loss, of_rest = SPARE_CHECKPOINTING if workload.config.gradient_checkpointing else SPARE
-    matrix = FULL * workload.tokens * workload.shape.vocabulary
-    return {**worst, "fragmentation": of_loss * matrix + of_rest * worst.get("activations", 0.0)}
+    spare = of_loss * _logits(workload) + of_rest * worst.get("activations", 0.0)
+    added = {} if workload.path == "off" else {"graphs": graphs.held(workload)}
+    return {**worst, "fragmentation": spare, **added}
 
 
 def static_parts(workload: Workload) -> dict[str, float]:
@@ -115,9 +114,14 @@ def _at_loss(workload: Workload) -> dict[str, float]:
         **sharding.gathered(workload, layers=1, head=True),
         "gradients": sharding.between_passes(workload, _gradients(workload)),
         "activations": _saved(workload),
-        "logits and loss": float(LOSS_COPIES * FULL * workload.tokens * workload.shape.vocabulary),
+        "logits and loss": LOSS_COPIES * _logits(workload),
         "workspace": float(WORKSPACE),
     }
+
+
+def _logits(workload: Workload) -> float:
+    """Bytes of one float32 matrix of tokens x vocabulary at the loss."""
+    return float(FULL * graphs.loss_tokens(workload) * workload.shape.vocabulary)
 
 
 def _in_backward(workload: Workload) -> dict[str, float]:
@@ -157,6 +161,7 @@ def _saved(workload: Workload) -> float:
 
 def _block(workload: Workload, block: Block) -> float:
     per_token = _bloom_block(workload) if workload.shape.family == "bloom" else _plain_block(workload, block)
+    per_token *= graphs.COMPILED if workload.path == "compiled" else 1
     return workload.tokens * (per_token + _adapter_inputs(workload, block)) + _attention_mask(workload, block)
 
 
@@ -169,7 +174,7 @@ def _plain_block(workload: Workload, block: Block) -> float:
     attention = 0
     if block.attends:
         attention = FULL * shape.heads
-        if workload.rows > 1:  # padding: keys and values are repeated per head
+        if workload.masked:  # keys and values are repeated per head
             inner += 2 * (shape.heads - shape.kv_heads) * shape.head_dim
     return FULL * (block.normed + 2) + HALF * (inner + 3 * block.expert_width) + attention
 
@@ -197,7 +202,7 @@ def _adapter_inputs(workload: Workload, block: Block) -> float:
 
 def _attention_mask(workload: Workload, block: Block) -> float:
     """Bytes of one 16-bit mask per block, needed when rows are padded to the same length."""
-    if workload.shape.family == "bloom" or workload.rows == 1 or not block.attends:
+    if workload.shape.family == "bloom" or not workload.masked or not block.attends:
         return 0.0
     return float(HALF * workload.rows * workload.config.max_length**2)
 

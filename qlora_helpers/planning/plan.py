@@ -8,7 +8,7 @@ from typing import Any
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device
 from qlora_helpers.errors import UserError, nearest
-from qlora_helpers.planning import architectures, gpus, memory, quantization, step_time
+from qlora_helpers.planning import architectures, gpus, graphs, memory, quantization, step_time
 from qlora_helpers.planning.gpus import CONTEXT_GIB, GPUS, Gpu
 from qlora_helpers.planning.memory import GIB
 from qlora_helpers.planning.quantization import METHODS
@@ -37,6 +37,7 @@ class Plan:
 
     `context` is the GPU memory that CUDA takes outside torch. `memory` is that of the GPU, None if no device was given.
     With several GPUs, `parallel`, these are the numbers of each. `ram` is what all of them keep in the computer's.
+    `peaks` has the peak on each path that `fast` allows, the planned one first: see `graphs.paths`.
     """
 
     model: str
@@ -48,18 +49,24 @@ class Plan:
     context: float
     memory: float | None
     advice: list[Advice]
+    peaks: dict[str, float]
     parallel: Parallel = ALONE
     ram: float = 0.0
 
     @property
     def peak(self) -> float:
         """Peak of the memory that torch reserves, in training or in evaluation."""
-        return max(sum(self.training.values()), sum(self.evaluation.values()))
+        return next(iter(self.peaks.values()))
 
     @property
     def total(self) -> float:
         """Peak memory of the run on the GPU, including the CUDA context."""
         return self.peak + self.context
+
+    @property
+    def with_graphs(self) -> float:
+        """The total if `fast=auto` takes CUDA graphs, or the total where it cannot."""
+        return self.peaks.get("graphs", self.peak) + self.context
 
     @property
     def fits(self) -> bool:
@@ -69,11 +76,14 @@ class Plan:
     @property
     def verdict(self) -> str:
         """fits, tight, does not fit, or no device named."""
+        return self._verdict(self.total)
+
+    def _verdict(self, total: float) -> str:
         if self.memory is None:
             return "no device named"
-        if not self.fits:
+        if total > self.memory:
             return "does not fit"
-        return "tight" if self.total > TIGHT * self.memory else "fits"
+        return "tight" if total > TIGHT * self.memory else "fits"
 
     @property
     def words(self) -> str:
@@ -81,7 +91,22 @@ class Plan:
         several = f" on each of {self.parallel.gpus} GPUs, {self.parallel.strategy}" if self.parallel != ALONE else ""
         ram = f", and {self.ram:.2f} GiB of the computer's memory" if self.ram else ""
         of = f" of {self.memory:.2f}" if self.memory else ""
-        return f"{self.verdict}: {self.total:.2f} GiB{of}{several}{ram}"
+        return f"{self.verdict}: {self.total:.2f} GiB{of}{several}{ram}{self._otherwise}"
+
+    @property
+    def _otherwise(self) -> str:
+        """The verdict on the path that is not planned, unless neither fits."""
+        (planned, _), *others = self.peaks.items()
+        if self.memory is None or not others:
+            return ""
+        total = others[0][1] + self.context
+        fits = total <= self.memory
+        if not self.fits and not fits:
+            return ""
+        if planned != "off":
+            return f"; with the library's steps (fast=off) {total:.2f}: {self._verdict(total)}"
+        after = ", so fast=auto takes the library's steps" if not fits else ""
+        return f"; with CUDA graphs {total:.2f}: {self._verdict(total)}{after}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, with GiB rounded to three decimals."""
@@ -101,6 +126,7 @@ class Plan:
             "gpus": self.parallel.gpus,
             "strategy": self.parallel.strategy,
             "ram": round(self.ram, 3),
+            "paths": {path: round(peak + self.context, 3) for path, peak in self.peaks.items()},
         }
 
 
@@ -114,21 +140,25 @@ def plan_memory(
 
     Without a device there is no verdict. `method` is qlora, lora or full; None means the config's own. Full fine-tuning
     keeps weights, gradients and AdamW's moments in 16 bits, 8 bytes per parameter. Every row counts with the maximum
-    length. `parallel` are several such GPUs, which share the effective batch. Raises `UserError` if the model's config
+    length. `parallel` are several such GPUs, which share the effective batch. With `fast=auto`, the library's steps
+    decide whether the run fits, because it takes them if CUDA graphs do not. Raises `UserError` if the model's config
     cannot be loaded, if a setting is impossible for the model, or if the GPUs cannot share the batch.
     """
     workload = memory.workload_of(config, method, parallel)
     gpu = None if device is None else gpu_of(device, config)
+    steps = {path: memory.training_parts(replace(workload, path=path)) for path in graphs.paths(workload)}
+    evaluation = memory.evaluation_parts(workload)
     plan = Plan(
         model=config.model,
         parameters=workload.shape.parameters,
         trained=memory.trained_parameters(workload),
         method=method or quantization.method_of(config),
-        training=_gib(memory.training_parts(workload)),
-        evaluation=_gib(memory.evaluation_parts(workload)),
+        training=_gib(next(iter(steps.values()))),
+        evaluation=_gib(evaluation),
         context=gpu.context if gpu else CONTEXT_GIB,
         memory=gpu.memory if gpu else None,
         advice=[],
+        peaks={path: max(sum(parts.values()), sum(evaluation.values())) / GIB for path, parts in steps.items()},
         parallel=parallel,
         ram=memory.offloaded(workload) / GIB,
     )

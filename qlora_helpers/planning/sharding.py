@@ -31,9 +31,10 @@ def buckets(workload: Workload, gradients: float) -> dict[str, float]:
 def between_passes(workload: Workload, gradients: float) -> float:
     """Return the gradients that exist between the passes of a step.
 
-    They are reduced after its last pass only: until then, each GPU sums whole gradients, with FSDP too.
+    They are reduced after its last pass only: until then, each GPU sums whole gradients, with FSDP too. Those that
+    graphs add to stay allocated.
     """
-    return gradients if workload.config.gradient_accumulation > 1 else 0.0
+    return gradients if workload.config.gradient_accumulation > 1 or workload.path != "off" else 0.0
 
 
 def in_backward(workload: Workload, gradients: float) -> float:

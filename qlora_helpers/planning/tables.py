@@ -10,8 +10,9 @@ from qlora_helpers.planning.plan import Plan
 
 MANY_GPUS = "more than one GPU"
 TIME_SOURCE = (
-    "Fitted to steps measured on an H100, with every row at the maximum length. Other GPUs are scaled by their\n"
-    "published speed, which they seldom reach (a published T4 run took 4.7 times as long): read this as a lower bound."
+    "Fitted to the library's steps (fast=off), measured on an H100 with every row at the maximum length; CUDA graphs\n"
+    "are faster. Other GPUs are scaled by their published speed, which they seldom reach (a published T4 run took 4.7\n"
+    "times as long): read this as a lower bound."
 )
 
 
@@ -23,6 +24,8 @@ def parts(plans: dict[str, Plan]) -> list[dict[str, Any]]:
     lines["evaluation"] = [sum(planned.evaluation.values()) for planned in plans.values()]
     lines["CUDA context"] = [planned.context for planned in plans.values()]
     lines["total"] = [planned.total for planned in plans.values()]
+    if any(planned.with_graphs != planned.total for planned in plans.values()):
+        lines["total with CUDA graphs"] = [planned.with_graphs for planned in plans.values()]
     return [{"GiB": name, **dict(zip(plans, sizes, strict=True))} for name, sizes in lines.items()]
 
 

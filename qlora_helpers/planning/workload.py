@@ -11,6 +11,8 @@ from qlora_helpers.planning import architectures, quantization
 from qlora_helpers.planning.shape import Block, Linear, Shape
 
 HALF, FULL = 2, 4  # bytes of bf16 or fp16, and of float32
+BLOCK = 64  # weights that share a 4-bit scale
+WORKSPACE = 64 * 2**20  # bytes for cuBLAS on each stream, forward and backward
 STRATEGIES = ("ddp", "fsdp", "fsdp-offload")
 
 
@@ -64,12 +66,16 @@ ALONE = Parallel()
 
 @dataclass(frozen=True)
 class Workload:
-    """The work of one GPU. Every row counts with the maximum length of its kind."""
+    """The work of one GPU. Every row counts with the maximum length of its kind.
+
+    `path` is how steps are computed: off (by the library), graphs or compiled, see `planning.graphs`.
+    """
 
     shape: Shape
     config: Config
     full: bool
     parallel: Parallel = ALONE
+    path: str = "off"
 
     @property
     def rows(self) -> int:
@@ -80,6 +86,11 @@ class Workload:
     def tokens(self) -> int:
         """Tokens per forward pass."""
         return self.rows * self.config.max_length
+
+    @property
+    def masked(self) -> bool:
+        """Whether padding is masked in attention. Steps from graphs need no mask: see `training.cuda_graphs`."""
+        return self.rows > 1 and self.path == "off"
 
     @property
     def heldout_length(self) -> int:

@@ -7,9 +7,10 @@ needs no mask, so that a shape is a length; an incomplete batch is filled with e
 gradient clipping and fp16 scaler stay the library's: only the forward and backward pass is replaced.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import bitsandbytes as bnb
@@ -20,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from qlora_helpers.data.prompts import IGNORE
 from qlora_helpers.device import Device, autocast
 from qlora_helpers.models import forward
-from qlora_helpers.training.batches import Batch, Features
+from qlora_helpers.training.batches import ROUNDING, Batch, Features
 
 # Lengths are multiples of a width. The longest row of a batch in random order is nearly always a long one, so that more
 # lengths would save nothing; batches of rows of like length waste 4% instead of 6% with the smaller width.
@@ -72,7 +73,7 @@ class Passes:
         self.model, self.device, self.backward = forward.inner(model), device, backward
         self.head = self.model.get_output_embeddings()
         self.scales = _plain_scales(self.model)
-        self.compiled_blocks: dict[Any, Any] = {}
+        self.replaced: dict[Any, Callable[..., Any]] = _fused_norms(self.model)  # forward passes of parts of the model
         self.loss_of_chunk = self._loss_sum
 
     def __call__(self, ids: torch.Tensor, labels: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
@@ -115,25 +116,28 @@ class Passes:
         """Compile every block of the model and the loss, for these passes only: evaluations call the plain ones."""
         names = self.model._no_split_modules or ()
         options: dict[str, Any] = {"fallback_random": True}  # dropout is drawn as without compiling
-        for block in self.model.modules():
-            if type(block).__name__ in names:
-                self.compiled_blocks[block] = torch.compile(block.forward, dynamic=False, options=options)
+        blocks = [block for block in self.model.modules() if type(block).__name__ in names]
+        self.replaced = {block: torch.compile(block.forward, dynamic=False, options=options) for block in blocks}
         self.loss_of_chunk = torch.compile(self._loss_sum, dynamic=False, options=options)
+
+    def undo_compile(self) -> None:
+        """Compute the passes as before `compile`."""
+        self.replaced, self.loss_of_chunk = _fused_norms(self.model), self._loss_sum
 
     @contextmanager
     def _as_captured(self) -> Iterator[None]:
-        """Let the model attend without a mask, read plain scales, and call the compiled blocks."""
+        """Let the model attend without a mask, read plain scales, and call the replaced forward passes."""
         before = self.model.config._attn_implementation
         self.model.set_attn_implementation(CAUSAL)
         for state, _, plain in self.scales:
             state.absmax, state.nested = plain, False
-        for block, compiled in self.compiled_blocks.items():
-            block.forward = compiled
+        for module, compute in self.replaced.items():
+            module.forward = compute
         try:
             yield
         finally:
-            for block in self.compiled_blocks:
-                del block.forward
+            for module in self.replaced:
+                del module.forward
             for state, quantized, _ in self.scales:
                 state.absmax, state.nested = quantized, True
             self.model.set_attn_implementation(before)
@@ -148,6 +152,35 @@ def _plain_scales(model: Any) -> list[tuple[Any, torch.Tensor, torch.Tensor]]:
     nested = [weight.quant_state for weight in weights if weight.quant_state is not None and weight.quant_state.nested]
     dequantize = bnb.functional.dequantize_blockwise
     return [(state, state.absmax, dequantize(state.absmax, state.state2).float() + state.offset) for state in nested]
+
+
+def _fused_norms(model: Any) -> dict[Any, Callable[..., Any]]:
+    """Return the RMS norms of a model with a forward pass that takes one kernel instead of seven.
+
+    Only those for which `torch.nn.functional.rms_norm` gives the same: some families add 1 to the weights.
+    """
+    norms: dict[Any, Callable[..., Any]] = {}
+    for module in model.modules():
+        if "RMSNorm" not in type(module).__name__:
+            continue
+        eps, weight = getattr(module, "variance_epsilon", getattr(module, "eps", None)), getattr(module, "weight", None)
+        if isinstance(eps, float) and isinstance(weight, torch.Tensor) and not weight.requires_grad:
+            fused = partial(_rms_norm, module.forward, weight, eps)
+            probe = torch.linspace(-1, 2, weight.shape[-1], dtype=weight.dtype, device=weight.device)[None]
+            with torch.no_grad():
+                if torch.allclose(module(probe), fused(probe), rtol=ROUNDING, atol=0.0):
+                    norms[module] = fused
+    return norms
+
+
+def _rms_norm(
+    own: Callable[..., torch.Tensor], weight: torch.Tensor, eps: float, hidden: torch.Tensor, *further: Any
+) -> torch.Tensor:
+    """Return the norm in one kernel where it is called as in the check, else from the module's own forward pass."""
+    if further or hidden.dtype != weight.dtype:
+        return own(hidden, *further)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return torch.nn.functional.rms_norm(hidden, weight.shape, weight, eps)
 
 
 @dataclass
@@ -169,6 +202,7 @@ class GraphStep:
         self.trained = [p for p in passes.model.parameters() if p.requires_grad]
         self.gradients = [torch.zeros_like(p) for p in self.trained]  # the tensors that the graphs add to
         self.graphs: dict[int, _Captured] = {}
+        self.warm: set[int] = set()  # lengths whose kernels are chosen, loaded and compiled
         self.too_long: set[int] = set()  # lengths whose graphs do not fit beside the others
         self._pool: Any = None
 
@@ -198,20 +232,32 @@ class GraphStep:
             for parameter, gradient in zip(self.trained, self.gradients, strict=True):
                 parameter.grad = gradient
 
+    def warm_up(self, lengths: Iterable[int]) -> None:
+        """Compute a pass of each length, in which kernels are chosen, loaded and compiled.
+
+        Before the first capture there is memory for it: later it would need as much again as a graph.
+        """
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), random_numbers_given_back():
+            for length in sorted(set(lengths) - self.warm, reverse=True):
+                self.passes(*self.untrained(length))
+                self.warm.add(length)
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def untrained(self, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return a batch in which no token is trained: ids, labels and the number of trained tokens."""
+        ids = torch.zeros(self.rows, length, dtype=torch.long, device=self.gradients[0].device)
+        return ids, torch.full_like(ids, IGNORE), torch.ones((), device=ids.device)
+
     def capture(self, length: int) -> None:
         """Capture the graph of rows of this length.
 
         No token is trained while it is captured, so gradients stay as they are; random numbers that are drawn are
         given back.
         """
-        where = self.gradients[0].device
-        ids = torch.zeros(self.rows, length, dtype=torch.long, device=where)
-        labels, items = torch.full_like(ids, IGNORE), torch.ones((), device=where)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), random_numbers_given_back():
-            self.passes(ids, labels, items)
-        torch.cuda.current_stream().wait_stream(stream)
+        self.warm_up([length])
+        ids, labels, items = self.untrained(length)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with random_numbers_given_back(), torch.cuda.graph(graph, pool=self._pool):

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from qlora_helpers import distributed, files
-from qlora_helpers.data.prompts import IGNORE
 from qlora_helpers.device import Device, autocast
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation.context import RunContext
@@ -131,10 +130,11 @@ def _unsuitable(model: Any, passes: Passes, longest: int) -> str | None:
 def _fastest(
     step: GraphStep, wanted: str, lengths: Sequence[int], passes_left: int, seconds: dict[str, float]
 ) -> tuple[GraphStep | None, Choice]:
-    longest = max(lengths)
-    seconds["off"] = _seconds(lambda: step.passes(*_example(step, longest)))
+    example = step.untrained(max(lengths))
+    seconds["off"] = _seconds(lambda: step.passes(*example))
     if wanted != "compiled":
-        seconds["graphs"] = _seconds(lambda: step(*_example(step, longest)))
+        step.warm_up(lengths)
+        seconds["graphs"] = _seconds(lambda: step(*example))
         if wanted == "graphs":
             return step, Choice("graphs", "as requested", seconds)
         if seconds["off"] <= seconds["graphs"]:
@@ -142,23 +142,18 @@ def _fastest(
             return None, Choice("off", "graphs are not faster here", seconds)
         if passes_left * seconds["graphs"] * COMPILED_SAVES < COMPILE_SECONDS * len(lengths):
             return step, Choice("graphs", "compiling would take longer than it saves", seconds)
-    step.release()
+        step.release()
     step.passes.compile()
-    seconds["compiled"] = _seconds(lambda: step(*_example(step, longest)))
+    step.warm.clear()
+    step.warm_up(lengths)
+    seconds["compiled"] = _seconds(lambda: step(*example))
     if wanted == "compiled":
         return step, Choice("compiled", "as requested", seconds)
     if seconds["compiled"] < seconds["graphs"]:
         return step, Choice("compiled", "the fastest here", seconds)
     step.release()
-    step.passes.compiled_blocks.clear()
-    step.passes.loss_of_chunk = step.passes._loss_sum
+    step.passes.undo_compile()
     return step, Choice("graphs", "compiled blocks are not faster here", seconds)
-
-
-def _example(step: GraphStep, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return a batch in which nothing is trained: ids, labels and the number of trained tokens."""
-    ids = torch.zeros(step.rows, length, dtype=torch.long, device=step.gradients[0].device)
-    return ids, torch.full_like(ids, IGNORE), torch.ones((), device=ids.device)
 
 
 def _seconds(run: Callable[[], Any]) -> float:

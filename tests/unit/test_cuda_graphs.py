@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from qlora_helpers.data.prompts import IGNORE
 from qlora_helpers.device import detect
@@ -113,6 +114,18 @@ def test_model_whose_head_is_not_all_of_its_logits_keeps_the_librarys_steps(mode
     head = passes.head
     passes.head = lambda hidden: head(hidden) / 8
     assert "differs" in paths._unsuitable(model, passes, 64)
+
+
+def test_norms_take_one_kernel_where_that_gives_the_same(model, passes):
+    """Gemma adds 1 to the weights, which `rms_norm` does not."""
+    blocks = model.config.num_hidden_layers
+    assert len(passes.replaced) == 2 * blocks + 1
+    norm, fused = next(iter(passes.replaced.items()))
+    hidden = torch.randn(2, 3, norm.weight.numel(), device=model.device)
+    assert torch.allclose(fused(hidden), norm(hidden), atol=1e-6)
+    gemma = GemmaRMSNorm(16)
+    gemma.weight.requires_grad_(False).fill_(0.5)
+    assert cuda_graphs._fused_norms(torch.nn.ModuleList([gemma, torch.nn.LayerNorm(16)])) == {}
 
 
 def test_cpu_keeps_the_librarys_steps(model):

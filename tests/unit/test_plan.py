@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,10 +15,15 @@ from qlora_helpers.device import Device
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import comparison, losses
 from qlora_helpers.evaluation.differences import Difference
-from qlora_helpers.planning import measurements, memory, plan, step_time, tables
+from qlora_helpers.files import ROOT
+from qlora_helpers.planning import graphs, measurements, memory, plan, step_time, tables
 from qlora_helpers.planning.gpus import GPUS
+from qlora_helpers.planning.workload import Parallel
 from qlora_helpers.runs import RunFolder
-from qlora_helpers.training import oom
+from qlora_helpers.training import cuda_graphs, oom
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu_speed
 
 T4 = Device("cuda", "T4", (7, 5), 14.74, 14.5, "float16", "")
 
@@ -30,6 +36,90 @@ def test_the_plan_agrees_with_measurements(scored_only, moments):
     assert result["settings"] >= 12
     assert result["median"] < 0.05
     assert result["worst"] < 0.10
+
+
+# Peaks on an H100 in GiB when a pass of rows three quarters as long was needed beside the pool: fast, rows, layers.
+BESIDE = [
+    *(("graphs", rows, "qv", gib) for rows, gib in ((4, 4.48), (16, 12.55))),
+    *(("compiled", rows, "qv", gib) for rows, gib in ((4, 3.72), (16, 9.85), (22, 12.75), (25, 14.24))),
+    ("compiled", 16, "all", 16.28),
+]
+
+
+def planned_gib(line, path):
+    """Return GiB that are planned for a line of the benchmark, and what a pass takes of them."""
+    config = gpu_speed.config_of(line, Path("tinyllama-1.1b")).replace(fast=path)
+    parts = plan.plan_memory(config).training
+    return sum(parts.values()), sum(parts[name] for name in ("activations", "logits and loss", "fragmentation"))
+
+
+@pytest.mark.parametrize(("fast", "rows", "linear", "gib"), BESIDE)
+def test_the_plan_agrees_with_what_a_pass_took_on_each_path(fast, rows, linear, gib):
+    planned, of_pass = planned_gib(gpu_speed.contender("", rows, linear=linear), fast)
+    assert planned + 0.75 * of_pass == pytest.approx(gib, rel=0.06)
+
+
+def test_the_speed_benchmark_reserved_what_was_planned_and_at_most_another_pass():
+    speed = json.loads((ROOT / "results" / "h100-speed" / "speed.json").read_text("utf-8"))
+    lines = [line for group in speed["groups"].values() for line in group]
+    lines = [line for line in lines if line["name"] == gpu_speed.OURS and "peak_gib" in line]
+    assert {line["path"]["path"] for line in lines} == {"off", "graphs", "compiled"}
+    for line in lines:
+        path, measured = line["path"]["path"], line["peak_gib"]
+        (planned, _), (_, of_pass) = planned_gib(line, path), planned_gib(line, "graphs")
+        most = planned if path == "off" else min(speed["limit_gib"], planned + of_pass)
+        assert planned / 1.1 < measured < 1.1 * most, line
+
+
+def test_the_plan_counts_as_many_logits_as_the_graphs_hold():
+    assert graphs.CHUNK == cuda_graphs.CHUNK
+
+
+def test_auto_fits_with_the_librarys_steps_and_says_whether_graphs_fit_too():
+    config = Config.preset("tinyllama-guanaco-100", batch_size=1)
+    planned = plan.plan_memory(config)  # few logits, and no mask: graphs need more
+    assert planned.with_graphs > planned.total + 0.1
+    between = (planned.total + planned.with_graphs) / 2
+    ends = {30.0: ": fits", between: ": does not fit, so fast=auto takes the library's steps"}
+    for gib, end in ends.items():
+        found = plan.plan_memory(config, gib)
+        assert found.fits
+        assert "graphs" not in found.training
+        assert found.words.endswith(f"; with CUDA graphs {planned.with_graphs:.2f}{end}")
+    assert plan.plan_memory(config, 1.0).words == f"does not fit: {planned.total:.2f} GiB of 1.00"
+    large = config.replace(batch_size=16, max_length=256)  # many logits: graphs need less
+    planned = plan.plan_memory(large)
+    found = plan.plan_memory(large, (planned.total + planned.with_graphs) / 2)
+    assert not found.fits
+    assert found.words.endswith(f"; with CUDA graphs {planned.with_graphs:.2f}: tight")
+
+
+def test_graphs_that_are_asked_for_decide_whether_the_run_fits():
+    config = Config.preset("tinyllama-guanaco-100", batch_size=1)
+    planned = plan.plan_memory(config)
+    between = (planned.total + planned.with_graphs) / 2
+    off, auto, chosen = (plan.plan_memory(config.replace(fast=fast), between) for fast in ("off", "auto", "graphs"))
+    assert (off.fits, auto.fits, chosen.fits) == (True, True, False)
+    assert chosen.total == auto.with_graphs
+    assert chosen.words.endswith(f"; with the library's steps (fast=off) {off.total:.2f}: tight")
+    assert off.words == f"tight: {off.total:.2f} GiB of {between:.2f}"
+    lines = {line["GiB"]: line["a"] for line in tables.parts({"a": chosen})}
+    assert lines["graphs"] == chosen.training["graphs"] > 0.1
+    names = ["total with CUDA graphs" in {line["GiB"] for line in tables.parts({"a": one})} for one in (off, auto)]
+    assert names == [False, True]
+
+
+def test_only_what_can_be_captured_is_planned_with_graphs():
+    config = Config.preset("tinyllama-guanaco-100", fast="graphs")
+    assert list(plan.plan_memory(config).peaks) == ["graphs", "off"]
+    bloom = plan.preset_on("tinyllama-guanaco-100", "bloom-560m", fast="graphs")
+    for planned in (
+        plan.plan_memory(config, method="full"),
+        plan.plan_memory(config, parallel=Parallel(2)),
+        plan.plan_memory(bloom),
+    ):
+        assert list(planned.peaks) == ["off"]
+        assert "graphs" not in planned.training
 
 
 def test_trained_parameters_are_the_models_own(model_folder, device, tmp_path):
@@ -74,6 +164,7 @@ SETTINGS = st.fixed_dictionaries(
         "dropout": st.sampled_from([0.0, 0.1]),
         "gradient_checkpointing": st.booleans(),
         "bias": st.sampled_from(["none", "all"]),
+        "fast": st.sampled_from(["off", "graphs", "compiled"]),
     }
 )
 
@@ -201,7 +292,8 @@ def test_a_t4_is_the_same_by_name_by_size_and_as_a_device():
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--device", "t4"], 0, "fits: 3.18 GiB of 14.74"),
+        (["--device", "t4"], 0, "fits: 3.18 GiB of 14.74; with CUDA graphs 3.20: fits"),
+        (["--device", "t4", "--fast", "graphs", "--batch", "64", "--accumulation", "1"], 3, "does not fit: "),
         (["--preset", "llama31-8b", "--memory", "16"], 3, "does not fit: 2"),
         (["--model", "bloom-7b1", "--bias", "all", "--rank", "20", "--memory", "80"], 0, "7,069,016,064 parameters"),
         (["--model", "bigscience/bloom-560m"], 0, "Fits on: t4"),
@@ -237,6 +329,8 @@ def test_json_has_the_parts_the_total_and_the_advice(capsys):
     peak = max(sum(result["training"].values()), sum(result["evaluation"].values()))
     assert result["total"] == pytest.approx(peak + result["context"], abs=0.01)
     assert set(result["methods"]) == {"qlora", "lora", "full"}
+    assert result["paths"]["off"] == result["total"]
+    assert set(result["paths"]) == {"off", "graphs"}
 
 
 def test_the_command_needs_no_torch():

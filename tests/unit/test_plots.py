@@ -83,6 +83,7 @@ FIGURES = {
     ),
     "round_trip_errors": lambda: plots.round_trip_errors({"NF4": 9.3, "FP4": 12.1}),
     "weights_by_module": lambda: plots.weights_by_module(TABLES),
+    "pass_seconds": lambda: plots.pass_seconds({"off": 0.1279, "graphs": 0.023, "compiled": 0.0148}),
     "trainable_per_layer": lambda: plots.trainable_per_layer({"q_proj": 500_000, "v_proj": 300_000}),
     "loss_curves": lambda: plots.loss_curves({"exp1": log([2.0, 1.9]), "exp2": log([2.0, 1.8, 1.7])}),
     "loss_curves of three": lambda: plots.loss_curves({name: log([2.0, 1.9]) for name in "abc"}),
@@ -171,6 +172,42 @@ def test_levels_takes_a_block_of_zeros() -> None:
 
 def test_totals_stand_beside_the_bars_and_thin_classes_not_in_the_legend() -> None:
     assert words(plots.weights_by_module(TABLES)) == ["200 MiB", "50 MiB", "Linear", "Linear4bit"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "title"),
+    [
+        ({"off": 0.1334, "graphs": 0.023}, "Graphs make a pass 5.8 times as fast"),
+        ({"off": 0.12, "graphs": 0.024, "compiled": 0.015}, "Compiled graphs make a pass 8.0 times as fast"),
+        ({"off": 0.12, "graphs": 0.024, "compiled": 0.04}, "Graphs make a pass 5.0 times as fast"),
+        ({"off": 0.5, "graphs": 0.6}, "Graphs are not faster here"),
+    ],
+)
+def test_the_title_says_what_graphs_bought_and_the_bars_are_milliseconds(seconds: dict[str, float], title: str) -> None:
+    figure = plots.pass_seconds(seconds)
+    assert figure.get_suptitle() == title
+    assert words(figure) == [f"{1000 * each:.0f} ms" for each in seconds.values()]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(seconds)
+    assert [bar.get_width() for bar in figure.axes[0].patches] == pytest.approx([1000 * x for x in seconds.values()])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "reason", "line", "drawn"),
+    [
+        ({}, "needs an NVIDIA or AMD GPU", "Steps: fast=off, needs an NVIDIA or AMD GPU.\n", False),
+        ({"off": 0.12}, "capturing failed: no", "Steps: fast=off, capturing failed: no (off 120 ms a pass).\n", False),
+        ({"off": 0.1, "graphs": 0.2}, "slow", "Steps: fast=off, slow (off 100 ms, graphs 200 ms a pass).\n", True),
+    ],
+)
+def test_the_notebook_draws_passes_if_several_were_timed(capsys, seconds, reason, line, drawn) -> None:
+    cells = json.loads((ROOT / "notebooks" / "05_train_exp1.ipynb").read_text("utf-8"))["cells"]
+    (source,) = ("".join(cell["source"]) for cell in cells if "pass_seconds" in "".join(cell["source"]))
+    *setup, last = source.splitlines()
+    run = SimpleNamespace(training_path=lambda: {"path": "off", "reason": reason, "seconds": seconds})
+    names = {"run": run, "plots": plots}
+    exec("\n".join([*setup, f"shown = {last}"]), names)
+    assert capsys.readouterr().out == line
+    assert isinstance(names["shown"], Figure) == drawn
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,34 @@
+"""Memory of training steps from CUDA graphs, as `training.cuda_graphs` computes them: what differs from the library's.
+
+The graphs of all lengths share a pool that holds a pass of the longest rows. The passes before the first capture run on
+a stream of their own, and give their memory back. Peaks that were measured are in `results/h100-speed/speed.json`. They
+are higher where there was room: torch reserves a pass for each of the two streams until memory is short.
+"""
+
+from qlora_helpers.planning.workload import BLOCK, FULL, WORKSPACE, Workload
+
+CHUNK = 1024  # tokens whose logits exist at the same time
+COMPILED = 0.65  # of what a block saves for its backward pass, adapters aside, as their kernels are fused: fitted
+
+
+def paths(workload: Workload) -> tuple[str, ...]:
+    """Return the path that `fast` asks for, and the other one that the run may take.
+
+    `auto` takes the library's steps if graphs do not fit, and compiled blocks need less than graphs. Several GPUs, full
+    fine-tuning and BLOOM, whose attention needs a mask, have the library's only.
+    """
+    fast = workload.config.fast
+    if fast == "off" or workload.full or workload.parallel.gpus > 1 or workload.shape.family == "bloom":
+        return ("off",)
+    return ("off", "graphs") if fast == "auto" else (fast, "off")
+
+
+def loss_tokens(workload: Workload) -> int:
+    """Return the number of tokens whose logits exist at the same time."""
+    return workload.tokens if workload.path == "off" else min(workload.tokens, CHUNK)
+
+
+def held(workload: Workload) -> float:
+    """Return the bytes that graphs add: cuBLAS on two more streams, and scales in float32."""
+    plain = workload.packed and workload.config.double_quant
+    return 2 * WORKSPACE + (FULL * workload.shape.packable / BLOCK if plain else 0.0)
