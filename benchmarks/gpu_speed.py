@@ -52,12 +52,12 @@ GROUPS: dict[str, list[dict[str, Any]]] = {
         contender(OURS, 4, "off", steps=40),
     ],
     "qv": [
-        *(contender(TRL, rows) for rows in (16, 20, 22, 24)),
+        *(contender(TRL, rows) for rows in (16, 22, 24)),
         *(contender(OURS, rows, "compiled", **GROUPED) for rows in (22, 28)),
         contender(OURS, 24, "graphs", **GROUPED),
     ],
     "all-linear": [
-        *(contender(TRL, rows, linear="all") for rows in (14, 16, 17)),
+        *(contender(TRL, rows, linear="all") for rows in (16, 17)),
         *(contender(OURS, rows, "compiled", linear="all", **GROUPED) for rows in (16, 20)),
     ],
     "fp16": [
