@@ -145,8 +145,8 @@ def build_trainer(
     `arguments` are those of `learning_arguments` unless they are given.
     """
     config, data, device = context.config, context.data, context.device
-    streamed = isinstance(data, StreamedData)
-    rows = [batches.as_features(example) for example in (data.train if streamed else data.trained_on)]
+    in_memory = data.train if isinstance(data, StreamedData) else data.trained_on
+    rows = [batches.as_features(example) for example in in_memory]
     main_only = [Progress("selection" if data.selection else "held-out"), *callbacks]
     callbacks = [Guard(), LogBeforeSaving(), *(main_only if distributed.is_main() else [])]
     if config.keep_best:
@@ -167,8 +167,8 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)  # without its bar, the library prints a line for every step
     if distributed.count() > 1:
         trainer.data_collator = batches.Share(trainer.data_collator)
-    if streamed:
-        trainer.train_dataset = batches.StreamedRows(data.trained_on)
+    if isinstance(data, StreamedData):  # only now: TRL would read rows of it to see what they hold
+        trainer.train_dataset = batches.StreamedRows(data.stream)
         trainer.args.train_sampling_strategy = "sequential"
     train_in_float32(model)
     if device.kind == "cuda" and device.dtype == "float16":
