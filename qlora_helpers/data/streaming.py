@@ -1,13 +1,14 @@
 """Rows that are read while they are trained on, in constant memory, however many there are.
 
 The first rows, the head, are cleaned and split like any data set: held-out rows, rows to choose a checkpoint on, and
-set phrases come from them. All other rows are checked one by one. A row can be trained on only if its tokens say so,
-so the rows are counted in a first pass, before the base model is loaded.
+set phrases come from them. All other rows are checked one by one. Which rows can be trained on is known only after they
+are tokenized, so a run counts them in a first pass, before the base model is loaded.
 """
 
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,13 @@ class StreamedData(Data):
     """Data of which only the head is in memory. `train` is one of its training rows, `trained_on` is the stream."""
 
     stream: Stream
-    seen: Seen
     content: str  # hash of the files, without which other rows than those of the head could change unnoticed
+
+    @cached_property
+    def seen(self) -> Seen:
+        """What the first pass read, up to the last row that is trained on. Raises `UserError` if there are too few."""
+        print("Counting the usable rows of the stream …", flush=True)
+        return _count(self.stream)
 
     @property
     def in_memory(self) -> Data:
@@ -144,15 +150,15 @@ class StreamedData(Data):
 
 
 def prepare(config: Config, tokenizer: Any) -> StreamedData:
-    """Clean and split the head of the configured data set, and count the rows of the stream in a first pass.
+    """Clean and split the head of the configured data set, and return it with the stream. Prints what is not done.
 
-    Raises `UserError` if a setting needs all rows at once, if the data set cannot be read, or if it has fewer than
-    `n_samples` usable rows. Prints what is not done for streamed rows.
+    Raises `UserError` if a setting needs all rows at once, if the data set cannot be read, or if its head has too few
+    usable rows. Rows after the head are read later.
     """
     _check(config)
     print(
         f"{config.n_samples:,} rows are streamed. Rows that resemble a held-out one are left out; near duplicates "
-        "among the others are not searched, and no report on leaks is written. Counting usable rows …",
+        "among the others are not searched, and no report on leaks is written.",
         flush=True,
     )
     loaded = _head(config)
@@ -161,7 +167,7 @@ def prepare(config: Config, tokenizer: Any) -> StreamedData:
     held = [example.row for example in [*head.heldout, *head.selection]]
     stream = Stream(config, tokenizer, loaded.rows, held)
     own = {one.name: getattr(head, one.name) for one in fields(Data)}
-    return StreamedData(**own, stream=stream, seen=_count(stream), content=_content(config))
+    return StreamedData(**own, stream=stream, content=_content(config))
 
 
 def _check(config: Config) -> None:

@@ -70,6 +70,8 @@ def train(
             print(f"{run.path} is finished: nothing to train.")
             return run
         quantization.check(config)
+        if isinstance(data, StreamedData):
+            distributed.from_main(lambda: data.seen)  # raises `UserError` if there are too few rows
         device = distributed.from_main(
             lambda: compute_dtype.as_begun(compute_dtype.device_for(config), run.compute_dtype())
         )

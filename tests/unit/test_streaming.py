@@ -197,9 +197,12 @@ def test_settings_that_need_all_rows_are_refused_in_one_line(streamed, tokenizer
     assert "\n" not in str(caught.value)
 
 
-def test_a_stream_with_too_few_rows_is_refused_before_training(streamed, tokenizer):
+def test_a_stream_with_too_few_rows_is_refused_before_training(streamed, tokenizer, tmp_path):
+    own = streamed.replace(n_samples=55)
+    data = cleaning.prepare(own, tokenizer)
     with pytest.raises(UserError, match=r"has 54 usable ones \(60 read; 6 × held out.*Fix: n_samples=54 or less"):
-        cleaning.prepare(streamed.replace(n_samples=55), tokenizer)
+        trainer.train(own, data, tokenizer, RunFolder(tmp_path / "run"))
+    assert not list(tmp_path.glob("base-*"))
 
 
 def test_a_folder_with_a_test_split_is_refused(streamed, tokenizer, tmp_path):
