@@ -230,12 +230,12 @@ def stream(path: str) -> None:
     import psutil
 
     from qlora_helpers.config import Config
-    from qlora_helpers.data import cleaning
+    from qlora_helpers.data import cleaning, streaming
     from qlora_helpers.models import hub
 
     config = Config.from_params(profile="cpu", dataset=path, streaming=True, n_samples=1, epochs=1)
     data: Any = cleaning.prepare(config, hub.load_tokenizer(config))
-    rows, mb = data.stream.usable(data.seen), {}
+    rows, mb = data.stream.usable(streaming.Seen()), {}
     for number in range(1, READ[-1] + 1):
         next(rows)
         if number in READ:

@@ -29,6 +29,7 @@ BUFFER = 10_000  # rows among which a stream is shuffled
 HEAD, HEAD_SHARE = 1_000, 20  # rows of the head, at least; and per held-out row
 FRESH = 100_000  # rows after which the search for leaks starts anew: it remembers what it looked up
 HELD_OUT = "held out, or chosen on"
+REASONS, OTHER = 100, "another reason"  # reasons that are counted by themselves: some quote a row
 
 
 @dataclass
@@ -45,6 +46,10 @@ class Seen:
         """Note a row that is trained on."""
         self.ids += int(example.row.id, 16)
         self.cut += example.cut > 0
+
+    def skip(self, reason: str) -> None:
+        """Count a row that is not trained on."""
+        self.skipped[reason if reason in self.skipped or len(self.skipped) < REASONS else OTHER] += 1
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class Stream:
         """Yield every row that can be trained on, and count the others in `seen`."""
         for example in prompts.encode(self._rows(seen), self.config, self.tokenizer):
             if reason := cleaning.token_reason(example, self.config):
-                seen.skipped[reason] += 1
+                seen.skip(reason)
             else:
                 yield example
 
@@ -77,20 +82,20 @@ class Stream:
         """Yield the rows whose text can be trained on, in the order of the draw, and count the others."""
         marks = rendering.control_marks(self.config, self.tokenizer)
         ids = {row.id for row in self.held}
-        for item in _shuffled(self.config):
-            if seen.read % FRESH == 0:
+        for number, item in enumerate(_shuffled(self.config)):
+            if number % FRESH == 0:
                 held_out = self._held_out()
             seen.read += 1
             try:
                 row = _row(item, Counter(), self.config)
             except ValueError as error:
-                seen.skipped[str(error)] += 1
+                seen.skip(str(error))
                 continue
             reason = HELD_OUT if row.id in ids else cleaning.text_reason(row, self.config, marks, None)
             if reason is None and (leak := held_out.leak(row)):
                 reason = leak.reason
             if reason:
-                seen.skipped[reason] += 1
+                seen.skip(reason)
             else:
                 yield row
 

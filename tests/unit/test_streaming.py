@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 
@@ -180,6 +181,13 @@ def test_every_row_read_is_trained_on_held_out_or_counted_with_a_reason(streamed
     assert data.counts()["usable, not asked for"] == (len(usable) > 10)
 
 
+def test_reasons_that_quote_rows_are_counted_together_after_many():
+    seen = streaming.Seen()
+    for number in range(1000):
+        seen.skip(f"unknown role {number}")
+    assert (len(seen.skipped), seen.skipped.total()) == (streaming.REASONS + 1, 1000)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -240,7 +248,9 @@ def test_two_processes_train_a_stream_like_one(run, streamed, tmp_path):
     one, _ = run
     words = [part for name, value in streamed.params.items() if value is not None for part in option(name, value)]
     config_file = str(distributed.CONFIGS / "ddp.yaml")
-    launch = ["accelerate.commands.launch", "--config_file", config_file, "--main_process_port", "29719"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    launch = ["accelerate.commands.launch", "--config_file", config_file, "--main_process_port", port]
     out = RunFolder(tmp_path / "two")
     subprocess.run(
         [sys.executable, "-m", *launch, "-m", "qlora_helpers", "train", "--out", str(out.path), *words],
