@@ -3,8 +3,9 @@
 usage: python benchmarks/load.py [CASE ...] [--json]
 
 Cases: compare (200 runs), interval (10,000 rows), answers (10,000 answers), live (100,000 steps), start (1 and 2,000
-runs beside), data (25,000 and 100,000 rows). Run folders and rows are synthetic, written before the clock starts. A
-process is measured from outside: its wall time, its CPU time and its peak resident memory.
+runs beside), data (25,000 and 100,000 rows), stream (20 steps on 10,000 and on 1,000,000 rows). Run folders and rows
+are synthetic, written before the clock starts. A process is measured from outside: its wall time, its CPU time and its
+peak resident memory.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from qlora_helpers import files
 
 RUNS, BESIDE = 200, (1, 2_000)
 ROWS, HELD_OUT, GENERAL, ANSWERS = (25_000, 100_000), 100, 48, 20
+STREAMED, READ, TRAINED = (10_000, 1_000_000), (10_000, 100_000), 80  # rows of a file, read in a loop, trained on
 STEPS, SECONDS_PER_STEP, WATCHED = 100_000, 0.1, 5_000  # the live figure is watched over the last steps
 MANY = 10_000  # rows of one interval, and answers
 GOALS = {
@@ -33,6 +35,7 @@ GOALS = {
     "live": "2% of the time",
     "start": "no difference",
     "data": "60 s for 100,000",
+    "stream": "200 MB more than with 10,000",
 }
 Result = tuple[str, float, float, float, str]  # case, seconds, CPU seconds, peak MB, and what else was measured
 
@@ -72,6 +75,27 @@ def write_rows(path: Path, number: int) -> None:
             row = {"instruction": f"{frame} {question}" if i % 5 == 4 else question, "output": writer.text(30, 160)}
         rows.append(row)
     files.write_jsonl(path, rows)
+
+
+def write_stream(path: Path, number: int) -> None:
+    """Write rows of five sentences, 320 MB for 1,000,000 rows, and beside them a tiny model that trains on them."""
+    writer = Writer(1)
+    pool = [writer.text(6, 6) for _ in range(5000)]
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(number):
+            a, b, *answer = writer.rng.choices(pool, k=5)
+            file.write(json.dumps({"instruction": f"{a} {b}", "output": " ".join(answer)}) + "\n")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from qlora_helpers.config import Config
+    from qlora_helpers.models import hub
+
+    tokenizer = hub.load_tokenizer(Config.from_params(profile="cpu"))
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    LlamaForCausalLM(shape).save_pretrained(path.parent / "tiny")
+    tokenizer.save_pretrained(path.parent / "tiny")
 
 
 def _losses(rng: random.Random, number: int, level: float) -> list[dict[str, Any]]:
@@ -201,6 +225,24 @@ def start(folder: str) -> None:
     print(f"{1000 * (time.perf_counter() - began):.1f} ms to choose {chosen.name}")
 
 
+def stream(path: str) -> None:
+    """Read rows of a long file as training does, and print how the memory of this process grows."""
+    import psutil
+
+    from qlora_helpers.config import Config
+    from qlora_helpers.data import cleaning, streaming
+    from qlora_helpers.models import hub
+
+    config = Config.from_params(profile="cpu", dataset=path, streaming=True, n_samples=1, epochs=1)
+    data: Any = cleaning.prepare(config, hub.load_tokenizer(config))
+    rows, mb = data.stream.usable(streaming.Seen()), {}
+    for number in range(1, READ[-1] + 1):
+        next(rows)
+        if number in READ:
+            mb[number] = psutil.Process().memory_info().rss / 1e6
+    print(f"\n{mb[READ[1]] - mb[READ[0]]:+.0f} MB from row {READ[0]:,} to row {READ[1]:,}")
+
+
 def results(cases: list[str]) -> Iterator[Result]:
     """Measure the cases, one after another."""
     with tempfile.TemporaryDirectory() as name:
@@ -226,6 +268,20 @@ def results(cases: list[str]) -> Iterator[Result]:
             _apart("rows", rows, number)
             words = ["-m", "qlora_helpers", "data", str(rows), "--out", str(folder / f"data{number}")]
             yield measure(f"data, {number:,} rows", [*words, "--max-tokens", "1024"], lambda _: "")
+        for number in STREAMED if "stream" in cases else ():
+            rows = folder / f"stream{number}.jsonl"
+            _apart("stream", rows, number)
+            run = folder / f"streamed{number}"
+            words = ["-m", "qlora_helpers", "train", "--profile", "cpu", "--dataset", str(rows), "--streaming"]
+            words += ["--model", str(folder / "tiny"), "--n-samples", str(TRAINED), "--out", str(run), "--fast", "off"]
+            yield measure(f"stream, {number:,} rows", words, lambda _: _of_run(run, rows))  # noqa: B023
+        if "stream" in cases:
+            yield measure("stream, in a loop", [*own, "stream", str(rows)], lambda printed: printed.splitlines()[-1])
+
+
+def _of_run(run: Path, rows: Path) -> str:
+    steps = json.loads((run / "metrics.json").read_text())["steps"]
+    return f"{steps} steps; the file has {rows.stat().st_size / 1e6:.0f} MB"
 
 
 def main() -> None:
@@ -238,9 +294,11 @@ def main() -> None:
     if args.child:
         case, *given = args.child
         if case.startswith("write-"):
-            {"write-runs": write_runs, "write-rows": write_rows}[case](Path(given[0]), int(given[1]))
+            {"write-runs": write_runs, "write-rows": write_rows, "write-stream": write_stream}[case](
+                Path(given[0]), int(given[1])
+            )
         else:
-            {"interval": interval, "answers": answers, "live": live, "start": start}[case](*given)
+            {"interval": interval, "answers": answers, "live": live, "start": start, "stream": stream}[case](*given)
         return
     if args.json:
         keys = ("case", "seconds", "cpu_seconds", "peak_mb", "note")

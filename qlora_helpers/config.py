@@ -67,6 +67,7 @@ class Config:
     dataset_revision: str = _field("main", "commit or branch of the data set on the hub")
     subset: str | None = _field(None, "subset of the data set on the hub, or a subfolder")
     split: str | None = _field(None, "split to read; None: train on the hub, all of a folder")
+    streaming: bool = _field(False, "read rows while training: more rows than memory")
     columns: str | None = _field(None, "what columns hold: question=Title,answer=Body")
     template: str = _field(
         "guanaco", "prompt format; auto: the model's own chat template", choices=("guanaco", "instruction", "auto")

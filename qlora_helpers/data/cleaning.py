@@ -51,9 +51,13 @@ def identity(config: Config, data: Data) -> dict[str, str]:
 def prepare(config: Config, tokenizer: Any) -> Data:
     """Load, clean, split and encode the configured data set. Says so if its validation split is too small.
 
-    Raises `UserError` if the data set cannot be read, if too few usable rows are left, or if a training prompt is also
-    held out. A usable row has at least one trained token.
+    With `streaming`, the rows are read by `streaming.prepare`. Raises `UserError` if the data set cannot be read, if
+    too few usable rows are left, or if a training prompt is also held out. A usable row has at least one trained token.
     """
+    if config.streaming:
+        from qlora_helpers.data import streaming  # it cleans rows with this module
+
+        return streaming.prepare(config, tokenizer)
     data = select(clean(config, tokenizer), config, tokenizer)
     if note := data.selection_note(config.selection_rows):
         print(note)
@@ -110,13 +114,21 @@ def check_enough(cleaned: Cleaned, n_heldout: int, n_samples: int) -> None:
     )
 
 
-def clean(config: Config, tokenizer: Any, n_heldout: int | Callable[[int], int] | None = None) -> Cleaned:
+def clean(
+    config: Config,
+    tokenizer: Any,
+    n_heldout: int | Callable[[int], int] | None = None,
+    loaded: sources.Loaded | None = None,
+) -> Cleaned:
     """Load the configured data set, drop rows that should not be trained on, and split the rest.
 
-    `n_heldout` is the number of held-out rows, by default `config.n_heldout`. It can be a function of the number of
-    usable rows; then no encoded rows are kept. Raises `UserError` if the data set cannot be read.
+    `loaded` is a data set that is cleaned instead. `n_heldout` is the number of held-out rows, by default
+    `config.n_heldout`. It can be a function of the number of usable rows; then no encoded rows are kept. Raises
+    `UserError` if the data set cannot be read, or is to be streamed.
     """
-    cleaned = Cleaned(sources.load(config), config.max_length, encoding=_encoding(config, tokenizer))
+    if config.streaming:
+        raise UserError("streaming: this command reads all rows. Fix: the command train, or streaming=false.")
+    cleaned = Cleaned(loaded or sources.load(config), config.max_length, encoding=_encoding(config, tokenizer))
     _check_groups(cleaned, config)
     cleaned.dropped.extend(cleaned.loaded.rejected)
     rows = list(_readable(cleaned, config, rendering.control_marks(config, tokenizer)))
@@ -181,14 +193,12 @@ def _readable(cleaned: Cleaned, config: Config, marks: re.Pattern[str]) -> Itera
     seen: set[str] = set()
     previous = ""
     for row in rows:
-        reason = _text_reason(row, config, None if may_repeat else previous)
+        reason = text_reason(row, config, marks, None if may_repeat else previous)
         previous = row.answer
         if row.split == VALIDATION and not config.selection_rows:
             reason = "validation split, kept for selection"
         elif row.id in seen:
             reason = "same row twice"
-        elif reason is None and (mark := marks.search(row.text)):
-            reason = f"a turn holds {mark.group()!r}, which only the template may write"
         if reason:
             cleaned.drop(row, reason)
             continue
@@ -196,14 +206,18 @@ def _readable(cleaned: Cleaned, config: Config, marks: re.Pattern[str]) -> Itera
         yield row
 
 
-def _text_reason(row: Row, config: Config, previous: str | None) -> str | None:
+def text_reason(row: Row, config: Config, marks: re.Pattern[str], previous: str | None) -> str | None:
+    """Return why the text of a row should not be trained on, or None. `previous` is an answer that it may not have."""
     if _is_shorter(row.text.strip(), config.min_chars):
         return f"too short: under {config.min_chars} characters"
     if len(row.text) > config.max_chars:
         return f"too long: over {config.max_chars} characters"
     if any(_same(question["content"], answer["content"]) for question, answer in row.rounds):
         return "answer equal to its prompt"
-    return "answer equal to that of the row before" if row.answer == previous else None
+    if row.answer == previous:
+        return "answer equal to that of the row before"
+    mark = marks.search(row.text)
+    return f"a turn holds {mark.group()!r}, which only the template may write" if mark else None
 
 
 def _is_shorter(text: str, limit: int) -> bool:
@@ -222,17 +236,22 @@ def _fitting(
     whole = config.replace(max_length=prompts.heldout_limit(config))
     for example in prompts.encode(rows, whole, tokenizer):
         tokens = len(example.input_ids) + example.cut
-        trained = prompts.shortened(example, config.max_length).trained
         if tokens:
             cleaned.lengths.append(tokens)
-        if tokens > config.max_length and config.over_length == "drop":
-            cleaned.drop(example.row, OVER.format(config.max_length))
-        elif example.problem:
-            cleaned.drop(example.row, example.problem)
-        elif not trained:
-            cleaned.drop(example.row, NOTHING_TRAINED.format(config.max_length))
+        if reason := token_reason(example, config):
+            cleaned.drop(example.row, reason)
         else:
-            yield TokenizedRow(example.row, tokens, trained), example
+            yield TokenizedRow(example.row, tokens, prompts.shortened(example, config.max_length).trained), example
+
+
+def token_reason(example: Example, config: Config) -> str | None:
+    """Return why a row encoded up to `max_length` tokens or more cannot be trained on, or None."""
+    tokens = len(example.input_ids) + example.cut
+    if tokens > config.max_length and config.over_length == "drop":
+        return OVER.format(config.max_length)
+    if example.problem or prompts.shortened(example, config.max_length).trained:
+        return example.problem
+    return NOTHING_TRAINED.format(config.max_length)
 
 
 def _distinct(cleaned: Cleaned, rows: Iterable[Row], config: Config) -> Iterator[Row]:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from qlora_helpers import distributed
-from qlora_helpers.data.prompts import IGNORE
+from qlora_helpers.data.prompts import IGNORE, Example
+from qlora_helpers.data.streaming import Stream
 from qlora_helpers.device import Device
+from qlora_helpers.errors import UserError
 from qlora_helpers.models import forward
 
 Features = list[dict[str, list[int]]]
@@ -73,6 +75,36 @@ class Share:
         ids = features[0]["input_ids"][:2]
         own = features[distributed.rank() :: distributed.count()]
         return self.collate(own or [{"input_ids": ids, "labels": [IGNORE] * len(ids)}])
+
+
+class StreamedRows(torch.utils.data.Dataset[dict[str, list[int]]]):
+    """Rows of a stream by number, to be asked for in order: a row before the last one reads the stream anew.
+
+    With a length and numbers, several processes share its batches and an interrupted run goes on, as with rows in
+    memory. A run that goes on, and each process, reads the rows before its own ones too: which row has a number is
+    known only after those before it were tokenized.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self._rows, self._read = iter(stream), 0
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __getitem__(self, number: int) -> dict[str, list[int]]:
+        if number < self._read:
+            self._rows, self._read = iter(self.stream), 0
+        for example in self._rows:
+            self._read += 1
+            if self._read > number:
+                return as_features(example)
+        raise UserError(f"dataset: it ends after {self._read} usable rows, and had more. Fix: leave it as it was.")
+
+
+def as_features(example: Example) -> dict[str, list[int]]:
+    """Return what a collator takes of a row."""
+    return {"input_ids": example.input_ids, "labels": example.labels}
 
 
 def split_rows(features: Features, number: int) -> list[Features]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from qlora_helpers import distributed, drive, files, runs
 from qlora_helpers.config import Config
 from qlora_helpers.data import cleaning
 from qlora_helpers.data.cleaning import Data
+from qlora_helpers.data.streaming import StreamedData
 from qlora_helpers.device import forget_peak, limit_memory, peak_memory_gib
 from qlora_helpers.evaluation import losses, model_card, rivals
 from qlora_helpers.evaluation.context import RunContext
@@ -53,7 +55,7 @@ def train(
     `checks`.
     """
     identity = cleaning.identity(config, data)
-    checks.check_rows(data)
+    checks.check_rows(data.in_memory if isinstance(data, StreamedData) else data)  # a stream leaves such rows out
     mirror = drive.mirror(run)
     if mirror and not distributed.from_main(lambda: run.finished):
         runs.check_free(run, config, identity)
@@ -68,6 +70,8 @@ def train(
             print(f"{run.path} is finished: nothing to train.")
             return run
         quantization.check(config)
+        if isinstance(data, StreamedData):
+            distributed.from_main(lambda: data.seen)  # raises `UserError` if there are too few rows
         device = distributed.from_main(
             lambda: compute_dtype.as_begun(compute_dtype.device_for(config), run.compute_dtype())
         )
@@ -107,7 +111,8 @@ def _attempt(context: RunContext, callbacks: Sequence[TrainerCallback], given: L
     selection = context.data.selection
     before = trainer.measure(selection) if selection else base_losses  # a new adapter changes nothing
     if distributed.is_main():
-        trl_config.write(run, config, context.device, trainer.args, trainer.train_dataset)
+        if isinstance(trainer.train_dataset, Dataset):  # TRL's command line does not read a stream like ours
+            trl_config.write(run, config, context.device, trainer.args, trainer.train_dataset)
         trainer.add_callback(LogWriter(run / "log.jsonl", mean_loss(before)))
     _fit(trainer, context)
     heldout = _heldout_losses(trainer, context)
@@ -142,7 +147,8 @@ def build_trainer(
     `arguments` are those of `learning_arguments` unless they are given.
     """
     config, data, device = context.config, context.data, context.device
-    rows = [{"input_ids": example.input_ids, "labels": example.labels} for example in data.trained_on]
+    in_memory = data.train if isinstance(data, StreamedData) else data.trained_on
+    rows = [batches.as_features(example) for example in in_memory]
     main_only = [Progress("selection" if data.selection else "held-out"), *callbacks]
     callbacks = [Guard(), LogBeforeSaving(), *(main_only if distributed.is_main() else [])]
     if config.keep_best:
@@ -163,6 +169,9 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)  # without its bar, the library prints a line for every step
     if distributed.count() > 1:
         trainer.data_collator = batches.Share(trainer.data_collator)
+    if isinstance(data, StreamedData):  # only now: TRL would read rows of it to see what they hold
+        trainer.train_dataset = batches.StreamedRows(data.stream)
+        trainer.args.train_sampling_strategy = "sequential"
     train_in_float32(model)
     if device.kind == "cuda" and device.dtype == "float16":
         trainer.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=FP16_SCALE)
@@ -195,7 +204,8 @@ def _fit(trainer: QloraTrainer, context: RunContext) -> None:
         checks.check_saved_alike(checkpoint)
         print(f"Resuming from {checkpoint.name}.")
     trainer.evaluations = crossfit.begin(context, checkpoint)
-    paths.prepare(trainer, context, checkpoint)
+    if not isinstance(context.data, StreamedData):  # the lengths of streamed rows are not known beforehand
+        paths.prepare(trainer, context, checkpoint)
     forget_peak(trainer.device_)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.graphs = None
@@ -222,7 +232,7 @@ def _save_results(
     hashes = files.hashes(run.adapter)
     metrics["adapter_sha256"] = {name: hashes[name] for name in hashes if name != "README.md"}  # a card may be edited
     files.write_text(run.adapter / "README.md", model_card.render(run, config, metrics))
-    for folder in (run.adapter, run / trl_config.ROWS):
+    for folder in filter(Path.exists, (run.adapter, run / trl_config.ROWS)):
         files.flush_all(folder)
     files.flush(run / "log.jsonl")
     files.write_json(run / "metrics.json", metrics)
@@ -255,7 +265,7 @@ def _metrics(
     steps = [line for line in state.log_history if "loss" in line]
     seconds = sum(line["seconds"] for line in steps)
     return {
-        "train_rows": len(context.data.train),
+        "train_rows": len(context.data.trained_on) - len(context.data.rehearsal),
         "rehearsal_rows": len(context.data.rehearsal),
         "steps": state.global_step,
         "epochs": context.config.epochs,
