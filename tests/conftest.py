@@ -120,7 +120,6 @@ def config(model_folder):
         max_new_tokens=8,
         eval_steps=2,
         save_steps=2,
-        few_shot=True,
         compute_dtype="float32",  # the same on every machine; test_cpu_speed.py tests the choice
     )
 

@@ -69,7 +69,7 @@ def shard_on_a_cpu():
 def params(config):
     """17 rows in passes of 2 and steps of 6, so that the last step has 5 rows and its last pass 1."""
     own = config.params | {"n_samples": 17, "batch_size": 2, "gradient_accumulation": 3, "epochs": 2, "dropout": 0.0}
-    return own | {"few_shot": False, "n_answers": 2}
+    return own | {"n_answers": 2}
 
 
 @pytest.fixture

@@ -369,7 +369,7 @@ def noise(level=5.0):
 def test_the_best_of_many_noisy_losses_is_not_reported(train, config, tokenizer, monkeypatch, capsys, chosen_on):
     monkeypatch.setattr(losses, "heldout_losses", noise())
     monkeypatch.setattr(losses, "measure_answers", lambda *args: None)
-    own = {"n_heldout": 60, "keep_best": True, "epochs": 5, "few_shot": False}
+    own = {"n_heldout": 60, "keep_best": True, "epochs": 5}
     rows = cleaning.prepare(config.replace(**own), tokenizer)
     if chosen_on == "the other half":
         rows = dataclasses.replace(rows, selection=[])
