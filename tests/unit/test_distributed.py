@@ -4,6 +4,7 @@ Processes that need no launcher come from a fork server that has imported everyt
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -38,6 +39,7 @@ FSDP = {
 
 def work(env, folder, params, output):
     """Train as one of several processes, with all output in a file."""
+    gc.freeze()  # see conftest.py
     os.environ.update(env)
     if "FSDP_VERSION" in env:
         shard_on_a_cpu()
