@@ -99,7 +99,7 @@ def sixteen_bit(model_folder, tokenizer, tmp_path_factory):
 def test_the_libraries_alone_reach_the_same_heldout_loss(config, tokenizer, sixteen_bit, tmp_path):
     """Without dropout, whose masks differ because this package packs rows on a CPU, only rounding differs."""
     own = config.replace(
-        model=str(sixteen_bit), max_length=256, dropout=0.0, epochs=5, eval_steps=None, few_shot=False, n_answers=1
+        model=str(sixteen_bit), max_length=256, dropout=0.0, epochs=5, eval_steps=None, n_answers=1
     )
     run = trainer.train(own, cleaning.prepare(own, tokenizer), tokenizer, RunFolder(tmp_path / "ours"))
     metrics = run.read("metrics.json")

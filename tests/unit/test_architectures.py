@@ -1,5 +1,6 @@
 """Shapes of models computed from their configs, compared with the real models."""
 
+import io
 import json
 import subprocess
 import sys
@@ -60,9 +61,19 @@ def tiny(name):
 
 
 @pytest.fixture
-def in_process(monkeypatch):
+def in_process(monkeypatch, capsys):
     """Count in this process: starting another takes seconds."""
-    monkeypatch.setattr(architectures, "_built_elsewhere", lambda config: counted(json.loads(config))[1])
+
+    def run(command, input, **options):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(input))
+        try:
+            meta_device.main()
+        except SystemExit as end:
+            return subprocess.CompletedProcess(command, 1, "", str(end))
+        return subprocess.CompletedProcess(command, 0, capsys.readouterr().out, "")
+
+    monkeypatch.setattr(meta_device.logging, "set_verbosity_error", lambda: None)
+    monkeypatch.setattr(architectures.subprocess, "run", run)
 
 
 def counted(config):
@@ -147,7 +158,7 @@ def test_a_folder_a_file_and_the_hub(tmp_path, model_folder, monkeypatch):
         ("{", "cannot be used"),
     ],
 )
-def test_a_config_that_cannot_be_used_is_one_line(tmp_path, text, message):
+def test_a_config_that_cannot_be_used_is_one_line(tmp_path, text, message, in_process):
     path = tmp_path / "config.json"
     path.write_text(text)
     with pytest.raises(UserError) as caught:

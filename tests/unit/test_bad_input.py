@@ -213,7 +213,7 @@ def spoil(file, how, place, extra, value):
         file.write_bytes(changed.get(how, content[:place] + extra + content[place + len(extra) :]))
 
 
-@pytest.mark.parametrize("number", [6, FEW_AND_ALL[1]])  # each compares and trains
+@pytest.mark.parametrize("number", [4, FEW_AND_ALL[1]])  # each compares and trains
 def test_malformed_run_folders(command, number, trained, tmp_path):
     """Compare two runs of which one file is damaged, then run a batch in their folder."""
     names = sorted(

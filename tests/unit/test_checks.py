@@ -18,15 +18,27 @@ from qlora_helpers.training import checks, trainer
 
 @pytest.fixture(scope="module")
 def config(config):
-    return config.replace(epochs=1, eval_steps=1)
+    return config.replace(epochs=1, eval_steps=1, n_answers=1)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folder of all runs, which share the losses of their base model."""
+    return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture
-def train(config, data, tokenizer, tmp_path):
-    """Train into a new folder, with rows or settings changed by the test."""
+def run(runs):
+    """A run that has not begun."""
+    return RunFolder(runs / f"run{len(list(runs.iterdir()))}")
+
+
+@pytest.fixture
+def train(config, data, tokenizer, run):
+    """Train into `run`, with rows or settings changed by the test."""
 
     def run_training(rows=data, **changes):
-        return trainer.train(config.replace(**changes), rows, tokenizer, RunFolder(tmp_path / "run"))
+        return trainer.train(config.replace(**changes), rows, tokenizer, run)
 
     return run_training
 
@@ -126,24 +138,24 @@ def test_evaluation_that_affects_training_stops(train, monkeypatch, fault, named
 
 
 @pytest.mark.parametrize("where", ["train", "heldout"])
-def test_row_with_an_empty_label_mask_is_named(train, data, where, tmp_path):
+def test_row_with_an_empty_label_mask_is_named(train, data, where, run):
     rows = getattr(data, where)
     masked = dataclasses.replace(rows[1], labels=[IGNORE] * len(rows[1].labels))
     planted = dataclasses.replace(data, **{where: [rows[0], masked, *rows[2:]]})
     with pytest.raises(UserError, match=f"row {masked.row.id} .*label mask is empty.*Fix"):
         train(planted)
-    assert not (tmp_path / "run").exists()
+    assert not run.path.exists()
 
 
-def test_heldout_row_that_is_trained_on_stops(train, data, tmp_path):
+def test_heldout_row_that_is_trained_on_stops(train, data, run):
     planted = dataclasses.replace(data, train=[*data.train[1:], data.heldout[0]])
     with pytest.raises(UserError, match=r"1 of its rows are also trained on.*Fix"):
         train(planted)
-    assert not (tmp_path / "run").exists()
+    assert not run.path.exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_full_disk_is_a_one_line_error_and_the_run_resumes(train, monkeypatch, number, tmp_path):
+def test_full_disk_is_a_one_line_error_and_the_run_resumes(train, monkeypatch, number, run):
     """The disk fills up while the second checkpoint is written."""
     original = Trainer._save_checkpoint
 
@@ -154,9 +166,9 @@ def test_full_disk_is_a_one_line_error_and_the_run_resumes(train, monkeypatch, n
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_save_checkpoint", full)
-        with pytest.raises(UserError, match=r"disk: .*run is full.*Fix"):
+        with pytest.raises(UserError, match=rf"disk: {run.path} is full.*Fix"):
             train()
-    assert (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "complete.json").exists()
+    assert (run / "checkpoints" / "checkpoint-2" / "complete.json").exists()
     assert train().finished
 
 

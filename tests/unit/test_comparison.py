@@ -141,7 +141,9 @@ def test_bits_per_byte_compare_other_tokenizers():
 def trained(config, tokenizer, tmp_path_factory):
     """Two seeds of one config and one seed of another, trained on the tiny model."""
     folder = tmp_path_factory.mktemp("runs")
-    small = config.replace(n_seeds=2, n_answers=2, max_length=512)  # held-out rows are whole in both formats
+    small = config.replace(
+        n_seeds=2, n_answers=2, few_shot=True, max_length=512
+    )  # held-out rows are whole in both formats
     needed = matrix.plan_runs({"exp1": small.replace(n_samples=8), "exp2": small}, folder)
     assert [(w.experiment, w.name, w.config.seed) for w in needed] == [
         ("exp1", "exp1", 0),

@@ -156,7 +156,7 @@ def test_the_same_base_in_either_dtype(config, measured, speed):
 def test_three_steps_in_either_dtype(config, tokenizer, measured, tmp_path, speed):
     """The run trains, and its manifest contains the compute dtype and the reason for it."""
     measured(speed)
-    own = config.replace(n_samples=12, few_shot=False, n_answers=1)
+    own = config.replace(n_samples=12, n_answers=1)
     run = trainer.train(own, prepare(own, tokenizer), tokenizer, runs.RunFolder(tmp_path / "run"))
     noted = run.read("manifest.json")["device"]
     assert noted["dtype"] == speed.dtype == run.read("metrics.json")["compute_dtype"]
@@ -198,7 +198,7 @@ def test_three_steps_at_the_bundled_models_widths(config, tokenizer, wide_model,
 
 def test_a_run_keeps_the_dtype_it_began_in(config, tokenizer, measured, tmp_path, monkeypatch, capsys):
     """A run that begins on a machine with fast bfloat16 and moves to one without."""
-    own = config.replace(n_samples=12, few_shot=False, n_answers=1, save_steps=1)
+    own = config.replace(n_samples=12, n_answers=1, save_steps=1)
     data, run = prepare(own, tokenizer), runs.RunFolder(tmp_path / "run")
     save = trainer.QloraTrainer._save_checkpoint
 
@@ -221,7 +221,7 @@ def test_runs_in_two_dtypes_are_not_compared(config, tokenizer, measured, tmp_pa
     folders = {}
     for name, speed in (("exp1", FAST), ("exp2", SLOW)):
         measured(speed)
-        own = config.replace(n_samples=8, few_shot=False, n_answers=1, seed=len(folders))
+        own = config.replace(n_samples=8, n_answers=1, seed=len(folders))
         folders[name] = [trainer.train(own, prepare(own, tokenizer), tokenizer, runs.RunFolder(tmp_path / name))]
     with pytest.raises(UserError, match=r"different dtypes \(exp1: bfloat16, exp2: float32\).*Fix: .*compute_dtype"):
         comparison.compare(folders)

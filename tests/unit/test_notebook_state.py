@@ -51,7 +51,7 @@ def test_the_model_of_an_interrupted_cell_is_freed_before_the_next_run(
     watch = Watch()
 
     def train(*callbacks):
-        own = config.replace(few_shot=False, max_new_tokens=1)
+        own = config.replace(max_new_tokens=1)
         return trainer.train(own, data, tokenizer, RunFolder(tmp_path / "run"), [watch, *callbacks])
 
     shell.user_ns |= {"train": train, "stop": Interrupt()}

@@ -24,20 +24,23 @@ class RaiseOnce(TrainerCallback):
             raise error
 
 
-@pytest.fixture
-def eight_steps(config, tokenizer):
-    longer = config.replace(epochs=2, dropout=0.0)
-    return longer, cleaning.prepare(longer, tokenizer)
+@pytest.fixture(scope="module")
+def train(config, tokenizer, tmp_path_factory):
+    """Train in eight steps, into folders that share the losses of the base model."""
+    longer, folder = config.replace(epochs=2, dropout=0.0, n_answers=1), tmp_path_factory.mktemp("runs")
+    data = cleaning.prepare(longer, tokenizer)
+
+    def run_it(name, *callbacks, **changes):
+        return trainer.train(longer.replace(**changes), data, tokenizer, RunFolder(folder / name), callbacks)
+
+    run_it.folder = folder
+    return run_it
 
 
-@pytest.mark.parametrize(
-    "error", [torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when …")]
-)
-def test_shrunk_run_resumes_from_the_checkpoint_with_the_same_steps(eight_steps, tokenizer, tmp_path, error):
-    config, data = eight_steps
-    callback = RaiseOnce(error)
-    run = trainer.train(config.replace(on_oom="shrink"), data, tokenizer, RunFolder(tmp_path / "a" / "run"), [callback])
-    plain = trainer.train(config, data, tokenizer, RunFolder(tmp_path / "b" / "run"))
+def test_shrunk_run_resumes_from_the_checkpoint_with_the_same_steps(train):
+    callback = RaiseOnce(torch.cuda.OutOfMemoryError("CUDA out of memory"))
+    run = train("shrunk", callback, on_oom="shrink")
+    plain = train("plain")
     assert callback.splits == [*((step, 4, 1) for step in range(6)), *((step, 2, 2) for step in range(4, 8))]
     assert run.read("config.json")["config"]["batch_size"] == 2
     assert run.read("config.json")["identity"] == plain.read("config.json")["identity"]
@@ -47,20 +50,17 @@ def test_shrunk_run_resumes_from_the_checkpoint_with_the_same_steps(eight_steps,
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
 
 
-def test_stopping_raises_a_one_line_error_that_holds_no_tensors(eight_steps, tokenizer, tmp_path):
-    config, data = eight_steps
-    run = RunFolder(tmp_path / "run")
+def test_stopping_raises_a_one_line_error_that_holds_no_tensors(train):
     with pytest.raises(UserError) as caught:
-        trainer.train(config, data, tokenizer, run, [RaiseOnce(torch.cuda.OutOfMemoryError("CUDA out of memory"))])
+        train("stopped", RaiseOnce(torch.cuda.OutOfMemoryError("CUDA out of memory")))
     assert str(caught.value).startswith("memory: the GPU ran out: ")
     assert caught.value.__context__ is None
-    assert (run / "checkpoints" / "checkpoint-4" / "complete.json").exists()
+    assert (train.folder / "stopped" / "checkpoints" / "checkpoint-4" / "complete.json").exists()
 
 
-def test_other_runtime_errors_are_raised(eight_steps, tokenizer, tmp_path):
-    config, data = eight_steps
+def test_other_runtime_errors_are_raised(train):
     with pytest.raises(RuntimeError, match="another error"):
-        trainer.train(config, data, tokenizer, RunFolder(tmp_path / "run"), [RaiseOnce(RuntimeError("another error"))])
+        train("failed", RaiseOnce(RuntimeError("another error")))
 
 
 def test_running_out_during_answers_restores_the_tokenizer(setup, config, device, tokenizer, monkeypatch):
@@ -79,4 +79,5 @@ def test_running_out_during_answers_restores_the_tokenizer(setup, config, device
 def test_is_oom_error():
     assert oom.is_oom_error(torch.cuda.OutOfMemoryError("any"))
     assert oom.is_oom_error(RuntimeError("CUDA error: out of memory"))
+    assert oom.is_oom_error(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when …"))
     assert not oom.is_oom_error(RuntimeError("shapes do not match"))

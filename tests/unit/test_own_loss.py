@@ -19,7 +19,7 @@ from qlora_helpers.runs import RunFolder
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
     """A run in 4 bits on the tiny model."""
-    small = config.replace(n_samples=4, n_answers=2, max_new_tokens=2, few_shot=False)
+    small = config.replace(n_samples=4, n_answers=2, max_new_tokens=2)
     ((made,),) = matrix.train_missing(matrix.plan_runs({"exp1": small}, tmp_path_factory.mktemp("runs"))).values()
     return made
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_helpers.__main__ import main
@@ -179,6 +179,7 @@ def test_more_of_anything_never_takes_less(settings):
     assert packed < plain
 
 
+@settings(max_examples=40)  # each searches through all splits
 @given(st.integers(1, 24), st.floats(1, 90), st.booleans())
 def test_a_split_keeps_the_effective_batch_and_fits_if_any_does(effective, gib, checkpointing):
     config = Config.preset("llama31-8b", batch_size=effective, gradient_accumulation=1, max_length=512)

@@ -104,7 +104,7 @@ def restore(folder, left, before):
 @pytest.fixture(scope="module")
 def config(config):
     """Four steps with a checkpoint each, of which the best is kept."""
-    return config.replace(eval_steps=1, save_steps=1, few_shot=False, keep_best=True, n_selection=6)
+    return config.replace(eval_steps=1, save_steps=1, keep_best=True, n_selection=6)
 
 
 @pytest.fixture(scope="module")

@@ -41,10 +41,11 @@ def test_the_source_name_includes_the_python_version(loaded):
     assert loaded.name == f"python-stdlib of CPython {platform.python_version()}"
 
 
-def test_there_are_enough_rows_for_the_published_experiment(tokenizer):
+def test_there_are_enough_rows_for_the_published_experiment(tokenizer, loaded, monkeypatch):
     """1,080 rows for training and 120 held out. The dropped rows include real leaks and real outliers."""
     config = Config.preset("tinyllama-coding")
     assert config.dataset == "python-stdlib"
+    monkeypatch.setattr(sources, "load", lambda config: {"python-stdlib": loaded}[config.dataset])
     data = cleaning.prepare(config.replace(model="tiny", template="instruction", max_length=2000), tokenizer)
     assert (len(data.train), len(data.heldout)) == (1080, 120)
     reasons = {drop["reason"] for drop in data.dropped}

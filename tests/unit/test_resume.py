@@ -54,7 +54,7 @@ class Cut(TrainerCallback):
 @pytest.fixture(scope="module")
 def check(config, tokenizer, tmp_path_factory):
     """Return a function that trains with some settings, whole and with a cut at each of `cuts`, and compares."""
-    config = config.replace(epochs=2, few_shot=False, max_new_tokens=2, n_answers=2, n_selection=6)
+    config = config.replace(epochs=2, max_new_tokens=2, n_answers=2, n_selection=6)
     root = tmp_path_factory.mktemp("resume")
 
     def checked(changes, cuts, cross_fitted=False, moved=False):

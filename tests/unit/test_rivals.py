@@ -23,7 +23,7 @@ FORMS = ("base", "base, own template", "base, 16 bits", "base, 16 bits, own temp
 @pytest.fixture(scope="module")
 def config(config):
     """Held-out rows that are whole in both prompt formats, and little of everything else."""
-    return config.replace(max_length=512, n_samples=4, n_heldout=4, n_answers=2, max_new_tokens=2, few_shot=False)
+    return config.replace(max_length=512, n_samples=4, n_heldout=4, n_answers=2, max_new_tokens=2)
 
 
 @pytest.fixture

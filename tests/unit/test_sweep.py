@@ -173,7 +173,7 @@ def batch(config, cleaned, tokenizer, monkeypatch):
             trainer.train(its, data, tokenizer, result)
 
         monkeypatch.setattr(series, "execute", execute)
-        small = config.replace(n_answers=2, epochs=1)
+        small = config.replace(n_answers=2, few_shot=True)
         try:
             return started, series.train(planned(small, cleaned, tokenizer, folder, **plan))
         except Stopped:

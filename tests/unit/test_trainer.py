@@ -68,9 +68,20 @@ def config(config):
 
 
 @pytest.fixture(scope="module")
-def train(config, data, tokenizer, tmp_path_factory):
+def folder(tmp_path_factory):
+    """Folder of all runs, which share the losses of their base model."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def run(folder):
+    """A run that has not begun."""
+    return RunFolder(folder / f"begun{len(list(folder.iterdir()))}")
+
+
+@pytest.fixture(scope="module")
+def train(config, data, tokenizer, folder):
     """Train into a fresh folder, or into `run`."""
-    folder = tmp_path_factory.mktemp("runs")
 
     def run_it(run=None, callbacks=(), rows=data, **changes):
         run = run or RunFolder(folder / f"run{len(list(folder.iterdir()))}")
@@ -236,8 +247,7 @@ def test_another_configs_complete_run_is_not_taken_for_ours(trained, train):
         train(trained.run, [NeverTrain()], seed=1)
 
 
-def test_another_configs_cut_off_run_is_kept(train, tmp_path):
-    run = RunFolder(tmp_path / "run")
+def test_another_configs_cut_off_run_is_kept(train, run):
     with pytest.raises(KeyboardInterrupt):
         train(run, [Interrupt(3)])
     before = (run / "config.json").read_bytes()
@@ -246,8 +256,7 @@ def test_another_configs_cut_off_run_is_kept(train, tmp_path):
     assert (run / "config.json").read_bytes() == before
 
 
-def test_a_cut_off_run_ends_like_any_other(trained, train, tmp_path, capsys):
-    run = RunFolder(tmp_path / "run")
+def test_a_cut_off_run_ends_like_any_other(trained, train, run, capsys):
     with pytest.raises(KeyboardInterrupt):
         train(run, [Interrupt(5)])
     assert [line["step"] for line in steps(run)] == [1, 2, 3, 4, 5]  # one past the checkpoint
@@ -280,8 +289,7 @@ def test_trained_biases_outlast_a_cut(train, tmp_path):
     assert all(value.abs().max() > 0 for value in biases)
 
 
-def test_a_run_cut_off_while_saving_goes_on_from_the_checkpoint_before(trained, train, tmp_path):
-    run = RunFolder(tmp_path / "run")
+def test_a_run_cut_off_while_saving_goes_on_from_the_checkpoint_before(trained, train, run):
     with pytest.raises(KeyboardInterrupt):
         train(run, [Interrupt(7)])
     (run / "checkpoints/checkpoint-6/optimizer.pt").write_bytes(b"half")
@@ -291,9 +299,7 @@ def test_a_run_cut_off_while_saving_goes_on_from_the_checkpoint_before(trained, 
     assert same(adapter(run), adapter(trained.run))
 
 
-def test_a_run_cut_off_after_its_last_step_is_only_finished(trained, train, tmp_path, monkeypatch):
-    run = RunFolder(tmp_path / "run")
-
+def test_a_run_cut_off_after_its_last_step_is_only_finished(trained, train, run, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
@@ -369,7 +375,7 @@ def noise(level=5.0):
 def test_the_best_of_many_noisy_losses_is_not_reported(train, config, tokenizer, monkeypatch, capsys, chosen_on):
     monkeypatch.setattr(losses, "heldout_losses", noise())
     monkeypatch.setattr(losses, "measure_answers", lambda *args: None)
-    own = {"n_heldout": 60, "keep_best": True, "epochs": 5, "few_shot": False}
+    own = {"n_heldout": 60, "keep_best": True, "epochs": 5}
     rows = cleaning.prepare(config.replace(**own), tokenizer)
     if chosen_on == "the other half":
         rows = dataclasses.replace(rows, selection=[])
@@ -387,9 +393,9 @@ def test_rows_that_judge_cannot_choose(train, data):
         train(rows=dataclasses.replace(data, selection=data.heldout), keep_best=True)
 
 
-def test_a_cut_off_run_still_knows_its_best(train, tmp_path):
+def test_a_cut_off_run_still_knows_its_best(train, run):
     recipe = {"keep_best": True, "learning_rate": 0.5, "lr_scheduler": "constant", "save_steps": 50}
-    whole, run = train(**recipe), RunFolder(tmp_path / "run")
+    whole = train(**recipe)
     with pytest.raises(KeyboardInterrupt):
         train(run, [Interrupt(5)], **recipe)
     train(run, **recipe)
@@ -447,15 +453,13 @@ def test_other_lines_do_not(logs):
     trainer.Guard().on_log(None, SimpleNamespace(global_step=3), None, logs=logs)
 
 
-def test_an_adapter_that_does_not_move_is_no_result(train, tmp_path):
-    run = RunFolder(tmp_path / "run")
+def test_an_adapter_that_does_not_move_is_no_result(train, run):
     with pytest.raises(UserError, match="initial weights"):
         train(run, learning_rate=0.0, epochs=1)
     assert not run.finished
 
 
-def test_a_folder_in_use_is_refused(train, tmp_path):
-    run = RunFolder(tmp_path / "run")
+def test_a_folder_in_use_is_refused(train, run):
     with runs.lock(run), pytest.raises(UserError, match="in use"):
         train(run)
     assert not (run / "config.json").exists()
