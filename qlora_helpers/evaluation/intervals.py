@@ -122,7 +122,8 @@ def alone(estimate: Estimate) -> tuple[Interval, np.ndarray]:
     deviations = _deviations(estimate, over_rows, np.random.default_rng(RESAMPLES))
     reaches = _Balanced()
     reaches.add(deviations)
-    return _interval(estimate, *reaches.bounds(), _power(deviations)), over_rows
+    (reach,) = reaches.bounds()
+    return _interval(estimate, reach, _power(deviations)), over_rows
 
 
 def simultaneous(families: Sequence[Sequence[Estimate]]) -> list[list[Interval]]:

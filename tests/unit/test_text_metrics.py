@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tracemalloc
 
-import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
