@@ -212,10 +212,10 @@ def _trl(setting: dict[str, Any], rows: Any, base: Any, tokenizer: Any, common: 
 
 def _unsloth(setting: dict[str, Any], rows: Any, model: Path, common: dict[str, Any]) -> Any:
     """Build the trainer of Unsloth's notebooks."""
-    from unsloth import FastLanguageModel  # isort: skip  # it has to be imported before the libraries that it changes
     import torch
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
+    from unsloth import FastLanguageModel
 
     dtype = getattr(torch, setting["dtype"])
     base, tokenizer = FastLanguageModel.from_pretrained(
@@ -247,6 +247,8 @@ def _count_tokens(trainer: Any) -> None:
 
 def measure(setting: dict[str, Any], model: Path, rows_file: Path) -> dict[str, Any]:
     """Train one contender: tokens per second in three windows, peak GiB, seconds of train(), and losses."""
+    if setting["name"] == UNSLOTH:
+        import unsloth  # noqa: F401 - it has to be imported before the libraries that it changes
     import torch
     from transformers import AutoTokenizer, TrainerCallback
 
