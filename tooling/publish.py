@@ -15,6 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import page_parts
+import speed_page
+
 from qlora_helpers import __main__ as command_line
 from qlora_helpers import plots
 from qlora_helpers.config import Config, load_preset, preset_names
@@ -28,14 +31,11 @@ from qlora_helpers.planning import gpus, measurements
 from qlora_helpers.runs import RunFolder
 
 START, END = "<!-- {}: written by make figures -->", "<!-- end of {} -->"
-WIDTH = 120
 ANSWER = 300  # characters of an answer in the README
-PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 STUDY = "h100-smollm2-study"
 CLAIMS, EVALUATION = "h100-claims", "h100-evaluation"
 FP16, BF16 = "h100-smollm2-fp16/exp1", "h100-smollm2-seeds/100-rows"  # the same rows, seed and steps in both dtypes
 CPUS = ("cpu-avx2", "cpu-amx")
-GPU_SPEED = "h100-speed"
 TITLES = {
     "h100-smollm2-fp16": "The first two experiments as on a T4: fp16, 14.56 GiB",
     "h100-tinyllama-shape-t4": "TinyLlama's shape with random weights, as on a T4 (its losses mean nothing)",
@@ -49,7 +49,7 @@ PLAN = "plan --preset llama31-8b --memory 16"
 def pages() -> dict[str, str]:
     """Every page with generated parts, by its path, as it should be now."""
     written = {name: fill(name, (ROOT / name).read_text("utf-8")) for name in PARTS}
-    figures = [_figure(name) for name in ("sizes", "differences", "loss_curves")]
+    figures = [page_parts.figure(name) for name in ("sizes", "differences", "loss_curves")]
     return written | {"docs/study.md": report.markdown(_read(STUDY), figures, speed=False)}
 
 
@@ -79,9 +79,9 @@ def _answer() -> str:
     used, metrics = run.read("config.json")["config"], run.read("metrics.json")
     said = {"base model in 4 bits": entry[BASE], "fine-tuned": entry[line.name]}
     cells = [[name, _code(textwrap.shorten(text, ANSWER, placeholder=" …"))] for name, text in said.items()]
-    return _join(
+    return page_parts.join(
         markdown_table(["", entry["prompt"]], cells),
-        _wrap(
+        page_parts.wrap(
             f"Model `{used['model']}`, preset `{used['preset_name']}` on {metrics['train_rows']:,} rows, "
             f"{result.device['name']}, {result.device['dtype']}, seed {used['seed']}; greedy decoding, at "
             f"most {used['max_new_tokens']} new tokens, of which the beginning is shown. This is the first of the "
@@ -136,7 +136,7 @@ def _findings() -> str:
         rows.append([line.name, *cells[:2], f"{line.heldout_loss:.4f}", cells[2]])
     heads = ["", "steps", "training loss", "held-out loss", "difference from the best rival (95% interval)"]
     draws = f"{', '.join(f'{line.name}: {line.draws} draws' for line in result.table if line.seeds)}."
-    return _join(" ".join(_sentences(result)), markdown_table(heads, rows), f"{_made(result)} {draws}")
+    return page_parts.join(" ".join(_sentences(result)), markdown_table(heads, rows), f"{_made(result)} {draws}")
 
 
 def _sentences(result: Comparison) -> list[str]:
@@ -225,7 +225,7 @@ def _recipe() -> str:
     sizes = [f"{line.train_rows:,.0f}" for line in trained if "," not in line.name]
     longer = [f"{line.train_rows:.0f}" for line in trained if "," in line.name]
     spread = json.loads((ROOT / "results" / STUDY / "spread.json").read_text("utf-8"))
-    return _wrap(
+    return page_parts.wrap(
         f"The recipe is that of the preset [`{used['preset_name']}`](presets.md): r = {used['rank']} on "
         f"{' and '.join(f'`{name}`' for name in used['target_modules'])}, {used['max_length']} tokens, effective batch "
         f"{used['batch_size'] * used['gradient_accumulation']}, {used['epochs']} epochs. It is trained on "
@@ -242,22 +242,22 @@ def _study() -> str:
     parts = [
         "## SmolLM2-135M-Instruct, bf16: when does a fine-tune pay?",
         report.table_markdown(result, speed=False),
-        f"![Held-out loss against the number of training rows]({_figure('sizes')})",
+        f"![Held-out loss against the number of training rows]({page_parts.figure('sizes')})",
         report.verdicts_markdown(result),
-        f"![Differences in held-out loss with 95% intervals]({_figure('differences')})",
-        f"![Training and held-out loss of each experiment]({_figure('loss_curves')})",
+        f"![Differences in held-out loss with 95% intervals]({page_parts.figure('differences')})",
+        f"![Training and held-out loss of each experiment]({page_parts.figure('loss_curves')})",
         "Greedy answers to the held-out questions, with 95% intervals (first seed):",
         report.text_table_markdown(result),
         report.bullets(report.forgetting(result)),
         _made(result),
     ]
-    return _join(*parts)
+    return page_parts.join(*parts)
 
 
 def _section(name: str, title: str) -> str:
     result = _read(name)
     more = _arithmetic() if FP16.startswith(name) else []
-    return _join(f"## {title}", report.table_markdown(result), _made(result), *more)
+    return page_parts.join(f"## {title}", report.table_markdown(result), _made(result), *more)
 
 
 def _arithmetic() -> list[str]:
@@ -268,7 +268,7 @@ def _arithmetic() -> list[str]:
     return [
         f"Step by step, the {len(apart)} training losses of 100 rows in fp16 differ from those in bf16 by "
         f"{sum(apart) / len(apart):.4f} on average and by {max(apart):.4f} at most; {skipped} steps were skipped:",
-        f"![Losses of the same run in bf16 and in fp16]({_figure('arithmetic')})",
+        f"![Losses of the same run in bf16 and in fp16]({page_parts.figure('arithmetic')})",
     ]
 
 
@@ -278,7 +278,7 @@ def _claims() -> str:
     judged = json.loads((folder / "claims.json").read_text("utf-8"))
     run = RunFolder(folder / "rank-14")
     recipe, rows = run.config(), run.read("metrics.json")["train_rows"]
-    return _join(
+    return page_parts.join(
         "## Claims of the BLOOM report, tested",
         f"The recipe of the report on BLOOM (alpha {recipe.alpha}, {recipe.epochs} epochs; here on {rows} rows), "
         "applied to SmolLM2-135M-Instruct because BLOOM's weights were not available. SmolLM2 has no biases, so "
@@ -293,7 +293,7 @@ def _evaluation() -> str:
     """What the evaluation of a run costs beside its training."""
     run = RunFolder(ROOT / "results" / EVALUATION)
     metrics, used = run.read("metrics.json"), run.read("config.json")["config"]
-    return _join(
+    return page_parts.join(
         "## What evaluation costs",
         f"Training SmolLM2-135M-Instruct on {metrics['train_rows']} rows for {metrics['steps']} steps: "
         f"{metrics['seconds']:.0f} s and {metrics['peak_memory_gib']:.2f} GiB. Evaluation, that is the losses of "
@@ -314,13 +314,13 @@ def _memory() -> str:
             for moments in (measurements.MOMENTS, *((m,) for m in measurements.MOMENTS))
         ]
         rows.append([f"{len(chosen)} {words}", *(f"{f['median']:.1%}, {f['worst']:.1%}" for f in scores)])
-    return _join(
+    return page_parts.join(
         "## Planned and measured peak memory",
         "Error of the plan against the peak memory that torch reserved, median and worst:",
         markdown_table(["settings", "peak of the run", "training", "held-out losses", "answers"], rows),
         f"{len({line['model'] for line in lines})} models' shapes with random weights, {lines[0]['device']}; "
-        f"{_packages(lines[0])}.",
-        f"![Planned and measured memory]({_figure('memory')})",
+        f"{page_parts.packages(lines[0])}.",
+        f"![Planned and measured memory]({page_parts.figure('memory')})",
     )
 
 
@@ -344,43 +344,14 @@ def _cpu() -> str:
         ]
         rows.append(cells)
     heads = ["CPU", "dtype", "GFLOP/s float32, bfloat16", "notebooks 01–07", "this package", "TRL", "ratio", "ratio*"]
-    return _join(
+    return page_parts.join(
         "## On a CPU",
         "SmolLM2-135M in NF4 on 24 sample rows, in batches of 4 and with at most 256 tokens, compared with TRL's "
         "`SFTTrainer`: tokens per second without padding, medians of three interleaved rounds. TRL runs with "
         "`use_cpu=True, bf16=False`, otherwise with its defaults, and with the faster dtype; \\*: without its "
         "gradient checkpointing. Command: `python benchmarks/cpu_speed.py --out FILE`",
         markdown_table(heads, rows),
-        f"{' '.join(map(_same_losses, speeds))} {'; '.join(dict.fromkeys(map(_packages, speeds)))}.",
-    )
-
-
-def _gpu() -> str:
-    """Steps of the published recipe on a GPU, beside the published script."""
-    speed = json.loads((ROOT / "results" / GPU_SPEED / "speed.json").read_text("utf-8"))
-    recipe, (plain, *replayed) = (speed["groups"][name] for name in ("recipe", "losses"))
-    script = recipe[0]
-    rows = []
-    for line in recipe:
-        whole = line["steps"] == script["steps"]
-        cells = [
-            f"{line['name']}, fast={line['fast']}" if line["fast"] else line["name"],
-            f"{line['tokens_per_second']:,.0f} tokens/s",
-            f"{line['tokens_per_second'] / script['tokens_per_second']:.1f}",
-            f"{line['peak_gib']:.1f} GiB",
-            f"{line['train_seconds']:.1f} s" if whole else "",
-            f"{script['train_seconds'] / line['train_seconds']:.1f}" if whole else "",
-        ]
-        rows.append(cells)
-    apart = max(abs(a / b - 1) for line in replayed for a, b in zip(line["losses"], plain["losses"], strict=True))
-    return _join(
-        "TinyLlama's shape with random weights, NF4 with double quantization, r=16 on queries and values, four rows "
-        f"of at most 256 tokens in each of {script['steps']} updates, bf16, {speed['device']['name']}, limited to "
-        f"{speed['limit_gib']} GiB. Tokens without padding, median of three windows; `train()` includes capturing and "
-        "compiling. Command: `python benchmarks/gpu_speed.py TOKENIZER ROWS.jsonl --groups recipe losses`",
-        markdown_table(["trainer", "speed", "ratio", "memory", "`train()`", "ratio"], rows),
-        f"Without dropout, the losses of {len(plain['losses'])} steps from graphs and from compiled blocks are within "
-        f"{100 * apart:.2g}% of the library's. {_packages(speed)}.",
+        f"{' '.join(map(_same_losses, speeds))} {'; '.join(dict.fromkeys(map(page_parts.packages, speeds)))}.",
     )
 
 
@@ -438,7 +409,7 @@ def _settings() -> str:
 
 def _known() -> str:
     models = sorted(path.stem for path in (ROOT / "qlora_helpers" / "known_models").glob("*.json"))
-    return _join(
+    return page_parts.join(
         f"{len(models)} models are known offline: {', '.join(f'`{name}`' for name in models)}.",
         markdown_table(
             ["GPU", "memory, GiB", "16-bit TFLOP/s (data sheet)"],
@@ -466,35 +437,15 @@ def _code(text: str) -> str:
     return f"`{' '.join(text.split()).replace('`', chr(39)).replace('|', '/')}`"
 
 
-def _join(*parts: str) -> str:
-    """Blocks of Markdown with their prose wrapped; headings, tables, lists, figures and code stay as they are."""
-    return "\n\n".join(part if part.startswith(("#", "|", "- ", "!", "```")) else _wrap(part) for part in parts)
-
-
-def _wrap(text: str) -> str:
-    """No line breaks inside code: a reader searches for it."""
-    held = re.sub(r"`[^`]+`", lambda code: code[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
-    return textwrap.fill(held, WIDTH, break_long_words=False, break_on_hyphens=False).replace("\N{NO-BREAK SPACE}", " ")
-
-
-def _figure(name: str) -> str:
-    """A figure as pages in docs/ name it."""
-    return f"../figures/{name}.png"
-
-
 def _made(result: Comparison) -> str:
     device = result.device
     seeds = ", ".join(map(str, max((line.seeds for line in result.table), key=len)))
     rows = f"{result.heldout_rows} held-out rows with {result.heldout_tokens:,} trained tokens."
-    return f"{rows} {device['name']}, {device['dtype']}, seeds {seeds}; {_packages(vars(result))}."
+    return f"{rows} {device['name']}, {device['dtype']}, seeds {seeds}; {page_parts.packages(vars(result))}."
 
 
 def _where(manifest: dict[str, Any]) -> str:
-    return f"{manifest['device']['name']}, {manifest['device']['dtype']}; {_packages(manifest)}"
-
-
-def _packages(made: dict[str, Any]) -> str:
-    return ", ".join(f"{package} {made['versions'][package]}" for package in PACKAGES)
+    return f"{manifest['device']['name']}, {manifest['device']['dtype']}; {page_parts.packages(manifest)}"
 
 
 def _log(run: str) -> list[dict[str, Any]]:
@@ -516,7 +467,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/results.md": {"results": _results},
     "docs/presets.md": {"presets": _presets},
     "docs/settings.md": {"settings": _settings},
-    "docs/speed.md": {"speed": _gpu},
+    "docs/speed.md": {"speed": speed_page.tables},
     "docs/memory.md": {"plan": _plan_output, "known": _known},
 }
 

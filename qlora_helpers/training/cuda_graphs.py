@@ -242,6 +242,7 @@ class GraphStep:
 
         Before the first capture there is memory for it: later it would need as much again as a graph.
         """
+        torch.cuda.empty_cache()  # what passes on this stream have left free cannot be used on another
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), forward.random_numbers_given_back():

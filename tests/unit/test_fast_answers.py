@@ -50,6 +50,12 @@ class Recomputed:
             self.output[name] = value
 
 
+@pytest.fixture(scope="module")
+def device():
+    """A device that answers without graphs, also where there is a GPU."""
+    return replace(detect("float32"), kind="cpu")
+
+
 @pytest.fixture
 def gpu(device, monkeypatch):
     """A device that answers as on a GPU."""

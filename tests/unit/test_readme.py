@@ -17,6 +17,7 @@ TEXT = "\n".join(path.read_text("utf-8") for path in PAGES)
 
 @pytest.fixture(scope="module")
 def publish():
+    sys.path.insert(0, str(ROOT / "tooling"))  # it imports modules beside it
     spec = importlib.util.spec_from_file_location("publish", ROOT / "tooling" / "publish.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
