@@ -1,10 +1,12 @@
 """Training speed on a GPU: this package on each of its paths, TRL's SFTTrainer, and the first report's own script.
 
-usage: python benchmarks/gpu_speed.py TOKENIZER_FOLDER ROWS.jsonl [--out FILE] [--groups recipe qv …] [--rounds 1]
+usage: python benchmarks/gpu_speed.py TOKENIZER_FOLDER ROWS.jsonl [--out FILE] [--groups recipe qv …] [--unsloth FOLDER]
 
 All contenders train the same rows, cut at 256 tokens, on a 4-bit base (NF4, double quantization) of TinyLlama's shape
-with random weights, with LoRA r=16, each in a process of its own that may use 14.56 GiB, as on a T4. Tokens per second
-count real tokens, not padding, as the median of three windows after the first steps. A group is one table.
+with random weights, with LoRA r=16, each in a process of its own that may use 14.56 GiB, as on a T4. The group `8b` has
+the shape of Llama 3.1 8B, rows of up to 1,024 tokens and, if `--unsloth` is the folder that it is installed in, Unsloth
+with the settings of its own notebooks. Tokens per second count real tokens, not padding, as the median of three windows
+after the first steps. A group is one table.
 """
 
 import argparse
@@ -27,9 +29,8 @@ from qlora_helpers import files
 from qlora_helpers.config import Config
 
 T4_GIB = 14.56
-SHAPE = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
-LENGTH = 256
-OURS, TRL, REPORT = "this package", "TRL", "published script"
+SMALL, LARGE = "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "meta-llama/Llama-3.1-8B"
+OURS, TRL, REPORT, UNSLOTH = "this package", "TRL", "published script", "Unsloth"
 WARM, WINDOW = 10, 20  # steps before the first window, and in each of the three windows
 # The library sorts 50 batches at a time by length, so that a graph of every length exists only after these.
 WARM_GROUPED = 60
@@ -38,10 +39,14 @@ WARM_GROUPED = 60
 def contender(name: str, batch: int, fast: str = "", **more: Any) -> dict[str, Any]:
     """Return the settings of one contender."""
     return {"name": name, "batch": batch, "fast": fast, "dtype": "bfloat16", "linear": "qv", "dropout": 0.05,
-            "sampling": "random", "warm": WARM, "steps": WARM + 3 * WINDOW, **more}  # fmt: skip
+            "sampling": "random", "warm": WARM, "steps": WARM + 3 * WINDOW, "shape": SMALL, "length": 256,
+            "accumulation": 1, "checkpointing": False, **more}  # fmt: skip
 
 
 GROUPED = {"sampling": "group_by_length", "warm": WARM_GROUPED, "steps": WARM_GROUPED + 3 * WINDOW}
+EIGHT = {
+    "shape": LARGE, "length": 1024, "linear": "all", "dropout": 0.0, "checkpointing": True, "steps": WARM + 15,
+}  # fmt: skip
 GROUPS: dict[str, list[dict[str, Any]]] = {
     # The published recipe: four rows per update, in random order, 125 updates, from train() to its return.
     "recipe": [
@@ -65,6 +70,12 @@ GROUPS: dict[str, list[dict[str, Any]]] = {
         *(contender(TRL, rows, dtype="float16") for rows in (22, 24)),
         *(contender(OURS, rows, "graphs", dtype="float16", **GROUPED) for rows in (4, 16, 28)),
     ],
+    # Eight rows per update, as in Unsloth's notebooks, and no dropout, which it needs for its kernels.
+    "8b": [
+        contender(UNSLOTH, 2, accumulation=4, **EIGHT),
+        contender(OURS, 1, "graphs", accumulation=8, **EIGHT),
+        contender(OURS, 2, "graphs", accumulation=4, **EIGHT),
+    ],
     # Losses of every step without dropout, whose random numbers depend on the padding.
     "losses": [contender(OURS, 4, fast, dropout=0.0, steps=40) for fast in ("off", "graphs", "compiled")],
 }
@@ -75,16 +86,18 @@ def config_of(setting: dict[str, Any], model: Path) -> Config:
     target = {"target_modules": ["all-linear"]} if setting["linear"] == "all" else {}
     return Config.from_params(
         preset="tinyllama-guanaco-100", profile="gpu", model=str(model), dataset="sample",
-        compute_dtype=setting["dtype"], batch_size=setting["batch"], gradient_accumulation=1,
-        dropout=setting["dropout"], sampling=setting["sampling"],
-        fast=setting["fast"] or "off", max_length=LENGTH, eval_steps=10**6, save_steps=10**6, epochs=1, **target,
+        compute_dtype=setting["dtype"], batch_size=setting["batch"], gradient_accumulation=setting["accumulation"],
+        dropout=setting["dropout"], sampling=setting["sampling"], gradient_checkpointing=setting["checkpointing"],
+        fast=setting["fast"] or "off", max_length=setting["length"], eval_steps=10**6,
+        save_steps=10**6, epochs=1, **target,
     )  # fmt: skip
 
 
-def rows_of(path: Path, tokenizer: Any, number: int) -> list[list[int]]:
-    """Return the token ids of `number` rows, repeated if there are fewer."""
+def rows_of(path: Path, tokenizer: Any, setting: dict[str, Any]) -> list[list[int]]:
+    """Return the token ids of as many rows as are trained, repeated if there are fewer."""
     texts = [json.loads(line)["text"] for line in path.read_text("utf-8").splitlines()]
-    ids = tokenizer(texts, truncation=True, max_length=LENGTH)["input_ids"]
+    ids = tokenizer(texts, truncation=True, max_length=setting["length"])["input_ids"]
+    number = setting["steps"] * setting["batch"] * setting["accumulation"]
     return [ids[index % len(ids)] for index in range(number)]
 
 
@@ -120,7 +133,9 @@ def ours(setting: dict[str, Any], rows: list[list[int]], model: Path, folder: Pa
 
 
 def peer(setting: dict[str, Any], rows: list[list[int]], model: Path, folder: Path) -> tuple[Any, Any]:
-    """Build TRL's SFTTrainer or the published script's Trainer; returns it and a function that trains."""
+    """Build the trainer of TRL, Unsloth or the published script; returns it and a function that trains."""
+    if setting["name"] == UNSLOTH:
+        return _trained(_unsloth(setting, rows, model, _common(setting, folder)))
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -131,12 +146,22 @@ def peer(setting: dict[str, Any], rows: list[list[int]], model: Path, folder: Pa
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     base = AutoModelForCausalLM.from_pretrained(model, quantization_config=packed, dtype=dtype, device_map={"": 0})
-    common: dict[str, Any] = {
+    build = _published if setting["name"] == REPORT else _trl
+    return _trained(build(setting, rows, base, tokenizer, _common(setting, folder)))
+
+
+def _common(setting: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the arguments that all trainers have."""
+    return {
         "output_dir": str(folder), "num_train_epochs": 1, "learning_rate": 2e-4, "logging_steps": 5,
         "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
-        "bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16,
+        "bf16": setting["dtype"] == "bfloat16", "fp16": setting["dtype"] == "float16",
+        "gradient_accumulation_steps": setting["accumulation"],
     }  # fmt: skip
-    ready = (_published if setting["name"] == REPORT else _trl)(setting, rows, base, tokenizer, common)
+
+
+def _trained(ready: Any) -> tuple[Any, Any]:
+    """Return a trainer and a function that counts its tokens and trains."""
 
     def train() -> None:
         _count_tokens(ready)
@@ -159,8 +184,9 @@ def _published(setting: dict[str, Any], rows: Any, base: Any, tokenizer: Any, co
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
     adapted = get_peft_model(prepare_model_for_kbit_training(base), _lora(setting))
-    padded = tokenizer.pad({"input_ids": rows}, padding="max_length", max_length=LENGTH)
-    arguments = TrainingArguments(**common, per_device_train_batch_size=1, gradient_accumulation_steps=setting["batch"])
+    padded = tokenizer.pad({"input_ids": rows}, padding="max_length", max_length=setting["length"])
+    common |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": setting["batch"]}
+    arguments = TrainingArguments(**common)
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     return Trainer(adapted, arguments, train_dataset=Dataset.from_dict(dict(padded)), data_collator=collator)
 
@@ -184,6 +210,30 @@ def _trl(setting: dict[str, Any], rows: Any, base: Any, tokenizer: Any, common: 
     return ready
 
 
+def _unsloth(setting: dict[str, Any], rows: Any, model: Path, common: dict[str, Any]) -> Any:
+    """Build the trainer of Unsloth's notebooks."""
+    import torch
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    from unsloth import FastLanguageModel
+
+    dtype = getattr(torch, setting["dtype"])
+    base, tokenizer = FastLanguageModel.from_pretrained(
+        str(model), max_seq_length=setting["length"], dtype=dtype, load_in_4bit=True
+    )
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapted = FastLanguageModel.get_peft_model(
+        base, r=16, target_modules=targets, lora_alpha=16, lora_dropout=0, bias="none",
+        use_gradient_checkpointing="unsloth", random_state=3407,
+    )  # fmt: skip
+    common |= {"per_device_train_batch_size": setting["batch"], "optim": "adamw_8bit", "max_length": setting["length"]}
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in rows]
+    return SFTTrainer(
+        adapted, args=SFTConfig(**common, dataset_text_field="text"), processing_class=tokenizer,
+        train_dataset=Dataset.from_dict({"text": texts}),
+    )  # fmt: skip
+
+
 def _count_tokens(trainer: Any) -> None:
     """Let the collator note the real tokens of every batch, on the CPU."""
     collate, trainer.batch_tokens = trainer.data_collator, []
@@ -197,12 +247,14 @@ def _count_tokens(trainer: Any) -> None:
 
 def measure(setting: dict[str, Any], model: Path, rows_file: Path) -> dict[str, Any]:
     """Train one contender: tokens per second in three windows, peak GiB, seconds of train(), and losses."""
+    if setting["name"] == UNSLOTH:
+        import unsloth  # noqa: F401 - it has to be imported before the libraries that it changes
     import torch
     from transformers import AutoTokenizer, TrainerCallback
 
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
     torch.cuda.set_per_process_memory_fraction(T4_GIB / total)
-    rows = rows_of(rows_file, AutoTokenizer.from_pretrained(model), setting["steps"] * setting["batch"])
+    rows = rows_of(rows_file, AutoTokenizer.from_pretrained(model), setting)
     window = (setting["steps"] - setting["warm"]) // 3
     bounds = [setting["warm"] + index * window for index in range(4)]
     times = []
@@ -237,24 +289,29 @@ def measure(setting: dict[str, Any], model: Path, rows_file: Path) -> dict[str, 
     }
 
 
-def make_shape(folder: Path, tokenizer: str) -> None:
-    """Save a checkpoint with random weights in TinyLlama's shape."""
+def make_shape(folder: Path, tokenizer: str, name: str = SMALL) -> None:
+    """Save a checkpoint with random weights in the shape of a known model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from qlora_helpers.planning import architectures
 
     with torch.device("cuda"):
-        shape = AutoConfig.for_model(**(architectures.known(SHAPE) or {}))
+        shape = AutoConfig.for_model(**(architectures.known(name) or {}))
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 
 
-def measure_in_subprocess(setting: dict[str, Any], model: Path, rows: Path) -> dict[str, Any]:
+def measure_in_subprocess(setting: dict[str, Any], model: Path, rows: Path, unsloth: str | None) -> dict[str, Any]:
     """Run `measure` in a fresh process, so that no contender inherits another's memory."""
     command = [sys.executable, __file__, str(model), str(rows), "--contender", json.dumps(setting)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = dict(os.environ)
+    if setting["name"] == UNSLOTH:
+        if unsloth is None:
+            return {"failed": "--unsloth is not given"}
+        environment["PYTHONPATH"] = os.pathsep.join([unsloth, os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "Error" in line]
         return {"failed": "out of memory" if "OutOfMemory" in done.stderr else (lines or ["?"])[-1][:500]}
@@ -268,6 +325,7 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--unsloth", metavar="FOLDER", help="what `pip install --target FOLDER unsloth` has made")
     parser.add_argument("--contender")
     args = parser.parse_args()
     if args.contender:
@@ -276,8 +334,6 @@ def main() -> None:
     from qlora_helpers.device import detect, versions
 
     with tempfile.TemporaryDirectory() as scratch:
-        model = Path(scratch) / "model"
-        make_shape(model, args.tokenizer)
         result: dict[str, Any] = {
             "device": detect().to_dict(),
             "versions": versions(),
@@ -287,7 +343,10 @@ def main() -> None:
         for group in args.groups:
             measured = result["groups"].setdefault(group, [])
             for setting in GROUPS[group]:
-                measured.append({**setting, **measure_in_subprocess(setting, model, args.rows)})
+                model = Path(scratch) / Path(setting["shape"]).name
+                if not model.exists():
+                    make_shape(model, args.tokenizer, setting["shape"])
+                measured.append({**setting, **measure_in_subprocess(setting, model, args.rows, args.unsloth)})
                 print(group, _in_words(measured[-1]), flush=True)
                 if args.out:
                     files.write_json(args.out, result)

@@ -43,6 +43,13 @@ class UserError(Exception):
         return [f"UserError: {self}"]
 
 
+def cause(error: BaseException) -> str:
+    """Return the first line of the error that came first: leaving a failed capture of a graph raises another."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:LONGEST]
+
+
 @contextlib.contextmanager
 def blame(what: str, where: Any, fix: str = BUG) -> Iterator[None]:
     """Turn any exception in the body of a `with` statement, which only reads the file `where`, into `UserError`.

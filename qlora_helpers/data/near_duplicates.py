@@ -71,26 +71,31 @@ def normalize(text: str) -> str:
     if not text.isascii():
         text = INVISIBLE.sub("", unicodedata.normalize("NFC", text))
     text = PROSE.sub(" ", STOP.sub("\n", APOSTROPHE.sub("", text).replace(PART, f"\n{PART}\n")))
-    found = _tokens(text if text.isascii() else UNSPACED.sub(r" \g<0> ", text))
+    lines = (text if text.isascii() else UNSPACED.sub(r" \g<0> ", text)).split("\n")
+    sentences = (" ".join(_words(line, number > 0)) for number, line in enumerate(lines))
+    return "\n".join(line for line in sentences if line)
+
+
+def _words(line: str, follows: bool) -> list[str]:
+    """Return the tokens of a line, in lower case unless they are code. `follows` says whether a line precedes it."""
+    if line.isascii() and "".join(line.split()).isalpha():  # as in most prose, and quickly found
+        return line.lower().split()
+    found = _tokens(line, follows)
     words = [token for token, _ in found]
     for i in [i for i, token in enumerate(words) if not token.islower()]:
         if (folded := words[i].casefold()) != words[i] and not _in_code(found, i):
             words[i] = folded
-    sentences = (" ".join(line.split()) for line in " ".join(words).split("\n"))
-    return "\n".join(line for line in sentences if line)
+    return words[follows:]
 
 
-def _tokens(text: str) -> list[tuple[str, str]]:
-    """Return the tokens of a text, each with the character that follows it, or "" at a blank or the end."""
-    found: list[tuple[str, str]] = []
-    for number, line in enumerate(text.split("\n")):
-        if number:
-            found.append(("\n", line[:1].strip()))
-        for part in line.split():
-            if part.isalpha():
-                found.append((part, ""))
-            else:
-                found += TOKEN.findall(part)
+def _tokens(line: str, follows: bool) -> list[tuple[str, str]]:
+    """Return the line break before a line and its tokens, each with the character that follows it, or "" at a blank."""
+    found = [("\n", line[:1].strip())] if follows else []
+    for part in line.split():
+        if part.isalpha():
+            found.append((part, ""))
+        else:
+            found += TOKEN.findall(part)
     return found
 
 
@@ -215,7 +220,7 @@ def _sorted_sentences(words: str) -> list[str]:
 def _letters(words: str) -> int:
     """Return a number that is equal for texts of which `same_text` may hold: slips keep the first letter."""
     tokens = words.split()
-    return hash(tuple(sorted(token[0] if len(token) >= SLIP and token.isalpha() else token for token in tokens)))
+    return sum(hash(token[0] if len(token) >= SLIP and token.isalpha() else token) for token in tokens)
 
 
 def _figures(words: str) -> int:

@@ -14,6 +14,7 @@ from qlora_helpers.data.prompts import Example, tokenize
 from qlora_helpers.data.schema import TURN_MARKER, Message
 from qlora_helpers.data.turns import split_thought
 from qlora_helpers.device import Device, autocast
+from qlora_helpers.errors import cause
 from qlora_helpers.evaluation import scores
 from qlora_helpers.models import forward
 from qlora_helpers.planning.memory import MOST_ANSWERS
@@ -132,15 +133,8 @@ def _from_graph(model: Any, batch: Any, options: dict[str, Any]) -> Any:
         with forward.single_tokens_replayed(model):
             return model.generate(**batch, **options, **{cache_argument(model): cache}, disable_compile=True)
     except Exception as error:
-        print(f"Answers take longer: no CUDA graph of this model ({_cause(error)}).", flush=True)
+        print(f"Answers take longer: no CUDA graph of this model ({cause(error)}).", flush=True)
         return None
-
-
-def _cause(error: BaseException) -> str:
-    """Return the first line of the error that came first: leaving a failed capture raises another."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 class AnswerReader:

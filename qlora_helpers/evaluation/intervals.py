@@ -3,7 +3,7 @@
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -62,12 +62,12 @@ class Estimate:
     below: np.ndarray
     seeds: Mapping[Labels, np.ndarray] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def value(self) -> float:
         """The ratio."""
         return float(self.above.sum() / self.below.sum())
 
-    @property
+    @cached_property
     def residuals(self) -> np.ndarray:
         """Deviation of each row from the ratio, in units of the ratio: shape (rows,)."""
         return (self.above - self.value * self.below) / self.below.sum()
@@ -83,7 +83,7 @@ class Estimate:
         means = {labels: sums.sum(axis=1) / self.below.sum() for labels, sums in self.seeds.items()}
         return {labels: (m - m.mean()) / math.sqrt(len(m) * (len(m) - 1)) for labels, m in means.items()}
 
-    @property
+    @cached_property
     def row_error(self) -> float:
         """Standard error of the ratio over the choice of rows, less what `seed_errors` contain already.
 
@@ -113,8 +113,17 @@ class Estimate:
 
 def ratio(numerators: Sequence[float] | np.ndarray, denominators: Sequence[float] | np.ndarray) -> Interval:
     """Interval of a ratio of two sums over rows, with rows drawn with replacement. See `simultaneous`."""
-    ((interval,),) = simultaneous([[Estimate(np.asarray(numerators, float), np.asarray(denominators, float))]])
-    return interval
+    return alone(Estimate(np.asarray(numerators, float), np.asarray(denominators, float)))[0]
+
+
+def alone(estimate: Estimate) -> tuple[Interval, np.ndarray]:
+    """Interval of an estimate without seeds, and its studentized deviations over rows. See `simultaneous`."""
+    (over_rows,) = studentized([estimate], 0)
+    deviations = _deviations(estimate, over_rows, np.random.default_rng(RESAMPLES))
+    reaches = _Balanced()
+    reaches.add(deviations)
+    (reach,) = reaches.bounds()
+    return _interval(estimate, reach, _power(deviations)), over_rows
 
 
 def simultaneous(families: Sequence[Sequence[Estimate]]) -> list[list[Interval]]:
@@ -144,13 +153,17 @@ def simultaneous(families: Sequence[Sequence[Estimate]]) -> list[list[Interval]]
             for estimate, over_rows in zip(part, studentized(part, number), strict=True):
                 deviations = _deviations(estimate, over_rows, rng)
                 reaches.add(deviations)
-                powers.append(np.quantile(deviations, 2 * POWER - 1, method="inverted_cdf"))
+                powers.append(_power(deviations))
     ends = zip(reaches.bounds(), powers, strict=True)
     return [[_interval(estimate, *next(ends)) for estimate in family] for family in families]
 
 
+def _power(deviations: np.ndarray) -> float:
+    """Deviation that 80% of the estimates do not fall short by."""
+    return float(np.quantile(deviations, 2 * POWER - 1, method="inverted_cdf"))
+
+
 def _interval(estimate: Estimate, reach: float, power: float) -> Interval:
-    """`power` is the deviation that 80% of the estimates do not fall short by."""
     value, error = estimate.value, math.hypot(estimate.row_error, *(error for error, _ in estimate.seed_errors))
     return Interval(value, float(value - reach), float(value + reach), error, float(reach + power))
 
@@ -182,9 +195,13 @@ class _Balanced:
 
     def add(self, deviations: np.ndarray) -> None:
         """Add the deviations of an estimate, of which only the largest are kept."""
-        ordered = np.sort(deviations)
-        np.minimum(self._rarest, RESAMPLES - np.searchsorted(ordered, deviations), out=self._rarest)
-        self._largest.append(ordered[-self._exceeded - 1 :].copy())
+        kept = self._exceeded + 1
+        least = np.partition(deviations, -kept)[-kept]
+        (where,) = np.nonzero(~(deviations < least))  # all others are exceeded more often than is allowed
+        ordered = np.sort(deviations[where])
+        rarity = len(ordered) - np.searchsorted(ordered, deviations[where])
+        self._rarest[where] = np.minimum(self._rarest[where], rarity)
+        self._largest.append(ordered[-kept:])
 
     def bounds(self) -> list[float]:
         """Return the bound of each estimate, in order."""

@@ -100,9 +100,11 @@ def ratio(
     numbers: dict[str, int] = {}
     clusters = np.array([numbers.setdefault(group or f"answer {i}", len(numbers)) for i, group in enumerate(groups)])
     above, weights = (np.bincount(clusters, values) for values in (y - x, below))
-    interval = intervals.ratio(above, weights).within(-most, most)
-    p = _p_value(Estimate(above, weights))
-    return _made(metric, x.sum() / below.sum(), y.sum() / below.sum(), interval, p, len(x), len(numbers))
+    estimate = Estimate(above, weights)
+    interval, deviations = intervals.alone(estimate)
+    a_mean, b_mean = x.sum() / below.sum(), y.sum() / below.sum()
+    p = _p_value(estimate, deviations)
+    return _made(metric, a_mean, b_mean, interval.within(-most, most), p, len(x), len(numbers))
 
 
 def share(metric: str, a: Sequence[bool], b: Sequence[bool], groups: Sequence[str]) -> MetricDifference:
@@ -176,15 +178,17 @@ def _made(
     return MetricDifference(metric, float(a), float(b), value, low, high, p, answers, clusters or answers)
 
 
-def _p_value(estimate: Estimate) -> float:
-    """Share of bootstrap resamples that deviate from the estimate at least as much as that does from zero."""
+def _p_value(estimate: Estimate, deviations: np.ndarray) -> float:
+    """Share of bootstrap resamples that deviate from the estimate at least as much as that does from zero.
+
+    `deviations` are the studentized ones of the resamples.
+    """
     n, error = len(estimate.above), estimate.row_error
     if not estimate.value or n < 2:
         return 1.0
     if error <= 1e-12 * abs(estimate.value):  # equal differences everywhere: a sign test
         return 2.0 ** (1 - n)
-    deviations = np.abs(intervals.studentized([estimate], 0)[0])
-    return float((1 + (deviations >= abs(estimate.value) / error).sum()) / (1 + RESAMPLES))
+    return float((1 + (np.abs(deviations) >= abs(estimate.value) / error).sum()) / (1 + RESAMPLES))
 
 
 def _mid_p(only_a: int, only_b: int) -> float:

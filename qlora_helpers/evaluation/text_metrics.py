@@ -10,12 +10,10 @@ import numpy as np
 import regex
 
 from qlora_helpers.data.turns import split_thought
-from qlora_helpers.evaluation import intervals, paired
+from qlora_helpers.evaluation import intervals, ngram_scores, paired
 from qlora_helpers.evaluation.intervals import Interval
 from qlora_helpers.evaluation.paired import Answers, MetricDifference
 
-BLEU_RESAMPLES, BLEU_SEED = 1000, 12345  # of sacrebleu's own bootstrap
-BLEU_BLOCK = 50_000  # resampled answers in memory at a time; 5 MB
 MOST = {"ROUGE-L": 1, "sentence BLEU": 100, "sentence chrF": 100, "repeats itself": 1}  # largest value of a mean
 SHARES = {"ends by itself": "stopped", "invents a turn": "invented", "thinks": "thought"}  # name: key of an answer
 AT_LIMIT = ("ROUGE-L", "BLEU", "chrF", "ends by itself", "length")  # what a limit of tokens can lower
@@ -65,8 +63,8 @@ def text_metrics(answers: list[dict[str, Any]]) -> dict[str, Interval]:
     ones = [1.0] * len(rows)
     metrics = {
         "ROUGE-L": intervals.ratio(counts.rouge, ones).within(0, 1),
-        "BLEU": _score(_metrics()[0], counts.bleu),
-        "chrF": _score(_metrics()[1], counts.chrf),
+        "BLEU": ngram_scores.over_all(ngram_scores.bleu, counts.bleu),
+        "chrF": ngram_scores.over_all(ngram_scores.chrf, counts.chrf),
         "ends by itself": intervals.share(sum(row["stopped"] for row in rows), len(rows)),
         "invents a turn": intervals.share(sum(row["invented"] for row in rows), len(rows)),
         "repeats itself": intervals.ratio(counts.repeated, ones).within(0, 1),
@@ -181,14 +179,10 @@ class _Counts:
     @cached_property
     def means(self) -> dict[str, Sequence[float]]:
         """Values of each answer, by metric. For `length`, the words of the answer."""
-        bleu, chrf = (
-            [metric._compute_score_from_stats(row).score for row in rows.tolist()]
-            for metric, rows in zip(_metrics(), (self.bleu, self.chrf), strict=True)
-        )
         return {
             "ROUGE-L": self.rouge,
-            "sentence BLEU": bleu,
-            "sentence chrF": chrf,
+            "sentence BLEU": ngram_scores.bleu(self.bleu).tolist(),
+            "sentence chrF": ngram_scores.chrf(self.chrf).tolist(),
             "repeats itself": self.repeated,
             "length": self.lengths,
         }
@@ -207,7 +201,13 @@ def _counted(texts: tuple[str, ...], references: tuple[str, ...]) -> _Counts:
         )
         rows.append((_rouge(_words(text), wanted.words), _repeated(units), len(units), wanted.length, *counts))
     rouge, repeated, lengths, of_references, *arrays = zip(*rows, strict=True)
-    return _Counts(list(rouge), list(repeated), list(lengths), list(of_references), *map(np.array, arrays))
+    return _Counts(
+        list(rouge),
+        list(repeated),
+        list(lengths),
+        list(of_references),
+        *(np.array(counts, dtype=float) for counts in arrays),
+    )
 
 
 @dataclass(frozen=True)
@@ -236,34 +236,11 @@ def _reference(text: str) -> _Reference:
 def _metrics() -> tuple[Any, Any]:
     """sacrebleu's BLEU and chrF.
 
-    Its public functions return scores, but chrF no counts, and they count a reference again for each answer. A
-    bootstrap that draws counts in blocks, and references that are counted once, need its private functions.
+    Only its private functions return counts, and count a reference once for all answers.
     """
     from sacrebleu.metrics import BLEU, CHRF
 
-    class PlainChrf(CHRF):
-        """Always returns Python's float: the library mixes it with numpy's, and fails on a mix."""
-
-        def _compute_f_score(self, statistics: Any) -> float:
-            return float(super()._compute_f_score(statistics))
-
-    # By default, BLEU counts n-grams that are longer than every answer as wrong: one right word scores 0.
-    return BLEU(tokenize="none", force=True, effective_order=True), PlainChrf()
-
-
-def _score(metric: Any, counts: np.ndarray) -> Interval:
-    """Score over all answers with the interval of sacrebleu's bootstrap, without its memory for all resamples."""
-    scored = metric._compute_score_from_stats(counts.sum(axis=0).tolist())
-    value, low, high = scored.score, 0.0, 100.0
-    if len(counts) > 1:  # one answer says nothing about others
-        step = max(BLEU_BLOCK // len(counts), 1)
-        rng, rows = np.random.default_rng(BLEU_SEED), counts.astype("float32")  # as in sacrebleu
-        sizes = (min(step, BLEU_RESAMPLES - start) for start in range(0, BLEU_RESAMPLES, step))
-        resamples = (rows[rng.integers(0, len(rows), (size, len(rows)))].sum(1) for size in sizes)
-        scored.estimate_ci([metric._compute_score_from_stats(sums) for block in resamples for sums in block])
-        low, high = scored._mean - scored._ci, scored._mean + scored._ci
-    value, low, high = (min(max(float(number), 0.0), 100.0) for number in (value, low, high))  # rounding, and few rows
-    return Interval(value, low, high)
+    return BLEU(tokenize="none", force=True), CHRF()
 
 
 def _script(reference: str) -> str:

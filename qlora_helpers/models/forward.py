@@ -100,22 +100,34 @@ class _Replayed:
         return self.output
 
 
-def capture(body: Callable[[], Any]) -> tuple[Any, Any]:
+def capture(body: Callable[[], Any], pool: Any = None) -> tuple[Any, Any]:
     """Return a CUDA graph of what the body computes, and the output that a replay writes.
 
-    Whatever the body raises is passed on; stream and random numbers are then as before, which torch leaves to do.
+    Its memory is taken from `pool`, the handle of a pool that graphs share. Whatever the body raises is passed on,
+    after leaving the stream of the graph, on which torch would stay.
     """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
-    numbers = generator.clone_state()
     try:
-        with torch.cuda.graph(graph):
+        with random_numbers_given_back(), torch.cuda.graph(graph, pool=pool):
             output = body()
     except BaseException:
         torch.cuda.set_stream(stream)
-        generator.graphsafe_set_state(numbers)
         raise
     return graph, output
+
+
+@contextmanager
+def random_numbers_given_back() -> Iterator[None]:
+    """Give back the random numbers that the body draws. After a failed capture, the generator works again."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    before = torch.cuda.get_rng_state()
+    apart = generator.clone_state()
+    try:
+        yield
+    except BaseException:
+        generator.graphsafe_set_state(apart)
+        raise
+    torch.cuda.set_rng_state(before)
 
 
 def _copied(value: Any) -> Any:

@@ -7,7 +7,8 @@ are higher where there was room: torch reserves a pass for each of the two strea
 
 from qlora_helpers.planning.workload import BLOCK, FULL, WORKSPACE, Workload
 
-CHUNK = 1024  # tokens whose logits exist at the same time
+LOGITS = 2**25  # that exist at the same time: 128 MiB in float32
+LEAST = 128  # tokens of a chunk, however large the vocabulary
 COMPILED = 0.65  # of what a block saves for its backward pass, adapters aside, as their kernels are fused: fitted
 
 
@@ -23,9 +24,14 @@ def paths(workload: Workload) -> tuple[str, ...]:
     return ("off", "graphs") if fast == "auto" else (fast, "off")
 
 
+def chunk(vocabulary: int) -> int:
+    """Return the number of tokens whose logits exist at the same time, a multiple of 64."""
+    return max(LOGITS // vocabulary // 64 * 64, LEAST)
+
+
 def loss_tokens(workload: Workload) -> int:
     """Return the number of tokens whose logits exist at the same time."""
-    return workload.tokens if workload.path == "off" else min(workload.tokens, CHUNK)
+    return workload.tokens if workload.path == "off" else min(workload.tokens, chunk(workload.shape.vocabulary))
 
 
 def held(workload: Workload) -> float:

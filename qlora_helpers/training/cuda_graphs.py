@@ -21,13 +21,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from qlora_helpers.data.prompts import IGNORE
 from qlora_helpers.device import Device, autocast
 from qlora_helpers.models import forward
+from qlora_helpers.planning import graphs
 from qlora_helpers.training.batches import ROUNDING, Batch, Features
 
 # Lengths are multiples of a width. The longest row of a batch in random order is nearly always a long one, so that more
 # lengths would save nothing; batches of rows of like length waste 4% instead of 6% with the smaller width.
 WIDTHS = {"random": 64, "group_by_length": 32}
 MOST_LENGTHS = 8  # Dynamo compiles at most 8 shapes of a function
-CHUNK = 1024  # tokens whose logits exist at the same time
 CAUSAL = "causal_without_mask"
 
 
@@ -66,12 +66,13 @@ class FixedShapes:
 
 
 class Passes:
-    """Forward and backward pass of a padded batch, with the logits of `CHUNK` tokens at a time."""
+    """Forward and backward pass of a padded batch, with the logits of `chunk` tokens at a time."""
 
     def __init__(self, model: Any, device: Device, backward: Callable[[torch.Tensor], None]) -> None:
         """`backward` is the trainer's, which scales the loss in float16."""
         self.model, self.device, self.backward = forward.inner(model), device, backward
         self.head = self.model.get_output_embeddings()
+        self.chunk = graphs.chunk(self.model.config.get_text_config().vocab_size)
         self.scales = _plain_scales(self.model)
         self.replaced: dict[Any, Callable[..., Any]] = _fused_norms(self.model)  # forward passes of parts of the model
         self.loss_of_chunk = self._loss_sum
@@ -83,10 +84,10 @@ class Passes:
         """
         with self._as_captured():
             hidden, labels = self._hidden(ids), labels[:, 1:].flatten()
-            parts = [part.requires_grad_() for part in hidden.detach().split(CHUNK)]
+            parts = [part.requires_grad_() for part in hidden.detach().split(self.chunk)]
             losses = []
-            for part, wanted in zip(parts, labels.split(CHUNK), strict=True):
-                whole = len(part) == CHUNK  # the rest of a batch has a size of its own, which is not worth compiling
+            for part, wanted in zip(parts, labels.split(self.chunk), strict=True):
+                whole = len(part) == self.chunk  # the rest has a size of its own, which is not worth compiling
                 loss = (self.loss_of_chunk if whole else self._loss_sum)(part, wanted) / items
                 self.backward(loss)
                 losses.append(loss.detach())
@@ -98,7 +99,8 @@ class Passes:
         ids, labels = batch["input_ids"], batch["labels"][:, 1:].flatten()
         with self._as_captured():
             hidden = self._hidden(ids)
-            sums = [self._loss_sum(*pair) for pair in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)]
+            pairs = zip(hidden.split(self.chunk), labels.split(self.chunk), strict=True)
+            sums = [self._loss_sum(*pair) for pair in pairs]
         return (torch.stack(sums).sum() / (labels != IGNORE).sum()).item()
 
     def _hidden(self, ids: torch.Tensor) -> torch.Tensor:
@@ -203,20 +205,23 @@ class GraphStep:
         self.gradients = [torch.zeros_like(p) for p in self.trained]  # the tensors that the graphs add to
         self.graphs: dict[int, _Captured] = {}
         self.warm: set[int] = set()  # lengths whose kernels are chosen, loaded and compiled
-        self.too_long: set[int] = set()  # lengths whose graphs do not fit beside the others
+        self.full = False  # whether a graph did not fit, so that the passes are computed without graphs from there on
         self._pool: Any = None
 
     def __call__(self, ids: torch.Tensor, labels: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
         """Add the gradients of a batch, (rows, length) each, and return its loss."""
         length = ids.shape[1]
         self._attach_gradients()
-        if length not in self.graphs and length not in self.too_long:
+        if length not in self.graphs and not self.full:
             try:
-                self.capture(length)
+                if not self.graphs:  # the pool of the longest rows has room for all others
+                    self.capture(max(self.warm | {length}))
+                if length not in self.graphs:
+                    self.capture(length)
             except torch.cuda.OutOfMemoryError:
-                self.too_long.add(length)
-                torch.cuda.empty_cache()
-        if length in self.too_long:
+                self.full = True
+                self.release()
+        if self.full:
             return self.passes(ids, labels, items)
         captured = self.graphs[length]
         captured.ids.copy_(ids, non_blocking=True)
@@ -239,7 +244,7 @@ class GraphStep:
         """
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), random_numbers_given_back():
+        with torch.cuda.stream(stream), forward.random_numbers_given_back():
             for length in sorted(set(lengths) - self.warm, reverse=True):
                 self.passes(*self.untrained(length))
                 self.warm.add(length)
@@ -259,26 +264,10 @@ class GraphStep:
         self.warm_up([length])
         ids, labels, items = self.untrained(length)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with random_numbers_given_back(), torch.cuda.graph(graph, pool=self._pool):
-            loss = self.passes(ids, labels, items)
+        graph, loss = forward.capture(lambda: self.passes(ids, labels, items), self._pool)
         self.graphs[length] = _Captured(graph, ids, labels, items, loss)
 
     def release(self) -> None:
         """Free the memory of the graphs. They are captured again when they are needed."""
         self.graphs, self._pool = {}, None
         torch.cuda.empty_cache()
-
-
-@contextmanager
-def random_numbers_given_back() -> Iterator[None]:
-    """Give back the random numbers that the body draws. After a failed capture, the generator works again."""
-    generator = torch.cuda.default_generators[torch.cuda.current_device()]
-    before = torch.cuda.get_rng_state()
-    apart = generator.clone_state()
-    try:
-        yield
-    except BaseException:
-        generator.graphsafe_set_state(apart)
-        raise
-    torch.cuda.set_rng_state(before)

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from qlora_helpers import distributed, files
+from qlora_helpers.config import Config
 from qlora_helpers.data.cleaned import Data
 from qlora_helpers.data.streaming import StreamedData
 from qlora_helpers.device import Device, autocast
-from qlora_helpers.errors import UserError
+from qlora_helpers.errors import UserError, cause
 from qlora_helpers.evaluation.context import RunContext
+from qlora_helpers.models import forward
 from qlora_helpers.training import batches, cuda_graphs
 from qlora_helpers.training.cuda_graphs import GraphStep, Passes
 
@@ -50,7 +52,9 @@ def prepare(trainer: Any, context: RunContext, checkpoint: Path | None) -> None:
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     passes = (config.steps(len(data.trained_on)) - done) * config.gradient_accumulation
     wanted = (run.training_path().get("path") if checkpoint else None) or config.fast
-    trainer.graphs, choice = None, _impossible(trainer)
+    if config.gradient_checkpointing:
+        recompute(trainer, config)
+    trainer.graphs, choice = None, _impossible(trainer, config)
     if choice is None:  # in one process, which has read a stream's rows once
         longest, largest = _longest_and_largest(data)
         lengths = cuda_graphs.lengths_for(longest, config.sampling)
@@ -77,12 +81,24 @@ def _longest_and_largest(data: Data) -> tuple[int, int]:
     return max(map(len, rows)), max(map(max, rows))
 
 
-def _impossible(trainer: Any) -> Choice | None:
+def recompute(trainer: Any, config: Config) -> None:
+    """Let the model recompute activations from now on, as in training: passes are timed and captured before it begins.
+
+    Without dropout there are no random numbers to draw again. A graph could not set their generator back.
+    """
+    options = {"use_reentrant": False, "preserve_rng_state": config.dropout > 0}
+    trainer.args.gradient_checkpointing_kwargs = options
+    trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def _impossible(trainer: Any, config: Config) -> Choice | None:
     """Return the library's own path, and why no other is tried, or None."""
     if distributed.count() > 1:
         return Choice("off", "graphs do not exchange the gradients of several processes")
     if not trainer.model_accepts_loss_kwargs:
         return Choice("off", "the model's loss is a mean of its own")
+    if config.gradient_checkpointing and config.dropout:
+        return Choice("off", "recomputed activations draw dropout again, which a graph cannot; dropout=0 needs none")
     return None
 
 
@@ -109,17 +125,10 @@ def choose(
             return _fastest(step, wanted, lengths, passes_left, seconds)
     except Exception as error:
         step.release()
-        return None, Choice("off", f"capturing failed: {_cause(error)}", seconds)
+        return None, Choice("off", f"capturing failed: {cause(error)}", seconds)
     finally:
         model.zero_grad()
         model.train(mode)
-
-
-def _cause(error: BaseException) -> str:
-    """Return the first line of the error that came first: leaving a failed capture raises another."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _unsuitable(model: Any, passes: Passes, longest: int) -> str | None:
@@ -167,7 +176,7 @@ def _fastest(
 
 def _seconds(run: Callable[[], Any]) -> float:
     """Return the seconds of a call, the mean of three after a first one."""
-    with cuda_graphs.random_numbers_given_back():
+    with forward.random_numbers_given_back():
         run()
         torch.cuda.synchronize()
         began = time.perf_counter()

@@ -11,13 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_helpers.config import Config
-from qlora_helpers.data import cleaning
-from qlora_helpers.evaluation import losses, rivals
 from qlora_helpers.experiments.series import SERIES
-from qlora_helpers.models import hub
-from qlora_helpers.runs import RunFolder
-from qlora_helpers.training import trainer
 
 ROOT = Path(__file__).parents[2]
 METRICS = {
@@ -136,20 +130,6 @@ def test_batch_reuses_a_finished_run_of_the_series(series, tmp_path):
     assert (small["steps"], large["steps"]) == (1, 2)
     assert small["eval_loss"] != large["eval_loss"]
     assert small["base_eval_loss"] == large["base_eval_loss"]
-
-
-def test_the_bundled_model_learns_from_one_step(tmp_path, monkeypatch):
-    """As `make run` trains it, on fewer and shorter rows. Its loss is far below that of random weights, 10.8."""
-    general = losses.general_examples
-    monkeypatch.setattr(losses, "general_examples", lambda *given: general(*given)[:2])
-    monkeypatch.setattr(rivals, "in_16_bits", lambda context: rivals.Rivals())  # notebook 03, run by nbval, does
-    lengths = {"max_length": 96, "heldout_max_length": 96, "max_new_tokens": 2}
-    config = Config.from_params(profile="cpu", n_samples=4, n_heldout=3, n_answers=1, epochs=1, **lengths)
-    tokenizer = hub.load_tokenizer(config)
-    run = trainer.train(config, cleaning.prepare(config, tokenizer), tokenizer, RunFolder(tmp_path / "run"))
-    metrics = run.read("metrics.json")
-    assert metrics["steps"] == 1
-    assert 1 < metrics["eval_loss"] < metrics["base_eval_loss"] < 5
 
 
 @pytest.mark.slow

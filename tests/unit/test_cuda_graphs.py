@@ -70,9 +70,9 @@ def test_every_row_fits_one_of_at_most_eight_lengths(sizes, sampling):
     assert int((batch["labels"] != IGNORE).sum()) == sum(sizes)
 
 
-def test_loss_and_gradients_are_those_of_the_models_own_forward_pass(model, passes, monkeypatch):
+def test_loss_and_gradients_are_those_of_the_models_own_forward_pass(model, passes):
     """Also over several chunks, with an empty row, and with rows of different lengths."""
-    monkeypatch.setattr(cuda_graphs, "CHUNK", 50)
+    passes.chunk = 50
     rows = features(20, 70, 33)
     batch = moved(FixedShapes(4, (64, 128))(rows), model)
     trained = (batch["labels"][:, 1:] != IGNORE).sum()

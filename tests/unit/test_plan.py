@@ -16,11 +16,11 @@ from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import comparison, losses
 from qlora_helpers.evaluation.differences import Difference
 from qlora_helpers.files import ROOT
-from qlora_helpers.planning import graphs, measurements, memory, plan, step_time, tables
+from qlora_helpers.planning import measurements, memory, plan, step_time, tables
 from qlora_helpers.planning.gpus import GPUS
 from qlora_helpers.planning.workload import Parallel
 from qlora_helpers.runs import RunFolder
-from qlora_helpers.training import cuda_graphs, oom
+from qlora_helpers.training import oom
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu_speed
@@ -69,10 +69,6 @@ def test_the_speed_benchmark_reserved_what_was_planned_and_at_most_another_pass(
         (planned, _), (_, of_pass) = planned_gib(line, path), planned_gib(line, "graphs")
         most = planned if path == "off" else min(speed["limit_gib"], planned + of_pass)
         assert planned / 1.1 < measured < 1.1 * most, line
-
-
-def test_the_plan_counts_as_many_logits_as_the_graphs_hold():
-    assert graphs.CHUNK == cuda_graphs.CHUNK
 
 
 def test_auto_fits_with_the_librarys_steps_and_says_whether_graphs_fit_too():
