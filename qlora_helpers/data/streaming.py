@@ -25,7 +25,6 @@ from qlora_helpers.errors import UserError
 
 BUFFER = 10_000  # rows among which a stream is shuffled
 HEAD, HEAD_SHARE = 1_000, 20  # rows of the head, at least; and per held-out row
-FRESH = 100_000  # rows after which the search for leaks starts anew: it remembers what it looked up
 HELD_OUT = "held out, or chosen on"
 REASONS, OTHER = 100, "another reason"  # reasons that are counted by themselves: some quote a row
 
@@ -88,9 +87,10 @@ class Stream:
         """Yield the rows whose text can be trained on, in the order of the draw, and count the others."""
         marks = rendering.control_marks(self.config, self.tokenizer)
         ids = {row.id for row in self.held}
-        for number, item in enumerate(_shuffled(self.config)):
-            if number % FRESH == 0:
-                held_out = self._held_out()
+        held_out = HeldOut(self.head, self.config.near_duplicates)
+        for row in self.held:
+            held_out.add(row)
+        for item in _shuffled(self.config):
             seen.read += 1
             try:
                 row = _row(item, Counter(), self.config)
@@ -104,12 +104,6 @@ class Stream:
                 seen.skip(reason)
             else:
                 yield row
-
-    def _held_out(self) -> HeldOut:
-        held_out = HeldOut(self.head, self.config.near_duplicates)
-        for row in self.held:
-            held_out.add(row)
-        return held_out
 
 
 @dataclass(frozen=True, kw_only=True)

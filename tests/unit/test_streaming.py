@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import random
 import socket
 import subprocess
@@ -17,8 +18,10 @@ from transformers import TrainerCallback
 
 from qlora_helpers import UserError, distributed
 from qlora_helpers.__main__ import main
-from qlora_helpers.data import cleaning, prompts, streaming
+from qlora_helpers.config import Config
+from qlora_helpers.data import cleaning, prompts, sources, streaming
 from qlora_helpers.data.cleaned import Data
+from qlora_helpers.data.leaks import HeldOut
 from qlora_helpers.models import hub
 from qlora_helpers.runs import RunFolder
 from qlora_helpers.training import batches, cuda_graphs, paths, trainer
@@ -141,6 +144,18 @@ def test_held_out_rows_and_their_copies_are_never_trained_on(streamed, tokenizer
     counts = data.to_manifest()["counts"]
     assert counts[f"skipped: {streaming.HELD_OUT}"] == 18  # each is there twice
     assert counts["rows read"] >= 100 + sum(n for reason, n in counts.items() if "skipped" in reason)
+
+
+def test_a_search_for_leaks_remembers_no_row(write_rows):
+    """However long a stream is, its rows take no memory."""
+    short = [{**row, "output": " ".join(row["output"].split()[:2])} for row in made(200)]
+    rows = sources.load(Config(dataset=write_rows([*made(200, 1), *short]))).rows
+    held_out = HeldOut(rows, 0.7)
+    held_out.add(rows[0])
+    held_out.add(rows[-1])
+    size = len(pickle.dumps(held_out))
+    assert not any(held_out.leak(row) for row in rows[1:-1])
+    assert len(pickle.dumps(held_out)) < 1.1 * size
 
 
 def test_the_head_is_split_like_the_whole_of_a_small_data_set(run, streamed, tokenizer):
