@@ -4,7 +4,6 @@ The order of the rows depends only on their text and two seeds, not on their ord
 """
 
 import re
-import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -17,6 +16,7 @@ from qlora_helpers.data.cleaned import Cleaned, Data, NearDuplicate, TokenizedRo
 from qlora_helpers.data.leaks import HeldOut, parts
 from qlora_helpers.data.near_duplicates import Index, same_text
 from qlora_helpers.data.prompts import Example
+from qlora_helpers.data.row_checks import NOTHING_TRAINED, OVER, text_reason, token_reason
 from qlora_helpers.data.schema import TEST, VALIDATION, Row
 from qlora_helpers.data.splitting import Fit, Split, in_draw, split_key
 from qlora_helpers.errors import UserError, nearest
@@ -36,10 +36,6 @@ __all__ = [
 
 NEAR_ROW = "nearly the same as another row"
 SLIPS = 0.05  # largest share of answers equal to the one before that are mistakes rather than other phrasings
-
-
-# Reasons of rows whose answers do not fit; the number is `max_length`.
-OVER, NOTHING_TRAINED = "over {} tokens", "no trained token within {} tokens"
 REASONS = 5  # most frequent reasons in an error
 
 
@@ -127,7 +123,7 @@ def clean(
     `UserError` if the data set cannot be read, or is to be streamed.
     """
     if config.streaming:
-        raise UserError("streaming: this command reads all rows. Fix: the command train, or streaming=false.")
+        raise UserError("streaming: this command reads all rows. Fix: use train, or streaming=false.")
     cleaned = Cleaned(loaded or sources.load(config), config.max_length, encoding=_encoding(config, tokenizer))
     _check_groups(cleaned, config)
     cleaned.dropped.extend(cleaned.loaded.rejected)
@@ -206,29 +202,6 @@ def _readable(cleaned: Cleaned, config: Config, marks: re.Pattern[str]) -> Itera
         yield row
 
 
-def text_reason(row: Row, config: Config, marks: re.Pattern[str], previous: str | None) -> str | None:
-    """Return why the text of a row should not be trained on, or None. `previous` is an answer that it may not have."""
-    if _is_shorter(row.text.strip(), config.min_chars):
-        return f"too short: under {config.min_chars} characters"
-    if len(row.text) > config.max_chars:
-        return f"too long: over {config.max_chars} characters"
-    if any(_same(question["content"], answer["content"]) for question, answer in row.rounds):
-        return "answer equal to its prompt"
-    if row.answer == previous:
-        return "answer equal to that of the row before"
-    mark = marks.search(row.text)
-    return f"a turn holds {mark.group()!r}, which only the template may write" if mark else None
-
-
-def _is_shorter(text: str, limit: int) -> bool:
-    """Return whether a text is shorter than `limit` characters. Wide ones, as in Chinese, say more and count double."""
-    return len(text) < limit and sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in text) < limit
-
-
-def _same(a: str, b: str) -> bool:
-    return a.casefold().split() == b.casefold().split()
-
-
 def _fitting(
     cleaned: Cleaned, config: Config, tokenizer: Any, rows: Iterable[Row]
 ) -> Iterator[tuple[TokenizedRow, Example]]:
@@ -242,16 +215,6 @@ def _fitting(
             cleaned.drop(example.row, reason)
         else:
             yield TokenizedRow(example.row, tokens, prompts.shortened(example, config.max_length).trained), example
-
-
-def token_reason(example: Example, config: Config) -> str | None:
-    """Return why a row encoded up to `max_length` tokens or more cannot be trained on, or None."""
-    tokens = len(example.input_ids) + example.cut
-    if tokens > config.max_length and config.over_length == "drop":
-        return OVER.format(config.max_length)
-    if example.problem or prompts.shortened(example, config.max_length).trained:
-        return example.problem
-    return NOTHING_TRAINED.format(config.max_length)
 
 
 def _distinct(cleaned: Cleaned, rows: Iterable[Row], config: Config) -> Iterator[Row]:

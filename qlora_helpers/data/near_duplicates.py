@@ -290,7 +290,10 @@ class Index:
         return None
 
     def _copies(self, words: str, add: bool) -> Candidates:
-        group: list[int] = self._groups.setdefault(_letters(words), [])
+        letters = _letters(words)
+        if not add:
+            return self._groups.get(letters, ()), int
+        group: list[int] = self._groups.setdefault(letters, [])
         return group, group.append
 
     def _questions(self, words: str, add: bool) -> Candidates:

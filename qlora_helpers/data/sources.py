@@ -60,23 +60,33 @@ class Part:
 
 def load(config: Config) -> Loaded:
     """Load the configured data set. Raises `UserError` if the source cannot be read as rows."""
-    given = schema.parse_columns(config.columns)
-    if config.dataset is None:
+    found, name, group_by = parts(config), str(config.dataset), config.group_by
+    if name == PYTHON_DOCS:
+        name, group_by = python_docs.source_name(), group_by or "module"
+    elif name != SAMPLE_DATA and _is_path(name):
+        name = str(parse.path(name, "dataset"))
+    return _parse(found, name, schema.parse_columns(config.columns), group_by)
+
+
+def parts(config: Config) -> list[Part]:
+    """Return the parts of the configured data set, whose records are read as they are needed.
+
+    Raises `UserError`, also later while the records are read, if there is no such data set.
+    """
+    name = config.dataset
+    if name is None:
         raise UserError(
             f"dataset: the preset '{config.preset_name}' does not define one. Fix: pass dataset=FILE or a hub id."
         )
-    if config.dataset == PYTHON_DOCS:
-        group_by = config.group_by or "module"
-        return _parse([Part(PYTHON_DOCS, python_docs.records())], python_docs.source_name(), given, group_by)
-    if config.dataset == SAMPLE_DATA:
-        return _parse(_local_parts(sample_data(), None), SAMPLE_DATA, given, config.group_by)
-    if not _is_path(config.dataset):
-        return _parse([Part(config.dataset, _from_hub(config))], config.dataset, given, config.group_by)
-    path = parse.path(config.dataset, "dataset")
-    parts = _local_parts(path, config.subset)
-    if config.split:
-        parts = _one_split(parts, config.split, path)
-    return _parse(parts, str(path), given, config.group_by)
+    if name == PYTHON_DOCS:
+        return [Part(name, python_docs.records())]
+    if name == SAMPLE_DATA:
+        return _local_parts(sample_data(), None)
+    if not _is_path(name):
+        return [Part(name, _from_hub(config))]
+    path = parse.path(name, "dataset")
+    local = _local_parts(path, config.subset)
+    return _one_split(local, config.split, path) if config.split else local
 
 
 def public_name(config: Config) -> str | None:
@@ -113,8 +123,9 @@ def _from_hub(config: Config) -> Records:
     if not hub.reachable():
         datasets.config.HF_HUB_OFFLINE = True  # use the cache, or fail immediately
     name, revision = str(config.dataset), config.dataset_revision
+    how = {"streaming": True} if config.streaming else {}
     try:
-        rows = datasets.load_dataset(name, config.subset, revision=revision, split=config.split or "train")
+        rows = datasets.load_dataset(name, config.subset, revision=revision, split=config.split or "train", **how)
     except Exception as error:  # many kinds: no network, unknown id, revision, subset or split, gated data set
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

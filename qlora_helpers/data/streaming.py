@@ -13,39 +13,44 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from qlora_helpers import files, parse
-from qlora_helpers.config import PYTHON_DOCS, SAMPLE_DATA, Config
-from qlora_helpers.data import cleaning, prompts, readers, rendering, schema, sources
+from qlora_helpers import files
+from qlora_helpers.config import PYTHON_DOCS, Config
+from qlora_helpers.data import cleaning, prompts, rendering, row_checks, schema, sources
 from qlora_helpers.data.cleaned import Data, fingerprint
 from qlora_helpers.data.leaks import HeldOut
 from qlora_helpers.data.prompts import Example
-from qlora_helpers.data.readers import Records
 from qlora_helpers.data.schema import TEST, VALIDATION, Row
 from qlora_helpers.data.sources import Loaded, Part
 from qlora_helpers.errors import UserError
-from qlora_helpers.models import hub
 
 BUFFER = 10_000  # rows among which a stream is shuffled
 HEAD, HEAD_SHARE = 1_000, 20  # rows of the head, at least; and per held-out row
-FRESH = 100_000  # rows after which the search for leaks starts anew: it remembers what it looked up
 HELD_OUT = "held out, or chosen on"
 REASONS, OTHER = 100, "another reason"  # reasons that are counted by themselves: some quote a row
 
 
 @dataclass
 class Seen:
-    """What a pass over a stream has read: records, those skipped by reason, and the sum of the ids trained on."""
+    """What a pass over a stream has read: records, those skipped by reason, and what holds for the rows trained on.
+
+    Of these it has the sum of their ids, the number of those cut at the token limit, the tokens of the longest one,
+    and their largest token id.
+    """
 
     read: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     ids: int = 0
     cut: int = 0
+    longest: int = 0
+    largest_token: int = 0
     ends: bool = True  # no usable row is left
 
     def add(self, example: Example) -> None:
         """Note a row that is trained on."""
         self.ids += int(example.row.id, 16)
         self.cut += example.cut > 0
+        self.longest = max(self.longest, len(example.input_ids))
+        self.largest_token = max(self.largest_token, *example.input_ids)
 
     def skip(self, reason: str) -> None:
         """Count a row that is not trained on."""
@@ -73,7 +78,7 @@ class Stream:
     def usable(self, seen: Seen) -> Iterator[Example]:
         """Yield every row that can be trained on, and count the others in `seen`."""
         for example in prompts.encode(self._rows(seen), self.config, self.tokenizer):
-            if reason := cleaning.token_reason(example, self.config):
+            if reason := row_checks.token_reason(example, self.config):
                 seen.skip(reason)
             else:
                 yield example
@@ -82,28 +87,23 @@ class Stream:
         """Yield the rows whose text can be trained on, in the order of the draw, and count the others."""
         marks = rendering.control_marks(self.config, self.tokenizer)
         ids = {row.id for row in self.held}
-        for number, item in enumerate(_shuffled(self.config)):
-            if number % FRESH == 0:
-                held_out = self._held_out()
+        held_out = HeldOut(self.head, self.config.near_duplicates)
+        for row in self.held:
+            held_out.add(row)
+        for item in _shuffled(self.config):
             seen.read += 1
             try:
                 row = _row(item, Counter(), self.config)
             except ValueError as error:
                 seen.skip(str(error))
                 continue
-            reason = HELD_OUT if row.id in ids else cleaning.text_reason(row, self.config, marks, None)
+            reason = HELD_OUT if row.id in ids else row_checks.text_reason(row, self.config, marks, None)
             if reason is None and (leak := held_out.leak(row)):
                 reason = leak.reason
             if reason:
                 seen.skip(reason)
             else:
                 yield row
-
-    def _held_out(self) -> HeldOut:
-        held_out = HeldOut(self.head, self.config.near_duplicates)
-        for row in self.held:
-            held_out.add(row)
-        return held_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,8 @@ def prepare(config: Config, tokenizer: Any) -> StreamedData:
     Raises `UserError` if a setting needs all rows at once, if the data set cannot be read, or if its head has too few
     usable rows. Rows after the head are read later.
     """
-    _check(config)
+    parts = sources.parts(config)
+    _check(config, parts)
     print(
         f"{config.n_samples:,} rows are streamed. Rows that resemble a held-out one are left out; near duplicates "
         "among the others are not searched, and no report on leaks is written.",
@@ -172,11 +173,11 @@ def prepare(config: Config, tokenizer: Any) -> StreamedData:
     held = [example.row for example in [*head.heldout, *head.selection]]
     stream = Stream(config, tokenizer, loaded.rows, held)
     own = {one.name: getattr(head, one.name) for one in fields(Data)}
-    return StreamedData(**own, stream=stream, content=_content(config))
+    return StreamedData(**own, stream=stream, content=_content(parts))
 
 
-def _check(config: Config) -> None:
-    """Raise `UserError` for a setting that needs all rows at once."""
+def _check(config: Config, parts: list[Part]) -> None:
+    """Raise `UserError` for a setting that needs all rows at once, and for a split that would not be held out."""
     impossible = {
         "n_samples=None needs the number of all rows. Fix: n_samples=N, the number of rows to train on": not (
             config.n_samples
@@ -189,6 +190,12 @@ def _check(config: Config) -> None:
     }
     if reason := next((words for words, holds in impossible.items() if holds), None):
         raise UserError(f"streaming: {reason}.")
+    own = next((part.kind for part in parts if part.kind in (TEST, VALIDATION)), None)
+    if own and len(parts) > 1:
+        raise UserError(
+            f"streaming: {config.dataset} has a {own} split, and streams are not split by files. Fix: split=train, or "
+            "a folder without it."
+        )
 
 
 def _count(stream: Stream) -> Seen:
@@ -219,7 +226,7 @@ def _shuffled(config: Config) -> Any:
 def _records(config: Config) -> Iterator[dict[str, Any]]:
     """Yield the records of all parts in order, each with its place and its schema."""
     given = schema.parse_columns(config.columns)
-    for part in _parts(config):
+    for part in sources.parts(config):
         first = list(islice(part.records, sources.SCHEMA_RECORDS))
         layout = schema.recognize([record for _, record in first], part.name, given) if first else ""
         for origin, record in chain(first, part.records):
@@ -247,50 +254,8 @@ def _head(config: Config) -> Loaded:
     return Loaded(rows, rejected, layouts, altered, str(config.dataset))
 
 
-def _parts(config: Config) -> list[Part]:
-    """Return the parts of the data set, whose records are read as they are needed.
-
-    Raises `UserError` if some of them are a split of their own, which a stream does not hold out.
-    """
-    if config.dataset is None:
-        sources.load(config)  # raises `UserError`
-    name = str(config.dataset)
-    if name != SAMPLE_DATA and not sources._is_path(name):
-        return [Part(name, _from_hub(config))]
-    path = sources.sample_data() if name == SAMPLE_DATA else parse.path(name, "dataset")
-    parts = sources._local_parts(path, config.subset)
-    if config.split:
-        return sources._one_split(parts, config.split, path)
-    own = next((part.kind for part in parts if part.kind in (TEST, VALIDATION)), None)
-    if own and len(parts) > 1:
-        raise UserError(
-            f"streaming: {path} has a {own} split, and streams are not split by files. Fix: split=train, or a folder "
-            "without it."
-        )
-    return parts
-
-
-def _from_hub(config: Config) -> Records:
-    import datasets
-
-    name, revision = str(config.dataset), config.dataset_revision
-    if not hub.reachable():
-        raise UserError(f"dataset: the hub is not reachable, so '{name}' cannot be streamed. Fix: dataset=FILE.")
-    try:
-        rows = datasets.load_dataset(
-            name, config.subset, revision=revision, split=config.split or "train", streaming=True
-        )
-    except Exception as error:  # many kinds: unknown id, revision, subset or split, gated data set
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"dataset: '{name}' at revision {revision} is not available on the hub ({why}). "
-            "Fix: check the name, or pass dataset=FILE."
-        ) from None
-    return readers.numbered(rows)
-
-
-def _content(config: Config) -> str:
+def _content(parts: list[Part]) -> str:
     """Return a hash of the files that are read. A data set on the hub is known by its name and revision."""
-    paths = [Path(part.name) for part in _parts(config)]
+    paths = [Path(part.name) for part in parts]
     inner = (sorted(path.rglob("*")) if path.is_dir() else [path] for path in paths)
     return files.short_hash([files.sha256(file) for file in chain.from_iterable(inner) if file.is_file()])

@@ -218,7 +218,11 @@ def execute(name: str, target: Path, params: dict[str, Any], label: str, bar: bo
 
 
 def _check(run: RunFolder, **params: Any) -> None:
-    """Resolve the config and prepare its data, so that invalid input is found before anything is written."""
+    """Resolve the config and prepare its data, so that invalid input is found before anything is written.
+
+    The notebooks show all rows, so a stream is refused.
+    """
     config = Config.from_params(**params)
     runs.check_free(run, config)
-    cleaning.prepare(config, hub.load_tokenizer(config))
+    tokenizer = hub.load_tokenizer(config)
+    cleaning.select(cleaning.clean(config, tokenizer), config, tokenizer)

@@ -10,6 +10,8 @@ import torch
 
 from qlora_helpers import distributed, files
 from qlora_helpers.config import Config
+from qlora_helpers.data.cleaned import Data
+from qlora_helpers.data.streaming import StreamedData
 from qlora_helpers.device import Device, autocast
 from qlora_helpers.errors import UserError, cause
 from qlora_helpers.evaluation.context import RunContext
@@ -46,16 +48,16 @@ def prepare(trainer: Any, context: RunContext, checkpoint: Path | None) -> None:
 
     A run that continues stays on its path, so that it ends as if it had not been interrupted.
     """
-    config, run, device = context.config, context.run, context.device
+    config, run, device, data = context.config, context.run, context.device, context.data
     done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    passes = (config.steps(len(context.data.trained_on)) - done) * config.gradient_accumulation
-    longest = max(len(example.input_ids) for example in context.data.trained_on)
-    lengths = cuda_graphs.lengths_for(longest, config.sampling)
+    passes = (config.steps(len(data.trained_on)) - done) * config.gradient_accumulation
     wanted = (run.training_path().get("path") if checkpoint else None) or config.fast
     if config.gradient_checkpointing:
         recompute(trainer, config)
     trainer.graphs, choice = None, _impossible(trainer, config)
-    if choice is None:
+    if choice is None:  # in one process, which has read a stream's rows once
+        longest, largest = _longest_and_largest(data)
+        lengths = cuda_graphs.lengths_for(longest, config.sampling)
         trainer.graphs, choice = choose(
             trainer.model, device, trainer.accelerator.backward, wanted, config.batch_size, lengths, passes
         )
@@ -64,12 +66,19 @@ def prepare(trainer: Any, context: RunContext, checkpoint: Path | None) -> None:
     if device.kind == "cuda":
         print(f"Steps: {choice}")
     if trainer.graphs is not None:
-        largest = max(max(example.input_ids) for example in context.data.trained_on)
         embeddings = trainer.model.get_input_embeddings()
         embeddings(torch.tensor([largest], device=embeddings.weight.device))  # raises `UserError` if there is none
         trainer.data_collator = cuda_graphs.FixedShapes(config.batch_size, lengths)
         trainer.args.logging_steps = LOG_EVERY
         trainer.room_gib = min(device.memory_gib, config.memory_limit_gib or device.memory_gib)
+
+
+def _longest_and_largest(data: Data) -> tuple[int, int]:
+    """Return the number of tokens of the longest row that is trained on, and the largest token id."""
+    if isinstance(data, StreamedData):
+        return data.seen.longest, data.seen.largest_token
+    rows = [example.input_ids for example in data.trained_on]
+    return max(map(len, rows)), max(map(max, rows))
 
 
 def recompute(trainer: Any, config: Config) -> None:

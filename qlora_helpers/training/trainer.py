@@ -204,8 +204,7 @@ def _fit(trainer: QloraTrainer, context: RunContext) -> None:
         checks.check_saved_alike(checkpoint)
         print(f"Resuming from {checkpoint.name}.")
     trainer.evaluations = crossfit.begin(context, checkpoint)
-    if not isinstance(context.data, StreamedData):  # the lengths of streamed rows are not known beforehand
-        paths.prepare(trainer, context, checkpoint)
+    paths.prepare(trainer, context, checkpoint)
     forget_peak(trainer.device_)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.graphs = None

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import random
 import socket
 import subprocess
@@ -16,10 +17,16 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
 from qlora_helpers import UserError, distributed
-from qlora_helpers.data import cleaning, streaming
+from qlora_helpers.__main__ import main
+from qlora_helpers.config import Config
+from qlora_helpers.data import cleaning, prompts, sources, streaming
 from qlora_helpers.data.cleaned import Data
+from qlora_helpers.data.leaks import HeldOut
+from qlora_helpers.models import hub
 from qlora_helpers.runs import RunFolder
-from qlora_helpers.training import batches, trainer
+from qlora_helpers.training import batches, cuda_graphs, paths, trainer
+from qlora_helpers.training.cuda_graphs import Passes
+from qlora_helpers.training.paths import Choice
 from qlora_helpers.training.qlora_trainer import QloraTrainer
 
 WORDS = [a + b + c for a in "bdfglmprt" for b in "aeiou" for c in ("mp", "lt", "sk", "rm", "x")]
@@ -83,6 +90,29 @@ def test_a_streamed_run_has_the_losses_of_the_same_rows_in_memory(run, streamed,
     assert [plain.read("metrics.json")[n] for n in names] == [finished.read("metrics.json")[n] for n in names]
 
 
+def test_a_streamed_run_of_recorded_passes_is_the_librarys(run, streamed, tokenizer, folder, monkeypatch):
+    """On a GPU, these passes are replayed from graphs of the lengths that rows in memory would have."""
+    finished, data = run
+    asked = []
+
+    def choose(model, device, backward, wanted, rows, lengths, passes_left):
+        asked.append((lengths, passes_left))
+        return Passes(model, device, backward), Choice("graphs", "for this test")
+
+    monkeypatch.setattr(paths, "choose", choose)
+    own = trainer.train(streamed, cleaning.prepare(streamed, tokenizer), tokenizer, RunFolder(folder / "passes"))
+    longest = max(len(example.input_ids) for example in data.trained_on)
+    assert asked == [(cuda_graphs.lengths_for(longest), 4 * streamed.gradient_accumulation)]
+    assert losses(own) == pytest.approx(losses(finished), rel=1e-4)
+    assert own.read("manifest.json")["training_path"]["path"] == "graphs"
+
+
+def test_the_first_pass_finds_the_longest_row_and_the_largest_token(run):
+    _, data = run
+    in_memory = Data(list(data.trained_on), data.heldout, data.cleaned)
+    assert paths._longest_and_largest(data) == paths._longest_and_largest(in_memory)
+
+
 def test_an_interrupted_streamed_run_ends_like_an_undisturbed_one(run, streamed, tokenizer, folder, capsys):
     finished, data = run
     cut = RunFolder(folder / "cut")
@@ -114,6 +144,18 @@ def test_held_out_rows_and_their_copies_are_never_trained_on(streamed, tokenizer
     counts = data.to_manifest()["counts"]
     assert counts[f"skipped: {streaming.HELD_OUT}"] == 18  # each is there twice
     assert counts["rows read"] >= 100 + sum(n for reason, n in counts.items() if "skipped" in reason)
+
+
+def test_a_search_for_leaks_remembers_no_row(write_rows):
+    """However long a stream is, its rows take no memory."""
+    short = [{**row, "output": " ".join(row["output"].split()[:2])} for row in made(200)]
+    rows = sources.load(Config(dataset=write_rows([*made(200, 1), *short]))).rows
+    held_out = HeldOut(rows, 0.7)
+    held_out.add(rows[0])
+    held_out.add(rows[-1])
+    size = len(pickle.dumps(held_out))
+    assert not any(held_out.leak(row) for row in rows[1:-1])
+    assert len(pickle.dumps(held_out)) < 1.1 * size
 
 
 def test_the_head_is_split_like_the_whole_of_a_small_data_set(run, streamed, tokenizer):
@@ -205,6 +247,26 @@ def test_settings_that_need_all_rows_are_refused_in_one_line(streamed, tokenizer
     assert "\n" not in str(caught.value)
 
 
+def test_the_first_pass_reads_no_more_rows_than_it_needs(streamed, tokenizer, write_rows, small_head, monkeypatch):
+    """Rows are shuffled in a buffer, and tokenized in batches."""
+    taken = []
+
+    def records(config):
+        for item in of_file(config):
+            taken.append(item)
+            yield item
+
+    monkeypatch.setattr(streaming, "BUFFER", 30)
+    monkeypatch.setattr(prompts, "BATCH", 10)
+    data = cleaning.prepare(streamed.replace(dataset=write_rows(made(400))), tokenizer)
+    of_file = streaming._records
+    monkeypatch.setattr(streaming, "_records", records)
+    seen = data.seen
+    assert 16 + seen.skipped.total() <= seen.read <= 16 + seen.skipped.total() + 10
+    assert seen.read <= len(taken) <= seen.read + 30 + 1
+    assert not seen.ends
+
+
 def test_a_stream_with_too_few_rows_is_refused_before_training(streamed, tokenizer, tmp_path):
     own = streamed.replace(n_samples=55)
     data = cleaning.prepare(own, tokenizer)
@@ -222,9 +284,14 @@ def test_a_folder_with_a_test_split_is_refused(streamed, tokenizer, tmp_path):
     assert len(list(cleaning.prepare(own.replace(split="train"), tokenizer).trained_on)) == 16
 
 
-def test_commands_that_read_all_rows_refuse_a_stream(streamed, tokenizer):
-    with pytest.raises(UserError, match=r"this command reads all rows\. Fix: "):
-        cleaning.clean(streamed, tokenizer)
+@pytest.mark.parametrize("command", [["run", "--samples", "8", "16"], ["batch", "--samples", "8"]])
+def test_commands_that_read_all_rows_refuse_a_stream_before_they_write(streamed, tmp_path, capsys, command):
+    settings = ["--model", streamed.model, "--dataset", streamed.dataset, "--n-heldout", "6", "--profile", "cpu"]
+    assert main([*command, *settings, "--streaming", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == (
+        "error: streaming: this command reads all rows. Fix: use train, or streaming=false.\n"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_data_set_on_the_hub_is_streamed(streamed, tokenizer, monkeypatch):
@@ -236,7 +303,7 @@ def test_a_data_set_on_the_hub_is_streamed(streamed, tokenizer, monkeypatch):
         asked.append((name, subset, options))
         return iter(made(60))
 
-    monkeypatch.setattr(streaming.hub, "reachable", lambda: True)
+    monkeypatch.setattr(hub, "reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load)
     data = cleaning.prepare(streamed.replace(dataset="somebody/rows", dataset_revision="abc"), tokenizer)
     assert len(list(data.trained_on)) == 16
