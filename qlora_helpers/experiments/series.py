@@ -158,7 +158,7 @@ def _jobs(
         results.setdefault(item.experiment, []).append(run)
         label = f"[{number}/{len(needed)}] {run.name}"
         if run.finished:
-            print(f"{label}: complete, not run again", flush=True)
+            _say(f"{label}: complete, not run again")
         else:
             params = item.config.params | {"workdir": str(item.folder), "run_name": run.name}
             yield run / "notebook.ipynb", params, label, bar
@@ -170,7 +170,7 @@ def _attempt(job: tuple[Path, dict[str, Any], str, bool]) -> str | None:
     try:
         execute("05_train_exp1", target, params, label, bar)
     except UserError as error:
-        print(f"{label}: failed: {error}", flush=True)
+        _say(f"{label}: failed: {error}")
         return target.parent.name
     return None
 
@@ -190,7 +190,7 @@ def execute(name: str, target: Path, params: dict[str, Any], label: str, bar: bo
     logging.getLogger("papermill").setLevel(logging.ERROR)
     bar, began = bar and sys.stdout.isatty(), time.monotonic()
     if not bar:
-        print(f"{label}: begins", flush=True)
+        _say(f"{label}: begins")
     try:
         papermill.execute_notebook(
             notebooks_folder() / f"{name}.ipynb",
@@ -214,7 +214,13 @@ def execute(name: str, target: Path, params: dict[str, Any], label: str, bar: bo
             "smaller model or batch_size, or free some memory; then run the same command again."
         ) from None
     if not bar:
-        print(f"{label}: done in {time.monotonic() - began:.0f} s", flush=True)
+        _say(f"{label}: done in {time.monotonic() - began:.0f} s")
+
+
+def _say(line: str) -> None:
+    """Print a line in one piece: runs at the same time share the terminal."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def _check(run: RunFolder, **params: Any) -> None:

@@ -48,7 +48,7 @@ BESIDE = [
 
 def planned_gib(line, path):
     """Return GiB that are planned for a line of the benchmark, and what a pass takes of them."""
-    config = gpu_speed.config_of(line, Path("tinyllama-1.1b")).replace(fast=path)
+    config = gpu_speed.config_of(line, Path(line["shape"])).replace(fast=path)
     parts = plan.plan_memory(config).training
     return sum(parts.values()), sum(parts[name] for name in ("activations", "logits and loss", "fragmentation"))
 
@@ -327,7 +327,9 @@ def test_json_has_the_parts_the_total_and_the_advice(capsys):
     assert result["total"] == pytest.approx(peak + result["context"], abs=0.01)
     assert set(result["methods"]) == {"qlora", "lora", "full"}
     assert result["paths"]["off"] == result["total"]
-    assert set(result["paths"]) == {"off", "graphs"}
+    assert set(result["paths"]) == {"off"}  # it recomputes activations, with dropout
+    main(["plan", "--preset", "llama31-8b", "--dropout", "0", "--json"])
+    assert set(json.loads(capsys.readouterr().out)["paths"]) == {"off", "graphs"}
 
 
 def test_the_command_needs_no_torch():
