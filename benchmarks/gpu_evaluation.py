@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -191,18 +190,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model"
         make_shape(model, args.tokenizer)
-        measured: list[dict[str, Any]] = []
-        result = {"device": detect().to_dict(), "versions": versions(), "limit_gib": T4_GIB, "measured": measured}
-        for dtype, name in product(args.dtype, PATHS):
-            measured.append(measure_in_subprocess(name, dtype, model, args))
-            print(in_words(measured[-1]), flush=True)
-        result["compared"] = [compare(*measured[start : start + 2]) for start in range(0, len(measured), 2)]
-        for line in measured:  # 100 answers of each path are too long to keep
-            for key in ("answers", "again", "row_losses"):
-                line.pop(key, None)
-        print(*map(json.dumps, result["compared"]), sep="\n")
-        if args.out:
-            files.write_json(args.out, result)
+        result: dict[str, Any] = {
+            "device": detect().to_dict(), "versions": versions(), "limit_gib": T4_GIB, "measured": [], "compared": []
+        }  # fmt: skip
+        for dtype in args.dtype:
+            pair = [measure_in_subprocess(name, dtype, model, args) for name in PATHS]
+            result["compared"].append(compare(*pair))
+            for line in pair:  # 100 answers of each path are too long to keep
+                for key in ("answers", "again", "row_losses"):
+                    line.pop(key, None)
+                print(in_words(line), flush=True)
+            result["measured"] += pair
+            print(json.dumps(result["compared"][-1]), flush=True)
+            if args.out:
+                files.write_json(args.out, result)
 
 
 if __name__ == "__main__":

@@ -40,12 +40,13 @@ def contender(name: str, batch: int, fast: str = "", **more: Any) -> dict[str, A
     """Return the settings of one contender."""
     return {"name": name, "batch": batch, "fast": fast, "dtype": "bfloat16", "linear": "qv", "dropout": 0.05,
             "sampling": "random", "warm": WARM, "steps": WARM + 3 * WINDOW, "shape": SMALL, "length": 256,
-            "accumulation": 1, "checkpointing": False, **more}  # fmt: skip
+            "accumulation": 1, "checkpointing": False, "optimizer": "adamw_torch", **more}  # fmt: skip
 
 
 GROUPED = {"sampling": "group_by_length", "warm": WARM_GROUPED, "steps": WARM_GROUPED + 3 * WINDOW}
 EIGHT = {
     "shape": LARGE, "length": 1024, "linear": "all", "dropout": 0.0, "checkpointing": True, "steps": WARM + 15,
+    "optimizer": "adamw_8bit",
 }  # fmt: skip
 GROUPS: dict[str, list[dict[str, Any]]] = {
     # The published recipe: four rows per update, in random order, 125 updates, from train() to its return.
@@ -88,7 +89,7 @@ def config_of(setting: dict[str, Any], model: Path) -> Config:
         preset="tinyllama-guanaco-100", profile="gpu", model=str(model), dataset="sample",
         compute_dtype=setting["dtype"], batch_size=setting["batch"], gradient_accumulation=setting["accumulation"],
         dropout=setting["dropout"], sampling=setting["sampling"], gradient_checkpointing=setting["checkpointing"],
-        fast=setting["fast"] or "off", max_length=setting["length"], eval_steps=10**6,
+        fast=setting["fast"] or "off", max_length=setting["length"], optimizer=setting["optimizer"], eval_steps=10**6,
         save_steps=10**6, epochs=1, **target,
     )  # fmt: skip
 
@@ -226,10 +227,14 @@ def _unsloth(setting: dict[str, Any], rows: Any, model: Path, common: dict[str, 
         base, r=16, target_modules=targets, lora_alpha=16, lora_dropout=0, bias="none",
         use_gradient_checkpointing="unsloth", random_state=3407,
     )  # fmt: skip
-    common |= {"per_device_train_batch_size": setting["batch"], "optim": "adamw_8bit", "max_length": setting["length"]}
+    common |= {
+        "per_device_train_batch_size": setting["batch"],
+        "optim": setting["optimizer"],
+        "max_length": setting["length"],
+    }
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in rows]
     return SFTTrainer(
-        adapted, args=SFTConfig(**common, dataset_text_field="text"), processing_class=tokenizer,
+        adapted, args=SFTConfig(**common), processing_class=tokenizer,
         train_dataset=Dataset.from_dict({"text": texts}),
     )  # fmt: skip
 

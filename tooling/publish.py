@@ -485,6 +485,7 @@ def main() -> None:
     logs = {name: _log(f"{STUDY}/{run}") for name, run in runs.items()}
     folder = ROOT / "results" / STUDY
     figures = {
+        "passes": plots.pass_seconds(speed_page.pass_seconds()),
         "sizes": learning_curve.figure([_curve(folder, name) for name in SIZES]),
         "differences": differences.figure(result.headlines),
         "loss_curves": plots.loss_curves(logs),

@@ -25,9 +25,10 @@ def tables() -> str:
     script, *_ = speed["groups"]["recipe"]
     return page_parts.join(
         f"Random weights, NF4 with double quantization, r=16, {speed['device']['name']} limited to "
-        f"{speed['limit_gib']} GiB. Tokens without padding, median of three windows. Each table was measured in one "
-        "go. What waits for Python depends on the processor beside the GPU: the speed of the same published script "
-        f"differs by a factor of {_spread(speed):.1f} between tables. "
+        f"{speed['limit_gib']} GiB. Tokens without padding, median of three windows. Except in the first table, this "
+        "package sorts rows by length (`sampling=group_by_length`), and the others take them in random order, their "
+        "default. Each table was measured in one go. What waits for Python depends on the processor beside the GPU: "
+        f"the speed of the same published script differs by a factor of {_spread(speed):.1f} between tables. "
         "Command: `python benchmarks/gpu_speed.py TOKENIZER ROWS.jsonl`. "
         f"{page_parts.packages(speed)}.",
         "### The published recipe",
@@ -35,9 +36,20 @@ def tables() -> str:
         f"{script['steps']} updates; `train()` includes capturing and compiling.",
         _recipe(speed["groups"]["recipe"]),
         _same_losses(*speed["groups"]["losses"]),
-        *(part for name, text in GROUPS.items() for part in (*text.split("\n\n"), _beside(speed["groups"][name]))),
+        *(
+            part
+            for name, text in GROUPS.items()
+            if name in speed["groups"]
+            for part in (*text.split("\n\n"), _beside(speed["groups"][name]))
+        ),
         *_evaluation(),
     )
+
+
+def pass_seconds() -> dict[str, float]:
+    """Seconds of a pass of four rows on each path."""
+    timed = {line["fast"]: line["path"]["seconds"] for line in _read("speed")["groups"]["recipe"] if line["path"]}
+    return {**timed["graphs"], "compiled": timed["compiled"]["compiled"]}
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -25,6 +25,11 @@ def accepts(model: Any, argument: str) -> bool:
     return argument in inspect.signature(inner(model).forward).parameters
 
 
+def recomputes(model: Any) -> bool:
+    """Whether a model computes the activations of its blocks again in the backward pass."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def logits_at(model: Any, ids: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Return the logits of `ids` (rows, tokens) at some columns: (rows, columns, vocabulary).
 

@@ -37,5 +37,6 @@ def loss_tokens(workload: Workload) -> int:
 
 def held(workload: Workload) -> float:
     """Return the bytes that graphs add: cuBLAS on two more streams, and scales in float32."""
-    plain = workload.packed and workload.config.double_quant
+    config = workload.config
+    plain = workload.packed and config.double_quant and not config.gradient_checkpointing
     return 2 * WORKSPACE + (FULL * workload.shape.packable / BLOCK if plain else 0.0)

@@ -73,7 +73,8 @@ class Passes:
         self.model, self.device, self.backward = forward.inner(model), device, backward
         self.head = self.model.get_output_embeddings()
         self.chunk = graphs.chunk(self.model.config.get_text_config().vocab_size)
-        self.scales = _plain_scales(self.model)
+        # A model that recomputes activations is short of memory, and these take 4 bytes per 64 weights.
+        self.scales = [] if forward.recomputes(self.model) else _plain_scales(self.model)
         self.replaced: dict[Any, Callable[..., Any]] = _fused_norms(self.model)  # forward passes of parts of the model
         self.loss_of_chunk = self._loss_sum
 
@@ -148,7 +149,7 @@ class Passes:
 def _plain_scales(model: Any) -> list[tuple[Any, torch.Tensor, torch.Tensor]]:
     """Return, for double quantized weights, their quantization state and their scales, quantized and in float32.
 
-    bitsandbytes would dequantize them in every pass. In float32 they take 4 bytes per 64 weights.
+    bitsandbytes would dequantize them in every pass.
     """
     weights: list[Any] = [module.weight for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     nested = [weight.quant_state for weight in weights if weight.quant_state is not None and weight.quant_state.nested]

@@ -16,7 +16,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from qlora_helpers.data.prompts import IGNORE
 from qlora_helpers.device import detect
-from qlora_helpers.models import qlora
+from qlora_helpers.models import forward, qlora
 from qlora_helpers.planning import compute_dtype
 from qlora_helpers.runs import RunFolder
 from qlora_helpers.training import cuda_graphs, paths, trainer
@@ -219,6 +219,39 @@ def test_run_that_continues_keeps_its_path(config, data, tokenizer, tmp_path, mo
         trainer.train(settings, data, tokenizer, run, [Stop()])
     trainer.train(settings, data, tokenizer, run)
     assert asked == ["auto", "compiled"]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_activations_are_recomputed_before_paths_are_tried(config, data, tokenizer, tmp_path, monkeypatch, dropout):
+    """What is timed and captured is what is trained. With dropout there is nothing to try."""
+    seen = []
+
+    def choose(model, *_):
+        seen.append((forward.recomputes(model), Passes(model, detect("float32"), None).scales))
+        return None, Choice("off", "for this test")
+
+    monkeypatch.setattr(paths, "choose", choose)
+    settings = config.replace(gradient_checkpointing=True, dropout=dropout, n_answers=0, few_shot=False)
+    run = trainer.train(settings, data, tokenizer, RunFolder(tmp_path / "run"))
+    assert seen == ([] if dropout else [(True, [])])
+    assert ("dropout" in run.read("manifest.json")["training_path"]["reason"]) == bool(dropout)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_graph_recomputes_activations(config, dtype):
+    here = detect(dtype)
+    adapted = qlora.attach_lora(qlora.load_base(config, here), config.replace(dropout=0.0)).train()
+    adapted.enable_input_require_grads()
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    batch = moved(FixedShapes(4, (64, 128))(features(100, 20, 7, 5)), adapted)
+    items, losses = torch.tensor(100.0, device=adapted.device), []
+    for recompute in (False, True):
+        if recompute:
+            adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        step = GraphStep(Passes(adapted, here, lambda loss: loss.backward()), 4)
+        losses.append([step(batch["input_ids"], batch["labels"], items).item() for _ in range(2)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 @needs_gpu
