@@ -243,11 +243,14 @@ class GraphStep:
 
         Before the first capture there is memory for it: later it would need as much again as a graph.
         """
+        missing = sorted(set(lengths) - self.warm, reverse=True)
+        if not missing:
+            return
         torch.cuda.empty_cache()  # what passes on this stream have left free cannot be used on another
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), forward.random_numbers_given_back():
-            for length in sorted(set(lengths) - self.warm, reverse=True):
+            for length in missing:
                 self.passes(*self.untrained(length))
                 self.warm.add(length)
         torch.cuda.current_stream().wait_stream(stream)
