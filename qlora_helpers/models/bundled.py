@@ -5,8 +5,6 @@ sha256 is verified, and the weights are converted to 16-bit safetensors, which t
 The result is cached.
 """
 
-import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -53,27 +51,23 @@ def _is_intact(folder: Path) -> bool:
     """Whether every file still has the sha256 recorded when the folder was built (takes 0.3 s)."""
     try:
         recorded = parse.json_object(folder / CHECKSUMS, "bundled model")
-        return all(_sha256(folder / name) == digest for name, digest in recorded.items())
+        return all(files.sha256(folder / name) == digest for name, digest in recorded.items())
     except (OSError, UserError):
         return False
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _build(target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".bundled-") as scratch:
         gguf = Path(os.environ.get("QLORA_EMBEDDED_GGUF") or _download(Path(scratch)))
-        if not gguf.is_file() or _sha256(gguf) != GGUF_SHA256:
+        if not gguf.is_file() or files.sha256(gguf) != GGUF_SHA256:
             raise UserError(
                 f"bundled model: {gguf} is missing or damaged (wrong sha256). Fix: delete the file and run again."
             )
         converted = Path(scratch) / "model"
         _convert(gguf, converted)
-        checksums = {file.name: _sha256(file) for file in sorted(converted.iterdir())}
-        (converted / CHECKSUMS).write_text(json.dumps(checksums, indent=1), "utf-8")
+        files.write_json(converted / CHECKSUMS, files.hashes(converted))
         converted.rename(target)
 
 

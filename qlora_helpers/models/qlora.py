@@ -4,7 +4,6 @@ What `base` and `weights` do for the base model is available under the name of t
 """
 
 import copy
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
 
-from qlora_helpers import runs
+from qlora_helpers import parse, runs
 from qlora_helpers.config import Config
 from qlora_helpers.errors import UserError
 from qlora_helpers.models import links
@@ -201,12 +200,7 @@ def check_adapter(adapter: Path) -> None:
     if not (adapter / "adapter_model.safetensors").exists():
         raise UserError(f"adapter: {adapter} holds none. Fix: run the notebook that trains it to the end.")
     links.check(adapter.iterdir(), adapter.parent)
-    try:
-        saved = dict(json.loads((adapter / "adapter_config.json").read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"adapter: {adapter} has no readable adapter_config.json ({error}). Fix: train again."
-        ) from None
+    saved = parse.json_object(adapter / "adapter_config.json", "adapter", fix="Fix: train again.")
     plain = LoraConfig().to_dict()
     other = [key for key in plain if key not in OWN_SETTINGS and saved.get(key) and saved[key] != plain[key]]
     other += ["another peft_type"] if saved.get("peft_type") != "LORA" else []
