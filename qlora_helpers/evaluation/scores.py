@@ -35,7 +35,8 @@ def add(answers: Sequence[dict[str, Any]], score: str) -> list[dict[str, Any]]:
     - regex:PATTERN: the pattern matches somewhere. With groups, they equal those in the reference.
     - python: the code, or its first code block, passes the row's `tests`, or else its reference. See `run_code`.
     """
-    references = [_words((score == "python" and row.get("tests")) or row["reference"] or "") for row in answers]
+    given = [(score == "python" and row.get("tests")) or row["reference"] or "" for row in answers]
+    references = [split_thought(text.strip())[1] for text in given]
     rule = _rule(score, [reference for reference in references if reference])
     scored = []
     for row, reference in zip(answers, references, strict=True):
@@ -48,10 +49,7 @@ def add(answers: Sequence[dict[str, Any]], score: str) -> list[dict[str, Any]]:
 
 
 def metrics(answers: Answers) -> dict[str, Interval]:
-    """Share of the scored answers that are right, with Wilson's interval; for JSON, also the shares of weaker claims.
-
-    Empty if no answer has a score.
-    """
+    """Shares of the scored answers that are right, with Wilson's interval, and of JSON's weaker claims, if any."""
     rows = [row for row in answers if row.get("score") is not None]
     return {
         name: intervals.share(sum(row["outcome"] in outcomes for row in rows), len(rows))
@@ -91,10 +89,6 @@ def _rule(score: str, references: list[str]) -> Rule:
     if kind == "regex":
         return _regex(pattern)
     return {"exact": _exact, "json": _json, "python": _python}[kind]
-
-
-def _words(reference: str) -> str:
-    return split_thought(reference.strip())[1]
 
 
 def _exact(answer: str, reference: str) -> Outcome:

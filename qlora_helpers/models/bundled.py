@@ -6,7 +6,6 @@ The result is cached.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,7 +38,6 @@ def fetch() -> Path:
             if not _is_intact(target):  # another process may have built it
                 if target.exists():
                     print(f"{target} is damaged or outdated. Rebuilding it.")
-                    shutil.rmtree(target)
                 _build(target)
     except OSError as error:
         why = f"cannot write {target.parent} ({reason(error)})"
@@ -56,19 +54,16 @@ def _is_intact(folder: Path) -> bool:
         return False
 
 
-
-
 def _build(target: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".bundled-") as scratch:
+    download = tempfile.TemporaryDirectory(dir=target.parent, prefix=".bundled-")
+    with files.building(target) as built, download as scratch:
         gguf = Path(os.environ.get("QLORA_EMBEDDED_GGUF") or _download(Path(scratch)))
         if not gguf.is_file() or files.sha256(gguf) != GGUF_SHA256:
             raise UserError(
                 f"bundled model: {gguf} is missing or damaged (wrong sha256). Fix: delete the file and run again."
             )
-        converted = Path(scratch) / "model"
-        _convert(gguf, converted)
-        files.write_json(converted / CHECKSUMS, files.hashes(converted))
-        converted.rename(target)
+        _convert(gguf, built)
+        files.write_json(built / CHECKSUMS, files.hashes(built))
 
 
 def _download(scratch: Path) -> Path:
@@ -130,10 +125,7 @@ def _tokenizer(file: Path) -> Any:
 
 
 def unpacked() -> dict[str, Any]:
-    """Return `from_pretrained` options that load a GGUF file as plain weights.
-
-    Newer versions of transformers keep the weights packed by default; older ones lack the option and need none.
-    """
+    """Return `from_pretrained` options that load a GGUF file as plain weights: older versions lack and need none."""
     try:
         from transformers import GgufConfig
     except ImportError:

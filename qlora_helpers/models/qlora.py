@@ -93,10 +93,7 @@ class TrainedBias(bnb.nn.Linear4bit):
 
 
 def check_targets(base: Any, config: Config) -> None:
-    """Raise `UserError` if a name in `config.target_modules` matches no linear layer.
-
-    The message lists the names of the linear layers, and those that usually get an adapter.
-    """
+    """Raise `UserError`, with the names that there are, if one in `config.target_modules` is no linear layer's."""
     if config.target_modules == ALL_LINEAR:
         return
     known = {path.rpartition(".")[2] for path in _linear_layers(base)}
@@ -142,10 +139,7 @@ def save_biases(model: Any, folder: Path) -> None:
 
 
 def load_adapter(base: Any, adapter: Path) -> Any:
-    """Load a saved adapter onto the base model it was trained on, in evaluation mode.
-
-    Raises `UserError` if the folder contains no adapter.
-    """
+    """Load a saved adapter onto its base model, in evaluation mode. Raises `UserError` if the folder contains none."""
     check_adapter(adapter)
     if LoraConfig.from_pretrained(str(adapter)).bias != "none":
         keep_biases(base)
@@ -213,10 +207,7 @@ def check_adapter(adapter: Path) -> None:
 
 
 def train_in_float32(model: Any) -> None:
-    """Convert trainable weights to float32.
-
-    TRL casts them to bfloat16, for which the fp16 gradient scaler has no kernel.
-    """
+    """Convert trainable weights to float32: TRL casts them to bfloat16, for which the fp16 scaler has no kernel."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
