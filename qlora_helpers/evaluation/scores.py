@@ -35,8 +35,7 @@ def add(answers: Sequence[dict[str, Any]], score: str) -> list[dict[str, Any]]:
     - regex:PATTERN: the pattern matches somewhere. With groups, they equal those in the reference.
     - python: the code, or its first code block, passes the row's `tests`, or else its reference. See `run_code`.
     """
-    given = [(score == "python" and row.get("tests")) or row["reference"] or "" for row in answers]
-    references = [split_thought(text.strip())[1] for text in given]
+    references = [_words((score == "python" and row.get("tests")) or row["reference"] or "") for row in answers]
     rule = _rule(score, [reference for reference in references if reference])
     scored = []
     for row, reference in zip(answers, references, strict=True):
@@ -89,6 +88,10 @@ def _rule(score: str, references: list[str]) -> Rule:
     if kind == "regex":
         return _regex(pattern)
     return {"exact": _exact, "json": _json, "python": _python}[kind]
+
+
+def _words(reference: str) -> str:
+    return split_thought(reference.strip())[1]
 
 
 def _exact(answer: str, reference: str) -> Outcome:
