@@ -57,10 +57,7 @@ def answered(rows: Rows) -> int:
 
 
 def of_model(rows: Rows) -> Metrics:
-    """Text metrics and scores of a model's answers.
-
-    Too few answers say nothing about others: from fewer than `FEWEST_ANSWERS`, a metric has no interval.
-    """
+    """Text metrics and scores of a model's answers, without intervals from fewer than `FEWEST_ANSWERS` of them."""
     scored = sum(row.get("score") is not None for row in rows)
     return _bounded(text_metrics.text_metrics(rows), answered(rows)) | _bounded(scores.metrics(rows), scored)
 

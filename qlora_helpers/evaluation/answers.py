@@ -92,10 +92,7 @@ def cache_argument(model: Any) -> str:
 
 @contextmanager
 def neutral_generation(model: Any) -> Iterator[None]:
-    """Generate without the settings of the model's `generation_config`.
-
-    A repetition penalty there, or a ban on repeated phrases, would also apply to greedy answers.
-    """
+    """Generate without the model's `generation_config`: its repetition penalty would change greedy answers too."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT reads the inner model's
     own = getattr(inner, "generation_config", None)
     inner.generation_config = GenerationConfig()

@@ -194,7 +194,6 @@ def arm(name: str, runs: list[RunFolder], trained: bool = True, file: str = "hel
 
 
 def _general(base: list[RunFolder], experiments: Folders, arms: Mapping[str, Arm]) -> list[tuple[Arm, Arm]]:
-    """The base model and each experiment on the general questions."""
     before, *after = (
         replace(arms[name], seeds=[read_losses(run, "general_losses.jsonl") for run in runs])
         for name, runs in ({BASE: base} | experiments).items()
@@ -239,16 +238,15 @@ def _free_name(run: RunFolder, taken: set[str]) -> str:
 def _check_comparable(every: list[RunFolder], manifests: list[dict[str, Any]]) -> None:
     """Raise `UserError` for different held-out rows or dtypes: rounding changes a loss as much as a few rows do."""
     rows = [m["data"]["heldout_fingerprint"] for m in manifests]
-    _check_equal(every, rows, "measured on different held-out sets", "the same dataset, data_seed and n_heldout")
     dtypes = [m["device"]["dtype"] for m in manifests]
-    _check_equal(every, dtypes, "computed in different dtypes", f"one compute_dtype, such as {min(dtypes)}")
-
-
-def _check_equal(every: list[RunFolder], values: list[str], what: str, fix: str) -> None:
-    names = {value: run.name for run, value in zip(every, values, strict=True)}
-    if len(names) > 1:
-        which = ", ".join(f"{name}: {value}" for value, name in names.items())
-        raise UserError(f"comparison: the runs were {what} ({which}). Fix: compare runs with {fix}.")
+    for values, what, fix in (
+        (rows, "measured on different held-out sets", "the same dataset, data_seed and n_heldout"),
+        (dtypes, "computed in different dtypes", f"one compute_dtype, such as {min(dtypes)}"),
+    ):
+        names = {value: run.name for run, value in zip(every, values, strict=True)}
+        if len(names) > 1:
+            which = ", ".join(f"{name}: {value}" for value, name in names.items())
+            raise UserError(f"comparison: the runs were {what} ({which}). Fix: compare runs with {fix}.")
 
 
 def rehearsed(without: list[RunFolder], with_it: list[RunFolder]) -> Difference:

@@ -74,10 +74,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """better, worse, the same or not distinguishable: read from the interval alone.
-
-        "The same" needs a margin: the whole interval is inside it.
-        """
+        """better, worse, the same (inside the margin) or not distinguishable: read from the interval alone."""
         if self.margin and -self.margin < self.low and self.high < self.margin:
             return SAME
         if self.high < 0:
@@ -281,7 +278,6 @@ def figure(differences: Sequence[Difference]) -> Figure:
 
 
 def _title(differences: Sequence[Difference]) -> str:
-    """What the verdicts say, counted."""
     counts = Counter(d.verdict for d in differences)
     verdicts = [f"{counts[verdict]} {verdict}" for verdict in ("better", SAME, UNSURE, "worse") if counts[verdict]]
     return f"{'Comparisons' if len(differences) > 1 else 'The comparison'}: {', '.join(verdicts)}"

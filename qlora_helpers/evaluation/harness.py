@@ -32,9 +32,8 @@ class Result:
 
     def __str__(self) -> str:
         if self.difference is None:
-            return (
-                f"{self.task} {self.metric}: {self.base:.4g} and {self.adapter:.4g} (no value per sample, no interval)"
-            )
+            values = f"{self.base:.4g} and {self.adapter:.4g}"
+            return f"{self.task} {self.metric}: {values} (no value per sample, no interval)"
         return f"{self.difference} on {self.difference.answers} samples"
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,10 +81,7 @@ def evaluate(run: RunFolder, tasks: Sequence[str], limit: int | None = None, cha
 
 
 def compare(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> list[Result]:
-    """Every metric of two results of lm-eval, with Holm's correction over all of them.
-
-    Raises `UserError` if the two were computed on different samples.
-    """
+    """Every metric of two results of lm-eval, Holm-corrected together. Raises `UserError` if their samples differ."""
     made = [
         _result(task, key, base, adapter)
         for task, metrics in base["results"].items()

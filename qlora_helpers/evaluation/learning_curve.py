@@ -74,10 +74,7 @@ class Curve:
 
     @cached_property
     def bend(self) -> Difference | None:
-        """Change of the gain from the doubling before to the last one; above zero, the gain shrinks.
-
-        None for two sizes.
-        """
+        """Change of the gain from the doubling before to the last one; above zero, it shrinks. None for two sizes."""
         if len(self._halvings) < 3:
             return None
         large, middle, small = self._halvings[:3]
@@ -118,7 +115,6 @@ class Curve:
         )  # fmt: skip
 
     def __str__(self) -> str:
-        """The last doubling, what it rests on, and what the next one may bring."""
         last = self.doubling
         return "\n".join(
             [
@@ -132,12 +128,9 @@ class Curve:
         )
 
     def _outlook(self) -> list[str]:
-        """What the next doubling may bring, in words."""
         if self.bend is not None and self.gains_grow:
-            return [
-                "Each doubling brings more than the one before, so the last one does not limit the next "
-                f"({self.bend.bounds})"
-            ]
+            grown = "Each doubling brings more than the one before, so the last one does not limit the next"
+            return [f"{grown} ({self.bend.bounds})"]
         if self.next_doubling is None:
             return ["The last doubling did not help, so nothing is said of the next one"]
         double = f"to {2 * self.sizes[-1]:,} rows"
@@ -167,10 +160,7 @@ class Curve:
 
 
 def build(name: str, trained: Mapping[str, list[RunFolder]]) -> Curve:
-    """The curve through finished runs: each experiment is one size, with its seeds.
-
-    Raises `UserError` if they were not measured on the same held-out rows.
-    """
+    """The curve through finished runs, a size per experiment. Raises `UserError` for different held-out rows."""
     first = next(iter(trained.values()))[0]
     base = read_losses(RunFolder(first.path.parent / first.read("manifest.json")["baseline"]))
     folders, _ = comparison.rivals_of([first])

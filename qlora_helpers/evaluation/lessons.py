@@ -49,7 +49,7 @@ def learning_rates(losses: Mapping[float, Sequence[float]]) -> Figure:
     return figure
 
 
-def stopped(losses: Sequence[float], patience: int) -> int | None:
+def stopped(losses: Sequence[float], patience: int | None) -> int | None:
     """Return the position at which training stops, or None if it goes on to the end.
 
     It stops at the evaluation that is the `patience`-th in a row without a new low, as `EarlyStoppingCallback` of

@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from qlora_helpers import files
 from qlora_helpers.config import Config
@@ -74,8 +75,9 @@ def _batches(lengths: list[int], rows: int, device: Device) -> list[list[int]]:
 def _batch_losses(model: Any, batch: list[Example]) -> list[RowLoss]:
     """Losses of a batch. Padding is on the right, so no token of a row sees it."""
     where = model.get_input_embeddings().weight.device
-    ids = _pad([example.input_ids for example in batch], 0).to(where)
-    labels = _pad([[*example.labels[1:], IGNORE] for example in batch], IGNORE).to(where)
+    ids = pad_sequence([torch.tensor(example.input_ids) for example in batch], batch_first=True).to(where)
+    wanted = [torch.tensor([*example.labels[1:], IGNORE]) for example in batch]
+    labels = pad_sequence(wanted, batch_first=True, padding_value=IGNORE).to(where)
     columns = (labels != IGNORE).any(dim=0).nonzero().flatten()
     logits = forward.logits_at(model, ids, columns)
     rows = []
@@ -86,7 +88,7 @@ def _batch_losses(model: Any, batch: list[Example]) -> list[RowLoss]:
             row_labels[trained].split(memory.EVALUATION_LOGITS),
             strict=True,
         )
-        sums = [torch.nn.functional.cross_entropy(part.float(), wanted, reduction="none") for part, wanted in parts]
+        sums = [torch.nn.functional.cross_entropy(part.float(), label, reduction="none") for part, label in parts]
         total = torch.cat(sums).double().sum().item() if sums else 0.0
         rows.append(RowLoss(example.row.id, total, int(trained.sum()), answer_bytes(example), example.row.group))
     return rows
@@ -97,11 +99,6 @@ def answer_bytes(example: Example) -> int:
     if example.cut:
         return 0
     return sum(len(turn["content"].encode()) for turn in example.row.answers)
-
-
-def _pad(rows: list[list[int]], filler: int) -> torch.Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
 
 
 def general_examples(config: Config, tokenizer: Any) -> list[Example]:

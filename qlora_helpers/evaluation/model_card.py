@@ -12,6 +12,7 @@ from qlora_helpers.errors import UserError, reason
 from qlora_helpers.evaluation import answer_metrics, differences
 from qlora_helpers.evaluation.differences import Arm, Difference
 from qlora_helpers.evaluation.intervals import Interval
+from qlora_helpers.evaluation.markup import markdown_table
 from qlora_helpers.evaluation.row_losses import BASE, RowLoss, mean_loss, read_losses
 from qlora_helpers.models import hub
 from qlora_helpers.runs import RunFolder
@@ -69,6 +70,8 @@ def card(
     name, dataset = _inert(hub.public_name(config)), _inert(sources.public_name(config))
     license = hub.license(config, model.get("revision"))
     revision = f" at revision `{model['revision']}`" if model.get("revision") else ""
+    packed = model.get("four_bit_share")
+    share = f" ({packed:.1%} of the weights outside its embeddings)" if packed else ""
     return f"""---
 {_header(config, license, merged)}
 ---
@@ -79,7 +82,7 @@ Base model: {name}{revision}.
 {REQUANTIZED if config.model == BUNDLED_MODEL else ""}
 Trained on {metrics["train_rows"]} conversations for {metrics["epochs"]} epochs ({metrics["steps"]} steps at an
 effective batch of {config.effective_batch}) on {metrics["device"]}, in {metrics["compute_dtype"]}, with seed
-{metrics["seed"]}. Base model stored as {_stored(config, model)}; r = {config.rank}, alpha = {config.alpha}, on
+{metrics["seed"]}. Base model stored as {config.quantization}{share}; r = {config.rank}, alpha = {config.alpha}, on
 {", ".join(config.target_modules)}: {metrics["trainable_parameters"]:,} trainable parameters.
 
 Data: {dataset} (fingerprint {data["source_fingerprint"]}), rows in the format `{config.template}`,
@@ -124,13 +127,6 @@ def _header(config: Config, license: dict[str, Any], merged: bool) -> str:
     ).to_yaml()
 
 
-def _stored(config: Config, model: dict[str, Any]) -> str:
-    share = model.get("four_bit_share")
-    return (
-        f"{config.quantization} ({share:.1%} of the weights outside its embeddings)" if share else config.quantization
-    )
-
-
 def _losses(
     run: RunFolder, config: Config, metrics: dict[str, Any], manifest: dict[str, Any], own: list[RowLoss] | None
 ) -> str:
@@ -146,8 +142,8 @@ def _losses(
     if own:
         gap = mean_loss(own) - metrics["base_eval_loss"]
         lines.append(["this model, merged in 16 bits", _change(before, mean_loss(own), gap, own)])
-    head = f"| | loss per trained token on {len(manifest['data']['heldout_ids'])} held-out rows |\n|---|---|"
-    return "\n".join([head, *(f"| {name} | {text} |" for name, text in lines)])
+    head = f"loss per trained token on {len(manifest['data']['heldout_ids'])} held-out rows"
+    return markdown_table(["", head], lines)
 
 
 def _reservations(run: RunFolder, config: Config, foreign: bool) -> str:
@@ -176,9 +172,9 @@ def _answers(run: RunFolder) -> str:
     rows = answer_metrics.read(run)
     if not (metrics := answer_metrics.of_model(rows)):
         return ""
-    lines = [f"| {name} | {value.value:.2f}{_bounds(value, '.2f')} |" for name, value in metrics.items()]
-    asked = answer_metrics.answered(rows)
-    return "\n".join(["", f"| | greedy answers to {asked} held-out questions |", "|---|---|", *lines, ""])
+    lines = [[name, f"{value.value:.2f}{_bounds(value, '.2f')}"] for name, value in metrics.items()]
+    head = f"greedy answers to {answer_metrics.answered(rows)} held-out questions"
+    return f"\n{markdown_table(['', head], lines)}\n"
 
 
 def _bounds(interval: Interval | Difference, digits: str) -> str:

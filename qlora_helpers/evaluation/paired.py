@@ -179,10 +179,7 @@ def _made(
 
 
 def _p_value(estimate: Estimate, deviations: np.ndarray) -> float:
-    """Share of bootstrap resamples that deviate from the estimate at least as much as that does from zero.
-
-    `deviations` are the studentized ones of the resamples.
-    """
+    """Share of resamples, by their studentized `deviations`, that deviate at least as much as the estimate from 0."""
     n, error = len(estimate.above), estimate.row_error
     if not estimate.value or n < 2:
         return 1.0

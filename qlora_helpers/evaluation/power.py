@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
@@ -121,16 +121,11 @@ def pilot(folders: Sequence[RunFolder]) -> Pilot:
 
 @dataclass(frozen=True)
 class Design:
-    """The designs that a comparison may have, and what each would detect."""
+    """The designs that a comparison may have: held-out rows that are `needed` by number of draws, None for too many."""
 
     effect: float
     pilot: Pilot
-    needed: dict[int, int | None] = field(default_factory=dict)
-
-    @property
-    def draws(self) -> tuple[int, ...]:
-        """Numbers of draws that the pilot says something about."""
-        return DRAWS if self.pilot.runs > 1 else DRAWS[:1]
+    needed: dict[int, int | None]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -142,18 +137,18 @@ class Design:
                 "detectable": self.pilot.detectable(rows, draws),
             }
             for rows in ROWS
-            for draws in self.draws
+            for draws in self.needed
         ]
         needed = [{"draws": draws, "rows": rows} for draws, rows in self.needed.items()]
         return {"effect": self.effect, "pilot": asdict(self.pilot), "table": table, "needed": needed}
 
     def __str__(self) -> str:
         """The table, the rows that each number of draws needs, and what the pilot leaves open."""
-        heads = "".join(f"{f'{draws} draw(s)':>18}" for draws in self.draws)
+        heads = "".join(f"{f'{draws} draw(s)':>18}" for draws in self.needed)
         lines = [f"Half of the 95% interval / detectable effect, nats per token ({self.pilot.source})"]
         lines += ["", f"{'held-out rows':>13}{heads}"]
         for rows in ROWS:
-            cells = [(self.pilot.half_width(rows, d), self.pilot.detectable(rows, d)) for d in self.draws]
+            cells = [(self.pilot.half_width(rows, d), self.pilot.detectable(rows, d)) for d in self.needed]
             lines.append(f"{rows:>13,}" + "".join(f"{f'{half:.4f} / {least:.4f}':>18}" for half, least in cells))
         lines += ["", f"To detect {self.effect:g} with 80% power:"]
         for draws, enough in self.needed.items():
@@ -162,7 +157,6 @@ class Design:
         return "\n".join([*lines, "", *self._limits()])
 
     def _limits(self) -> list[str]:
-        """What the pilot does not say."""
         from scipy.stats import chi2
 
         if self.pilot.runs == 1:
@@ -195,5 +189,5 @@ def design(effect: float, folders: Sequence[RunFolder] = ()) -> Design:
     if not (math.isfinite(effect) and effect > 0):
         raise UserError(f"detect: {effect:g} is not an effect. Fix: use a number of nats per token above 0.")
     known = pilot(folders) if folders else ASSUMED
-    draws = DRAWS if known.runs > 1 else DRAWS[:1]
+    draws = DRAWS if known.runs > 1 else DRAWS[:1]  # one run says nothing about several
     return Design(effect, known, {number: known.rows_for(effect, number) for number in draws})

@@ -21,7 +21,7 @@ from qlora_helpers.quoting import markdown_code as quote
 from qlora_helpers.runs import RunFolder
 
 SHOWN = 4  # prompts whose answers are quoted
-WORDS = 500  # characters of an answer
+WORDS = 500  # characters of an answer; `comparison.json` has it whole
 DRAWN = 20  # differences in a figure
 _COLUMNS = {
     "train_rows": ("rows", ",.0f"),
@@ -43,13 +43,10 @@ def table_markdown(result: Comparison, speed: bool = True) -> str:
     lines = []
     for model in result.table:
         count = [str(len(model.seeds) or "–")] if seeds else []
-        cells = (_cell(getattr(model, key), form) for key, (_, form) in columns.items())
+        values = {key: getattr(model, key) for key in columns}
+        cells = ("–" if values[key] is None else format(values[key], form) for key, (_, form) in columns.items())
         lines.append([inert(model.name), *count, *cells])
     return markdown_table(heads, lines)
-
-
-def _cell(value: Any, form: str) -> str:
-    return "–" if value is None else format(value, form)
 
 
 def headlines(result: Comparison) -> list[str]:
@@ -65,13 +62,8 @@ def headlines(result: Comparison) -> list[str]:
             after = losses[d.b]
             size = f"{math.exp(after):.2f} instead of {math.exp(after - d.value):.2f} ({size})"
             rows, tokens = f"{d.rows}", result.heldout_tokens
-        sizes = [
-            d.bounds,
-            f"perplexity {size}",
-            f"{rows} held-out rows with {tokens:,} tokens",
-            *filter(None, [d.limit]),
-        ]
-        lines.append(f"{d.claim}, {rivals} ({'; '.join(sizes)})")
+        sizes = [d.bounds, f"perplexity {size}", f"{rows} held-out rows with {tokens:,} tokens", d.limit]
+        lines.append(f"{d.claim}, {rivals} ({'; '.join(filter(None, sizes))})")
     return lines
 
 
@@ -94,7 +86,7 @@ def verdicts(result: Comparison) -> list[str]:
 def verdicts_markdown(result: Comparison) -> str:
     """The sentences about the best rivals, a table of all differences, and what they rest on."""
     parts = [bullets(headlines(result)), verdict_table(result), f"{basis(result)} {scope(result)}"]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(filter(None, parts))
 
 
 def _sentence(result: Comparison, difference: Difference) -> str:
@@ -117,7 +109,6 @@ def scope(result: Comparison) -> str:
 
 
 def _runs(model: Summary) -> str:
-    """The draws and seeds of an experiment."""
     seeds, rows, name = len(model.seeds), f"{model.train_rows:,.0f} training rows", inert(model.name)
     if model.all_rows:
         return f"{name}: {seeds} seeds on all {rows}, so that draws cannot vary"
@@ -153,15 +144,14 @@ def rehearsal(difference: Difference) -> str:
 
 def markdown(result: Comparison, figures: list[str], speed: bool = True) -> str:
     """The text of `report.md`: setup, tables, verdicts, figures, answers and limits. `speed` as in `table_markdown`."""
+    setup = [bullets(headlines(result)), _setup(result), table_markdown(result, speed)]
+    shown = [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures]
     parts = {
-        "# Did fine-tuning help, and how sure are we?": "\n\n".join(
-            part for part in (bullets(headlines(result)), _setup(result), table_markdown(result, speed)) if part
-        ),
+        "# Did fine-tuning help, and how sure are we?": "\n\n".join(filter(None, setup)),
         "## Verdicts": f"{verdict_table(result)}\n\n{basis(result)} {scope(result)}\n{_METHOD}",
         "## What the answers are like": _text(result),
         "## What was forgotten": bullets(forgetting(result)) or _NO_BASE,
-        "## Figures": _drawn(result)[1]
-        + "\n".join(f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in figures),
+        "## Figures": _drawn(result)[1] + "\n".join(shown),
         "## Answers": _answers(result.answers[:SHOWN]),
         "## Limits": _LIMITS,
         "## Made with": _made_with(result),
@@ -170,7 +160,6 @@ def markdown(result: Comparison, figures: list[str], speed: bool = True) -> str:
 
 
 def _text(result: Comparison) -> str:
-    """Metrics and differences with what is needed to read them."""
     several = any(len(model.seeds) > 1 for model in result.table)
     number = f"{result.answered} " * (result.answered > 0)
     parts = [
@@ -182,13 +171,11 @@ def _text(result: Comparison) -> str:
         bullets(thinking(result)),
         _CHARACTERS if mostly_unspaced([text for entry in result.answers for text in entry.values()]) else "",
     ]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(filter(None, parts))
 
 
 def basis(result: Comparison) -> str:
-    """What the verdicts rest on: rows and tokens, how many intervals hold at once, who chose the checkpoints, and which
-    rivals are missing.
-    """
+    """What the verdicts rest on: rows and tokens, joint intervals, who chose checkpoints, which rivals are missing."""
     groups = {d.clusters for d in result.differences if 0 < d.clusters < d.rows == result.heldout_rows}
     dependent = f" in {max(groups)} groups" if groups else ""
     parts = [
@@ -229,8 +216,11 @@ _LIMITS = (
 
 def _setup(result: Comparison) -> str:
     unit = "nats per trained token" if result.unit == "token" else "bits per byte of the answers"
+    name, revision = result.model["name"], result.model["revision"]
+    name = Path(name).name if Path(name).is_absolute() else name  # of a folder: reports are passed on
+    at = f"at revision {quote(revision)}" if revision else "(no revision: local files)"
     return (
-        f"Model {quote(_name(result.model['name']))}{_revision(result.model)}, rows of "
+        f"Model {quote(name)} {at}, rows of "
         f"{quote(Path(result.data).name)}:\n{result.heldout_rows} held-out rows with "
         f"{result.heldout_tokens:,} trained tokens (fingerprint {quote(result.heldout_fingerprint)}), never used for\n"
         f"training. Differences in {unit}; lower is better."
@@ -240,14 +230,13 @@ def _setup(result: Comparison) -> str:
 def _answers(entries: list[dict[str, str]]) -> str:
     return "\n\n".join(
         f"**Question:** {quote(entry['prompt'])}\n\n"
-        + "\n".join(f"- *{inert(name)}*: {_beginning(text)}" for name, text in entry.items() if name != "prompt")
+        + "\n".join(
+            f"- *{inert(name)}*: {quote(textwrap.shorten(text, WORDS, placeholder=' …'))}"
+            for name, text in entry.items()
+            if name != "prompt"
+        )
         for entry in entries
     )
-
-
-def _beginning(text: str) -> str:
-    """The first words of an answer. `comparison.json` has it whole."""
-    return quote(textwrap.shorten(text, WORDS, placeholder=" …"))
 
 
 def _made_with(result: Comparison) -> str:
@@ -256,18 +245,9 @@ def _made_with(result: Comparison) -> str:
     return f"{device['name']}, {device['dtype']} ({device['reason']}). {versions}."
 
 
-def _name(model: str) -> str:
-    """A hub id as it is; of a folder its last part only, since reports are passed on."""
-    return Path(model).name if Path(model).is_absolute() else model
-
-
 def _texts(plain: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Names and values that come from files, as texts without effect in Markdown."""
     return ((inert(name), inert(str(value))) for name, value in plain.items())
-
-
-def _revision(model: dict[str, Any]) -> str:
-    return f" at revision {quote(model['revision'])}" if model["revision"] else " (no revision: local files)"
 
 
 def write(result: Comparison, experiments: dict[str, list[RunFolder]], folder: Path) -> Path:

@@ -48,10 +48,7 @@ def add(answers: Sequence[dict[str, Any]], score: str) -> list[dict[str, Any]]:
 
 
 def metrics(answers: Answers) -> dict[str, Interval]:
-    """Share of the scored answers that are right, with Wilson's interval; for JSON, also the shares of weaker claims.
-
-    Empty if no answer has a score.
-    """
+    """Shares of the scored answers that are right, with Wilson's interval, and of JSON's weaker claims, if any."""
     rows = [row for row in answers if row.get("score") is not None]
     return {
         name: intervals.share(sum(row["outcome"] in outcomes for row in rows), len(rows))

@@ -169,10 +169,10 @@ def _rouge(words: list[str], wanted: list[str]) -> float:
 class _Counts:
     """What the metrics need of each answer. `bleu` and `chrf` are sacrebleu's counts, in arrays with a row for each."""
 
-    rouge: list[float]
-    repeated: list[float]
-    lengths: list[int]
-    of_references: list[int]
+    rouge: Sequence[float]
+    repeated: Sequence[float]
+    lengths: Sequence[int]
+    of_references: Sequence[int]
     bleu: np.ndarray
     chrf: np.ndarray
 
@@ -201,13 +201,8 @@ def _counted(texts: tuple[str, ...], references: tuple[str, ...]) -> _Counts:
         )
         rows.append((_rouge(_words(text), wanted.words), _repeated(units), len(units), wanted.length, *counts))
     rouge, repeated, lengths, of_references, *arrays = zip(*rows, strict=True)
-    return _Counts(
-        list(rouge),
-        list(repeated),
-        list(lengths),
-        list(of_references),
-        *(np.array(counts, dtype=float) for counts in arrays),
-    )
+    of_bleu, of_chrf = (np.array(counts, dtype=float) for counts in arrays)
+    return _Counts(rouge, repeated, lengths, of_references, of_bleu, of_chrf)
 
 
 @dataclass(frozen=True)
@@ -234,17 +229,13 @@ def _reference(text: str) -> _Reference:
 
 @cache
 def _metrics() -> tuple[Any, Any]:
-    """sacrebleu's BLEU and chrF.
-
-    Only its private functions return counts, and count a reference once for all answers.
-    """
+    """sacrebleu's BLEU and chrF. Only its private functions return counts, and count a reference once for all."""
     from sacrebleu.metrics import BLEU, CHRF
 
     return BLEU(tokenize="none", force=True), CHRF()
 
 
 def _script(reference: str) -> str:
-    """Name of sacrebleu's tokenizer for the script of most words."""
     words = _WORDS.findall(reference)
     counts = {name: sum(bool(script.match(word)) for word in words) for name, script in _SCRIPTS.items()}
     others = len(words) - sum(counts.values())

@@ -14,7 +14,9 @@ def verdict_table(result: Comparison) -> str:
 
     The verdict stands first, where a phone shows it. Empty if nothing was compared.
     """
-    lines = [[*_cells(result, d), _remark(result, d)] for d in _in_order(result)]
+    names = [model.name for model in result.table]
+    ordered = sorted(result.differences, key=lambda d: names.index(d.b))  # stable: of each model, the rivals first
+    lines = [[*_cells(d), _remark(result, d)] for d in filter(None, [result.quantizing, *ordered])]
     if not lines:
         return ""
     unit = "nats" if result.unit == "token" else "bits per byte"
@@ -24,14 +26,7 @@ def verdict_table(result: Comparison) -> str:
     return markdown_table(heads, lines)
 
 
-def _in_order(result: Comparison) -> list[Difference]:
-    """The differences by experiment; of each, the rivals first."""
-    names = [model.name for model in result.table]
-    ordered = sorted(result.differences, key=lambda d: names.index(d.b))
-    return [*filter(None, [result.quantizing]), *ordered]
-
-
-def _cells(result: Comparison, d: Difference) -> list[str]:
+def _cells(d: Difference) -> list[str]:
     low, high = ("no end" if math.isinf(end) else f"{end:+.4f}" for end in (d.low, d.high))
     verdict = f"**{d.verdict}**" if d.verdict in ("better", "worse") else d.verdict
     return [inert(d.b), verdict, inert(d.a), f"{d.value:+.4f} ({low} to {high})", f"{math.expm1(d.value):+.1%}"]

@@ -5,10 +5,7 @@ sha256 is verified, and the weights are converted to 16-bit safetensors, which t
 The result is cached.
 """
 
-import hashlib
-import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -41,7 +38,6 @@ def fetch() -> Path:
             if not _is_intact(target):  # another process may have built it
                 if target.exists():
                     print(f"{target} is damaged or outdated. Rebuilding it.")
-                    shutil.rmtree(target)
                 _build(target)
     except OSError as error:
         why = f"cannot write {target.parent} ({reason(error)})"
@@ -53,28 +49,21 @@ def _is_intact(folder: Path) -> bool:
     """Whether every file still has the sha256 recorded when the folder was built (takes 0.3 s)."""
     try:
         recorded = parse.json_object(folder / CHECKSUMS, "bundled model")
-        return all(_sha256(folder / name) == digest for name, digest in recorded.items())
+        return all(files.sha256(folder / name) == digest for name, digest in recorded.items())
     except (OSError, UserError):
         return False
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _build(target: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".bundled-") as scratch:
+    download = tempfile.TemporaryDirectory(dir=target.parent, prefix=".bundled-")
+    with files.building(target) as built, download as scratch:
         gguf = Path(os.environ.get("QLORA_EMBEDDED_GGUF") or _download(Path(scratch)))
-        if not gguf.is_file() or _sha256(gguf) != GGUF_SHA256:
+        if not gguf.is_file() or files.sha256(gguf) != GGUF_SHA256:
             raise UserError(
                 f"bundled model: {gguf} is missing or damaged (wrong sha256). Fix: delete the file and run again."
             )
-        converted = Path(scratch) / "model"
-        _convert(gguf, converted)
-        checksums = {file.name: _sha256(file) for file in sorted(converted.iterdir())}
-        (converted / CHECKSUMS).write_text(json.dumps(checksums, indent=1), "utf-8")
-        converted.rename(target)
+        _convert(gguf, built)
+        files.write_json(built / CHECKSUMS, files.hashes(built))
 
 
 def _download(scratch: Path) -> Path:
@@ -136,10 +125,7 @@ def _tokenizer(file: Path) -> Any:
 
 
 def unpacked() -> dict[str, Any]:
-    """Return `from_pretrained` options that load a GGUF file as plain weights.
-
-    Newer versions of transformers keep the weights packed by default; older ones lack the option and need none.
-    """
+    """Return `from_pretrained` options that load a GGUF file as plain weights: older versions lack and need none."""
     try:
         from transformers import GgufConfig
     except ImportError:

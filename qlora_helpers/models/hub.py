@@ -85,10 +85,9 @@ def from_pretrained(loader: Any, config: Config, **options: Any) -> Any:
             loaded = loader.from_pretrained(source, **options, **({"output_loading_info": True} if weights else {}))
         except (OSError, ValueError) as error:  # ValueError: the folder contains no model
             raise _load_error(config, error) from None
-    return _complete(config, *loaded) if weights else loaded
-
-
-def _complete(config: Config, model: Any, loading: dict[str, Any]) -> Any:
+    if not weights:
+        return loaded
+    model, loading = loaded
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
             f"model: the weights of {config.model} lack {missing[0]} ({len(missing)} missing). Fix: download it again."

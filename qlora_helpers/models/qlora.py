@@ -4,7 +4,6 @@ What `base` and `weights` do for the base model is available under the name of t
 """
 
 import copy
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import set_seed
 from transformers.pytorch_utils import Conv1D
 
-from qlora_helpers import runs
+from qlora_helpers import parse, runs
 from qlora_helpers.config import Config
 from qlora_helpers.errors import UserError
 from qlora_helpers.models import links
@@ -94,10 +93,7 @@ class TrainedBias(bnb.nn.Linear4bit):
 
 
 def check_targets(base: Any, config: Config) -> None:
-    """Raise `UserError` if a name in `config.target_modules` matches no linear layer.
-
-    The message lists the names of the linear layers, and those that usually get an adapter.
-    """
+    """Raise `UserError`, with the names that there are, if one in `config.target_modules` is no linear layer's."""
     if config.target_modules == ALL_LINEAR:
         return
     known = {path.rpartition(".")[2] for path in _linear_layers(base)}
@@ -143,10 +139,7 @@ def save_biases(model: Any, folder: Path) -> None:
 
 
 def load_adapter(base: Any, adapter: Path) -> Any:
-    """Load a saved adapter onto the base model it was trained on, in evaluation mode.
-
-    Raises `UserError` if the folder contains no adapter.
-    """
+    """Load a saved adapter onto its base model, in evaluation mode. Raises `UserError` if the folder contains none."""
     check_adapter(adapter)
     if LoraConfig.from_pretrained(str(adapter)).bias != "none":
         keep_biases(base)
@@ -201,12 +194,7 @@ def check_adapter(adapter: Path) -> None:
     if not (adapter / "adapter_model.safetensors").exists():
         raise UserError(f"adapter: {adapter} holds none. Fix: run the notebook that trains it to the end.")
     links.check(adapter.iterdir(), adapter.parent)
-    try:
-        saved = dict(json.loads((adapter / "adapter_config.json").read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"adapter: {adapter} has no readable adapter_config.json ({error}). Fix: train again."
-        ) from None
+    saved = parse.json_object(adapter / "adapter_config.json", "adapter", fix="Fix: train again.")
     plain = LoraConfig().to_dict()
     other = [key for key in plain if key not in OWN_SETTINGS and saved.get(key) and saved[key] != plain[key]]
     other += ["another peft_type"] if saved.get("peft_type") != "LORA" else []
@@ -219,10 +207,7 @@ def check_adapter(adapter: Path) -> None:
 
 
 def train_in_float32(model: Any) -> None:
-    """Convert trainable weights to float32.
-
-    TRL casts them to bfloat16, for which the fp16 gradient scaler has no kernel.
-    """
+    """Convert trainable weights to float32: TRL casts them to bfloat16, for which the fp16 scaler has no kernel."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -56,10 +56,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def tensors(folder: Path) -> Iterator[StoredTensor]:
-    """Yield every tensor of a model folder in storage order.
-
-    Raises `UserError` for weights that are not plain 16-bit or 32-bit floats.
-    """
+    """Yield every tensor of a model folder in storage order. Raises `UserError` for other than 16- or 32-bit floats."""
     for path in files(folder):
         header = parse.weights_header(path)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -72,10 +69,7 @@ def tensors(folder: Path) -> Iterator[StoredTensor]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Return a hash that tells weights of the same shape apart, from the size and 64 samples of each file.
-
-    The samples are spaced evenly. The hash has 16 hex digits.
-    """
+    """Return 16 hex digits that tell weights of one shape apart, from the size and 64 even samples of each file."""
     digest = hashlib.sha256()
     for path in files(folder):
         size = path.stat().st_size

@@ -45,10 +45,7 @@ def round_trip(weight: torch.Tensor, quantization: str, double_quant: bool) -> t
 
 
 def four_bit_levels(quantization: str) -> list[float]:
-    """Return the 16 values of a 4-bit weight in ascending order, relative to the largest absolute weight in its block.
-
-    A block has 64 weights.
-    """
+    """Return the 16 values of a 4-bit weight, ascending, relative to the largest absolute one of its block of 64."""
     return sorted(bnb.functional.get_4bit_type(quantization, device="cpu").tolist())
 
 

@@ -75,10 +75,7 @@ def _infinite(value: dict[str, Any]) -> Any:
 
 
 def load(model: str, revision: str = "main") -> Shape:
-    """Return the shape of a model: one known offline, a folder with a `config.json`, such a file, or a hub id.
-
-    Raises `UserError` if the config cannot be loaded, or if transformers does not know its model type.
-    """
+    """Return the shape of a model: see `read`. Raises `UserError` also if transformers does not know its type."""
     return from_config(model, read(model, revision))
 
 

@@ -86,12 +86,6 @@ def _trained_biases(workload: Workload) -> int:
     )
 
 
-def _optimizer(workload: Workload) -> float:
-    """Bytes of the moments on a GPU. Paged ones move to CPU memory when GPU memory is short, so they count as 0."""
-    paged = workload.config.optimizer.startswith("paged")
-    return 0.0 if paged else sharding.at_step(workload, _moments(workload))
-
-
 def _moments(workload: Workload) -> float:
     """Bytes of AdamW's two moments."""
     each = (1 + FULL / BLOCK_8BIT) if "8bit" in workload.config.optimizer else (HALF if workload.full else FULL)
@@ -103,8 +97,10 @@ def _gradients(workload: Workload) -> float:
 
 
 def _base(workload: Workload) -> dict[str, float]:
+    paged = workload.config.optimizer.startswith("paged")  # these moments move to CPU memory when the GPU's is short
+    moments = 0.0 if paged else sharding.at_step(workload, _moments(workload))
     buckets = sharding.buckets(workload, _gradients(workload))
-    return {**static_parts(workload), "optimizer states": _optimizer(workload), **buckets}
+    return {**static_parts(workload), "optimizer states": moments, **buckets}
 
 
 def _at_loss(workload: Workload) -> dict[str, float]:
@@ -215,10 +211,7 @@ def evaluation_parts(workload: Workload) -> dict[str, float]:
 
 
 def rows_at_once(workload: Workload) -> int:
-    """Return how many held-out rows of the greatest length a GPU evaluates in one batch.
-
-    At most as many as need no more memory than training.
-    """
+    """Return how many of the longest held-out rows a GPU evaluates at once, in no more memory than training needs."""
     return _most(workload, _whole_rows, MOST_ROWS_ON_GPU)
 
 

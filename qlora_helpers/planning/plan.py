@@ -232,10 +232,7 @@ def _splits(config: Config) -> Iterator[Config]:
 
 
 def gpu_of(device: Device | str | float, config: Config) -> Gpu:
-    """Return the GPU that `device` stands for, with less memory if the config limits it.
-
-    Raises `UserError` for an unknown name or a memory that is not positive.
-    """
+    """Return the GPU of a device, with less memory if the config limits it. Raises `UserError` if there is none."""
     if isinstance(device, str):
         if device not in GPUS:
             raise UserError(f"unknown device '{device}'.{nearest(device, GPUS)}")

@@ -15,10 +15,7 @@ def method_of(config: Config) -> str:
 
 
 def of_method(config: Config, method: str | None) -> Config:
-    """Return the config with the quantization of `method`; None means the config's own.
-
-    Raises `UserError` if there is no such method.
-    """
+    """Return the config with the quantization of `method`, None for its own. Raises `UserError` for an unknown one."""
     if method not in (None, *METHODS):
         raise UserError(f"unknown method '{method}'.{nearest(str(method), METHODS)}")
     if (method or method_of(config)) != "qlora":

@@ -79,11 +79,6 @@ def offloaded(workload: Workload, whole: dict[str, float]) -> float:
     return sum(size for name, size in whole.items() if name != REPLICATED)
 
 
-def layer_bytes(workload: Workload) -> float:
-    """Return the bytes of all decoder layers, as each all-gather of FSDP sends them."""
-    return workload.total(lambda block: _stored(workload, block))
-
-
 def _stored(workload: Workload, block: Block) -> float:
     packed = block.packable if workload.packed else 0
     others = block.matrices - packed + block.norms + block.biases

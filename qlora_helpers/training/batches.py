@@ -47,7 +47,6 @@ class PackedRows:
     vocabulary: int
 
     def __call__(self, features: Features) -> Batch:
-        """Return a batch as keyword arguments of the model."""
         packings = [split_rows(features, number) for number in range(1, len(features) + 1)]
         return collate_lines(min(packings, key=self.cost))
 
@@ -71,7 +70,6 @@ class Share:
     collate: Collator
 
     def __call__(self, features: Features) -> Batch:
-        """Return a batch as keyword arguments of the model."""
         ids = features[0]["input_ids"][:2]
         own = features[distributed.rank() :: distributed.count()]
         return self.collate(own or [{"input_ids": ids, "labels": [IGNORE] * len(ids)}])
@@ -108,10 +106,7 @@ def as_features(example: Example) -> dict[str, list[int]]:
 
 
 def split_rows(features: Features, number: int) -> list[Features]:
-    """Distribute the rows over `number` lines of nearly equal length.
-
-    The longest row comes first; each row goes to the line that is shortest so far.
-    """
+    """Distribute the rows over `number` lines: from the longest on, each goes to the line that is shortest so far."""
     lines: list[Features] = [[] for _ in range(number)]
     for row in sorted(features, key=lambda row: -len(row["input_ids"])):
         min(lines, key=_length).append(row)
@@ -170,10 +165,7 @@ def padded(features: Features) -> Batch:
 
 
 def collator(model: Any, device: Device) -> Collator | None:
-    """Return the cheapest collator with which `model` computes the same loss, or None for TRL's own collator.
-
-    The check runs short rows through the model; see `same_loss`.
-    """
+    """Return the cheapest collator with which `model` computes the same loss: see `same_loss`. None for TRL's own."""
     if device.kind != "cpu" or not _takes_columns(model):
         return None
     rounding = 0.0 if device.dtype == "float32" else ROUNDING
@@ -203,7 +195,11 @@ def same_loss(
     masked tokens contribute zero.
     """
     vocabulary = model.config.get_text_config().vocab_size
-    first, second, other = (_row(n, step, vocabulary) for step, n in zip((31, 37, 41), CHECK_LENGTHS, strict=True))
+    first, second, other = (
+        [(7 + step * place * (place + 1)) % vocabulary for place in range(length)]
+        for step, length in zip((31, 37, 41), CHECK_LENGTHS, strict=True)
+    )
+    trained = {"input_ids": second, "labels": second}
     loss_of = loss or (lambda batch: model(**batch).loss.item())
     where = model.get_input_embeddings().weight.device
 
@@ -217,22 +213,11 @@ def same_loss(
         with torch.inference_mode():
             rows = (torch.tensor([ids], device=where) for ids in (first, second))
             plain = [model(input_ids=row, labels=row).loss.item() for row in rows]
-            together = together_in([_trained(first), _trained(second)])
-            after = [together_in([_untrained(row), _trained(second)]) for row in (first, other)]
+            together = together_in([{"input_ids": first, "labels": first}, trained])
+            untrained = ({"input_ids": row, "labels": [IGNORE] * len(row)} for row in (first, other))
+            after = [together_in([row, trained]) for row in untrained]
     finally:
         model.train(was_training)
     counts = [len(first) - 1, len(second) - 1]  # the first token of a row is not predicted
     own = sum(loss * count for loss, count in zip(plain, counts, strict=True)) / sum(counts)
     return abs(together - own) <= TOLERANCE + rounding * own and abs(after[0] - after[1]) <= LEAK * own
-
-
-def _row(length: int, step: int, vocabulary: int) -> list[int]:
-    return [(7 + step * place * (place + 1)) % vocabulary for place in range(length)]
-
-
-def _trained(ids: list[int]) -> dict[str, list[int]]:
-    return {"input_ids": ids, "labels": ids}
-
-
-def _untrained(ids: list[int]) -> dict[str, list[int]]:
-    return {"input_ids": ids, "labels": [IGNORE] * len(ids)}

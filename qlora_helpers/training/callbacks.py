@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from qlora_helpers import distributed, drive, files, plots
+from qlora_helpers.errors import UserError
 from qlora_helpers.notebook import in_notebook
 from qlora_helpers.planning.step_time import in_words
 from qlora_helpers.runs import RunFolder
@@ -61,7 +62,6 @@ class CopyToDrive(TrainerCallback):
         self.mirror = mirror
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Copy the run; the checkpoint is complete."""
         self.mirror.push()
 
 
@@ -115,10 +115,7 @@ class Bar:
 
 
 class Progress(TrainerCallback):
-    """Shows the progress of a run. It replaces transformers' own bar, which prints a line per step to a file.
-
-    `rows` says which rows are evaluated.
-    """
+    """Shows the progress of a run, in the place of transformers' own bar, which prints a line per step to a file."""
 
     def __init__(self, rows: str = "held-out") -> None:
         self._rows = rows
@@ -141,7 +138,6 @@ class Progress(TrainerCallback):
             self._show(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the final state."""
         self._show(state)
         if not _shows_displays() and sys.stdout.isatty():
             print()
@@ -186,14 +182,15 @@ class LiveLoss(TrainerCallback):
         self._show(state, always=state.global_step >= state.max_steps)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw the complete curves."""
         self._show(state, always=True)
 
     def _show(self, state: Any, always: bool = False) -> None:
         began = time.monotonic()
         if not in_notebook() or (began < self._due and not always):
             return
-        self._before = self._before or self._first_line()
+        if not self._before:  # only the file has step 0; it may not be written yet, or no longer be mounted
+            with contextlib.suppress(OSError, UserError):
+                self._before = [line for line in self.run.log()[:1] if line["step"] == 0]
         figure = plots.loss_curves({"this run": [*self._before, *state.log_history]})
         if self._handle is None:
             from IPython.display import display
@@ -203,10 +200,3 @@ class LiveLoss(TrainerCallback):
             self._handle.update(figure)
         ended = time.monotonic()
         self._due = max(began + REDRAW_SECONDS, ended + (ended - began) / REDRAW_SHARE)
-
-    def _first_line(self) -> list[dict[str, Any]]:
-        """Return the line of step 0, which only the file has. It may not be written yet, or no longer be mounted."""
-        with contextlib.suppress(OSError, ValueError), (self.run / "log.jsonl").open(encoding="utf-8") as file:
-            first = json.loads(file.readline())
-            return [first] if first["step"] == 0 else []
-        return []

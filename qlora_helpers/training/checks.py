@@ -1,7 +1,6 @@
 """Checks that stop a run which would learn or measure nothing. Each says what is wrong and how to fix it."""
 
 import contextlib
-import errno
 import math
 import random
 import shutil
@@ -17,10 +16,9 @@ from transformers.trainer_callback import ExportableState
 from qlora_helpers import distributed
 from qlora_helpers.data import cleaning
 from qlora_helpers.data.cleaning import Data
-from qlora_helpers.errors import UserError
+from qlora_helpers.errors import FULL, UserError
 
 ZERO_STEPS = 3  # consecutive steps: a single step without gradient may be due to its rows
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 SPARE = 2**20  # bytes; a disk with less free space is full, whatever error the writing library raises
 
 
@@ -140,7 +138,7 @@ def full_disk_as_user_error(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in DISK_FULL
+        full = isinstance(error, OSError) and error.errno in FULL
         if isinstance(error, UserError) or not (full or shutil.disk_usage(folder).free < SPARE):
             raise
         raise UserError(

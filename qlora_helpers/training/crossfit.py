@@ -13,6 +13,7 @@ from pathlib import Path
 from qlora_helpers import distributed, files
 from qlora_helpers.config import Config
 from qlora_helpers.evaluation.context import RunContext
+from qlora_helpers.evaluation.lessons import stopped
 from qlora_helpers.evaluation.row_losses import RowLoss, mean_loss
 
 FILE = "evaluations.jsonl"
@@ -35,19 +36,11 @@ def cross_fitted(evaluations: Mapping[int, list[RowLoss]], config: Config) -> li
 def chosen_step(losses: Mapping[int, float], config: Config) -> int:
     """Return the step whose weights a run ends with, given its loss at each evaluation in order.
 
-    With `keep_best`, it is the step of the lowest loss; else the last one. Early stopping ends the evaluations, by the
-    rule of transformers' `EarlyStoppingCallback`.
+    With `keep_best`, it is the step of the lowest loss; else the last one. Early stopping ends the evaluations.
     """
-    best = last = next(iter(losses))
-    waited = 0
-    for last, loss in losses.items():
-        if loss < losses[best] or last == best:
-            best, waited = last, 0
-        else:
-            waited += 1
-        if config.early_stopping_patience and waited >= config.early_stopping_patience:
-            break
-    return best if config.keep_best else last
+    last = stopped(list(losses.values()), config.early_stopping_patience)
+    steps = list(losses)[: None if last is None else last + 1]
+    return min(steps, key=losses.__getitem__) if config.keep_best else steps[-1]
 
 
 def halves(rows: list[RowLoss]) -> list[bool]:

@@ -79,10 +79,7 @@ class Passes:
         self.loss_of_chunk = self._loss_sum
 
     def __call__(self, ids: torch.Tensor, labels: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-        """Add the gradients of a batch and return its loss: the sum over trained tokens, divided by `items`.
-
-        The shapes of ids and labels are (rows, length).
-        """
+        """Add the gradients of a batch, (rows, length), and return its loss: the sum over trained tokens by `items`."""
         with self._as_captured():
             hidden, labels = self._hidden(ids), labels[:, 1:].flatten()
             parts = [part.requires_grad_() for part in hidden.detach().split(self.chunk)]
@@ -186,17 +183,6 @@ def _rms_norm(
         return torch.nn.functional.rms_norm(hidden, weight.shape, weight, eps)
 
 
-@dataclass
-class _Captured:
-    """A graph and the tensors that it reads and writes."""
-
-    graph: torch.cuda.CUDAGraph
-    ids: torch.Tensor
-    labels: torch.Tensor
-    items: torch.Tensor
-    loss: torch.Tensor
-
-
 class GraphStep:
     """The forward and backward pass of training, replayed from one graph per length."""
 
@@ -204,7 +190,7 @@ class GraphStep:
         self.passes, self.rows = passes, rows
         self.trained = [p for p in passes.model.parameters() if p.requires_grad]
         self.gradients = [torch.zeros_like(p) for p in self.trained]  # the tensors that the graphs add to
-        self.graphs: dict[int, _Captured] = {}
+        self.graphs: dict[int, tuple[Any, tuple[torch.Tensor, ...], torch.Tensor]] = {}  # graph, its inputs, its loss
         self.warm: set[int] = set()  # lengths whose kernels are chosen, loaded and compiled
         self.full = False  # whether a graph did not fit, so that the passes are computed without graphs from there on
         self._pool: Any = None
@@ -224,12 +210,11 @@ class GraphStep:
                 self.release()
         if self.full:
             return self.passes(ids, labels, items)
-        captured = self.graphs[length]
-        captured.ids.copy_(ids, non_blocking=True)
-        captured.labels.copy_(labels, non_blocking=True)
-        captured.items.copy_(items, non_blocking=True)
-        captured.graph.replay()
-        return captured.loss.clone()
+        graph, inputs, loss = self.graphs[length]
+        for tensor, new in zip(inputs, (ids, labels, items), strict=True):
+            tensor.copy_(new, non_blocking=True)
+        graph.replay()
+        return loss.clone()
 
     def _attach_gradients(self) -> None:
         """Put zeroed gradients where the trainer has removed them after an optimizer step."""
@@ -267,10 +252,10 @@ class GraphStep:
         given back.
         """
         self.warm_up([length])
-        ids, labels, items = self.untrained(length)
+        inputs = self.untrained(length)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph, loss = forward.capture(lambda: self.passes(ids, labels, items), self._pool)
-        self.graphs[length] = _Captured(graph, ids, labels, items, loss)
+        graph, loss = forward.capture(lambda: self.passes(*inputs), self._pool)
+        self.graphs[length] = graph, inputs, loss
 
     def release(self) -> None:
         """Free the memory of the graphs. They are captured again when they are needed."""

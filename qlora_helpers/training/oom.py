@@ -1,10 +1,8 @@
 """GPU memory of a run: choose a batch size that fits, and handle running out of memory."""
 
-import gc
-
 from qlora_helpers import distributed
 from qlora_helpers.config import Config
-from qlora_helpers.device import Device, forget_peak
+from qlora_helpers.device import Device
 from qlora_helpers.errors import UserError
 from qlora_helpers.planning import plan
 from qlora_helpers.runs import RunFolder
@@ -70,12 +68,6 @@ def shrink(config: Config, device: Device, run: RunFolder, seen_gib: float) -> C
         f"memory: the GPU ran out: {_planned(config, device)}, {seen}. Fix: {_fix(config, device)}. What "
         f"was saved is in {run.path}."
     )
-
-
-def free(device: Device) -> None:
-    """Release the GPU memory of a failed run."""
-    gc.collect()
-    forget_peak(device)
 
 
 def _split(config: Config) -> str:

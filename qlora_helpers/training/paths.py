@@ -38,10 +38,6 @@ class Choice:
         times = ", ".join(f"{path} {1000 * seconds:.0f} ms" for path, seconds in self.seconds.items())
         return f"fast={self.path}, {self.reason}" + (f" ({times} a pass)" if times else "") + "."
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for the manifest."""
-        return asdict(self)
-
 
 def prepare(trainer: Any, context: RunContext, checkpoint: Path | None) -> None:
     """Choose how the steps of `trainer` are computed, print it, and record it in the manifest.
@@ -62,7 +58,7 @@ def prepare(trainer: Any, context: RunContext, checkpoint: Path | None) -> None:
             trainer.model, device, trainer.accelerator.backward, wanted, config.batch_size, lengths, passes
         )
     if distributed.is_main():
-        files.write_json(run / "manifest.json", {**run.read("manifest.json"), "training_path": choice.to_dict()})
+        files.write_json(run / "manifest.json", {**run.read("manifest.json"), "training_path": asdict(choice)})
     if device.kind == "cuda":
         print(f"Steps: {choice}")
     if trainer.graphs is not None:

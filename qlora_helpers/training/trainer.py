@@ -1,5 +1,6 @@
 """One run: configure TRL's SFTTrainer, continue an interrupted run, save the results."""
 
+import gc
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -98,7 +99,8 @@ def _train_within_memory(
             if not oom.is_oom_error(error):
                 raise
         seen = peak_memory_gib(context.device)
-        oom.free(context.device)  # the traceback, which kept the tensors alive, is gone only here
+        gc.collect()  # the traceback, which kept the tensors alive, is gone only here
+        forget_peak(context.device)
         context = replace(context, config=oom.shrink(context.config, context.device, context.run, seen))
 
 

@@ -37,25 +37,20 @@ def write(run: RunFolder, config: Config, device: Device, arguments: TrainingArg
     (run / ROWS).mkdir(parents=True, exist_ok=True)
     parquet.write_table(rows.with_format("arrow")[:], run / ROWS / "train.parquet")  # to_parquet shows a progress bar
     settings = {"dataset_name": ROWS, **_model(config, device), **_arguments(arguments)}
-    text = yaml.safe_dump(settings, sort_keys=False)
-    files.write_text(
-        run / "trl_sft.yaml", HEAD + "".join(f"# - {line}\n" for line in _differences(config, device)) + text
-    )
+    differences = "".join(f"# - {line}\n" for line in _differences(config, device))
+    files.write_text(run / "trl_sft.yaml", HEAD + differences + yaml.safe_dump(settings, sort_keys=False))
 
 
 def _model(config: Config, device: Device) -> dict[str, Any]:
     local = hub.is_local(config)
     quantized = config.quantization != "none"
+    kind = {"bnb_4bit_quant_type": config.quantization, "use_bnb_nested_quant": config.double_quant}
     return {
         "model_name_or_path": str(hub.model_folder(config).resolve()) if local else config.model,
         "model_revision": "main" if local else config.revision,
         "dtype": device.dtype,
         "load_in_4bit": quantized,
-        **(
-            {"bnb_4bit_quant_type": config.quantization, "use_bnb_nested_quant": config.double_quant}
-            if quantized
-            else {}
-        ),
+        **(kind if quantized else {}),
         "use_peft": True,
         "lora_r": config.rank,
         "lora_alpha": config.alpha,

@@ -22,7 +22,6 @@ def steps(tmp_path, monkeypatch):
 
     def convert(gguf, target):
         done.append("convert")
-        target.mkdir()
         (target / "model.safetensors").write_bytes(gguf.read_bytes())
         (target / "config.json").write_text("{}")
 
@@ -74,7 +73,7 @@ def test_a_file_with_another_sha256_is_rejected(steps, monkeypatch):
 
 def test_a_failed_conversion_leaves_no_files(steps, monkeypatch):
     def fail(gguf, target):
-        target.mkdir()
+        (target / "config.json").touch()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bundled, "_convert", fail)
