@@ -45,7 +45,9 @@ def run_series(out: Path, samples: list[int] | None = None, **params: Any) -> Pa
         config = Config.from_params(preset=preset, n_samples=n_samples, **params)
         runs.check_free(RunFolder(out / run_name), config)
         tokenizer = hub.load_tokenizer(config)
-        cleaning.select(cleaning.clean(config, tokenizer), config, tokenizer)  # refuses a stream: notebooks show all rows
+        cleaning.select(
+            cleaning.clean(config, tokenizer), config, tokenizer
+        )  # refuses a stream: notebooks show all rows
     folder = runs.workdir(str(out))
     common = {"workdir": str(folder), **params}
     own: dict[str, dict[str, Any]] = {
