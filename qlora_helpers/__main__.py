@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from itertools import chain
+from json import dumps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +14,6 @@ from qlora_helpers import __version__, distributed, errors, options, parse, quot
 from qlora_helpers.config import our_name
 from qlora_helpers.errors import UserError, blame, nearest
 from qlora_helpers.options import Parser
-
-RUN_AGAIN = (
-    "Fix: restore them, or run the notebook again with another output folder; if they are as they should be, report "
-    "the log as a bug."
-)
 
 
 def build_parsers() -> tuple[Parser, dict[str, Parser]]:
@@ -93,7 +89,11 @@ def _of_runs(*folders: Path) -> AbstractContextManager[None]:
     for folder in folders:
         parse.no_devices(chain(folder.glob("*"), folder.glob("*/*")), "run folder")
     names = ", ".join(map(str, folders[:3])) + (", …" if folders[3:] else "")
-    return blame("run folder", f"{names} or the folder of the base model", RUN_AGAIN)
+    fix = (
+        "Fix: restore them, or run the notebook again with another output folder; if they are as they should be, "
+        "report the log as a bug."
+    )
+    return blame("run folder", f"{names} or the folder of the base model", fix)
 
 
 def _check_names(argv: list[str], parsers: Mapping[str, Parser]) -> None:
@@ -200,8 +200,6 @@ def _plan(
     model: str | None, memory: float | None, device: str | None, method: str | None, targets: str | None, json: bool,
     rows: list[int] | None, detect: float | None, pilot: list[Path] | None, gpus: int, strategy: str, **params: Any,
 ) -> int:  # fmt: skip
-    from json import dumps
-
     if detect is not None:
         return _plan_comparison(detect, pilot or [], json)
     if pilot:
@@ -228,8 +226,6 @@ def _plan(
 
 
 def _plan_comparison(effect: float, pilot: list[Path], json: bool) -> int:
-    from json import dumps
-
     from qlora_helpers.evaluation import power
     from qlora_helpers.runs import RunFolder
 

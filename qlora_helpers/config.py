@@ -8,11 +8,10 @@ import hashlib
 import json
 import math
 import types
-import typing
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, get_args
 
 from qlora_helpers.errors import UserError, nearest
 
@@ -239,9 +238,7 @@ def our_name(name: str) -> str | None:
 
 def value_type(field: "dataclasses.Field[Any]") -> Any:
     """Return the type of a field's values, ignoring None."""
-    hint = typing.get_type_hints(Config)[field.name]
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next(kind for kind in kinds if kind is not type(None))
+    return get_args(field.type)[0] if isinstance(field.type, types.UnionType) else field.type
 
 
 @cache
@@ -291,14 +288,13 @@ def _check(values: dict[str, Any]) -> dict[str, Any]:
     Raises `UserError` for the first unknown name, wrong type or value out of range, and for scores that cannot be used.
     """
     fields = {field.name: field for field in dataclasses.fields(Config)}
-    hints = typing.get_type_hints(Config)
     checked = {}
     for name, value in values.items():
         if name not in fields:
             ours = our_name(name)
             hint = f" Fix: use {ours}." if ours else nearest(name, fields)
             raise UserError(f"unknown parameter '{name}'.{hint}")
-        checked[name] = _check_value(name, value, hints[name], fields[name].metadata)
+        checked[name] = _check_value(value, fields[name])
     if checked.get("score"):
         _check_score(checked["score"], bool(checked.get("run_code")))
     return checked
@@ -324,12 +320,11 @@ def _check_score(score: str, run_code: bool) -> None:
         )
 
 
-def _check_value(name: str, value: Any, hint: Any, limits: typing.Mapping[str, Any]) -> Any:
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in kinds:
+def _check_value(value: Any, field: "dataclasses.Field[Any]") -> Any:
+    if value is None and isinstance(field.type, types.UnionType):  # all unions are with None
         return None
-    kind = next(kind for kind in kinds if kind is not type(None))
-    value = as_kind(name, value, kind)
+    name, limits = field.name, field.metadata
+    value = as_kind(name, value, value_type(field))
     low, high, choices = limits["low"], limits["high"], limits["choices"]
     if choices and value not in choices:
         raise UserError(f"{name}: '{value}' is not one of {', '.join(choices)}.")

@@ -101,9 +101,8 @@ def _gpu(compute_dtype: str) -> Device:
     import torch
 
     free, total = torch.cuda.mem_get_info(0)
-    amd = bool(torch.version.hip)
-    capability = None if amd else torch.cuda.get_device_capability(0)
-    generation = _amd_architecture() if amd else "capability {}.{}".format(*torch.cuda.get_device_capability(0))
+    capability = None if torch.version.hip else torch.cuda.get_device_capability(0)
+    generation = "capability {}.{}".format(*capability) if capability else _amd_architecture()
     native = has_bf16()
     reason = f"{generation} has {'' if native else 'no '}bf16 in hardware"
     name = torch.cuda.get_device_name(0)
@@ -191,10 +190,6 @@ def peak_memory_gib(device: Device) -> float:
         import torch
 
         return torch.cuda.max_memory_reserved() / GIB
-    if sys.platform == "win32":
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset / GIB
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB

@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
@@ -25,10 +25,10 @@ class Parser(argparse.ArgumentParser):
         """Add an option, to `group` if one is given."""
         self.options += (group or self).add_argument(*names, **kwargs).option_strings
 
-    def settings(self, *leave_out: str, aliases: Mapping[str, str] | None = None) -> None:
-        """Add an option for every setting of `Config` except those in `leave_out`, with its help and limits."""
+    def settings(self, *leave_out: str, only: Collection[str] = (), aliases: Mapping[str, str] | None = None) -> None:
+        """Add an option for every setting of `Config`, or those in `only`, except those in `leave_out`."""
         for field in dataclasses.fields(Config):
-            if field.name in {"preset_name", *leave_out}:
+            if field.name in {"preset_name", *leave_out} or (only and field.name not in only):
                 continue
             names = [f"--{field.name.replace('_', '-')}", *filter(None, [(aliases or {}).get(field.name)])]
             kind = value_type(field)
@@ -103,13 +103,8 @@ def data(data: Parser) -> None:
         choices=("guanaco", "instruction", "auto"),
         help="prompt format (default: auto if the model has a chat template, else instruction)",
     )
-    data.option("--columns", metavar="X=Y", help="what columns hold: question=Title,answer=Body")
-    data.option("--group-by", metavar="FIELD", help="field of rows that depend on each other; a group is never split")
-    data.option("--split", help="split to read, such as train")
-    data.option("--subset", help="subset on the hub, or subfolder")
-    data.option("--near-duplicates", type=float, metavar="T", help="Jaccard similarity of duplicate rows (default 0.7)")
     data.option("--n-heldout", type=int, metavar="N", help="held-out rows (default: a tenth, at most 1,000)")
-    data.option("--data-seed", type=int, metavar="S", help="seed of the split (default 0)")
+    data.settings(only=("columns", "group_by", "split", "subset", "near_duplicates", "data_seed"))
 
 
 def plan(plan: Parser) -> None:

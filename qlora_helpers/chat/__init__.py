@@ -2,15 +2,12 @@
 
 from qlora_helpers._lazy import lazy
 
-__all__ = [
-    "Panel",  # chat panel for a notebook
-    "judge",  # judge two models' answers without knowing which is which
-    "load",  # load the adapters of several runs on one base model
-    "results",  # results of the votes in a run folder
-    "show",  # show saved answers in a picker, or as a table
-]
-
-__getattr__ = lazy(
-    __name__,
-    {"load": "side_by_side", "show": "side_by_side", "Panel": "panel", "judge": "blind", "results": "blind"},
-)
+MODULES = {
+    "Panel": "panel",  # chat panel for a notebook
+    "judge": "blind",  # judge two models' answers without knowing which is which
+    "load": "side_by_side",  # load the adapters of several runs on one base model
+    "results": "blind",  # results of the votes in a run folder
+    "show": "side_by_side",  # show saved answers in a picker, or as a table
+}
+__all__ = list(MODULES)
+__getattr__ = lazy(__name__, MODULES)

@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import RLock
 from typing import Any
 
-from qlora_helpers import files
+from qlora_helpers import files, parse
 from qlora_helpers.chat.panel import STYLE
 from qlora_helpers.chat.side_by_side import Entry, bundle
 from qlora_helpers.errors import UserError
@@ -109,11 +109,8 @@ def read(path: Path) -> list[Vote]:
     Raises `UserError` if a line is not a vote.
     """
     votes: dict[str, Vote] = {}
-    try:
-        lines = path.read_text("utf-8").split("\n") if path.exists() else []
-    except (OSError, ValueError) as error:
-        raise UserError(f"votes: {path} cannot be read ({error}). Fix: name a file written by this panel.") from None
-    for number, line in enumerate(lines, 1):
+    content = parse.text(path, "votes", fix="Fix: name a file written by this panel.") if path.exists() else ""
+    for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
             try:
                 vote = Vote(**json.loads(line))

@@ -40,12 +40,11 @@ class Conversation:
     def __init__(self, loaded: Loaded, new_tokens: int = NEW_TOKENS) -> None:
         self.loaded = loaded
         self.new_tokens = new_tokens  # at most, per answer
-        self.turns: dict[str, list[Message]] = {}
         self.clear()
 
     def clear(self) -> None:
         """Delete all turns."""
-        self.turns = {name: [] for name in self.loaded.configs}
+        self.turns: dict[str, list[Message]] = {name: [] for name in self.loaded.configs}
 
     def ask(self, question: str, temperature: float = 0.0) -> Iterator[None]:
         """Ask every model a question. Each step of the iterator makes all answers in `turns` a little longer.

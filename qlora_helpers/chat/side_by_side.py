@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from qlora_helpers import notebook
 from qlora_helpers.config import Config
 from qlora_helpers.device import Device, limit_memory, on_colab
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import answers
 from qlora_helpers.evaluation.row_losses import BASE
 from qlora_helpers.models import hub
+from qlora_helpers.notebook import CELL, is_interactive
 from qlora_helpers.planning import compute_dtype
 from qlora_helpers.runs import RunFolder
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 SHOWN = 8  # questions in the table: your own, the two published ones and a few held-out ones
 SAME_BASE = ("model", "revision", "quantization", "double_quant", "compute_dtype")
 WIDGET = "application/vnd.jupyter.widget-view+json"
-_CELL = "text-align:left;vertical-align:top"
 
 Entry = dict[str, str]  # the question under "prompt", and each answer under the name of its model
 
@@ -138,18 +137,18 @@ def bundle(box: Any, text: str, page: str) -> dict[str, Any]:
 
 def show(entries: list[Entry]) -> Table | Picker:
     """Return a picker if a person runs the notebook, else a table, because a stored notebook would keep a widget."""
-    return Picker(entries) if notebook.is_interactive() else Table(entries)
+    return Picker(entries) if is_interactive() else Table(entries)
 
 
 def _html(entries: list[Entry]) -> str:
     """One row per question and per answer. `tex2jax_ignore` keeps dollar signs from becoming math."""
     lines = []
     for entry in entries:
-        lines.append(f'<tr><th colspan="2" style="{_CELL}">{_text(entry["prompt"])}</th></tr>')
+        lines.append(f'<tr><th colspan="2" style="{CELL}">{_text(entry["prompt"])}</th></tr>')
         for name, text in entry.items():
             if name != "prompt":
                 lines.append(
-                    f'<tr><td style="{_CELL}"><i>{_text(name)}</i></td><td style="{_CELL}">{_text(text)}</td></tr>'
+                    f'<tr><td style="{CELL}"><i>{_text(name)}</i></td><td style="{CELL}">{_text(text)}</td></tr>'
                 )
     return f'<table class="tex2jax_ignore">{"".join(lines)}</table>'
 

@@ -2,13 +2,11 @@
 
 from qlora_helpers._lazy import lazy
 
-__all__ = [
-    "plan_runs",  # the runs that a comparison needs
-    "run_batch",  # one run for each sample count, setting and seed
-    "run_series",  # notebooks 01-07, headless
-    "train_missing",  # train the planned runs that are not finished
-]
-
-__getattr__ = lazy(
-    __name__, {"plan_runs": "matrix", "train_missing": "matrix", "run_series": "series", "run_batch": "series"}
-)
+MODULES = {
+    "plan_runs": "matrix",  # the runs that a comparison needs
+    "run_batch": "series",  # one run for each sample count, setting and seed
+    "run_series": "series",  # notebooks 01-07, headless
+    "train_missing": "matrix",  # train the planned runs that are not finished
+}
+__all__ = list(MODULES)
+__getattr__ = lazy(__name__, MODULES)

@@ -97,18 +97,12 @@ def missing_runs(planned: Iterable[PlannedRun]) -> tuple[list[PlannedRun], str]:
     return absent, f"about {step_time.in_words(seconds)} ({source})"
 
 
-def describe_missing(planned: list[PlannedRun]) -> str:
-    """Return how many runs are missing and the time they need together, in words."""
-    absent, minutes = missing_runs(planned)
-    if not absent:
-        return f"All {len(planned)} runs are there: nothing to train."
-    return f"{len(absent)} of {len(planned)} runs missing: {minutes} in total."
-
-
 def train_missing(planned: list[PlannedRun]) -> dict[str, list[RunFolder]]:
     """Print how long the missing runs take, then train them. Returns the runs of each experiment in order of seed."""
     results: dict[str, list[RunFolder]] = {}
-    print(describe_missing(planned))
+    absent, minutes = missing_runs(planned)
+    missing = f"{len(absent)} of {len(planned)} runs missing: {minutes} in total."
+    print(missing if absent else f"All {len(planned)} runs are there: nothing to train.")
     for item in planned:
         run = item.run
         if not run.finished:

@@ -21,7 +21,10 @@ from qlora_helpers.experiments.matrix import PlannedRun
 from qlora_helpers.models import hub
 from qlora_helpers.runs import RunFolder
 
-EXPERIMENTS = {"05_train_exp1": "tinyllama-guanaco-100", "06_train_exp2": "tinyllama-guanaco-200"}
+EXPERIMENTS = {  # notebooks that train a run, with its name and preset
+    "05_train_exp1": ("exp1", "tinyllama-guanaco-100"),
+    "06_train_exp2": ("exp2", "tinyllama-guanaco-200"),
+}
 SERIES = ("01_install", "02_load_data", "03_quantize", "04_attach_lora", *EXPERIMENTS, "07_compare")
 
 
@@ -38,9 +41,13 @@ def run_series(out: Path, samples: list[int] | None = None, **params: Any) -> Pa
     reused. Raises `UserError` before anything is written if parameters or data are invalid.
     """
     first, second = samples or (None, None)
-    experiments = zip(("exp1", "exp2"), EXPERIMENTS.values(), (first, second), strict=True)
-    for name, preset, n_samples in experiments:
-        _check(RunFolder(out / name), preset=preset, n_samples=n_samples, **params)
+    for (run_name, preset), n_samples in zip(EXPERIMENTS.values(), (first, second), strict=True):
+        config = Config.from_params(preset=preset, n_samples=n_samples, **params)
+        runs.check_free(RunFolder(out / run_name), config)
+        tokenizer = hub.load_tokenizer(config)
+        cleaning.select(
+            cleaning.clean(config, tokenizer), config, tokenizer
+        )  # refuses a stream: notebooks show all rows
     folder = runs.workdir(str(out))
     common = {"workdir": str(folder), **params}
     own: dict[str, dict[str, Any]] = {
@@ -51,9 +58,8 @@ def run_series(out: Path, samples: list[int] | None = None, **params: Any) -> Pa
     }
     seconds = {}
     for number, name in enumerate(SERIES, 1):
-        params_here = common | own.get(name, {})
         began = time.monotonic()
-        execute(name, executed(folder, name), params_here, f"[{number}/{len(SERIES)}] {name}")
+        execute(name, executed(folder, name), common | own.get(name, {}), f"[{number}/{len(SERIES)}] {name}")
         seconds[name] = round(time.monotonic() - began, 1)
     _note_time(folder, seconds)
     return folder / "report.md"
@@ -61,8 +67,8 @@ def run_series(out: Path, samples: list[int] | None = None, **params: Any) -> Pa
 
 def executed(folder: Path, name: str) -> Path:
     """Return the path of an executed notebook of the series: in the run folder if it trains a run."""
-    run_names = dict(zip(EXPERIMENTS, ("exp1", "exp2"), strict=True))
-    return folder / run_names[name] / "notebook.ipynb" if name in run_names else folder / "notebooks" / f"{name}.ipynb"
+    trains = name in EXPERIMENTS
+    return folder / EXPERIMENTS[name][0] / "notebook.ipynb" if trains else folder / "notebooks" / f"{name}.ipynb"
 
 
 def _note_time(folder: Path, seconds: dict[str, float]) -> None:
@@ -221,14 +227,3 @@ def _say(line: str) -> None:
     """Print a line in one piece: runs at the same time share the terminal."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
-
-
-def _check(run: RunFolder, **params: Any) -> None:
-    """Resolve the config and prepare its data, so that invalid input is found before anything is written.
-
-    The notebooks show all rows, so a stream is refused.
-    """
-    config = Config.from_params(**params)
-    runs.check_free(run, config)
-    tokenizer = hub.load_tokenizer(config)
-    cleaning.select(cleaning.clean(config, tokenizer), config, tokenizer)

@@ -24,6 +24,7 @@ import gguf
 from gguf import GGUFValueType as Type
 from gguf import Keys
 from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
+from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from qlora_helpers import files, locks, parse
 from qlora_helpers.data import chat_template
@@ -39,7 +40,6 @@ SCRIPT = "convert_hf_to_gguf.py"
 PARTS = (SCRIPT, "conversion/", "gguf-py/gguf/", "LICENSE")  # of llama.cpp: 2 MB of 176
 Q4 = "q4_k_m"  # written by llama.cpp's quantizer, from an f16 file
 KINDS = ("f16", "q8_0", Q4)
-FIX = "Fix: ship the merged folder."
 
 
 def check_kind(kind: str) -> None:
@@ -67,7 +67,7 @@ def check(folder: Path) -> None:
         vocabulary = Path(scratch) / "vocabulary.gguf"
         _convert(folder, vocabulary, "--vocab-only")
         architecture = gguf_reader.architecture(vocabulary)
-    if not gguf_reader.in_transformers(architecture) and not gguf_reader.llama_cpp_installed():
+    if architecture not in GGUF_SUPPORTED_ARCHITECTURES and not gguf_reader.llama_cpp_installed():
         raise UserError(
             f"gguf: transformers cannot read '{architecture}' files, so llama.cpp must compare them with the adapter. "
             "Fix: pip install llama-cpp-python (it compiles for several minutes), or ship the merged folder."
@@ -147,7 +147,8 @@ def _convert(folder: Path, target: Path, *options: str) -> None:
             "Fix: close other programs, or export on a machine with more memory."
         )
     if result.returncode or not target.exists():
-        raise UserError(f"gguf: llama.cpp cannot convert {folder} ({_last_line(result.stderr)}). {FIX}")
+        why = _last_line(result.stderr)
+        raise UserError(f"gguf: llama.cpp cannot convert {folder} ({why}). Fix: ship the merged folder.")
 
 
 def _last_line(text: str) -> str:

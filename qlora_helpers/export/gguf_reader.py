@@ -37,11 +37,6 @@ def architecture(file: Path) -> str:
     return str(field(gguf.GGUFReader(file), Keys.General.ARCHITECTURE))
 
 
-def in_transformers(architecture: str) -> bool:
-    """Whether transformers can read files of this architecture."""
-    return architecture in modeling_gguf_pytorch_utils.GGUF_SUPPORTED_ARCHITECTURES
-
-
 def end_tokens(file: Path) -> list[int]:
     """Return the ids of the file's end tokens. Servers stop at each of them; transformers reads only the first."""
     reader = gguf.GGUFReader(file)
@@ -50,10 +45,10 @@ def end_tokens(file: Path) -> list[int]:
 
 def load(file: Path, options: dict[str, Any]) -> Any:
     """Load the model with transformers. `options` are passed to `from_pretrained`."""
-    source: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    source["trust_remote_code"] = False
     with _no_progress_bar():
-        model: Any = AutoModelForCausalLM.from_pretrained(**source, **options, **bundled.unpacked())
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, trust_remote_code=False, **options, **bundled.unpacked()
+        )
     _scale_rotary_frequencies(model, gguf.GGUFReader(file))
     return model.eval()
 

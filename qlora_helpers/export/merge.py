@@ -37,11 +37,6 @@ class Source:
     base: Path
     scale: float
 
-    @property
-    def bytes(self) -> int:
-        """Size of the base model's weights on disk, which is also the size of the merged model."""
-        return sum(path.stat().st_size for path in safetensors_io.files(self.base))
-
 
 def source(run: RunFolder) -> Source:
     """Check that a run's adapter can be merged, and return it with the base model that it was trained on.
@@ -97,11 +92,8 @@ def merge(source: Source, out: Path) -> None:
 
 
 def _merge_weights(source: Source, out: Path) -> None:
-    for path in safetensors_io.files(source.base):
+    for path in [*safetensors_io.files(source.base), *source.base.glob("model.safetensors.index.json")]:
         shutil.copyfile(path, out / path.name)
-    index = source.base / "model.safetensors.index.json"
-    if index.exists():
-        shutil.copyfile(index, out / index.name)
     stored = {tensor.name: tensor for tensor in safetensors_io.tensors(source.base)}
     adapter = load_file(source.run.adapter / "adapter_model.safetensors")
     for name, value in adapter.items():

@@ -148,19 +148,12 @@ def compare(
     """
     if export.is_dir() or not gguf_reader.llama_cpp_installed():
         model, tokenizer, own_ends = _load(export, device)
-        responses = _responses(model, tokenizer, own_ends, reference, questions)
+        ids = [_prompt(tokenizer, question) for question in questions]
+        answers = zip(reference, ids, _answers(model, ids, own_ends), strict=True)
+        responses = (Response(prompt, *answer, _logprobs(model, r.prompt, r.answer)) for r, prompt, answer in answers)
         return judge(name, device.dtype, reference, responses, set(own_ends) == set(ends))
     same_ends = set(gguf_reader.end_tokens(export)) == set(ends)
     return judge(name, "float16", reference, llama_cpp_responses(export, reference, questions), same_ends)
-
-
-def _responses(
-    model: Any, tokenizer: Any, ends: list[int], reference: list[Response], questions: Sequence[str]
-) -> Iterator[Response]:
-    ids = [_prompt(tokenizer, question) for question in questions]
-    answers = _answers(model, ids, ends)
-    for r, prompt, (answer, stopped) in zip(reference, ids, answers, strict=True):
-        yield Response(prompt, answer, stopped, _logprobs(model, r.prompt, r.answer))
 
 
 def llama_cpp_responses(file: Path, reference: list[Response], questions: Sequence[str]) -> Iterator[Response]:

@@ -12,7 +12,7 @@ from qlora_helpers.evaluation.row_losses import RowLoss, mean_loss
 from qlora_helpers.export import gguf, merge, parity
 from qlora_helpers.export.merge import Source
 from qlora_helpers.export.parity import Parity
-from qlora_helpers.models import hub, qlora
+from qlora_helpers.models import hub, qlora, safetensors_io
 from qlora_helpers.planning import compute_dtype
 from qlora_helpers.runs import GGUF, MERGED, RunFolder
 
@@ -129,7 +129,8 @@ def _read_existing(out: Path, identity: dict[str, Any]) -> list[Parity]:
 def _check_disk(source: Source, out: Path, kind: str | None) -> None:
     """Raise `UserError` if the export does not fit on the disk."""
     existing = next(path for path in (out, *out.parents) if path.exists())
-    needed = source.bytes * (1 + (SHARE[kind] if kind else 0)) + SPARE
+    weights = sum(path.stat().st_size for path in safetensors_io.files(source.base))  # of the merged model too
+    needed = weights * (1 + (SHARE[kind] if kind else 0)) + SPARE
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(

@@ -6,6 +6,7 @@ is searched for secrets and local paths.
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,8 @@ from qlora_helpers.data import chat_template
 from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import model_card
 from qlora_helpers.export import scan
-from qlora_helpers.export.pipeline import GGUF, MERGED
 from qlora_helpers.models import hub, links, qlora
-from qlora_helpers.runs import RunFolder
+from qlora_helpers.runs import GGUF, MERGED, RunFolder
 
 TOKENIZER = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
 VOCABULARY = ("vocab.json", "merges.txt", "chat_template.jinja")
@@ -44,7 +44,8 @@ class Push:
         sizes = {name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in self.files.items()}
         lines = [f"{size:>15,}  {name}" for name, size in sizes.items()]
         total = f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files, to {self.repository} ({visibility})"
-        return "\n".join([*lines, total, "", "README.md:", "", quoting.terminal(_read(self.files["README.md"]))])
+        card = scan.text("README.md", self.files["README.md"])
+        return "\n".join([*lines, total, "", "README.md:", "", quoting.terminal(card)])
 
 
 def prepare(source: Path, repository: str, public: bool = False) -> Push:
@@ -102,16 +103,13 @@ def upload(push: Push) -> str:
 def _check_name(repository: str) -> None:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    try:
+    with suppress(HFValidationError):
         validate_repo_id(repository)
-        valid = repository.count("/") == 1
-    except HFValidationError:
-        valid = False
-    if not valid:
-        raise UserError(
-            f"push: '{repository}' is not a repository name. Fix: pass NAME/MODEL: your name on the hub, and the "
-            "model's."
-        )
+        if repository.count("/") == 1:
+            return
+    raise UserError(
+        f"push: '{repository}' is not a repository name. Fix: pass NAME/MODEL: your name on the hub, and the model's."
+    )
 
 
 def _of_run(run: RunFolder) -> dict[str, Content]:
@@ -155,8 +153,3 @@ def _check_clean(contents: Mapping[str, Content], source: Path) -> None:
     folders = [path for path in (Path.home(), source.resolve(), source.resolve().parent, files.ROOT) if path.parts[1:]]
     for name, content in contents.items():
         scan.check(name, content, get_token(), folders)
-
-
-def _read(content: Content) -> str:
-    raw = content if isinstance(content, bytes) else content.read_bytes()
-    return raw.decode("utf-8", "replace")

@@ -40,22 +40,25 @@ def secrets(text: str) -> str | None:
 def check(name: str, content: Path | bytes, token: str | None, folders: Iterable[Path]) -> None:
     """Raise `UserError` if a file contains a secret or names a folder of a machine. The error does not repeat a secret.
 
-    `token` is the user's own, and `folders` are searched for whatever their form. Of weight files, what precedes the
-    numbers is searched: names, metadata and, in a GGUF file, the vocabulary.
+    `token` is the user's own, and `folders` are searched for whatever their form.
     """
-    text = _text(name, content).decode("utf-8", "replace")
-    if (token and token in text) or (kind := secrets(text)):
-        what = "the token" if token and token in text else kind
+    searched = text(name, content)
+    what = "the token" if token and token in searched else secrets(searched)
+    if what:
         raise UserError(f"push: {name} contains {what}. Fix: remove it, and revoke it: it has been written to a file.")
     if name.endswith(VOCABULARY):
         return
-    found = next((str(folder) for folder in folders if str(folder) in text), None) or HOME.search(text)
+    found = [str(folder) for folder in folders if str(folder) in searched] + HOME.findall(searched)
     if found:
-        path = found if isinstance(found, str) else found[0]
-        raise UserError(f"push: {name} names {path}, a folder of a machine. Fix: remove that line.")
+        raise UserError(f"push: {name} names {found[0]}, a folder of a machine. Fix: remove that line.")
 
 
-def _text(name: str, content: Path | bytes) -> bytes:
+def text(name: str, content: Path | bytes) -> str:
+    """Return the text of a file. Of weight files, it is what precedes the numbers: names, metadata, the vocabulary."""
+    return _bytes(name, content).decode("utf-8", "replace")
+
+
+def _bytes(name: str, content: Path | bytes) -> bytes:
     if isinstance(content, bytes):
         return content
     if name.endswith(".safetensors"):

@@ -301,6 +301,13 @@ def test_weights_that_are_not_whole_are_one_line(message, model, device, damage)
         assert "lack model.layers.1.mlp.up_proj.weight (1 missing)" in line
 
 
+@pytest.mark.parametrize("damage", [cut_off, of_zeros, with_a_wrong_shape])
+def test_a_damaged_header_of_weights_is_refused_before_a_tensor_is_read(message, model, damage):
+    file = model[1] / "model.safetensors"
+    damage(file)
+    assert message(parse.weights_header, file).startswith(f"model: {file} cannot be used (SafetensorError")
+
+
 def test_ids_and_positions_without_an_embedding_are_one_line(message, config, device, tmp_path, tokenizer):
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
