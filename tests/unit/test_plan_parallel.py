@@ -190,7 +190,7 @@ def _common(first, second):
         (["--gpus", "2", "--strategy", "fsdp-offload"], 0, "of the computer's memory"),
         (["--gpus", "2"], 0, "fits: 39.07 GiB of 48.00 on each of 2 GPUs, ddp\n"),
         (["--gpus", "2"], 0, "on 2 GPUs, each a GPU of 48 GiB, without communication"),
-        ([], 0, "GiB of 48.00; with CUDA graphs "),
+        (["--dropout", "0"], 0, "GiB of 48.00; with CUDA graphs "),
         (["--gpus", "3"], 2, "gpus: 3 GPUs cannot share an effective batch of 2 rows equally. Fix: "),
         (["--gpus", "0"], 2, "gpus: 0 is too small. Fix: use 1 or more."),
         (["--gpus", "2", "--strategy", "fdsp"], 2, "unknown strategy 'fdsp'. Did you mean 'fsdp'?"),
