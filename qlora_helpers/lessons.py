@@ -27,7 +27,7 @@ def loss_scaling(scale: float) -> Figure:
     The gradients are drawn: their logarithms are normal. Those that fp16 turns into zero or infinity are marked.
     """
     sizes = 10 ** np.random.default_rng(0).normal(-7, 1.3, 50_000)
-    figure, panels = new_figure("", 3.8, rows=1, columns=2)
+    figure, panels = new_figure("", 4.2, rows=1, columns=2)
     lost = []
     for axes, factor, name in zip(panels, (1, scale), ("as they are", f"loss × {scale:,.0f}"), strict=True):
         scaled = sizes * factor
@@ -36,14 +36,14 @@ def loss_scaling(scale: float) -> Figure:
         kinds = {"zero": half == 0, "kept": (half > 0) & np.isfinite(half), "infinite": ~np.isfinite(half)}
         for (kind, chosen), color in zip(kinds.items(), (VERMILION, BLUE, ORANGE), strict=True):
             counts, bins = np.histogram(np.log10(scaled[chosen]), np.arange(-14, 14, 0.5))
-            axes.stairs(counts, bins, fill=True, color=color, label=f"{kind} in fp16")
+            axes.stairs(counts, bins, fill=True, color=color, label=kind)
         for edge in (SMALLEST, LARGEST):
             axes.axvline(math.log10(edge), color="black", linestyle="--", linewidth=1)
         axes.set(title=name, xlim=(-13, 9), xlabel="size of a gradient", ylabel="gradients" if factor == 1 else "")
         axes.set_xticks(range(-12, 7, 6), [f"1e{power}" for power in range(-12, 7, 6)])
         lost.append(1 - kinds["kept"].mean())
     figure.suptitle(f"fp16 loses {lost[0]:.1%} of these gradients;\nwith scaling, {lost[1]:.1%}")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*panels[0].get_legend_handles_labels(), title="in fp16", loc="outside lower center", ncols=3)
     return figure
 
 
