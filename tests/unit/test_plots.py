@@ -81,12 +81,16 @@ FIGURES = {
     "levels": lambda: plots.levels(
         {"q_proj": torch.randn(64, 100, dtype=torch.bfloat16)}, np.linspace(-1, 1, 16).tolist()
     ),
+    "levels of seven layers": lambda: plots.levels(
+        {f"{name}_proj": torch.randn(2, 64) for name in ("q", "k", "v", "o", "gate", "up", "down")}, [-1.0, 0.0, 1.0]
+    ),
     "round_trip_errors": lambda: plots.round_trip_errors({"NF4": 9.3, "FP4": 12.1}),
     "weights_by_module": lambda: plots.weights_by_module(TABLES),
     "pass_seconds": lambda: plots.pass_seconds({"off": 0.1279, "graphs": 0.023, "compiled": 0.0148}),
     "trainable_per_layer": lambda: plots.trainable_per_layer({"q_proj": 500_000, "v_proj": 300_000}),
     "loss_curves": lambda: plots.loss_curves({"exp1": log([2.0, 1.9]), "exp2": log([2.0, 1.8, 1.7])}),
     "loss_curves of three": lambda: plots.loss_curves({name: log([2.0, 1.9]) for name in "abc"}),
+    "loss_curves with a minimum": lambda: plots.loss_curves({"exp1": log([2.0, 1.8, 1.9])}),
     "differences": lambda: differences.figure(GAPS),
     "learning_curves": lambda: learning_curve.figure(CURVES),
 }
