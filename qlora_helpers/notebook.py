@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 NUMBERED = re.compile(r"_\d$")
 KINDS = {bool: bool, int: int, float: float, str: str, "Optional[str]": str}  # annotations in a parameters cell
-CELL = "text-align: left; vertical-align: top; padding: 3px"  # of a table of texts
+CELL = "text-align: left; vertical-align: top; padding: 3px 4px"  # of a table of texts
 LONG = re.compile(r"\S{12,}")  # a word, such as a commit, that makes a table wider than a phone
 BREAK = re.compile(r"([^\W_]{9}|[/._-])(?=\S)")  # where it may be broken
 MARK = "# Parameters"  # first line of a notebook's parameters cell, and of the cell that papermill injects
