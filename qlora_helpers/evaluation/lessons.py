@@ -96,7 +96,8 @@ def draws(losses: Mapping[str, Sequence[float]]) -> Figure:
     for place, line in enumerate(losses.values()):
         axes.plot(line, [place] * len(line), "o", color=plots.BLUE, markersize=9, alpha=0.6, markeredgecolor="white")
     axes.set_yticks(range(len(losses)), [f"{name}\n{len(line)} draws" for name, line in losses.items()])
-    axes.set(ylim=(len(losses) - 0.5, -0.5), xlabel="held-out loss (nats per token),\none dot per draw", ylabel="recipe")
+    axes.set(ylim=(len(losses) - 0.5, -0.5), ylabel="recipe")
+    axes.set(xlabel="held-out loss (nats per token),\none dot per draw")
     axes.grid(axis="x")
     return figure
 
