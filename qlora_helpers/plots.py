@@ -101,7 +101,7 @@ def levels(weights: "dict[str, torch.Tensor]", levels: list[float]) -> Figure:
 
     `weights` are tensors of any shape by name. The levels are dense where most weights are.
     """
-    figure, (axes,) = new_figure("Distribution of the weights, and the 4-bit levels", 3.8)
+    figure, (axes,) = new_figure("Distribution of the weights, and the 4-bit levels", 4.4)
     for (name, weight), color in zip(weights.items(), PALETTE * len(weights), strict=False):
         flat = weight.detach().float().cpu().flatten().numpy()
         blocks = flat[: len(flat) // BLOCK * BLOCK].reshape(-1, BLOCK)
