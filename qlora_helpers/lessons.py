@@ -27,7 +27,7 @@ def loss_scaling(scale: float) -> Figure:
     The gradients are drawn: their logarithms are normal. Those that fp16 turns into zero or infinity are marked.
     """
     sizes = 10 ** np.random.default_rng(0).normal(-7, 1.3, 50_000)
-    figure, panels = new_figure("", 3.8, rows=1, columns=2)
+    figure, panels = new_figure("", 4.2, rows=1, columns=2)
     lost = []
     for axes, factor, name in zip(panels, (1, scale), ("as they are", f"loss × {scale:,.0f}"), strict=True):
         scaled = sizes * factor
@@ -36,14 +36,14 @@ def loss_scaling(scale: float) -> Figure:
         kinds = {"zero": half == 0, "kept": (half > 0) & np.isfinite(half), "infinite": ~np.isfinite(half)}
         for (kind, chosen), color in zip(kinds.items(), (VERMILION, BLUE, ORANGE), strict=True):
             counts, bins = np.histogram(np.log10(scaled[chosen]), np.arange(-14, 14, 0.5))
-            axes.stairs(counts, bins, fill=True, color=color, label=f"{kind} in fp16")
+            axes.stairs(counts, bins, fill=True, color=color, label=kind)
         for edge in (SMALLEST, LARGEST):
             axes.axvline(math.log10(edge), color="black", linestyle="--", linewidth=1)
         axes.set(title=name, xlim=(-13, 9), xlabel="size of a gradient", ylabel="gradients" if factor == 1 else "")
         axes.set_xticks(range(-12, 7, 6), [f"1e{power}" for power in range(-12, 7, 6)])
         lost.append(1 - kinds["kept"].mean())
-    figure.suptitle(f"fp16 loses {lost[0]:.1%} of these gradients; with scaling, {lost[1]:.1%}")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle(f"fp16 loses {lost[0]:.1%} of these gradients;\nwith scaling, {lost[1]:.1%}")
+    figure.legend(*panels[0].get_legend_handles_labels(), title="in fp16", loc="outside lower center", ncols=3)
     return figure
 
 
@@ -107,7 +107,7 @@ def alpha(alphas: Sequence[float], rank: int, dropout: float) -> Figure:
     Each fits a random change of rank 4 to a layer, by B·A scaled by alpha / rank. `dropout` is the
     probability with which an input of A is set to zero.
     """
-    figure, (axes,) = new_figure("The same learning rate: alpha decides how far a step goes", 3.8)
+    figure, (axes,) = new_figure("The same learning rate:\nalpha decides how far a step goes", 4.2)
     for value, color in zip(alphas, PALETTE, strict=False):
         losses = _trained(value / rank, rank, dropout)
         axes.plot(range(len(losses)), losses, color=color, linewidth=2, label=f"alpha {value:g} = {value / rank:g} r")
@@ -151,13 +151,14 @@ def optimizer_states(config: Config) -> Figure:
     for method, trained in (("full", "all weights"), (None, "adapter")):
         for optimizer, name in (("adamw_torch", "AdamW"), ("adamw_8bit", "8-bit AdamW")):
             workload = memory.workload_of(config.replace(optimizer=optimizer), method)
-            sizes[f"{name}, {trained}"] = memory.training_parts(workload)["optimizer states"] / 2**20
+            sizes[f"{name},\n{trained}"] = memory.training_parts(workload)["optimizer states"] / 2**20
     bars = axes.barh(list(sizes), list(sizes.values()), color=[BLUE, BLUE, ORANGE, ORANGE], height=0.6)
     axes.bar_label(bars, [f"{size:,.0f} MiB" for size in sizes.values()], padding=4)
     axes.invert_yaxis()
     axes.margins(x=0.25)
     axes.set(xlabel="memory of the moments (MiB)", ylabel="optimizer, trained")
-    figure.suptitle(f"With an adapter, paging can move only {sizes['AdamW, adapter']:,.0f} MiB")
+    moments = sizes["AdamW,\nadapter"]
+    figure.suptitle(f"With an adapter, paging can move only {moments:,.0f} MiB")
     return figure
 
 
@@ -167,7 +168,7 @@ def checkpointing(config: Config, gpu: str) -> Figure:
 
     `gpu` is a name in `GPUS`. The time of a step is that of `step_time`.
     """
-    figure, (axes,) = new_figure("", 3.8)
+    figure, (axes,) = new_figure("", 4.2)
     times = []
     for on, color in ((False, BLUE), (True, ORANGE)):
         configs = [config.replace(gradient_checkpointing=on, max_length=length) for length in LENGTHS]
@@ -177,6 +178,6 @@ def checkpointing(config: Config, gpu: str) -> Figure:
     axes.axhline(GPUS[gpu].memory, color="black", linestyle="--", linewidth=1, label=f"memory of {gpu}")
     axes.set(xlabel="tokens of a row", ylabel="planned peak (GiB)", xticks=LENGTHS[1:], ylim=(0, None))
     axes.grid(axis="y")
-    figure.suptitle(f"Checkpointing saves memory; a step takes {times[1] / times[0]:.1f} times as long")
+    figure.suptitle(f"Checkpointing saves memory;\na step takes {times[1] / times[0]:.1f} times as long")
     figure.legend(loc="outside lower center", ncols=2)
     return figure

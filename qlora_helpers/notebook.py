@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 NUMBERED = re.compile(r"_\d$")
 KINDS = {bool: bool, int: int, float: float, str: str, "Optional[str]": str}  # annotations in a parameters cell
-CELL = "text-align: left; vertical-align: top"  # of a table of texts
-LONG = re.compile(r"\S{25,}")  # a word, such as a commit, that makes a table wider than a phone
-BREAK = re.compile(r"([^\W_]{12}|[/._-])(?=\S)")  # where it may be broken
+CELL = "text-align: left; vertical-align: top; padding: 3px 4px"  # of a table of texts
+LONG = re.compile(r"\S{12,}")  # a word, such as a commit, that makes a table wider than a phone
+BREAK = re.compile(r"([^\W_]{9}|[/._-])(?=\S)")  # where it may be broken
 MARK = "# Parameters"  # first line of a notebook's parameters cell, and of the cell that papermill injects
 STUDY = "h100-smollm2-study"  # recorded runs that notebook 07 can show
 ANSWERED = ("base", "100 rows", "1600 rows")  # its models whose answers are shown beside those of a short run

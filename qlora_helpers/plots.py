@@ -26,23 +26,25 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PALETTE = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", VERMILION, "#F0E442")
 GRAY = "#666666"
-WIDTH = 6.4  # inches
+WIDTH = 4.8  # inches: on a phone, which has about 3, the text of 12 points still takes 10 pixels
 BLOCK = 64  # weights that share one scale in NF4
 BINS = np.linspace(-1, 1, 82).tolist()  # an odd number of bins, so that one is centered on zero
 PANELS = 6  # runs in one figure: more take long to draw, and a page of many megabytes
 TURN = 0.005  # nats by which the held-out loss must rise above its minimum to be called overfitting
 STYLE = {
-    "font.size": 11,
+    "font.size": 12,
     "figure.titlesize": 12,
     "figure.titleweight": "bold",
-    "figure.labelsize": 11,
+    "figure.labelsize": 12,
     "figure.constrained_layout.w_pad": 0.1,
     "figure.constrained_layout.h_pad": 0.1,
-    "axes.titlesize": 11,
+    "axes.titlesize": 12,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "grid.color": "#DDDDDD",
     "legend.frameon": False,
+    "legend.handlelength": 1.5,
+    "legend.columnspacing": 1.2,
     "text.parse_math": False,  # a name may hold dollar signs
 }
 Arguments = ParamSpec("Arguments")
@@ -72,7 +74,7 @@ def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
 def new_figure(title: str, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
     """Return a figure with a title and its axes as a flat array. `height` is in inches."""
     figure = NotebookFigure(figsize=(WIDTH, height), facecolor="white", layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, wrap=True)
     return figure, np.ravel(figure.subplots(rows, columns, sharey=True))
 
 
@@ -99,7 +101,7 @@ def levels(weights: "dict[str, torch.Tensor]", levels: list[float]) -> Figure:
 
     `weights` are tensors of any shape by name. The levels are dense where most weights are.
     """
-    figure, (axes,) = new_figure("Distribution of the weights, and the 4-bit levels", 3.8)
+    figure, (axes,) = new_figure("Distribution of the weights, and the 4-bit levels", 4.4)
     for (name, weight), color in zip(weights.items(), PALETTE * len(weights), strict=False):
         flat = weight.detach().float().cpu().flatten().numpy()
         blocks = flat[: len(flat) // BLOCK * BLOCK].reshape(-1, BLOCK)
@@ -110,7 +112,7 @@ def levels(weights: "dict[str, torch.Tensor]", levels: list[float]) -> Figure:
     axes.vlines(levels, -0.16 * top, -0.03 * top, color="black", label=f"{len(levels)} levels")
     axes.set(xlabel=f"weight ÷ largest weight in its block of {BLOCK}", ylabel="density")
     axes.set(ylim=(-0.19 * top, top), xticks=(-1, -0.5, 0, 0.5, 1))
-    figure.legend(loc="outside lower center", ncols=4)
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
@@ -146,7 +148,7 @@ def weights_by_module(tables: dict[str, list[dict[str, Any]]]) -> Figure:
     }
     _stack(axes, list(mib), stacks, [f"{total:,.0f} MiB" for total in totals.values()])
     axes.set(xlabel="memory (MiB)", ylabel="storage")
-    figure.legend(loc="outside lower center", ncols=3)
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
@@ -192,10 +194,10 @@ def loss_curves(logs: dict[str, list[dict[str, Any]]]) -> Figure:
     title = _outcome([heldout for _, heldout in shown.values()])
     title += f",\nthe first {PANELS} of {len(logs)} runs" if len(logs) > PANELS else ""
     rows, columns = (1, len(shown)) if len(shown) <= 2 else (len(shown), 1)
-    figure, panels = new_figure(title, 1.4 + 2.4 * rows, rows, columns)
+    figure, panels = new_figure(title, 1.6 + 2.4 * rows, rows, columns)
     for axes, (name, (train, heldout)) in zip(panels, shown.items(), strict=True):
         axes.set_title(name)
-        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_locator(MaxNLocator(6 // columns, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
         axes.grid(axis="y")
         _draw_losses(axes, train, heldout)
     drawn = [loss for train, heldout in shown.values() for loss in (*_smooth(train), *heldout.values())]
@@ -207,7 +209,7 @@ def loss_curves(logs: dict[str, list[dict[str, Any]]]) -> Figure:
     figure.supylabel("loss (nats per token)")
     legends = [axes.get_legend_handles_labels() for axes in panels]
     marks = {label: mark for marks, labels in legends for mark, label in zip(marks, labels, strict=True)}
-    figure.legend(list(marks.values()), list(marks), loc="outside lower center", ncols=3)
+    figure.legend(list(marks.values()), list(marks), loc="outside lower center", ncols=2)
     return figure
 
 
@@ -231,7 +233,7 @@ def _outcome(runs: list[dict[int, float]]) -> str:
     turned = sum(_turning_point(heldout) is not None for heldout in runs)
     fell = sum(heldout[max(heldout)] < heldout[min(heldout)] - TURN for heldout in runs if heldout)
     if turned:
-        return "Overfitting: the held-out loss rises again" + f" in {turned} of {len(runs)} runs" * (len(runs) > 1)
+        return "Overfitting: the held-out loss rises again" + f"\nin {turned} of {len(runs)} runs" * (len(runs) > 1)
     if runs and fell == len(runs):
         return "The held-out loss fell" + " in every run" * (len(runs) > 1)
     return "Loss during training"
@@ -296,7 +298,7 @@ def planned_and_measured(lines: list[dict[str, Any]]) -> Figure:
     axes.set_yticks(ticks, map(str, ticks))
     axes.minorticks_off()
     axes.grid()
-    figure.legend(loc="outside lower center", ncols=3)
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 

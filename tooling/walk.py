@@ -40,8 +40,9 @@ PROMPTS = "[...document.querySelectorAll('.jp-InputPrompt')].map(prompt => promp
 @contextmanager
 def serve(home: Path) -> Iterator[tuple[Path, str]]:
     """Start a separate JupyterLab on a free port. Yield its folder of notebooks, and a URL template with the token."""
-    folder, runtime, config = home / "notebooks", home / "runtime", home / "config" / "labconfig"
-    folder.mkdir()
+    folder, runtime, config = home / "copy" / "notebooks", home / "runtime", home / "config" / "labconfig"
+    folder.mkdir(parents=True)
+    (folder.parent / "data").symlink_to(ROOT / "data")  # notebook 13 reads ../data
     config.mkdir(parents=True)
     (config / "default_setting_overrides.json").write_text(json.dumps(SETTINGS))
     own = {f"JUPYTER_{kind}_DIR": str(home / kind.lower()) for kind in ("RUNTIME", "CONFIG", "DATA")}

@@ -91,12 +91,13 @@ def early_stopping(log: Sequence[Mapping[str, Any]], patience: int) -> Figure:
 def draws(losses: Mapping[str, Sequence[float]]) -> Figure:
     """Plot the held-out loss of each draw and seed, one line per recipe. The title gives the widest range."""
     widest = max(max(line) - min(line) for line in losses.values())
-    title = f"Other rows and another seed move the loss by up to {widest:.3f}"
+    title = f"Other rows and another seed move the loss\nby up to {widest:.3f}"
     figure, (axes,) = plots.new_figure(title, 1.6 + 0.5 * len(losses))
     for place, line in enumerate(losses.values()):
         axes.plot(line, [place] * len(line), "o", color=plots.BLUE, markersize=9, alpha=0.6, markeredgecolor="white")
     axes.set_yticks(range(len(losses)), [f"{name}\n{len(line)} draws" for name, line in losses.items()])
-    axes.set(ylim=(len(losses) - 0.5, -0.5), xlabel="held-out loss (nats per token), one dot per draw", ylabel="recipe")
+    axes.set(ylim=(len(losses) - 0.5, -0.5), ylabel="recipe")
+    axes.set(xlabel="held-out loss (nats per token),\none dot per draw")
     axes.grid(axis="x")
     return figure
 
@@ -114,5 +115,5 @@ def coverage(found: Sequence[Interval], truth: float) -> Figure:
     axes.axvline(truth, color="black", linewidth=1.5, label=f"truth: {truth:g}")
     axes.axvline(0, color=plots.GRAY, linestyle=":", linewidth=1.5, label="no difference")
     axes.set(xlabel="difference in held-out loss (nats per token)", ylabel="comparison", yticks=[])
-    figure.legend(loc="outside lower center", ncols=4)
+    figure.legend(loc="outside lower center", ncols=2)
     return figure

@@ -97,7 +97,8 @@ def test_a_text_is_shown_as_it_stands():
     assert "<style" not in page  # JupyterLab ignores it in a notebook that others have executed
     assert page.count("text-align: left") == 4
     assert "<wbr>" not in page
-    assert f"{'f' * 12}<wbr>{'f' * 12}<wbr>ff" in notebook.texts([{"commit": "f" * 26}]).data
+    assert f"{'f' * 9}<wbr>{'f' * 9}<wbr>ff" in notebook.texts([{"commit": "f" * 20}]).data
+    assert ">max_<wbr>new_<wbr>tokens</td>" in notebook.texts([{"setting": "max_new_tokens"}]).data
     assert "&lt;package.<wbr>" in notebook.texts([{"name": "<package.a_module_with_a_long_name"}]).data
 
 

@@ -81,12 +81,16 @@ FIGURES = {
     "levels": lambda: plots.levels(
         {"q_proj": torch.randn(64, 100, dtype=torch.bfloat16)}, np.linspace(-1, 1, 16).tolist()
     ),
+    "levels of seven layers": lambda: plots.levels(
+        {f"{name}_proj": torch.randn(2, 64) for name in ("q", "k", "v", "o", "gate", "up", "down")}, [-1.0, 0.0, 1.0]
+    ),
     "round_trip_errors": lambda: plots.round_trip_errors({"NF4": 9.3, "FP4": 12.1}),
     "weights_by_module": lambda: plots.weights_by_module(TABLES),
     "pass_seconds": lambda: plots.pass_seconds({"off": 0.1279, "graphs": 0.023, "compiled": 0.0148}),
     "trainable_per_layer": lambda: plots.trainable_per_layer({"q_proj": 500_000, "v_proj": 300_000}),
     "loss_curves": lambda: plots.loss_curves({"exp1": log([2.0, 1.9]), "exp2": log([2.0, 1.8, 1.7])}),
     "loss_curves of three": lambda: plots.loss_curves({name: log([2.0, 1.9]) for name in "abc"}),
+    "loss_curves with a minimum": lambda: plots.loss_curves({"exp1": log([2.0, 1.8, 1.9])}),
     "differences": lambda: differences.figure(GAPS),
     "learning_curves": lambda: learning_curve.figure(CURVES),
 }
@@ -119,7 +123,7 @@ def test_a_figure_has_a_title_and_named_axes(name: str) -> None:
 def test_nothing_is_cut_off_at_the_edge(name: str) -> None:
     png, size = FIGURES[name]()._repr_png_()
     image = pixels(png)
-    assert size["width"] == 640
+    assert size["width"] == 480
     frame = np.concatenate([image[:4].ravel(), image[-4:].ravel(), image[:, :4].ravel(), image[:, -4:].ravel()])
     assert (frame == 255).all()
 
@@ -266,7 +270,7 @@ def test_of_many_runs_the_first_are_drawn_and_the_title_says_so() -> None:
         ([[2.0]], "Loss during training"),
         ([[2.0, 1.5], [2.0, 2.001]], "Loss during training"),
         ([[2.0, 1.5]], "The held-out loss fell"),
-        ([[2.0, 1.5, 1.8], [2.0, 1.9]], "Overfitting: the held-out loss rises again in 1 of 2 runs"),
+        ([[2.0, 1.5, 1.8], [2.0, 1.9]], "Overfitting: the held-out loss rises again\nin 1 of 2 runs"),
         ([[2.0, 2.2]], "Overfitting: the held-out loss rises again"),
     ],
 )
@@ -341,7 +345,7 @@ def test_save_writes_300_dpi_and_leaves_nothing_else(tmp_path) -> None:
         assert plots.save(plots.round_trip_errors({"NF4": 9.3}), path) == path
     image = Image.open(path)
     assert image.info["dpi"] == pytest.approx((300, 300), abs=0.1)
-    assert image.size[0] == 1920
+    assert image.size[0] == 1440
     assert list(path.parent.iterdir()) == [path]
 
 
