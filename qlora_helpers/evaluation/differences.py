@@ -253,18 +253,17 @@ def figure(differences: Sequence[Difference]) -> Figure:
     reach = (right - left) or 1.0
     left, right = min(left - 0.05 * reach, -0.35 * reach), max(right + 0.05 * reach, 0.35 * reach)
     colors = {"better": plots.BLUE, "worse": plots.VERMILION}
-    rows: dict[int, str] = {}
     places = itertools.count()
+    style: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center"}
+    style["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # or the line at zero crosses the text
     for name, group in groups.items():
-        head = next(places)
-        axes.text(-0.02, head, name, transform=axes.get_yaxis_transform(), va="center", ha="right", fontweight="bold")
+        axes.text(0, next(places), name, fontweight="bold", **style)
         for d, row in zip(group, places, strict=False):
-            rows[row] = f"vs {d.a}" if by_model else d.b
             color = colors.get(d.verdict, plots.GRAY)
-            axes.hlines(row, max(d.low, left), min(d.high, right), color=color, linewidth=3)
-            axes.plot(d.value, row, marker="|", markersize=12, markeredgewidth=2, color=color)
-            words = d.verdict.replace("not ", "not\n")
-            axes.text(1.02, row, words, transform=axes.get_yaxis_transform(), va="center", color=color)
+            axes.hlines(row + 0.25, max(d.low, left), min(d.high, right), color=color, linewidth=3)
+            axes.plot(d.value, row + 0.25, marker="|", markersize=12, markeredgewidth=2, color=color)
+            words = f"{f'vs {d.a}' if by_model else d.b}: {d.verdict}"
+            axes.text(0, row - 0.2, words, color=color, **style)
     axes.axvline(0, color="black", linewidth=1.5)
     for x, side in ((left / 2, "← better"), (right / 2, "worse →")):
         axes.text(x, 1.02, side, transform=axes.get_xaxis_transform(), ha="center", va="bottom")
@@ -272,12 +271,12 @@ def figure(differences: Sequence[Difference]) -> Figure:
     unit = "bits per byte" if any(d.unit == "byte" for d in differences) else "nats per token"
     axes.set_xlabel(f"difference in held-out loss, 95% interval\n({unit})")
     axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.set_yticks(list(rows), list(rows.values()))
-    figure.supylabel("models compared")
+    axes.set(ylabel="models compared", yticks=[])
+    axes.spines["left"].set_visible(False)
     return figure
 
 
 def _title(differences: Sequence[Difference]) -> str:
     counts = Counter(d.verdict for d in differences)
     verdicts = [f"{counts[verdict]} {verdict}" for verdict in ("better", SAME, UNSURE, "worse") if counts[verdict]]
-    return f"{'Comparisons' if len(differences) > 1 else 'The comparison'}: {', '.join(verdicts)}"
+    return f"{'Comparisons' if len(differences) > 1 else 'The comparison'}:\n{', '.join(verdicts)}"

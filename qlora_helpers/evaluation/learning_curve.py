@@ -209,7 +209,7 @@ def figure(curves: list[Curve]) -> Figure:
     With four sizes, the fitted law and its band; with fewer, straight segments. The shaded wedge lies between the last
     doubling's gain and none.
     """
-    figure, (axes,) = plots.new_figure("How much do more rows help?", 4.6)
+    figure, (axes,) = plots.new_figure("How much do more rows help?", 4.8)
     base = curves[0].base_loss
     axes.axhline(base, color="black", linestyle="--", linewidth=1.5, label="base model")
     if rivals := {name: loss for name, loss in curves[0].rivals.items() if loss < base}:
@@ -236,7 +236,7 @@ def figure(curves: list[Curve]) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [f"{rows:,}" for rows in sizes])
     axes.grid(axis="y")
-    axes.set_xlabel("rows to train on (log scale)\nbars: 95% interval of the gap to the base model")
+    axes.set_xlabel("rows to train on (log scale)\nbars: 95% interval of the gap\nto the base model")
     axes.set_ylabel("held-out loss (nats per token)")
-    figure.legend(loc="outside lower center", ncols=3)
+    figure.legend(loc="outside lower center", ncols=2)
     return figure

@@ -76,6 +76,7 @@ def curve(name: str, losses: dict[int, float]) -> Curve:
 
 
 CURVES = [curve("equal epochs", {25: 2.5, 50: 2.4, 800: 2.0}), curve("equal steps", {25: 2.2, 50: 2.1, 800: 2.0})]
+RIVALS = {"base, 16 bits": 2.6, "base, 16 bits, own template": 2.3, "base + 3 examples": 3.1}
 FIGURES = {
     "token_lengths": lambda: plots.token_lengths(DATA, 64),
     "levels": lambda: plots.levels(
@@ -92,11 +93,13 @@ FIGURES = {
     "loss_curves of three": lambda: plots.loss_curves({name: log([2.0, 1.9]) for name in "abc"}),
     "loss_curves with a minimum": lambda: plots.loss_curves({"exp1": log([2.0, 1.8, 1.9])}),
     "differences": lambda: differences.figure(GAPS),
+    "differences of long names": lambda: differences.figure(
+        [gap("base, 16 bits, own template", name, 0.1, -0.1, 0.3) for name in ("200 rows, 500 steps", "1600 rows")]
+    ),
     "learning_curves": lambda: learning_curve.figure(CURVES),
+    "learning_curves of close losses": lambda: learning_curve.figure([curve("equal epochs", {25: 2.9999, 50: 2.9998})]),
+    "learning_curves with a rival": lambda: learning_curve.figure([dataclasses.replace(CURVES[0], rivals=RIVALS)]),
 }
-
-
-RIVALS = {"base, 16 bits": 2.6, "base, 16 bits, own template": 2.3, "base + 3 examples": 3.1}
 
 
 def words(figure: Figure) -> list[str]:
@@ -288,16 +291,16 @@ def test_one_wild_step_does_not_flatten_the_curves() -> None:
 def test_differences_names_the_sides_and_the_verdicts() -> None:
     figure = differences.figure(GAPS)
     assert words(figure) == [
-        *("exp1", "better", "exp2", "worse", "not\ndistinguishable"),
+        *("exp1", "vs base: better", "exp2", "vs base: worse", "vs exp1: not distinguishable"),
         *("← better", "worse →"),
     ]
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["vs base", "vs base", "vs exp1"]
-    assert list(figure.axes[0].get_yticks()) == [1, 3, 4]
-    assert figure.get_suptitle() == "Comparisons: 1 better, 1 not distinguishable, 1 worse"
-    one_each = differences.figure(GAPS[:2])
-    assert words(one_each)[0] == "vs base"
-    assert [label.get_text() for label in one_each.axes[0].get_yticklabels()] == ["exp1", "exp2"]
-    assert differences.figure(GAPS[:1]).get_suptitle() == "The comparison: 1 better"
+    heights = {text.get_text(): text.get_position()[1] for text in figure.axes[0].texts}
+    assert [heights["exp1"], heights["exp2"]] == [0, 2]
+    marks = [line.get_ydata()[0] for line in figure.axes[0].lines[:3]]
+    assert marks == [pytest.approx(heights[words(figure)[i]] + 0.45) for i in (1, 3, 4)]
+    assert figure.get_suptitle() == "Comparisons:\n1 better, 1 not distinguishable, 1 worse"
+    assert words(differences.figure(GAPS[:2]))[:3] == ["vs base", "exp1: better", "exp2: worse"]
+    assert differences.figure(GAPS[:1]).get_suptitle() == "The comparison:\n1 better"
     left, right = figure.axes[0].get_xlim()
     assert left < -0.45
     assert right > 0.4
