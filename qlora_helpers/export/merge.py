@@ -37,6 +37,11 @@ class Source:
     base: Path
     scale: float
 
+    @property
+    def bytes(self) -> int:
+        """Size of the base model's weights on disk, which is also the size of the merged model."""
+        return sum(path.stat().st_size for path in safetensors_io.files(self.base))
+
 
 def source(run: RunFolder) -> Source:
     """Check that a run's adapter can be merged, and return it with the base model that it was trained on.

@@ -129,8 +129,7 @@ def _read_existing(out: Path, identity: dict[str, Any]) -> list[Parity]:
 def _check_disk(source: Source, out: Path, kind: str | None) -> None:
     """Raise `UserError` if the export does not fit on the disk."""
     existing = next(path for path in (out, *out.parents) if path.exists())
-    weights = sum(path.stat().st_size for path in safetensors_io.files(source.base))  # of the merged model too
-    needed = weights * (1 + (SHARE[kind] if kind else 0)) + SPARE
+    needed = source.bytes * (1 + (SHARE[kind] if kind else 0)) + SPARE
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(
