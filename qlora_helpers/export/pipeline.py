@@ -12,7 +12,7 @@ from qlora_helpers.evaluation.row_losses import RowLoss, mean_loss
 from qlora_helpers.export import gguf, merge, parity
 from qlora_helpers.export.merge import Source
 from qlora_helpers.export.parity import Parity
-from qlora_helpers.models import hub, qlora, safetensors_io
+from qlora_helpers.models import hub, qlora
 from qlora_helpers.planning import compute_dtype
 from qlora_helpers.runs import GGUF, MERGED, RunFolder
 
