@@ -14,7 +14,7 @@ from qlora_helpers.evaluation.row_losses import BASE
 from qlora_helpers.export import merge, parity
 from qlora_helpers.models import safetensors_io
 from qlora_helpers.runs import RunFolder
-from qlora_helpers.training import libraries, trainer
+from qlora_helpers.training import callbacks, libraries, trainer
 
 
 def test_a_run_on_a_local_model_notes_the_fingerprint_of_its_weights(
@@ -78,6 +78,12 @@ def test_warmup_is_a_share_of_the_steps(config, device, tmp_path):
 def test_every_checkpoint_has_an_evaluation_if_the_best_is_kept(config, device, tmp_path):
     given = arguments(config.replace(keep_best=True, eval_steps=2, save_steps=3), device, tmp_path)
     assert (given.eval_steps, given.save_steps) == (2, 4)
+
+
+def test_a_log_begins_at_epoch_0_with_the_loss_before_training(tmp_path):
+    writer = callbacks.LogWriter(tmp_path / "log.jsonl", 2.5)
+    writer.on_train_begin(None, SimpleNamespace(log_history=[]), None)
+    assert files.read_jsonl(tmp_path / "log.jsonl") == [{"step": 0, "epoch": 0.0, "eval_loss": 2.5}]
 
 
 @pytest.mark.parametrize(
