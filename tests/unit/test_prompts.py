@@ -210,6 +210,13 @@ def test_a_token_that_is_partly_question_and_partly_answer_is_detected(make_row)
     assert prompts._answer_labels([1, 2, 3], [(0, 4), (4, 9), (9, 12)], [(4, 12)], text) == ([-100, 2, 3], False)
 
 
+@pytest.mark.parametrize(("span", "want"), [((300, 301), [-100, 2, 3, -100]), ((301, 302), [-100, -100, -100, 4])])
+def test_all_tokens_of_one_character_get_its_label(span, want):
+    text = "a" * 300 + "🎉b"
+    offsets = [(0, 300), *((place, place + 1) for place in (300, 300, 301))]
+    assert prompts._answer_labels([1, 2, 3, 4], offsets, [span], text) == (want, False)
+
+
 def test_questions_and_answers_tokenized_separately_cover_the_same_text(words):
     """The start token, which covers no character, stays in front."""
     text, spans = "Say yes now.", [(4, 7)]
