@@ -64,14 +64,14 @@ def _place(fault: WorkItem) -> tuple[str, str, int]:
 
 
 def covering(fault: WorkItem, covered: CoverageData) -> list[str]:
-    """Return the tests that run the line of a fault; for a line that runs at import, those of the module's own file."""
+    """Return the tests that run the line of a fault; for a line that no test ran itself, those that run its module."""
     (one,) = fault.mutations
     own = f"test_{one.module_path.stem}.py"
     lines = covered.contexts_by_lineno(str(TREE / one.module_path))
     rows = range(one.start_pos[0], one.end_pos[0] + 1)
-    tests = {context.partition("|")[0] for row in rows for context in lines.get(row, [])} - {""}
-    if not tests and (TREE / "tests" / "unit" / own).exists():
-        return [f"tests/unit/{own}"]
+    found = {context for row in rows for context in lines.get(row, [])} - {""}
+    found = found or {context for contexts in lines.values() for context in contexts} - {""}
+    tests = {context.partition("|")[0] for context in found}
     return sorted(tests, key=lambda test: (own not in test, test))
 
 

@@ -5,6 +5,7 @@ Graphs need a GPU, but the passes that they record run anywhere.
 
 import json
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -70,6 +71,11 @@ def test_every_row_fits_one_of_at_most_eight_lengths(sizes, sampling):
     assert int((batch["labels"] != IGNORE).sum()) == sum(sizes)
 
 
+def test_lengths_are_multiples_of_the_smallest_width_that_needs_at_most_eight():
+    assert cuda_graphs.lengths_for(512) == (64, 128, 192, 256, 320, 384, 448, 512)
+    assert cuda_graphs.lengths_for(513) == (128, 256, 384, 512, 640)
+
+
 def test_loss_and_gradients_are_those_of_the_models_own_forward_pass(model, passes):
     """Also over several chunks, with an empty row, and with rows of different lengths."""
     passes.chunk = 50
@@ -131,7 +137,11 @@ def test_norms_take_one_kernel_where_that_gives_the_same(model, passes):
 def test_cpu_keeps_the_librarys_steps(model):
     here = detect("float32")
     if here.kind == "cpu":
-        assert paths.choose(model, here, None, "auto", 4, (64,), 10)[1].path == "off"
+        assert paths.choose(model, here, None, "auto", 4, (64,), 10) == (
+            None,
+            Choice("off", "needs an NVIDIA or AMD GPU"),
+        )
+    assert paths.choose(model, here, None, "off", 4, (64,), 10) == (None, Choice("off", "as requested"))
 
 
 def test_length_whose_graph_does_not_fit_is_computed_without_one(model, passes, monkeypatch):
@@ -161,6 +171,37 @@ def test_graphs_that_take_more_than_half_of_the_memory_are_dropped_before_an_eva
     ready.graphs = SimpleNamespace(release=lambda: seen.append("graphs"))
     with ready.evaluating():
         assert seen == dropped
+
+
+def test_only_whole_chunks_are_computed_by_the_compiled_loss(model, passes):
+    """The last chunk has another size in every batch length, and each size would be compiled anew."""
+    passes.chunk, sizes = 50, []
+    passes.loss_of_chunk = lambda hidden, labels: sizes.append(len(hidden)) or passes._loss_sum(hidden, labels)
+    batch = moved(FixedShapes(2, (64,))(features(40, 60)), model)
+    passes(batch["input_ids"], batch["labels"], torch.tensor(94.0))
+    assert sizes == [50, 50]  # of 2 x 63 predictions
+
+
+@pytest.mark.parametrize(
+    ("wanted", "passes_left", "seconds", "path"),
+    [
+        ("auto", 100, {"off": 1.0, "graphs": 1.0}, "off"),
+        ("auto", 100, {"off": 2.0, "graphs": 0.5}, "graphs"),  # compiling two lengths takes 16 s and saves 15 s
+        ("auto", 108, {"off": 2.0, "graphs": 0.5, "compiled": 0.4}, "compiled"),  # saves 16.2 s
+        ("auto", 108, {"off": 2.0, "graphs": 0.5, "compiled": 0.5}, "graphs"),
+        ("auto", 108, {"off": 2.0, "graphs": 0.5, "compiled": 0.6}, "graphs"),
+        ("graphs", 108, {"off": 1.0, "graphs": 2.0}, "graphs"),
+        ("".join(["comp", "iled"]), 1, {"off": 1.0, "compiled": 2.0}, "compiled"),
+    ],
+)
+def test_path_is_the_fastest_that_pays_for_itself_or_the_wanted_one(monkeypatch, wanted, passes_left, seconds, path):
+    times, measured, step = iter(seconds.values()), {}, MagicMock()
+    monkeypatch.setattr(paths, "_seconds", lambda run: next(times))
+    chosen, choice = paths._fastest(step, wanted, (64, 128), passes_left, measured)
+    assert (choice.path, measured) == (path, seconds)
+    assert chosen is (None if path == "off" else step)
+    assert step.passes.compile.called == ("compiled" in seconds)
+    assert step.passes.undo_compile.called == ("compiled" in seconds and path == "graphs")
 
 
 class Recorded(TrainerCallback):
@@ -204,8 +245,8 @@ def test_run_of_recorded_passes_is_the_librarys(config, data, tokenizer, tmp_pat
 def test_run_that_continues_keeps_its_path(config, data, tokenizer, tmp_path, monkeypatch):
     asked = []
 
-    def choose(model, device, backward, wanted, *rest):
-        asked.append(wanted)
+    def choose(model, device, backward, wanted, rows, lengths, passes_left):
+        asked.append((wanted, passes_left))
         return None, Choice("compiled", "for this test")
 
     class Stop(TrainerCallback):
@@ -214,11 +255,12 @@ def test_run_that_continues_keeps_its_path(config, data, tokenizer, tmp_path, mo
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(paths, "choose", choose)
-    settings, run = config.replace(n_answers=0, few_shot=False), RunFolder(tmp_path / "run")
+    settings = config.replace(n_answers=0, few_shot=False, batch_size=2, gradient_accumulation=2)
+    run = RunFolder(tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
         trainer.train(settings, data, tokenizer, run, [Stop()])
     trainer.train(settings, data, tokenizer, run)
-    assert asked == ["auto", "compiled"]
+    assert asked == [("auto", 8), ("compiled", 4)]  # two passes for each of 4 steps, and of the 2 left
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

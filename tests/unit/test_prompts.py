@@ -210,6 +210,23 @@ def test_a_token_that_is_partly_question_and_partly_answer_is_detected(make_row)
     assert prompts._answer_labels([1, 2, 3], [(0, 4), (4, 9), (9, 12)], [(4, 12)], text) == ([-100, 2, 3], False)
 
 
+@pytest.mark.parametrize(("span", "want"), [((300, 301), [-100, 2, 3, -100]), ((301, 302), [-100, -100, -100, 4])])
+def test_all_tokens_of_one_character_get_its_label(span, want):
+    text = "a" * 300 + "🎉b"
+    offsets = [(0, 300), *((place, place + 1) for place in (300, 300, 301))]
+    assert prompts._answer_labels([1, 2, 3, 4], offsets, [span], text) == (want, False)
+
+
+def test_questions_and_answers_tokenized_separately_cover_the_same_text(words):
+    """The start token, which covers no character, stays in front."""
+    text, spans = "Say yes now.", [(4, 7)]
+    ids, offsets = prompts._tokenize_apart(text, spans, words(text)["input_ids"], words)
+    assert ids[0] == words.bos_token_id
+    assert offsets[0] == (0, 0)
+    assert words.decode(ids[1:]) == "".join(text[first:last] for first, last in offsets) == text
+    assert {4, 7} <= {first for first, _ in offsets}  # no token straddles an edge
+
+
 @given(st.text("ab \n", min_size=1, max_size=20), st.data())
 def test_tokens_without_gaps_get_the_labels_of_any_others(text, draw):
     """A start token, which covers no character, makes the same tokens ones with a gap."""

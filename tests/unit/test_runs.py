@@ -67,6 +67,21 @@ def test_workdir_is_made(tmp_path, monkeypatch):
     assert runs.workdir().is_dir()
 
 
+def test_workdir_is_on_drive_or_in_the_checkout_or_in_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("QLORA_WORKDIR", raising=False)
+    drive, checkout, here = (tmp_path / name for name in ("drive", "checkout", "here"))
+    for folder in (checkout, here):
+        folder.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(runs, "DRIVE", drive)
+    monkeypatch.setattr(files, "ROOT", checkout)
+    assert runs.workdir() == here / "runs"
+    (checkout / "pyproject.toml").touch()
+    assert runs.workdir() == checkout / "runs"
+    drive.mkdir()
+    assert runs.workdir() == drive / "qlora_runs"
+
+
 def test_a_workdir_is_a_path_like_any_other(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert runs.workdir("~/own") == tmp_path / "own"

@@ -1,5 +1,6 @@
 """Faults that a mutation run planted in the core and that no other test noticed. See `make mutants`."""
 
+import hashlib
 import json
 import shutil
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from qlora_helpers.evaluation.row_losses import BASE
 from qlora_helpers.export import merge, parity
 from qlora_helpers.models import safetensors_io
 from qlora_helpers.runs import RunFolder
-from qlora_helpers.training import libraries, trainer
+from qlora_helpers.training import callbacks, libraries, trainer
 
 
 def test_a_run_on_a_local_model_notes_the_fingerprint_of_its_weights(
@@ -26,6 +27,15 @@ def test_a_run_on_a_local_model_notes_the_fingerprint_of_its_weights(
     noted = context.run.read("manifest.json")["model"]
     assert noted["fingerprint"] == safetensors_io.fingerprint(model_folder)
     assert len(noted["fingerprint"]) == 16
+
+
+def test_a_fingerprint_hashes_64_samples_of_64_kib_up_to_the_end_of_the_file(tmp_path):
+    """Run folders hold it: another rule would take the same weights for others."""
+    content = bytes(range(256)) * 1024
+    (tmp_path / "model.safetensors").write_bytes(content)
+    starts = [sample * (len(content) - 65536) // 63 for sample in range(64)]
+    hashed = b"model.safetensors 262144" + b"".join(content[start : start + 65536] for start in starts)
+    assert safetensors_io.fingerprint(tmp_path) == hashlib.sha256(hashed).hexdigest()[:16]
 
 
 # What the library trains with, by setting: a value that is not the default of either.
@@ -63,6 +73,32 @@ def test_every_setting_of_training_reaches_the_library(config, device, tmp_path,
 def test_warmup_is_a_share_of_the_steps(config, device, tmp_path):
     given = arguments(config.replace(warmup_ratio=0.5, epochs=2), device, tmp_path)
     assert given.warmup_steps == 4  # of 8
+
+
+def test_every_checkpoint_has_an_evaluation_if_the_best_is_kept(config, device, tmp_path):
+    given = arguments(config.replace(keep_best=True, eval_steps=2, save_steps=3), device, tmp_path)
+    assert (given.eval_steps, given.save_steps) == (2, 4)
+
+
+def test_a_log_begins_at_epoch_0_with_the_loss_before_training(tmp_path):
+    writer = callbacks.LogWriter(tmp_path / "log.jsonl", 2.5)
+    writer.on_train_begin(None, SimpleNamespace(log_history=[]), None)
+    assert files.read_jsonl(tmp_path / "log.jsonl") == [{"step": 0, "epoch": 0.0, "eval_loss": 2.5}]
+
+
+@pytest.mark.parametrize(
+    ("last", "evaluated"), [({"step": 4, "eval_loss": 1.0}, False), ({"step": 2, "eval_loss": 1.0}, True)]
+)
+def test_the_last_step_is_evaluated_unless_it_was(last, evaluated):
+    """The log then ends with the held-out loss of the final weights."""
+    calls = []
+    state = SimpleNamespace(global_step=4, log_history=[last, {"step": 4, "loss": 1.0}])
+    ready = SimpleNamespace(
+        state=state, evaluations=None, evaluated_step=4, last_evaluation=["losses"], evaluate=lambda: calls.append(True)
+    )
+    context = SimpleNamespace(config=SimpleNamespace(keep_best=False), data=SimpleNamespace(selection=[]))
+    assert trainer._heldout_losses(ready, context) == ["losses"]
+    assert bool(calls) == evaluated
 
 
 @pytest.mark.parametrize(
