@@ -150,6 +150,7 @@ def test_outputs_are_stored_in_order_and_without_errors(notebook):
 def test_stored_notebooks_are_small_and_name_no_folder_of_the_machine(path):
     text = path.read_text("utf-8")
     assert len(text) < 1_000_000
+    text = re.sub(r'"image/png": "[^"]*"', "", text)  # base64 can spell the name of a short folder
     assert str(Path.home()) not in text
     assert str(FOLDER.parent) not in text
 
