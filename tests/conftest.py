@@ -168,6 +168,20 @@ def make_run(config, tokenizer, tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folder of all runs, which share the losses of their base model."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def run(runs):
+    """A run that has not begun."""
+    from qlora_helpers.runs import RunFolder
+
+    return RunFolder(runs / f"begun{len(list(runs.iterdir()))}")
+
+
 @pytest.fixture(scope="session")
 def device():
     """This machine in float32, in which losses can be compared closely."""

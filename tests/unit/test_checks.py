@@ -12,25 +12,12 @@ from transformers import Trainer
 from qlora_helpers import UserError
 from qlora_helpers.data.prompts import IGNORE
 from qlora_helpers.evaluation import losses
-from qlora_helpers.runs import RunFolder
 from qlora_helpers.training import checks, trainer
 
 
 @pytest.fixture(scope="module")
 def config(config):
     return config.replace(epochs=1, eval_steps=1, n_answers=1)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Folder of all runs, which share the losses of their base model."""
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture
-def run(runs):
-    """A run that has not begun."""
-    return RunFolder(runs / f"run{len(list(runs.iterdir()))}")
 
 
 @pytest.fixture

@@ -68,23 +68,11 @@ def config(config):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Folder of all runs, which share the losses of their base model."""
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture
-def run(folder):
-    """A run that has not begun."""
-    return RunFolder(folder / f"begun{len(list(folder.iterdir()))}")
-
-
-@pytest.fixture(scope="module")
-def train(config, data, tokenizer, folder):
+def train(config, data, tokenizer, runs):
     """Train into a fresh folder, or into `run`."""
 
     def run_it(run=None, callbacks=(), rows=data, **changes):
-        run = run or RunFolder(folder / f"run{len(list(folder.iterdir()))}")
+        run = run or RunFolder(runs / f"run{len(list(runs.iterdir()))}")
         return trainer.train(config.replace(**changes), rows, tokenizer, run, callbacks)
 
     return run_it
