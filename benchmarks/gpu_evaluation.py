@@ -1,4 +1,4 @@
-"""Time of an evaluation on a GPU: answers from a CUDA graph and larger batches, beside `generate` and 8 rows at once.
+"""Time of an evaluation on a GPU: answers from a CUDA graph and losses of up to 32 rows, beside `generate` and 8.
 
 usage: python benchmarks/gpu_evaluation.py TOKENIZER_FOLDER ROWS.jsonl [--out FILE] [--rows 100] [--tokens 128]
 
@@ -30,7 +30,7 @@ PARTS = ("losses", "answers", "general")
 
 def take(path: str) -> list[list[int]]:
     """Let this process evaluate on a path; returns a list that collects the tokens of all answers."""
-    from qlora_helpers.evaluation import answers, losses
+    from qlora_helpers.evaluation import answers
     from qlora_helpers.models import forward
     from qlora_helpers.planning import memory
 
@@ -45,13 +45,7 @@ def take(path: str) -> list[list[int]]:
     if path == "generate":
         forward.static_cache = lambda *_: None  # type: ignore[assignment]
         memory.MOST_ROWS_ON_GPU = memory.MOST_ROWS
-        losses._batches = _of_equal_size  # type: ignore[assignment]
     return written
-
-
-def _of_equal_size(lengths: list[int], rows: int, device: Any) -> list[list[int]]:
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    return [order[start : start + rows] for start in range(0, len(order), rows)]
 
 
 def load(config: Config, rows: int) -> tuple[Any, Any, Any, list[Any]]:

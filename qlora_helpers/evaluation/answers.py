@@ -17,7 +17,7 @@ from qlora_helpers.device import Device, autocast
 from qlora_helpers.errors import cause
 from qlora_helpers.evaluation import scores
 from qlora_helpers.models import forward
-from qlora_helpers.planning.memory import MOST_ANSWERS
+from qlora_helpers.planning import memory
 
 PUBLISHED_PROMPTS = ("Explain what is a variable in programming.", "How do computers store data?")
 
@@ -50,7 +50,7 @@ def generate(
     device: Device,
     asked: list[dict[str, Any]],
     shots: Shots = (),
-    batch_size: int = MOST_ANSWERS,
+    batch_size: int = memory.MOST_ANSWERS,
 ) -> list[dict[str, Any]]:
     """Greedy answers to each prompt, or to the conversation in `turns`; `shots` are example turns that precede it.
 
@@ -58,18 +58,21 @@ def generate(
     ended it within the limit of tokens; `invented`, whether the model continued with a turn of someone else; `tokens`,
     the number of tokens it wrote; and with `config.score`, what `scores.add` does.
     """
+    if not asked:
+        return []
     turns = [entry.get("turns") or [{"role": "user", "content": entry["prompt"]}] for entry in asked]
-    texts = [rendering.render_prompt(with_shots(one, shots), config, tokenizer) for one in turns]
+    prompts, _ = tokenize(
+        [rendering.render_prompt(with_shots(one, shots), config, tokenizer) for one in turns], tokenizer
+    )
     reader = AnswerReader(config, tokenizer)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # similar lengths together: less padding
+    most_tokens = batch_size * memory.question_tokens(config)
     was_training, side = model.training, tokenizer.padding_side
     model.eval()
     tokenizer.padding_side = "left"  # padding between prompt and answer would be read as text
     answered: dict[int, dict[str, Any]] = {}
     try:
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            outputs = _continue(model, tokenizer, config, device, [texts[i] for i in part], reader.ends)
+        for part in forward.batches_by_length([len(ids) for ids in prompts], batch_size, most_tokens):
+            outputs = _continue(model, tokenizer, config, device, [prompts[i] for i in part], reader.ends)
             for i, ids in zip(part, outputs, strict=True):
                 answered[i] = {key: asked[i][key] for key in asked[i] if key != "turns"} | reader.read(ids)
     finally:  # the tokenizer is shared by all runs of a notebook
@@ -103,10 +106,9 @@ def neutral_generation(model: Any) -> Iterator[None]:
 
 
 def _continue(
-    model: Any, tokenizer: Any, config: Config, device: Device, texts: list[str], ends: list[int]
+    model: Any, tokenizer: Any, config: Config, device: Device, prompts: list[list[int]], ends: list[int]
 ) -> list[list[int]]:
-    ids, _ = tokenize(texts, tokenizer)
-    batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+    batch = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
     batch = batch.to(model.get_input_embeddings().weight.device)
     options = {
         "max_new_tokens": config.max_new_tokens + (config.max_thinking_tokens if config.thinking else 0),

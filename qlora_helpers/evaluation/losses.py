@@ -1,5 +1,6 @@
 """Loss of each held-out row, and the measurements of a base model that its runs share."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -39,8 +40,11 @@ def heldout_losses(
     was_training = model.training
     model.eval()
     losses: dict[int, RowLoss] = {}
+    lengths = [len(example.input_ids) for example in examples]
+    # A pass on a GPU takes about as long for few tokens as for many, on a CPU as long as its tokens.
+    limits = (len(lengths), batch_size * max(lengths, default=0)) if device.kind == "cuda" else (batch_size, math.inf)
     with torch.inference_mode(), autocast(device):
-        for batch in _batches([len(example.input_ids) for example in examples], batch_size, device):
+        for batch in forward.batches_by_length(lengths, *limits):
             losses |= dict(zip(batch, _batch_losses(model, [examples[i] for i in batch]), strict=True))
     model.train(was_training)
     return [losses[index] for index in range(len(examples))]
@@ -55,21 +59,6 @@ def eval_batch_sizes(config: Config, device: Device) -> tuple[int, int]:
     except UserError:  # an architecture that the memory plan does not know
         return 1, 8
     return memory.rows_at_once(load), memory.answers_at_once(load)
-
-
-def _batches(lengths: list[int], rows: int, device: Device) -> list[list[int]]:
-    """Indices of rows in batches. Rows of similar length go together, which saves padding; it does not change a loss.
-
-    A pass on a GPU takes about as long for few tokens as for many: a batch has as many as `rows` of the longest.
-    """
-    widths = lengths if device.kind == "cuda" else [1] * len(lengths)
-    most = rows * max(widths, default=0)
-    batches: list[list[int]] = [[]]
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if (len(batches[-1]) + 1) * widths[i] > most:
-            batches.append([])
-        batches[-1].append(i)
-    return [batch for batch in batches if batch]
 
 
 def _batch_losses(model: Any, batch: list[Example]) -> list[RowLoss]:

@@ -30,6 +30,19 @@ def recomputes(model: Any) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
+def batches_by_length(lengths: list[int], rows: int, tokens: float) -> list[list[int]]:
+    """Return the indices of rows in batches of at most `rows` rows and `tokens` tokens with padding, or of one row.
+
+    Rows of similar length go together, which saves padding.
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not batches or len(batches[-1]) == rows or (len(batches[-1]) + 1) * lengths[i] > tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
 def logits_at(model: Any, ids: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """Return the logits of `ids` (rows, tokens) at some columns: (rows, columns, vocabulary).
 

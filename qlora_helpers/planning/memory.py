@@ -7,6 +7,7 @@ runs, and `docs/results.md` lists the errors of the plan. All sizes are in bytes
 from collections.abc import Callable
 from dataclasses import replace
 
+from qlora_helpers.config import Config
 from qlora_helpers.planning import graphs, sharding
 from qlora_helpers.planning.shape import ATTENDED, Block
 from qlora_helpers.planning.workload import ALONE, BLOCK, FULL, HALF, WORKSPACE, Workload
@@ -245,14 +246,18 @@ def _whole_rows(workload: Workload, rows: int) -> dict[str, float]:
     return heldout_parts(workload, rows, workload.heldout_length)
 
 
+def question_tokens(config: Config) -> int:
+    """Return the tokens of a question that batches of answers have room for. Of longer ones, a batch has fewer."""
+    return max(config.max_length // 2, 1)
+
+
 def answer_parts(workload: Workload, number: int) -> dict[str, float]:
     """Return bytes by part while `number` questions are answered in one batch.
 
-    The questions, taken as half the maximum length, pass through the model at once. The keys and values of all
-    question and answer tokens stay.
+    The questions pass through the model at once. The keys and values of all question and answer tokens stay.
     """
     shape = workload.shape
-    read, written = number * workload.config.max_length // 2, number * workload.config.max_new_tokens
+    read, written = number * question_tokens(workload.config), number * workload.config.max_new_tokens
     width = FULL if shape.family == "bloom" and workload.packed else HALF
     layers = workload.total(lambda block: block.attends)
     cache = 2.0 * width * layers * shape.kv_heads * shape.head_dim * (read + written)

@@ -1,10 +1,15 @@
 """Answers end where they should, alone and in a batch."""
 
+import itertools
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qlora_helpers.data import prompts, schema
 from qlora_helpers.evaluation import answers
+from qlora_helpers.models import forward
 
 
 def asked(*prompts):
@@ -28,7 +33,7 @@ class Fixed(torch.nn.Module):
 def test_an_answer_ends_at_the_first_end_token(config, device, tokenizer):
     end, (word,) = tokenizer.eos_token_id, tokenizer("a", add_special_tokens=False)["input_ids"]
     fixed = Fixed([[word, end, end], [word, word, word], [end, word, word]])
-    said = answers.generate(fixed, tokenizer, config, device, asked("x", "y", "z"))
+    said = answers.generate(fixed, tokenizer, config, device, asked("x", "x", "x"))
     assert said == [
         {
             "prompt": "x",
@@ -40,7 +45,7 @@ def test_an_answer_ends_at_the_first_end_token(config, device, tokenizer):
             "tokens": 1,
         },
         {
-            "prompt": "y",
+            "prompt": "x",
             "reference": "r",
             "answer": "aaa",
             "thought": "",
@@ -48,7 +53,7 @@ def test_an_answer_ends_at_the_first_end_token(config, device, tokenizer):
             "invented": False,
             "tokens": 3,
         },
-        {"prompt": "z", "reference": "r", "answer": "", "thought": "", "stopped": True, "invented": False, "tokens": 0},
+        {"prompt": "x", "reference": "r", "answer": "", "thought": "", "stopped": True, "invented": False, "tokens": 0},
     ]
 
 
@@ -65,6 +70,27 @@ def test_answers_alone_and_in_a_batch_are_the_same(setup, config, device, tokeni
     assert all(a["tokens"] == config.max_new_tokens or a["stopped"] for a in alone)
     assert built.training
     assert tokenizer.padding_side == "right"
+
+
+@given(lengths=st.lists(st.integers(1, 300), max_size=40), rows=st.integers(1, 9), tokens=st.integers(1, 900))
+def test_every_row_is_in_one_batch_of_no_more_rows_and_tokens_than_asked(lengths, rows, tokens):
+    """Unless it is alone. Rows of similar length are together, and no two batches would fit one."""
+    batches = forward.batches_by_length(lengths, rows, tokens)
+    assert [i for batch in batches for i in batch] == sorted(range(len(lengths)), key=lambda i: lengths[i])
+    longest = [max(lengths[i] for i in batch) for batch in batches]
+    for batch, length in zip(batches, longest, strict=True):
+        assert len(batch) == 1 or (len(batch) <= rows and len(batch) * length <= tokens)
+    for batch, following in itertools.pairwise(batches):
+        assert len(batch) == rows or (len(batch) + 1) * lengths[following[0]] > tokens
+
+
+def test_long_questions_are_answered_few_at_a_time(setup, config, device, tokenizer, monkeypatch):
+    built, own = setup[0], config.replace(max_new_tokens=2, max_length=16)
+    sizes = []
+    generated = answers._continue
+    monkeypatch.setattr(answers, "_continue", lambda *given: sizes.append(len(given[4])) or generated(*given))
+    answers.generate(built, tokenizer, own, device, asked(*["word " * 40] * 4), batch_size=4)
+    assert sizes == [1, 1, 1, 1]
 
 
 def test_a_thought_is_no_part_of_the_answer(config, device, tokenizer):
@@ -100,8 +126,10 @@ def test_rows_are_asked_as_they_are_trained(config, device, tokenizer, make_row,
         assert (asked_row["prompt"], asked_row["reference"]) == ("And 4?", "9")
         (answered,) = answers.generate(torch.nn.Identity(), tokenizer, own, device, [asked_row])
         assert list(answered) == ["prompt", "reference", "answer", "thought", "stopped", "invented", "tokens"]
-        ((text,),) = seen[-1:]
-        assert example.text.startswith(text)
+        ((ids,),) = seen[-1:]
+        ((whole,), _) = prompts.tokenize([example.text], tokenizer)  # `input_ids` are cut
+        assert whole[: len(ids)] == ids
+        text = tokenizer.decode(ids)
         assert all(part in text for part in ("5", "Be kind.", "2, 3"))
 
 

@@ -4,11 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from qlora_helpers.data import cleaning, prompts
-from qlora_helpers.device import cpu
 from qlora_helpers.evaluation import losses
 from qlora_helpers.evaluation.row_losses import RowLoss, mean_loss
 
@@ -55,19 +52,6 @@ def test_more_tokens_than_go_through_the_head_at_once(setup, device, monkeypatch
     monkeypatch.setattr(losses.memory, "EVALUATION_LOGITS", 7)
     parts = losses.heldout_losses(built, examples, device)
     assert [row.loss_sum for row in parts] == pytest.approx([row.loss_sum for row in whole], rel=1e-5)
-
-
-@given(
-    lengths=st.lists(st.integers(1, 300), max_size=40), rows=st.integers(1, 9), kind=st.sampled_from(["cpu", "cuda"])
-)
-def test_every_row_is_in_one_batch_of_no_more_tokens_than_the_longest_rows(lengths, rows, kind):
-    """On a CPU, of no more rows."""
-    batches = losses._batches(lengths, rows, dataclasses.replace(cpu("float32"), kind=kind))
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    assert [i for batch in batches for i in batch] == order
-    assert all(len(batch) * max(lengths[i] for i in batch) <= rows * max(lengths) for batch in batches)
-    if kind == "cpu":
-        assert batches == [order[start : start + rows] for start in range(0, len(order), rows)]
 
 
 def test_losses_in_batches_of_a_gpu_are_the_same_in_fewer_passes(setup, device, monkeypatch):
