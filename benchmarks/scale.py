@@ -1,6 +1,6 @@
 """Measure training on one GPU and on several against the memory plan, or estimate it for up to 64 GPUs.
 
-usage: python benchmarks/scale.py TOKENIZER_FOLDER ROWS.jsonl --out FILE [--gpus 2] [--steps 20]
+usage: python benchmarks/scale.py TOKENIZER_FOLDER ROWS.jsonl --out FILE [--gpus 2] [--models llama31-8b]
        python benchmarks/scale.py --model-only
 
 The models have the shapes of known ones and random weights, which change neither speed nor memory. Every GPU gets as
@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import ceil
 from multiprocessing import get_context
@@ -30,20 +30,36 @@ from qlora_helpers.planning.gpus import GPUS
 from qlora_helpers.planning.sharding import REPLICATED
 from qlora_helpers.planning.workload import ALONE, FULL, STRATEGIES, Parallel
 
-SEED, WARMUP = 0, 5  # the first steps choose kernels and do not count
-ROWS = {"tinyllama-1.1b": 8, "llama31-8b": 4}  # per GPU and step
+SEED = 0
 SETTINGS: dict[str, Any] = {
     "preset": "tinyllama-guanaco-100", "profile": "gpu", "target_modules": "all-linear", "max_length": 512,
-    "template": "guanaco", "gradient_checkpointing": True, "gradient_accumulation": 1, "epochs": 1,
-    "optimizer": "adamw_torch", "n_heldout": 8, "n_answers": 0, "few_shot": False, "save_steps": 1000, "seed": SEED,
+    "template": "guanaco", "gradient_accumulation": 1, "epochs": 1, "optimizer": "adamw_torch", "n_heldout": 8,
+    "n_answers": 0, "few_shot": False, "save_steps": 1000, "seed": SEED,
 }  # fmt: skip
 
 
-def settings_of(model: Path, rows: Path, parallel: Parallel, batch: int, steps: int) -> dict[str, Any]:
-    """Return the settings of a run of `steps` steps in which each GPU has `batch` rows per step."""
-    rows_per_step = batch * parallel.gpus
-    own = {"model": str(model), "dataset": str(rows), "batch_size": rows_per_step, "n_samples": steps * rows_per_step}
-    return SETTINGS | own
+@dataclass(frozen=True)
+class Task:
+    """How a model is trained: rows of each GPU per step, steps, and how many of the first do not count."""
+
+    rows: int
+    steps: int
+    warmup: int
+    own: dict[str, Any]
+
+
+TASKS = {
+    "tinyllama-1.1b": Task(8, steps=50, warmup=20, own={"gradient_checkpointing": False}),
+    "llama31-8b": Task(4, steps=40, warmup=20, own={"gradient_checkpointing": True, "dropout": 0.0}),
+}
+
+
+def settings_of(name: str, model: Path, rows: Path, parallel: Parallel, fast: str) -> dict[str, Any]:
+    """Return the settings of a run of a model in a folder on so many GPUs."""
+    task = TASKS[name]
+    batch = task.rows * parallel.gpus
+    own = {"model": str(model), "dataset": str(rows), "batch_size": batch, "n_samples": task.steps * batch}
+    return SETTINGS | task.own | own | {"fast": fast}
 
 
 def command(settings: dict[str, Any], parallel: Parallel, out: Path) -> list[str]:
@@ -63,16 +79,20 @@ def command(settings: dict[str, Any], parallel: Parallel, out: Path) -> list[str
     return words
 
 
-def result_of(run: Path, planned_gib: float) -> dict[str, Any]:
+def result_of(run: Path, settings: dict[str, Any], parallel: Parallel, warmup: int) -> dict[str, Any]:
     """Return speed and memory from the files of a finished run. Tokens per second are those of all GPUs together."""
     metrics = json.loads((run / "metrics.json").read_text("utf-8"))
     seconds = [line["seconds"] for line in files.read_jsonl(run / "log.jsonl") if "seconds" in line]
     tokens_per_step = metrics["tokens_per_second"] * sum(seconds) / len(seconds)
     manifest = json.loads((run / "manifest.json").read_text("utf-8"))
+    path = manifest["training_path"]["path"]
+    workload = replace(memory.workload_of(Config.from_params(**settings), None, parallel), path=path)
     return {
-        "tokens_per_second": tokens_per_step / median(seconds[WARMUP:]),
+        "path": path,
+        "tokens_per_second": tokens_per_step / median(seconds[warmup:]),
         "peak_gib": metrics["peak_memory_gib"],
-        "planned_gib": planned_gib,
+        "planned_gib": sum(memory.training_parts(workload).values()) / memory.GIB,
+        "eval_loss": metrics["eval_loss"],
         "device": manifest["device"],
         "versions": manifest["versions"],
     }
@@ -94,19 +114,22 @@ def write_shape(name: str, folder: Path, tokenizer_folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def measure(name: str, model: Path, rows: Path, gpus: int, steps: int) -> Iterator[dict[str, Any]]:
-    """Yield one result per run: one GPU, then several with each strategy. A failed run yields its error."""
-    for parallel in (ALONE, *(Parallel(gpus, strategy) for strategy in STRATEGIES)):
-        settings = settings_of(model, rows, parallel, ROWS[name], steps)
-        line = {"model": name, "gpus": parallel.gpus, "strategy": parallel.strategy, "seed": SEED}
+def measure(name: str, model: Path, rows: Path, gpus: int) -> Iterator[dict[str, Any]]:
+    """Yield one result per run: one GPU and several with DDP on the fastest path, then all with the library's steps.
+
+    A failed run yields its error.
+    """
+    fastest = [(parallel, "auto") for parallel in (ALONE, Parallel(gpus))]
+    for parallel, fast in (*fastest, *((one, "off") for one in (ALONE, *(Parallel(gpus, s) for s in STRATEGIES)))):
+        settings = settings_of(name, model, rows, parallel, fast)
+        line = {"model": name, "gpus": parallel.gpus, "strategy": parallel.strategy, "fast": fast, "seed": SEED}
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "run"
             done = subprocess.run(command(settings, parallel, out), stderr=subprocess.PIPE, text=True)
             if done.returncode:
                 yield line | {"error": done.stderr.strip().splitlines()[-5:]}
                 continue
-            planned = plan.plan_memory(Config.from_params(**settings), parallel=parallel)
-            yield line | result_of(out, sum(planned.training.values()))
+            yield line | result_of(out, settings, parallel, TASKS[name].warmup)
 
 
 @dataclass(frozen=True)
@@ -231,8 +254,7 @@ def main() -> None:
     parser.add_argument("rows", type=Path, nargs="?")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--gpus", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--models", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--models", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--model-only", action="store_true", help="print the estimates for up to 64 GPUs")
     args = parser.parse_args()
     if args.model_only:
@@ -245,7 +267,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, get_context("spawn")) as pool:
             pool.submit(write_shape, name, Path(folder), args.tokenizer).result()
             pool.shutdown()  # releases the GPU
-            for line in measure(name, Path(folder), args.rows.resolve(), args.gpus, args.steps):
+            for line in measure(name, Path(folder), args.rows.resolve(), args.gpus):
                 results.append(line)
                 print(json.dumps(line), flush=True)
                 files.write_json(args.out, {"runs": results})

@@ -158,6 +158,17 @@ def from_main(make: Callable[[], T]) -> T:
     return value[0]
 
 
+def of_all(value: T) -> list[T]:
+    """Return the value of each process, in all of them."""
+    if count() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
+
+
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
     """Run the body of a `with` statement in process 0, then in all others, which find what it wrote.

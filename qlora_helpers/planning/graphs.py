@@ -15,12 +15,12 @@ COMPILED = 0.65  # of what a block saves for its backward pass, adapters aside, 
 def paths(workload: Workload) -> tuple[str, ...]:
     """Return the path that `fast` asks for, and the other one that the run may take.
 
-    `auto` takes the library's steps if graphs do not fit, and compiled blocks need less than graphs. Several GPUs, full
-    fine-tuning, recomputed activations with dropout, and BLOOM, whose attention needs a mask, have the library's only.
+    `auto` takes the library's steps if graphs do not fit, and compiled blocks need less than graphs. Sharded models,
+    full fine-tuning, recomputed activations with dropout, and BLOOM, whose attention needs a mask, have only those.
     """
     config = workload.config
     again = config.gradient_checkpointing and config.dropout > 0  # a graph cannot draw the same dropout again
-    if config.fast == "off" or workload.full or workload.parallel.gpus > 1 or workload.shape.family == "bloom" or again:
+    if config.fast == "off" or workload.full or workload.parallel.sharded or workload.shape.family == "bloom" or again:
         return ("off",)
     return ("off", "graphs") if config.fast == "auto" else (config.fast, "off")
 

@@ -63,8 +63,8 @@ class PackedRows:
 class Share:
     """Collator that passes this process's rows of a batch on to another collator.
 
-    Each row is in the batch of one process. A process without a row gets the beginning of one, untrained: it has to
-    take part in the step, and adds nothing to the loss.
+    Each row is in the batch of one process. `tokens` counts those of all. A process without a row gets the beginning of
+    one, untrained: it has to take part in the step, and adds nothing to the loss.
     """
 
     collate: Collator
@@ -72,7 +72,8 @@ class Share:
     def __call__(self, features: Features) -> Batch:
         ids = features[0]["input_ids"][:2]
         own = features[distributed.rank() :: distributed.count()]
-        return self.collate(own or [{"input_ids": ids, "labels": [IGNORE] * len(ids)}])
+        batch = self.collate(own or [{"input_ids": ids, "labels": [IGNORE] * len(ids)}])
+        return {**batch, "tokens": _length(features)} if "tokens" in batch else batch
 
 
 class StreamedRows(torch.utils.data.Dataset[dict[str, list[int]]]):

@@ -189,7 +189,10 @@ class GraphStep:
     def __init__(self, passes: Passes, rows: int) -> None:
         self.passes, self.rows = passes, rows
         self.trained = [p for p in passes.model.parameters() if p.requires_grad]
-        self.gradients = [torch.zeros_like(p) for p in self.trained]  # the tensors that the graphs add to
+        sizes = [p.numel() for p in self.trained]
+        self.gradient = torch.zeros(sum(sizes), dtype=self.trained[0].dtype, device=self.trained[0].device)
+        parts = zip(self.gradient.split(sizes), self.trained, strict=True)
+        self.gradients = [part.view_as(parameter) for part, parameter in parts]  # the tensors that the graphs add to
         self.graphs: dict[int, tuple[Any, tuple[torch.Tensor, ...], torch.Tensor]] = {}  # graph, its inputs, its loss
         self.warm: set[int] = set()  # lengths whose kernels are chosen, loaded and compiled
         self.full = False  # whether a graph did not fit, so that the passes are computed without graphs from there on
@@ -219,9 +222,13 @@ class GraphStep:
     def _attach_gradients(self) -> None:
         """Put zeroed gradients where the trainer has removed them after an optimizer step."""
         if self.trained[0].grad is not self.gradients[0]:
-            torch._foreach_zero_(self.gradients)
+            self.gradient.zero_()
             for parameter, gradient in zip(self.trained, self.gradients, strict=True):
                 parameter.grad = gradient
+
+    def exchange(self, accelerator: Any) -> None:
+        """Add up the gradients of all processes, in each of them."""
+        self.gradient.copy_(accelerator.reduce(self.gradient, "sum"))
 
     def warm_up(self, lengths: Iterable[int]) -> None:
         """Compute a pass of each length, in which kernels are chosen, loaded and compiled.

@@ -3,10 +3,12 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 
 from qlora_helpers import distributed, files
 from qlora_helpers.config import Config
@@ -19,6 +21,7 @@ from qlora_helpers.models import forward
 from qlora_helpers.training import batches, cuda_graphs
 from qlora_helpers.training.cuda_graphs import GraphStep, Passes
 
+PATHS = ("off", "graphs", "compiled")  # from the slowest
 LOG_EVERY = 10  # steps between log writes with graphs; every step still has its line
 TIMED = 3  # passes that a path is timed with, after one that is not timed
 COMPILE_SECONDS = 8.0  # per length; 6 were measured beside an H100: see docs/speed.md
@@ -51,11 +54,12 @@ def prepare(trainer: Any, context: RunContext, checkpoint: Path | None) -> None:
     if config.gradient_checkpointing:
         recompute(trainer, config)
     trainer.graphs, choice = None, _impossible(trainer, config)
-    if choice is None:  # in one process, which has read a stream's rows once
-        longest, largest = _longest_and_largest(data)
+    if choice is None:
+        longest, largest = distributed.from_main(lambda: _longest_and_largest(data))
         lengths = cuda_graphs.lengths_for(longest, config.sampling)
-        trainer.graphs, choice = choose(
-            trainer.model, device, trainer.accelerator.backward, wanted, config.batch_size, lengths, passes
+        rows = config.batch_size // distributed.count()
+        trainer.graphs, choice = _agreed(
+            *choose(trainer.model, device, trainer.accelerator.backward, wanted, rows, lengths, passes)
         )
     if distributed.is_main():
         files.write_json(run / "manifest.json", {**run.read("manifest.json"), "training_path": asdict(choice)})
@@ -64,9 +68,32 @@ def prepare(trainer: Any, context: RunContext, checkpoint: Path | None) -> None:
     if trainer.graphs is not None:
         embeddings = trainer.model.get_input_embeddings()
         embeddings(torch.tensor([largest], device=embeddings.weight.device))  # raises `UserError` if there is none
-        trainer.data_collator = cuda_graphs.FixedShapes(config.batch_size, lengths)
+        trainer.data_collator = cuda_graphs.FixedShapes(rows, lengths)
+        if distributed.count() > 1:
+            _exchange_after_backward(trainer)
         trainer.args.logging_steps = LOG_EVERY
         trainer.room_gib = min(device.memory_gib, config.memory_limit_gib or device.memory_gib)
+
+
+def _agreed(step: GraphStep | None, choice: Choice) -> tuple[GraphStep | None, Choice]:
+    """Return the slowest of the paths that the processes have chosen: all of them exchange gradients in one way."""
+    slowest = min(distributed.of_all(choice), key=lambda one: PATHS.index(one.path))
+    if step is None or slowest.path == choice.path:
+        return step, slowest
+    step.release()
+    step.passes.undo_compile()
+    return (None if slowest.path == "off" else step), slowest
+
+
+def _exchange_after_backward(trainer: Any) -> None:
+    """Prepare a trainer for gradients that are exchanged after the backward pass, which a graph replays.
+
+    accelerate leaves the model as it is: DDP exchanges them in hooks of the backward pass, and a graph has none.
+    """
+    trainer.data_collator = batches.Share(trainer.data_collator)
+    trainer.accelerator.prepare_model = partial(trainer.accelerator.prepare_model, evaluation_mode=True)
+    for parameter in trainer.graphs.trained:
+        broadcast(parameter.data)  # DDP would do it too
 
 
 def _longest_and_largest(data: Data) -> tuple[int, int]:
@@ -89,8 +116,8 @@ def recompute(trainer: Any, config: Config) -> None:
 
 def _impossible(trainer: Any, config: Config) -> Choice | None:
     """Return the library's own path, and why no other is tried, or None."""
-    if distributed.count() > 1:
-        return Choice("off", "graphs do not exchange the gradients of several processes")
+    if distributed.is_sharded():
+        return Choice("off", "graphs do not gather the weights that FSDP has sharded")
     if not trainer.model_accepts_loss_kwargs:
         return Choice("off", "the model's loss is a mean of its own")
     if config.gradient_checkpointing and config.dropout:

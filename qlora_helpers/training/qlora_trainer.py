@@ -64,6 +64,10 @@ class QloraTrainer(SFTTrainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
         else:
             loss = self.graphs(inputs["input_ids"], inputs["labels"], num_items_in_batch)
+            if distributed.count() > 1:
+                loss *= distributed.count()  # the library takes the mean over processes
+                if self.accelerator.sync_gradients:
+                    self.graphs.exchange(self.accelerator)
         self._passes.append((self.state.global_step + 1, loss, self._get_learning_rate()))
         return loss
 
@@ -104,7 +108,8 @@ class QloraTrainer(SFTTrainer):
     def _add_earlier_steps(self, logs: dict[str, float], rates: dict[int, float]) -> None:
         """Add log lines of the steps before this one, and replace the mean loss by that of this step."""
         losses_of = dict.fromkeys(rates, 0.0)
-        values = torch.stack([loss for _, loss, _ in self._passes]).tolist()
+        passes = torch.stack([loss for _, loss, _ in self._passes])
+        values = self.accelerator.reduce(passes, "mean").tolist()
         for (step, _, _), value in zip(self._passes, values, strict=True):
             losses_of[step] += value
         _, logs["loss"] = losses_of.popitem()

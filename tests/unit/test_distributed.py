@@ -37,12 +37,17 @@ FSDP = {
 }  # fmt: skip
 
 
+AS_GRAPHS = {"AS_GRAPHS": "1"}
+
+
 def work(env, folder, params, output):
     """Train as one of several processes, with all output in a file."""
     gc.freeze()  # see conftest.py
     os.environ.update(env)
     if "FSDP_VERSION" in env:
         shard_on_a_cpu()
+    if AS_GRAPHS.keys() <= env.keys():
+        compute_as_graphs_do()
     with open(output, "w", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         from qlora_helpers.training import launched
 
@@ -65,6 +70,20 @@ def shard_on_a_cpu():
             self.distributed_type = DistributedType.MULTI_GPU
 
     PartialState.__init__ = as_if_on_gpus
+
+
+def compute_as_graphs_do():
+    """Take the passes that graphs record, which run anywhere, without recording them."""
+    from qlora_helpers.training import cuda_graphs, paths
+
+    def choose(model, device, backward, wanted, rows, lengths, passes):
+        step = cuda_graphs.GraphStep(cuda_graphs.Passes(model, device, backward), rows)
+        step.full = True
+        for parameter in step.trained:  # as if the processes had begun with other random numbers
+            parameter.data += distributed.rank()
+        return step, paths.Choice("graphs", "in a test")
+
+    paths.choose = choose
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +111,7 @@ def train(params, tmp_path):
             }
             output = tmp_path / f"{name}-{rank}.txt"
             process = SERVER.Process(
-                target=work, args=(env if processes > 1 else {}, str(tmp_path / name), params | changes, output)
+                target=work, args=(env if processes > 1 else dict(more), str(tmp_path / name), params | changes, output)
             )
             process.start()
             started.append((process, output))
@@ -134,6 +153,18 @@ def test_two_processes_train_as_the_command_does_alone_and_the_first_writes(trai
     assert names[0] == names[1]
     assert "step 6 of 6" in words[0]
     assert words[1] == ""
+
+
+def test_gradients_of_graphs_are_exchanged_after_the_backward_pass(train):
+    """The same steps as by one process on the library's path, from weights that are equal in both processes."""
+    one, _ = train("one", 1)
+    two, _ = train("two", 2, more=AS_GRAPHS)
+    for key in ("loss", "eval_loss"):
+        assert values(two, key) == pytest.approx(values(one, key), abs=NEAR)
+    assert values(two, "num_input_tokens_seen")[-1] == values(one, "num_input_tokens_seen")[-1]
+    assert two.read("manifest.json")["training_path"]["path"] == "graphs"
+    first, second = (load_file(run.adapter / "adapter_model.safetensors") for run in (one, two))
+    assert max((first[name] - second[name]).abs().max() for name in first) < 1e-4
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from qlora_helpers import files, options
 from qlora_helpers.__main__ import main
 from qlora_helpers.config import Config
-from qlora_helpers.planning import memory
+from qlora_helpers.planning import memory, plan
 from qlora_helpers.planning.workload import ALONE, Parallel
 
 ROOT = Path(__file__).parents[2]
@@ -22,8 +22,8 @@ PAGE = (ROOT / "docs" / "scale.md").read_text("utf-8")
 
 
 def test_a_command_line_gives_the_settings_back(tmp_path):
-    settings = scale.settings_of(tmp_path, tmp_path / "rows.jsonl", Parallel(2, "fsdp"), batch=4, steps=20)
-    assert (settings["batch_size"], settings["n_samples"]) == (8, 160)
+    settings = scale.settings_of("llama31-8b", tmp_path, tmp_path / "rows.jsonl", Parallel(2, "fsdp"), "off")
+    assert (settings["batch_size"], settings["n_samples"]) == (8, 320)
     alone = scale.command(settings, ALONE, tmp_path / "run")
     launched = scale.command(settings, Parallel(2, "fsdp"), tmp_path / "run")
     assert alone[:4] == [sys.executable, "-m", "qlora_helpers", "train"]
@@ -40,15 +40,23 @@ def test_a_command_line_gives_the_settings_back(tmp_path):
     assert Config.from_params(**parsed) == Config.from_params(**settings)
 
 
-def test_speed_is_that_of_the_steps_after_the_warmup(tmp_path):
+def test_speed_is_that_of_the_steps_after_the_warmup_and_the_plan_that_of_the_path(tmp_path, model_folder):
     """8 steps of 100 tokens, 5 of them of 2 s and 3 of 1 s."""
     lines = [{"loss": 1.0, "seconds": seconds} for seconds in [2.0] * 5 + [1.0] * 3]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"eval_loss": 1.0}]))
-    files.write_json(tmp_path / "metrics.json", {"tokens_per_second": 800 / 13, "peak_memory_gib": 3.5})
-    files.write_json(tmp_path / "manifest.json", {"device": {"name": "H100"}, "versions": {"torch": "2"}})
-    result = scale.result_of(tmp_path, 3.25)
+    files.write_json(
+        tmp_path / "metrics.json", {"tokens_per_second": 800 / 13, "peak_memory_gib": 3.5, "eval_loss": 2.0}
+    )
+    files.write_json(
+        tmp_path / "manifest.json",
+        {"device": {"name": "H100"}, "versions": {"torch": "2"}, "training_path": {"path": "graphs"}},
+    )
+    settings = scale.settings_of("tinyllama-1.1b", model_folder, tmp_path / "rows.jsonl", Parallel(2), "auto")
+    result = scale.result_of(tmp_path, settings, Parallel(2), 5)
     assert result["tokens_per_second"] == pytest.approx(100)
-    assert (result["peak_gib"], result["planned_gib"]) == (3.5, 3.25)
+    assert (result["path"], result["peak_gib"]) == ("graphs", 3.5)
+    peaks = plan.plan_memory(Config.from_params(**settings), parallel=Parallel(2)).peaks
+    assert peaks["off"] < result["planned_gib"] <= peaks["graphs"]
     assert (result["device"], result["versions"]) == ({"name": "H100"}, {"torch": "2"})
 
 
@@ -60,12 +68,12 @@ def test_a_failed_run_is_noted_and_the_others_follow(monkeypatch, tmp_path):
         return SimpleNamespace(returncode=1, stderr="one\nerror: out of memory\n")
 
     monkeypatch.setattr(subprocess, "run", fail)
-    lines = list(scale.measure("tinyllama-1.1b", tmp_path, tmp_path / "rows.jsonl", gpus=2, steps=20))
+    lines = list(scale.measure("tinyllama-1.1b", tmp_path, tmp_path / "rows.jsonl", gpus=2))
     assert [(line["gpus"], line["strategy"]) for line in lines] == [
-        (1, "ddp"), (2, "ddp"), (2, "fsdp"), (2, "fsdp-offload"),
+        (1, "ddp"), (2, "ddp"), (1, "ddp"), (2, "ddp"), (2, "fsdp"), (2, "fsdp-offload"),
     ]  # fmt: skip
     assert all(line["error"][-1] == "error: out of memory" for line in lines)
-    assert len(commands) == 4
+    assert len(commands) == 6
 
 
 def test_what_is_sent_by_hand():
