@@ -71,7 +71,7 @@ def covering(fault: WorkItem, covered: CoverageData) -> list[str]:
     rows = range(one.start_pos[0], one.end_pos[0] + 1)
     found = {context for row in rows for context in lines.get(row, [])} - {""}
     found = found or {context for contexts in lines.values() for context in contexts} - {""}
-    tests = {context.partition("|")[0] for context in found}
+    tests = {context.rpartition("|")[0] for context in found}  # the name of a test may contain the mark
     return sorted(tests, key=lambda test: (own not in test, test))
 
 

@@ -27,7 +27,18 @@ class Fixed(torch.nn.Module):
         return self.words
 
     def generate(self, input_ids, **options):
+        self.options = options
         return torch.cat([input_ids, torch.tensor(self.answers)], dim=1)
+
+
+def test_each_end_token_ends_an_answer(config, device, tokenizer, monkeypatch):
+    """The model stops at any of them, and the answer ends there."""
+    end, word, other = tokenizer.eos_token_id, *tokenizer("a b", add_special_tokens=False)["input_ids"][:2]
+    monkeypatch.setattr(answers.rendering, "end_tokens", lambda config, tokenizer: [end, other])
+    fixed = Fixed([[word, other, word]])
+    (said,) = answers.generate(fixed, tokenizer, config, device, asked("x"))
+    assert fixed.options["eos_token_id"] == [end, other]
+    assert (said["answer"], said["stopped"], said["tokens"]) == ("a", True, 1)
 
 
 def test_an_answer_ends_at_the_first_end_token(config, device, tokenizer):

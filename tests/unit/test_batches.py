@@ -106,6 +106,21 @@ def test_loss_over_other_tokens_is_detected(device):
     assert not batches.same_loss(built, one_too_few)
 
 
+def test_a_small_difference_is_accepted_in_bfloat16_only(device, monkeypatch):
+    built, exact = tiny("llama"), batches.flat
+
+    def almost(features):
+        batch = exact(features)
+        batch["shift_labels"][0, -1] = (batch["shift_labels"][0, -1] + 1) % 97
+        return batch
+
+    monkeypatch.setattr(batches, "flat", almost)
+    monkeypatch.setattr(batches, "ROUNDING", 0.5)
+    for dtype, packed in (("float32", False), ("bfloat16", True)):
+        chosen = batches.collator(built, dataclasses.replace(device, dtype=dtype))
+        assert isinstance(chosen, batches.PackedRows) == packed
+
+
 def test_gradients_equal_those_of_the_plain_forward_pass():
     built = tiny("llama")
     features = rows_of(9, 17, 4, 12, untrained=3)

@@ -263,6 +263,14 @@ def test_run_that_continues_keeps_its_path(config, data, tokenizer, tmp_path, mo
     assert asked == [("auto", 8), ("compiled", 4)]  # two passes for each of 4 steps, and of the 2 left
 
 
+@pytest.mark.parametrize(("dropout", "kept"), [(0.0, False), (0.1, True)])
+def test_random_numbers_are_kept_for_recomputing_only_with_dropout(config, dropout, kept):
+    """A graph cannot set their generator back."""
+    changed = MagicMock()
+    paths.recompute(changed, config.replace(dropout=dropout))
+    assert changed.args.gradient_checkpointing_kwargs["preserve_rng_state"] is kept
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_activations_are_recomputed_before_paths_are_tried(config, data, tokenizer, tmp_path, monkeypatch, dropout):
     """What is timed and captured is what is trained. With dropout there is nothing to try."""

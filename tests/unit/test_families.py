@@ -1,6 +1,7 @@
 """Every family: held-out losses are the model's own, in 16 and in 4 bits, and what is not in 4 bits is found."""
 
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from qlora_helpers import Config, UserError, files
 from qlora_helpers.data.prompts import IGNORE, Example
 from qlora_helpers.data.schema import Row
 from qlora_helpers.evaluation import losses
-from qlora_helpers.models import qlora
+from qlora_helpers.models import base, qlora
 
 TINY = {
     "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -84,6 +85,13 @@ def test_experts_that_would_stay_in_16_bits_are_refused(device, tmp_path):
     with pytest.raises(UserError, match=r"only 1\d% of the weights .* in 4 bits.*Fix: quantization=none"):
         qlora.load_base(Config(model=str(tmp_path)), device)
     assert qlora.load_base(Config(model=str(tmp_path), quantization="none"), device)
+
+
+@pytest.mark.parametrize(("share", "refused"), [(0.94, True), (0.96, False)])
+def test_a_twentieth_of_the_weights_may_stay_in_16_bits(monkeypatch, share, refused):
+    monkeypatch.setattr(base, "four_bit_share", lambda model: share)
+    with pytest.raises(UserError, match="only 94%") if refused else nullcontext():
+        base.check_quantized(torch.nn.Linear(1, 1), Config())
 
 
 def test_a_model_saved_in_another_4_bit_type_is_not_called_nf4(device, tmp_path):

@@ -9,6 +9,7 @@ from contextlib import redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import pytest
@@ -119,6 +120,16 @@ def test_metadata_is_completed_and_weights_are_unchanged(merged, config, tokeniz
     before = file.stat().st_ino
     export_gguf._complete(merged, file)
     assert file.stat().st_ino == before  # complete already, so not rewritten
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_text_begins_with_a_start_token_where_the_tokenizer_adds_one(merged, tmp_path, monkeypatch, begins):
+    monkeypatch.setattr(chat_template, "starts_with_bos", lambda tokenizer: begins)
+    file = written(tmp_path / "model.gguf")
+    export_gguf._complete(merged, file)
+    assert contents(file)[KEYS.ADD_BOS] is begins
+    monkeypatch.setattr(gguf_reader.AutoTokenizer, "from_pretrained", lambda *args, **options: SimpleNamespace())
+    assert gguf_reader.load_tokenizer(file).add_bos_token is begins
 
 
 def sentencepiece_like():

@@ -140,6 +140,11 @@ def test_rows_that_do_not_vary_are_sure_and_widen_nothing():
     assert (second.low, second.high) == (pytest.approx(0.1), pytest.approx(0.1))
 
 
+def test_a_few_rows_that_vary_by_rounding_only_are_sure():
+    interval = intervals.ratio([0.1, 0.2, 0.1 * 3], [1, 2, 3])
+    assert interval.low == interval.high == pytest.approx(0.1)
+
+
 def test_no_estimates_have_no_intervals():
     assert intervals.simultaneous([[], []]) == [[], []]
 

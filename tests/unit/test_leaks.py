@@ -36,6 +36,16 @@ def test_the_same_question_is_a_leak_whatever_its_answer():
     assert leak(SPIDER, chat("How many legs does a beetle have?", "Six, in three pairs.")) is None
 
 
+def test_a_leak_names_its_row_also_after_two_held_out_rows_that_agree():
+    again = chat("How many legs does a spider have?", "Eight of them, in four pairs.")
+    other = chat("Which river runs through the city of Vienna?", "The Danube, which Strauss called blue.")
+    held = HeldOut([SPIDER, again, other, *STRANGERS], 0.7)
+    for row in (SPIDER, again, other):
+        held.add(row)
+    found = held.leak(chat(other.messages[0]["content"], "It is the Danube."))
+    assert (found.heldout, found.reason) == (other, NEAR_PROMPT)
+
+
 def test_the_same_answer_to_another_question_is_a_leak():
     row = chat("Tell me about the limbs of arachnids.", SPIDER.answer.upper())
     assert leak(SPIDER, row) == NEAR_ANSWER

@@ -216,6 +216,19 @@ def test_a_checkpoint_without_its_best_one_is_passed_over(tmp_path, kind):
     assert runs.last_checkpoint(run, ME) == oldest
 
 
+def test_a_checkpoint_that_is_sealed_again_has_no_seal_until_it_is_on_disk(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path)
+    again = make_checkpoint(run, 2)
+
+    def cut(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "flush_all", cut)
+    with pytest.raises(KeyboardInterrupt):
+        runs.seal(again, ME)
+    assert runs.last_checkpoint(run, ME) is None
+
+
 @pytest.mark.parametrize("name", [runs.SEAL, "weights.bin"])
 def test_a_read_error_is_one_line_and_deletes_nothing(tmp_path, monkeypatch, name):
     run = RunFolder(tmp_path)

@@ -7,7 +7,7 @@ from datasets import load_dataset
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config
 
 from qlora_helpers.runs import RunFolder
-from qlora_helpers.training import trainer
+from qlora_helpers.training import trainer, trl_config
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,13 @@ def test_trl_reads_the_settings_of_the_run(run, monkeypatch):
     assert (arguments.bf16, arguments.fp16, arguments.use_cpu) == (False, False, True)
     assert (arguments.gradient_checkpointing, arguments.eval_strategy) == (False, "no")
     assert script.dataset_name == "trl_rows"
+
+
+@pytest.mark.parametrize(("quantization", "in_4_bits"), [("nf4", True), ("fp4", True), ("none", False)])
+def test_trl_loads_in_4_bits_what_the_run_does(config, device, quantization, in_4_bits):
+    written = trl_config._model(config.replace(quantization=quantization), device)
+    assert written["load_in_4bit"] is in_4_bits
+    assert written.get("bnb_4bit_quant_type") == (quantization if in_4_bits else None)
 
 
 def test_the_rows_for_trl_are_the_tokens_and_labels_of_the_run(run, data, monkeypatch, tmp_path):
