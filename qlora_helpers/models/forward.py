@@ -118,18 +118,18 @@ class _Replayed:
         return self.output
 
 
-def capture(body: Callable[[], Any], pool: Any = None) -> tuple[Any, Any]:
+def capture(body: Callable[[], Any], pool: Any = None, stream: Any = None) -> tuple[Any, Any]:
     """Return a CUDA graph of what the body computes, and the output that a replay writes.
 
-    Its memory is taken from `pool`, the handle of a pool that graphs share. Whatever the body raises is passed on,
-    after leaving the stream of the graph, on which torch would stay.
+    Its memory is taken from `pool`, the handle of a pool that graphs share. It is captured on `stream`, or else on one
+    for all graphs. Whatever the body raises is passed on, after leaving that stream, on which torch would stay.
     """
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
-        with random_numbers_given_back(), torch.cuda.graph(graph, pool=pool):
+        with random_numbers_given_back(), torch.cuda.graph(graph, pool=pool, stream=stream):
             output = body()
     except BaseException:
-        torch.cuda.set_stream(stream)
+        torch.cuda.set_stream(current)
         raise
     return graph, output
 

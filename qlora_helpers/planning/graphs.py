@@ -25,18 +25,21 @@ def paths(workload: Workload) -> tuple[str, ...]:
     return ("off", "graphs") if config.fast == "auto" else (config.fast, "off")
 
 
-def chunk(vocabulary: int) -> int:
+def chunk(vocabulary: int, short_of_memory: bool) -> int:
     """Return the number of tokens whose logits exist at the same time, a multiple of 64."""
-    return max(LOGITS // vocabulary // 64 * 64, LEAST)
+    most = LOGITS // 2 if short_of_memory else LOGITS
+    return max(most // vocabulary // 64 * 64, LEAST)
 
 
 def loss_tokens(workload: Workload) -> int:
     """Return the number of tokens whose logits exist at the same time."""
-    return workload.tokens if workload.path == "off" else min(workload.tokens, chunk(workload.shape.vocabulary))
+    if workload.path == "off":
+        return workload.tokens
+    return min(workload.tokens, chunk(workload.shape.vocabulary, workload.config.gradient_checkpointing))
 
 
 def held(workload: Workload) -> float:
-    """Return the bytes that graphs add: cuBLAS on two more streams, and scales in float32."""
+    """Return the bytes that graphs add: cuBLAS on another stream, and scales in float32."""
     config = workload.config
     plain = workload.packed and config.double_quant and not config.gradient_checkpointing
-    return 2 * WORKSPACE + (FULL * workload.shape.packable / BLOCK if plain else 0.0)
+    return WORKSPACE + (FULL * workload.shape.packable / BLOCK if plain else 0.0)

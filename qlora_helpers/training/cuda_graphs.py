@@ -72,9 +72,9 @@ class Passes:
         """`backward` is the trainer's, which scales the loss in float16."""
         self.model, self.device, self.backward = forward.inner(model), device, backward
         self.head = self.model.get_output_embeddings()
-        self.chunk = graphs.chunk(self.model.config.get_text_config().vocab_size)
-        # A model that recomputes activations is short of memory, and these take 4 bytes per 64 weights.
-        self.scales = [] if forward.recomputes(self.model) else _plain_scales(self.model)
+        short = forward.recomputes(self.model)  # of memory
+        self.chunk = graphs.chunk(self.model.config.get_text_config().vocab_size, short)
+        self.scales = [] if short else _plain_scales(self.model)  # they take 4 bytes per 64 weights
         self.replaced: dict[Any, Callable[..., Any]] = _fused_norms(self.model)  # forward passes of parts of the model
         self.loss_of_chunk = self._loss_sum
 
@@ -197,11 +197,12 @@ class GraphStep:
         self.warm: set[int] = set()  # lengths whose kernels are chosen, loaded and compiled
         self.full = False  # whether a graph did not fit, so that the passes are computed without graphs from there on
         self._pool: Any = None
+        self._stream: Any = None  # of warm-up and capture: cuBLAS keeps memory for every stream
 
     def __call__(self, ids: torch.Tensor, labels: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
         """Add the gradients of a batch, (rows, length) each, and return its loss."""
         length = ids.shape[1]
-        self._attach_gradients()
+        self.attach_gradients()
         if length not in self.graphs and not self.full:
             try:
                 if not self.graphs:  # the pool of the longest rows has room for all others
@@ -219,7 +220,7 @@ class GraphStep:
         graph.replay()
         return loss.clone()
 
-    def _attach_gradients(self) -> None:
+    def attach_gradients(self) -> None:
         """Put zeroed gradients where the trainer has removed them after an optimizer step."""
         if self.trained[0].grad is not self.gradients[0]:
             self.gradient.zero_()
@@ -239,13 +240,13 @@ class GraphStep:
         if not missing:
             return
         torch.cuda.empty_cache()  # what passes on this stream have left free cannot be used on another
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), forward.random_numbers_given_back():
+        self._stream = self._stream or torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream), forward.random_numbers_given_back():
             for length in missing:
                 self.passes(*self.untrained(length))
                 self.warm.add(length)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
 
     def untrained(self, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return a batch in which no token is trained: ids, labels and the number of trained tokens."""
@@ -261,7 +262,7 @@ class GraphStep:
         self.warm_up([length])
         inputs = self.untrained(length)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph, loss = forward.capture(lambda: self.passes(*inputs), self._pool)
+        graph, loss = forward.capture(lambda: self.passes(*inputs), self._pool, self._stream)
         self.graphs[length] = graph, inputs, loss
 
     def release(self) -> None:

@@ -172,6 +172,7 @@ def _fastest(
     step: GraphStep, wanted: str, lengths: Sequence[int], passes_left: int, seconds: dict[str, float]
 ) -> tuple[GraphStep | None, Choice]:
     example = step.untrained(max(lengths))
+    step.attach_gradients()  # else the passes would make others
     seconds["off"] = _seconds(lambda: step.passes(*example))
     if wanted != "compiled":
         step.warm_up(lengths)

@@ -74,7 +74,7 @@ def test_the_speed_benchmark_reserved_what_was_planned_and_at_most_another_pass(
 def test_auto_fits_with_the_librarys_steps_and_says_whether_graphs_fit_too():
     config = Config.preset("tinyllama-guanaco-100", batch_size=1)
     planned = plan.plan_memory(config)  # few logits, and no mask: graphs need more
-    assert planned.with_graphs > planned.total + 0.1
+    assert planned.with_graphs > planned.total
     between = (planned.total + planned.with_graphs) / 2
     ends = {30.0: ": fits", between: ": does not fit, so fast=auto takes the library's steps"}
     for gib, end in ends.items():
@@ -85,7 +85,7 @@ def test_auto_fits_with_the_librarys_steps_and_says_whether_graphs_fit_too():
     assert plan.plan_memory(config, 1.0).words == f"does not fit: {planned.total:.2f} GiB of 1.00"
     large = config.replace(batch_size=16, max_length=256)  # many logits: graphs need less
     planned = plan.plan_memory(large)
-    found = plan.plan_memory(large, (planned.total + planned.with_graphs) / 2)
+    found = plan.plan_memory(large, 1.02 * planned.with_graphs)
     assert not found.fits
     assert found.words.endswith(f"; with CUDA graphs {planned.with_graphs:.2f}: tight")
 
@@ -108,10 +108,11 @@ def test_graphs_that_are_asked_for_decide_whether_the_run_fits():
 def test_only_what_can_be_captured_is_planned_with_graphs():
     config = Config.preset("tinyllama-guanaco-100", fast="graphs")
     assert list(plan.plan_memory(config).peaks) == ["graphs", "off"]
+    assert list(plan.plan_memory(config, parallel=Parallel(2)).peaks) == ["graphs", "off"]
     bloom = plan.preset_on("tinyllama-guanaco-100", "bloom-560m", fast="graphs")
     for planned in (
         plan.plan_memory(config, method="full"),
-        plan.plan_memory(config, parallel=Parallel(2)),
+        plan.plan_memory(config, parallel=Parallel(2, "fsdp")),
         plan.plan_memory(bloom),
     ):
         assert list(planned.peaks) == ["off"]
@@ -289,7 +290,7 @@ def test_a_t4_is_the_same_by_name_by_size_and_as_a_device():
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--device", "t4"], 0, "fits: 3.18 GiB of 14.74; with CUDA graphs 3.20: fits"),
+        (["--device", "t4"], 0, "fits: 3.18 GiB of 14.74; with CUDA graphs 3.13: fits"),
         (["--device", "t4", "--fast", "graphs", "--batch", "64", "--accumulation", "1"], 3, "does not fit: "),
         (["--preset", "llama31-8b", "--memory", "16"], 3, "does not fit: 2"),
         (["--model", "bloom-7b1", "--bias", "all", "--rank", "20", "--memory", "80"], 0, "7,069,016,064 parameters"),
