@@ -17,6 +17,7 @@ from qlora_helpers.evaluation import intervals
 from qlora_helpers.evaluation.intervals import CONFIDENCE, POWER, Interval
 from qlora_helpers.notebook import is_interactive
 from qlora_helpers.runs import RunFolder
+from qlora_helpers.wording import counted
 
 VOTES = "votes.jsonl"
 LEFT, RIGHT, TIE, SKIP = CHOICES = ("left", "right", "tie", "skip")
@@ -87,7 +88,8 @@ class Result:
         return math.ceil((wanted - self.decided) * (self.decided + self.ties) / self.decided)
 
     def __str__(self) -> str:
-        counts = f"{self.wins} wins, {self.losses} losses, {self.ties} ties, {self.skipped} skipped"
+        votes = map(counted, (self.wins, self.losses, self.ties), ("win", "loss", "tie"))
+        counts = f"{', '.join(votes)}, {self.skipped} skipped"
         if not self.decided:
             return f"{self.b} against {self.a}: {counts}. No pair is decided yet."
         sure = "" if self.p_value < 1 - CONFIDENCE else "not distinguishably "
@@ -95,11 +97,13 @@ class Result:
         verdict = "neither is preferred" if self.wins == self.losses else f"{which} is {sure}preferred"
         lines = [
             f"{self.b} against {self.a}: {counts}",
-            f"{self.b} was preferred in {self.share.value:.0%} of {self.decided} decided pairs (95% interval "
-            f"{self.share.low:.0%} to {self.share.high:.0%}; sign test p = {self.p_value:.3f}): {verdict}",
+            f"{self.b} was preferred in {self.share.value:.0%} of {counted(self.decided, 'decided pair')} (95% "
+            f"interval {self.share.low:.0%} to {self.share.high:.0%}; sign test p = {self.p_value:.3f}): {verdict}",
         ]
         if self.more:
-            lines.append(f"about {self.more:,} more pairs would decide it with 80% power, if these shares are true")
+            lines.append(
+                f"about {counted(self.more, 'more pair')} would decide it with 80% power, if this share is true"
+            )
         return "\n".join(lines)
 
 

@@ -40,7 +40,7 @@ def test_clicks_become_votes_and_the_names_appear_at_the_end_only(run):
         assert len(blind.read(run / "votes.jsonl")) == number  # written at once
         prefer(panel, "new") if number < 9 else click(panel, ("tie", "skip")[number % 2])
     assert not any("base" in text or "exp1" in text for text in everything)
-    assert "exp1 against base: 9 wins, 0 losses, 1 ties, 2 skipped" in panel.status.value
+    assert "exp1 against base: 9 wins, 0 losses, 1 tie, 2 skipped" in panel.status.value
     assert all(button.disabled for button in panel.buttons.values())
     assert str(blind.results(run)[0]) == str(panel.ballot.result)
 
