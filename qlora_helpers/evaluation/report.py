@@ -116,7 +116,7 @@ def scope(result: Comparison) -> str:
 
 
 def _runs(model: Summary) -> str:
-    seeds, rows, name = len(model.seeds), counted(round(model.train_rows), "training row"), inert(model.name)
+    seeds, rows, name = len(model.seeds), counted(round(model.train_rows or 0), "training row"), inert(model.name)
     if model.all_rows:
         return f"{name}: {seeds} seeds on all {rows}, so that draws cannot vary"
     if model.draws == seeds:

@@ -34,6 +34,8 @@ def prefer(panel, word):
 
 def test_clicks_become_votes_and_the_names_appear_at_the_end_only(run):
     panel = Panel(Ballot(ENTRIES, "base", "exp1", run))
+    for name, shown in zip(("first", "second"), panel.answers, strict=True):
+        assert f">{name}<" in shown.value
     everything = []
     for number in range(12):
         everything.append(" ".join([panel.question.value, *(a.value for a in panel.answers), panel.status.value]))
