@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_helpers import files, locks
+from qlora_helpers.wording import counted
 
 CANDIDATES = ("float32", "bfloat16")
 WORTHWHILE = 1.2  # bfloat16 rounds more coarsely, so it must be at least this many times as fast
@@ -123,5 +124,5 @@ def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = next(iter(names), platform.processor() or platform.machine())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{name}, {counted(cores, 'core')}, {torch.backends.cpu.get_cpu_capability()}"

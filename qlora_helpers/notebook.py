@@ -56,12 +56,12 @@ class Setup:
 
     @property
     def changes(self) -> list[tuple[str, str, str, str]]:
-        """Name, value and preset's value of each setting that differs, and whether profile or parameters set it."""
+        """Name, value and preset's value of each setting that differs, and who set it: the profile or a cell."""
         config, preset = self.config, self.config.preset_name
         of_profile = Config.from_params(preset=preset, profile=config.profile).to_dict()
         published = Config(**load_preset(preset)).to_dict() | {"preset_name": preset, "profile": config.profile}
         return [
-            (name, str(value), str(published[name]), "profile" if value == of_profile[name] else "parameters")
+            (name, str(value), str(published[name]), "profile" if value == of_profile[name] else "cell")
             for name, value in config.to_dict().items()
             if value != published[name]
         ]

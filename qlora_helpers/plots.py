@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from qlora_helpers import files
 from qlora_helpers.planning import measurements
+from qlora_helpers.wording import counted
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +87,7 @@ def token_lengths(data: "Data", limit: int) -> Figure:
     lengths = {name: [len(e.input_ids) + e.cut for e in rows] for name, rows in sets.items()}
     bins = np.linspace(0, max([limit, *lengths["train"], *lengths["held-out"]]), 31).tolist()
     for (name, rows), color in zip(sets.items(), (BLUE, ORANGE), strict=True):
-        label = f"{name}: {len(rows)} rows, {sum(e.cut > 0 for e in rows) / max(len(rows), 1):.0%} cut"
+        label = f"{name}: {counted(len(rows), 'row')}, {sum(e.cut > 0 for e in rows) / max(len(rows), 1):.0%} cut"
         axes.hist(lengths[name], bins, histtype="stepfilled", fc=(color, 0.3), ec=color, lw=2, label=label)
     axes.axvline(limit, color="black", linestyle="--", linewidth=1.5, label=f"limit: {limit} tokens")
     axes.set(xlabel="length (tokens)", ylabel="number of rows")

@@ -57,7 +57,7 @@ def serve(home: Path) -> Iterator[tuple[Path, str]]:
         )
     try:
         until = time.monotonic() + SECONDS
-        while not (descriptions := list(runtime.glob("jpserver-*.json"))):
+        while not (descriptions := [path for path in runtime.glob("jpserver-*.json") if path.stat().st_size]):
             assert server.poll() is None, (home / "log").read_text()
             assert time.monotonic() < until, (home / "log").read_text()
             time.sleep(0.2)

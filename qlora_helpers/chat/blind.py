@@ -17,24 +17,25 @@ from qlora_helpers.evaluation import intervals
 from qlora_helpers.evaluation.intervals import CONFIDENCE, POWER, Interval
 from qlora_helpers.notebook import is_interactive
 from qlora_helpers.runs import RunFolder
+from qlora_helpers.wording import counted
 
 VOTES = "votes.jsonl"
-LEFT, RIGHT, TIE, SKIP = CHOICES = ("left", "right", "tie", "skip")
+FIRST, SECOND, TIE, SKIP = CHOICES = ("first", "second", "tie", "skip")
 
 
 @dataclass(frozen=True)
 class Vote:
-    """One judgment: the pair that was shown, which model was on which side, and the choice."""
+    """One judgment: the pair that was shown, which model's answer came first and which second, and the choice."""
 
     pair: str
-    left: str
-    right: str
+    first: str
+    second: str
     vote: str
 
     @property
     def winner(self) -> str | None:
         """The preferred model, or None for a tie or a skipped pair."""
-        return {LEFT: self.left, RIGHT: self.right}.get(self.vote)
+        return {FIRST: self.first, SECOND: self.second}.get(self.vote)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class Result:
         return math.ceil((wanted - self.decided) * (self.decided + self.ties) / self.decided)
 
     def __str__(self) -> str:
-        counts = f"{self.wins} wins, {self.losses} losses, {self.ties} ties, {self.skipped} skipped"
+        votes = map(counted, (self.wins, self.losses, self.ties), ("win", "loss", "tie"))
+        counts = f"{', '.join(votes)}, {self.skipped} skipped"
         if not self.decided:
             return f"{self.b} against {self.a}: {counts}. No pair is decided yet."
         sure = "" if self.p_value < 1 - CONFIDENCE else "not distinguishably "
@@ -95,11 +97,13 @@ class Result:
         verdict = "neither is preferred" if self.wins == self.losses else f"{which} is {sure}preferred"
         lines = [
             f"{self.b} against {self.a}: {counts}",
-            f"{self.b} was preferred in {self.share.value:.0%} of {self.decided} decided pairs (95% interval "
-            f"{self.share.low:.0%} to {self.share.high:.0%}; sign test p = {self.p_value:.3f}): {verdict}",
+            f"{self.b} was preferred in {self.share.value:.0%} of {counted(self.decided, 'decided pair')} (95% "
+            f"interval {self.share.low:.0%} to {self.share.high:.0%}; sign test p = {self.p_value:.3f}): {verdict}",
         ]
         if self.more:
-            lines.append(f"about {self.more:,} more pairs would decide it with 80% power, if these shares are true")
+            lines.append(
+                f"about {counted(self.more, 'more pair')} would decide it with 80% power, if this share is true"
+            )
         return "\n".join(lines)
 
 
@@ -115,7 +119,7 @@ def read(path: Path) -> list[Vote]:
             try:
                 vote = Vote(**json.loads(line))
                 valid = all(isinstance(text, str) for text in vars(vote).values())
-                if not valid or vote.vote not in CHOICES or vote.left == vote.right:
+                if not valid or vote.vote not in CHOICES or vote.first == vote.second:
                     raise ValueError
             except (TypeError, ValueError, RecursionError):
                 raise UserError(f"votes: line {number} of {path} is not a vote. Fix: delete that line.") from None
@@ -129,13 +133,13 @@ def results(run: RunFolder) -> list[Result]:
     Raises `UserError` for a damaged file.
     """
     votes = read(run / VOTES)
-    names = dict.fromkeys(tuple(sorted((vote.left, vote.right))) for vote in votes)
+    names = dict.fromkeys(tuple(sorted((vote.first, vote.second))) for vote in votes)
     return [count(votes, a, b) for a, b in names]
 
 
 def count(votes: Sequence[Vote], a: str, b: str) -> Result:
     """Count the votes between two models."""
-    own = [vote for vote in votes if {vote.left, vote.right} == {a, b}]
+    own = [vote for vote in votes if {vote.first, vote.second} == {a, b}]
     winners = [vote.winner for vote in own]
     kinds = [vote.vote for vote in own]
     return Result(a, b, winners.count(b), winners.count(a), kinds.count(TIE), kinds.count(SKIP))
@@ -146,7 +150,7 @@ class Ballot:
 
     A pair is a question with the answers of models `a` and `b`; equal answers are left out. Each vote is written to
     `votes.jsonl` in the run folder at once, so that judging can stop and go on at any pair. The seed decides the order
-    of the pairs and the sides. Raises `UserError` if one of the models did not answer.
+    of the pairs and of the answers in each. Raises `UserError` if one of the models did not answer.
     """
 
     def __init__(self, entries: Sequence[Entry], a: str, b: str, run: RunFolder, seed: int = 0) -> None:
@@ -172,18 +176,18 @@ class Ballot:
         seen = {vote.pair for vote in self.votes}
         return [key for key in self.pairs if key not in seen]
 
-    def sides(self, pair: str) -> tuple[str, str]:
-        """The models on the left and on the right."""
-        swap = int(files.short_hash([self.seed, "sides", pair]), 16) % 2
+    def order(self, pair: str) -> tuple[str, str]:
+        """The models whose answers are shown first and second."""
+        swap = int(files.short_hash([self.seed, "order", pair]), 16) % 2
         return (self.b, self.a) if swap else (self.a, self.b)
 
     def shown(self, pair: str) -> tuple[str, str, str]:
-        """Question, left answer and right answer."""
-        entry, (left, right) = self.pairs[pair], self.sides(pair)
-        return entry["prompt"], entry[left], entry[right]
+        """Question, first answer and second answer."""
+        entry, (first, second) = self.pairs[pair], self.order(pair)
+        return entry["prompt"], entry[first], entry[second]
 
     def vote(self, choice: str) -> "Ballot":
-        """Vote on the next pair: "left", "right", "tie" or "skip". Returns the ballot, which shows the next pair.
+        """Vote on the next pair: "first", "second", "tie" or "skip". Returns the ballot, which shows the next pair.
 
         Raises `UserError` for another choice, or if no pair is left.
         """
@@ -193,7 +197,7 @@ class Ballot:
             pairs = self.left_over
             if not pairs:
                 raise UserError("blind test: every pair has a vote. Fix: read the result.")
-            added = Vote(pairs[0], *self.sides(pairs[0]), choice)
+            added = Vote(pairs[0], *self.order(pairs[0]), choice)
             files.write_jsonl(self.run / VOTES, [vars(vote) for vote in [*self.votes, added]])
         return self
 
@@ -219,9 +223,9 @@ class Ballot:
         """The next pair and how to vote on it, or the result."""
         if not (pairs := self.left_over):
             return self.outcome
-        question, left, right = self.shown(pairs[0])
-        how = 'To vote: ballot.vote("left"), "right", "tie" or "skip", with ballot = blind.Ballot(…).'
-        return f"{self.progress}\n\n{question}\n\n[left]\n{left}\n\n[right]\n{right}\n\n{how}"
+        question, first, second = self.shown(pairs[0])
+        how = 'To vote: ballot.vote("first"), "second", "tie" or "skip", with ballot = blind.Ballot(…).'
+        return f"{self.progress}\n\n{question}\n\n[first]\n{first}\n\n[second]\n{second}\n\n{how}"
 
 
 def _key(entry: Entry, a: str, b: str) -> str:
@@ -237,7 +241,7 @@ class Panel:
 
         self.ballot = ballot
         self.question = widgets.HTML()
-        self.answers = [widgets.HTML(layout=widgets.Layout(flex="1 1 14em", min_width="0")) for _ in (LEFT, RIGHT)]
+        self.answers = [widgets.HTML(layout=widgets.Layout(flex="1 1 14em", min_width="0")) for _ in (FIRST, SECOND)]
         self.buttons = {choice: widgets.Button(description=choice) for choice in CHOICES}
         self.status = widgets.HTML()
         wrapped = widgets.Layout(flex_flow="row wrap")
@@ -257,10 +261,10 @@ class Panel:
 
     def _draw(self) -> None:
         pairs = self.ballot.left_over
-        texts = self.ballot.shown(pairs[0]) if pairs else ("", "", "")
-        styles = (STYLE["user"], STYLE["assistant"], STYLE["assistant"])
-        for shown, text, style in zip((self.question, *self.answers), texts, styles, strict=True):
-            shown.value = _page(text, style) if pairs else ""
+        question, *answers = self.ballot.shown(pairs[0]) if pairs else ("", "", "")
+        self.question.value = _page(question, STYLE["user"]) if pairs else ""
+        for shown, name, text in zip(self.answers, (FIRST, SECOND), answers, strict=True):
+            shown.value = f'<div style="opacity:.7">{name}</div>{_page(text, STYLE["assistant"])}' if pairs else ""
         for button in self.buttons.values():
             button.disabled = not pairs
         self._say(f"{self.ballot.progress}. Which answer is better?" if pairs else self.ballot.outcome)

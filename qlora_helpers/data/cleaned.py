@@ -9,6 +9,7 @@ from typing import Any
 from qlora_helpers.data.prompts import Example
 from qlora_helpers.data.schema import VALIDATION, Row
 from qlora_helpers.data.sources import Loaded
+from qlora_helpers.wording import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +96,13 @@ class Data:
         own, left = len(self.cleaned.selection), len(self.cleaned.train) - len(self.train)
         if own >= wanted or not any(row.split == VALIDATION for row in self.cleaned.loaded.rows):
             return ""
-        few = f"The validation split has {own} usable rows, fewer than n_selection={wanted}"
+        few = f"The validation split has {counted(own, 'usable row')}, fewer than n_selection={wanted}"
         if self.selection:
-            return f"{few}: {wanted - own} training rows that follow in the draw are added."
+            return f"{few}: filled up with {counted(wanted - own, 'training row')} from further on in the draw."
         smaller = f"n_selection={own} or a smaller n_samples" if own > 1 else "a smaller n_samples"
         return (
-            f"{few}, and {left} training rows are left: it is not used, and the held-out rows choose the checkpoint by "
-            f"cross-fitting. To choose on rows of their own, set {smaller}."
+            f"{few}, and the draw leaves {counted(left, 'training row')}: it is not used, and the held-out rows "
+            f"choose the checkpoint by cross-fitting. To choose on rows of their own, set {smaller}."
         )
 
     @property

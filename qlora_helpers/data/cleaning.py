@@ -20,6 +20,7 @@ from qlora_helpers.data.row_checks import NOTHING_TRAINED, OVER, text_reason, to
 from qlora_helpers.data.schema import TEST, VALIDATION, Row
 from qlora_helpers.data.splitting import Fit, Split, in_draw, split_key
 from qlora_helpers.errors import UserError, nearest
+from qlora_helpers.wording import counted
 
 __all__ = [
     "Cleaned",
@@ -101,10 +102,10 @@ def check_enough(cleaned: Cleaned, n_heldout: int, n_samples: int) -> None:
             f"{max(cleaned.lengths)} tokens. Fix: max_length={max(cleaned.lengths)}, or shorter rows."
         )
     why = "".join(f"; {count} × {reason}" for reason, count in reasons[:REASONS])
-    why += f"; {len(reasons) - REASONS} more reasons" if len(reasons) > REASONS else ""
+    why += f"; {counted(len(reasons) - REASONS, 'more reason')}" if len(reasons) > REASONS else ""
     fix = f"n_samples={left} or less, " if left else ""
     raise UserError(
-        f"n_samples: {n_samples} rows requested for training, but {left} usable rows are left "
+        f"n_samples: {counted(n_samples, 'row')} requested for training, but {counted(left, 'usable row')} left "
         f"({cleaned.rows_read} read, {len(cleaned.dropped)} dropped, {held} of {n_heldout} held out{why}). "
         f"Fix: {fix}a smaller n_heldout, or more data."
     )
@@ -253,7 +254,7 @@ def _rehearsal(
     rows = [item for item in cleaned.train if held.leak(item.row) is None]
     if len(rows) < wanted:
         raise UserError(
-            f"rehearsal: {wanted} rows requested, but {config.rehearsal_dataset} has {len(rows)} usable ones. "
+            f"rehearsal: {counted(wanted, 'row')} requested, but {len(rows)} usable in {config.rehearsal_dataset}. "
             "Fix: a smaller rehearsal, or a larger rehearsal_dataset."
         )
     return _examples(cleaned, rows[:wanted], second, tokenizer, second.max_length), cleaned.loaded.name

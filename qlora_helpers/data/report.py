@@ -14,6 +14,7 @@ from qlora_helpers.config import Config
 from qlora_helpers.data import rendering, schema
 from qlora_helpers.data.cleaned import Cleaned, TokenizedRow, fingerprint
 from qlora_helpers.errors import UserError
+from qlora_helpers.wording import counted
 
 FILES = ("dropped.jsonl", "train.jsonl", "heldout.jsonl", "report.md", "report.json")  # the first one always
 BINS = 8  # bins of the length histogram up to the token limit; one more counts longer rows
@@ -137,9 +138,10 @@ def write(report: DataReport | None, cleaned: Cleaned, out: Path) -> None:
 
 def _summary(facts: dict[str, Any]) -> str:
     chosen = f" + {facts['selection']:,} selection" if facts["selection"] else ""
-    grouped = f" They are in {facts['groups']:,} groups, and no group is on both sides." if facts["groups"] else ""
+    groups = counted(facts["groups"], "group")
+    grouped = f" They are in {groups}, and no group is on both sides." if facts["groups"] else ""
     return (
-        f"{Path(facts['source']).name} (layout {facts['layout']}): {facts['rows_read']:,} rows read = "
+        f"{Path(facts['source']).name} (layout {facts['layout']}): {counted(facts['rows_read'], 'row')} read = "
         f"{facts['train']:,} train + {facts['heldout']:,} held-out{chosen} + {facts['dropped']:,} dropped.{grouped} "
         f"{facts['trained_share']:.0%} of the tokens within the limit are trained. "
         f"Columns: {'; '.join(facts['columns'])}. "
@@ -196,7 +198,7 @@ def _duplicates(cleaned: Cleaned) -> list[Table]:
         [f"{t.similarity:.2f}", t.dropped.question["content"], t.kept.question["content"], t.reason]
         for t in cleaned.near_duplicates[:SHOWN]
     ]
-    text = f"The first {len(rows)} of {len(cleaned.near_duplicates):,} rows dropped as near duplicates."
+    text = f"The first {len(rows)} of {counted(len(cleaned.near_duplicates), 'row')} dropped as near duplicates."
     return [Table("Near duplicates", text, ("similarity", "dropped", "kept", "reason"), rows)] if rows else []
 
 

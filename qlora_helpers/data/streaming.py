@@ -22,6 +22,7 @@ from qlora_helpers.data.prompts import Example
 from qlora_helpers.data.schema import TEST, VALIDATION, Row
 from qlora_helpers.data.sources import Loaded, Part
 from qlora_helpers.errors import UserError
+from qlora_helpers.wording import counted
 
 BUFFER = 10_000  # rows among which a stream is shuffled
 HEAD, HEAD_SHARE = 1_000, 20  # rows of the head, at least; and per held-out row
@@ -209,7 +210,7 @@ def _count(stream: Stream) -> Seen:
         why = "".join(f"; {count} × {reason}" for reason, count in seen.skipped.most_common(cleaning.REASONS))
         fix = f"n_samples={number} or less, or more data" if number else "more data"
         raise UserError(
-            f"n_samples: {len(stream)} rows requested for training, but the stream has {number} usable ones "
+            f"n_samples: {counted(len(stream), 'row')} requested for training, but {number} usable in the stream "
             f"({seen.read} read{why}). Fix: {fix}."
         )
     return seen

@@ -8,6 +8,7 @@ from qlora_helpers.evaluation.intervals import Interval
 from qlora_helpers.evaluation.markup import bullets, markdown_table
 from qlora_helpers.evaluation.paired import MetricDifference
 from qlora_helpers.quoting import markdown as inert
+from qlora_helpers.wording import counted
 
 
 def text_table_markdown(result: Comparison) -> str:
@@ -16,14 +17,14 @@ def text_table_markdown(result: Comparison) -> str:
     answered = {model.name: model.text for model in result.table if model.text} | result.at_limit
     few = too_few(result)
     lines = [[inert(model), *(_interval(text.get(name), few) for name in names)] for model, text in answered.items()]
-    head = f"{result.answered} answers, too few for intervals" if few else ""
+    head = f"{counted(result.answered, 'answer')}, too few for intervals" if few else ""
     return markdown_table([head, *map(inert, names)], lines) if names else "No held-out question was answered."
 
 
 def answer_differences(result: Comparison) -> str:
     """Differences of metrics and scores, answer by answer: a table, and what could have been detected."""
     if too_few(result):
-        return f"{result.answered} answers are too few to compare models by."
+        return f"Too few to compare models by: {counted(result.answered, 'answer')}."
     lines, missed = {}, []
     names = list(dict.fromkeys(one.metric for pair in result.answer_differences for one in pair.metrics))
     for pair in result.answer_differences:

@@ -15,6 +15,7 @@ from qlora_helpers.evaluation.paired import MetricDifference
 from qlora_helpers.models import hub, qlora
 from qlora_helpers.planning import compute_dtype
 from qlora_helpers.runs import RunFolder
+from qlora_helpers.wording import counted
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Result:
         if self.difference is None:
             values = f"{self.base:.4g} and {self.adapter:.4g}"
             return f"{self.task} {self.metric}: {values} (no value per sample, no interval)"
-        return f"{self.difference} on {self.difference.answers} samples"
+        return f"{self.difference} on {counted(self.difference.answers, 'sample')}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to `harness.json`."""

@@ -16,6 +16,7 @@ from qlora_helpers.evaluation.intervals import Interval
 from qlora_helpers.evaluation.power_law import PowerLaw, fit
 from qlora_helpers.evaluation.row_losses import BASE, mean_loss, read_losses
 from qlora_helpers.runs import RunFolder
+from qlora_helpers.wording import counted
 
 BASE_SETTING = "the base setting"
 LAW_SIZES = 4  # a power law with a floor has three parameters
@@ -109,7 +110,7 @@ class Curve:
         made = differences.contrast(arms, factors)
         change = made.interval
         return Difference(
-            f"{sizes[-2]:,} rows", f"{sizes[-1]:,} rows", change.value, change.low, change.high, made.rows,
+            counted(sizes[-2], "row"), counted(sizes[-1], "row"), change.value, change.low, change.high, made.rows,
             differences.fewest_seeds(arms), tokens=made.tokens, clusters=len(made.estimate.above),
             detectable=change.detectable,
         )  # fmt: skip
@@ -118,10 +119,10 @@ class Curve:
         last = self.doubling
         return "\n".join(
             [
-                f"{self.name}: from {last.a.removesuffix(' rows')} to {last.b}, a doubling "
-                f"{_PER_DOUBLING[last.verdict]}",
+                f"{self.name}: from {last.a.partition(' ')[0]} to {last.b}, a doubling {_PER_DOUBLING[last.verdict]}",
                 f"({last.bounds}; {last.value / self.base_loss:+.2%} of the base model's loss)",
-                f"measured on {last.rows:,} held-out rows with {last.tokens:,} tokens, {last.seeds} training seed(s)",
+                f"measured on {counted(last.rows, 'held-out row')} with {counted(last.tokens, 'token')}, "
+                f"{counted(last.seeds, 'training seed')}",
                 *([last.limit] if last.limit else []),
                 *self._outlook(),
             ]
@@ -191,13 +192,13 @@ def largest_effect(differences: list[Difference]) -> str:
     """The largest distinguishable difference, in words, or what could have been detected."""
     if not differences:
         return "No setting was changed."
-    together = f"{len(differences)} setting(s) compared together"
+    together = f"Settings compared together: {len(differences)}."
     seen = [change for change in differences if change.verdict in ("better", "worse")]
     if seen:
-        return f"Largest effect of {together}: {max(seen, key=lambda change: abs(change.value))}"
+        return f"{together} Largest effect: {max(seen, key=lambda change: abs(change.value))}"
     limit = max(change.detectable for change in differences)
     power = f"; an effect of {limit:.4f} would be detected in 80% of such comparisons" if 0 < limit < math.inf else ""
-    return f"None of {together} is distinguishable from {BASE_SETTING}{power}."
+    return f"{together} None is distinguishable from {BASE_SETTING}{power}."
 
 
 @plots.styled

@@ -12,6 +12,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
 from qlora_helpers import plots
 from qlora_helpers.evaluation.intervals import Interval
 from qlora_helpers.lessons import sign_step
+from qlora_helpers.wording import counted
 
 
 def tiny_losses(text: str, rate: float, steps: int = 60) -> list[float]:
@@ -95,7 +96,7 @@ def draws(losses: Mapping[str, Sequence[float]]) -> Figure:
     figure, (axes,) = plots.new_figure(title, 1.6 + 0.5 * len(losses))
     for place, line in enumerate(losses.values()):
         axes.plot(line, [place] * len(line), "o", color=plots.BLUE, markersize=9, alpha=0.6, markeredgecolor="white")
-    axes.set_yticks(range(len(losses)), [f"{name}\n{len(line)} draws" for name, line in losses.items()])
+    axes.set_yticks(range(len(losses)), [f"{name}\n{counted(len(line), 'draw')}" for name, line in losses.items()])
     axes.set(ylim=(len(losses) - 0.5, -0.5), ylabel="recipe")
     axes.set(xlabel="held-out loss (nats per token),\none dot per draw")
     axes.grid(axis="x")

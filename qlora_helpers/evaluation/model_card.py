@@ -16,6 +16,7 @@ from qlora_helpers.evaluation.markup import markdown_table
 from qlora_helpers.evaluation.row_losses import BASE, RowLoss, mean_loss, read_losses
 from qlora_helpers.models import hub
 from qlora_helpers.runs import RunFolder
+from qlora_helpers.wording import counted
 
 # Lines are short enough for a notebook, where a dry run shows the card.
 MERGED = """A LoRA adapter, merged into the 16-bit base model. The prompt format of training is stored as the
@@ -80,9 +81,10 @@ def card(
 {f"{chr(10)}{MERGED}{chr(10)}" if merged else ""}
 Base model: {name}{revision}.
 {REQUANTIZED if config.model == BUNDLED_MODEL else ""}
-Trained on {metrics["train_rows"]} conversations for {metrics["epochs"]} epochs ({metrics["steps"]} steps at an
-effective batch of {config.effective_batch}) on {metrics["device"]}, in {metrics["compute_dtype"]}, with seed
-{metrics["seed"]}. Base model stored as {config.quantization}{share}; r = {config.rank}, alpha = {config.alpha}, on
+Trained on {counted(metrics["train_rows"], "conversation")} for {counted(metrics["epochs"], "epoch")}
+({counted(metrics["steps"], "step")} at an effective batch of {config.effective_batch}) on
+{metrics["device"]}, in {metrics["compute_dtype"]}, with seed {metrics["seed"]}. Base model stored as
+{config.quantization}{share}; r = {config.rank}, alpha = {config.alpha}, on
 {", ".join(config.target_modules)}: {metrics["trainable_parameters"]:,} trainable parameters.
 
 Data: {dataset} (fingerprint {data["source_fingerprint"]}), rows in the format `{config.template}`,
@@ -136,7 +138,7 @@ def _losses(
     lines = [[f"base model in {stored}", f"{metrics['base_eval_loss']:.4f}"]]
     for name, folder in manifest.get("rivals", {}).items():
         if name != BASE and (rival := _read(run.path.parent / folder)):
-            lines.append([name, f"{mean_loss(rival):.4f} ({len(rival)} rows)"])
+            lines.append([name, f"{mean_loss(rival):.4f} ({counted(len(rival), 'row')})"])
     after = metrics["eval_loss"], metrics["eval_loss"] - metrics["base_eval_loss"], _read(run.path)
     lines.append([f"with this adapter, on the base model in {stored}", _change(before, *after)])
     if own:

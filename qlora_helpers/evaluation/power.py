@@ -14,6 +14,7 @@ from qlora_helpers.evaluation.differences import Arm, Contrast, contrast
 from qlora_helpers.evaluation.intervals import CONFIDENCE, POWER
 from qlora_helpers.evaluation.row_losses import BASE, read_losses
 from qlora_helpers.runs import RunFolder
+from qlora_helpers.wording import counted
 
 ROWS = (50, 100, 200, 400, 800, 1600)
 DRAWS = (1, 2, 3, 5, 10)
@@ -115,7 +116,8 @@ def pilot(folders: Sequence[RunFolder]) -> Pilot:
         arms = [Arm(BASE, [read_losses(base)], trained=False), *arms]
     made = contrast(arms, [-1, 1])
     fewest = min(len(arm.seeds) for arm in arms if arm.trained)
-    source = f"{arms[1].name} against {arms[0].name}, {made.rows:,} held-out rows with {made.tokens:,} tokens"
+    measured = f"{counted(made.rows, 'held-out row')} with {counted(made.tokens, 'token')}"
+    source = f"{arms[1].name} against {arms[0].name}, {measured}"
     return components(made, fewest, source, len({run.config().training_draw for run in runs}) > 1)
 
 
@@ -144,7 +146,7 @@ class Design:
 
     def __str__(self) -> str:
         """The table, the rows that each number of draws needs, and what the pilot leaves open."""
-        heads = "".join(f"{f'{draws} draw(s)':>18}" for draws in self.needed)
+        heads = "".join(f"{counted(draws, 'draw'):>18}" for draws in self.needed)
         lines = [f"Half of the 95% interval / detectable effect, nats per token ({self.pilot.source})"]
         lines += ["", f"{'held-out rows':>13}{heads}"]
         for rows in ROWS:
@@ -152,8 +154,8 @@ class Design:
             lines.append(f"{rows:>13,}" + "".join(f"{f'{half:.4f} / {least:.4f}':>18}" for half, least in cells))
         lines += ["", f"To detect {self.effect:g} with 80% power:"]
         for draws, enough in self.needed.items():
-            words = f"{enough:,} held-out rows" if enough else "no number of rows is enough"
-            lines.append(f"  {draws} draw(s): {words}")
+            words = counted(enough, "held-out row") if enough else "no number of rows is enough"
+            lines.append(f"  {counted(draws, 'draw')}: {words}")
         return "\n".join([*lines, "", *self._limits()])
 
     def _limits(self) -> list[str]:

@@ -19,6 +19,7 @@ from qlora_helpers.evaluation.verdict_table import verdict_table
 from qlora_helpers.quoting import markdown as inert
 from qlora_helpers.quoting import markdown_code as quote
 from qlora_helpers.runs import RunFolder
+from qlora_helpers.wording import counted
 
 SHOWN = 4  # prompts whose answers are quoted
 WORDS = 500  # characters of an answer; `comparison.json` has it whole
@@ -57,12 +58,12 @@ def headlines(result: Comparison) -> list[str]:
     rivals = (f"the best of {number} rivals" if number > 1 else "the only rival") + " measured" * incomplete
     lines = []
     for d in result.headlines:
-        size, rows, tokens = f"{math.expm1(d.value):+.1%}", f"{d.rows} of {result.heldout_rows}", d.tokens
+        size, rows, tokens = f"{math.expm1(d.value):+.1%}", f"{d.rows} of {_heldout(result)}", d.tokens
         if d.rows == result.heldout_rows:
             after = losses[d.b]
             size = f"{math.exp(after):.2f} instead of {math.exp(after - d.value):.2f} ({size})"
-            rows, tokens = f"{d.rows}", result.heldout_tokens
-        sizes = [d.bounds, f"perplexity {size}", f"{rows} held-out rows with {tokens:,} tokens", d.limit]
+            rows, tokens = _heldout(result), result.heldout_tokens
+        sizes = [d.bounds, f"perplexity {size}", f"{rows} with {counted(tokens, 'token')}", d.limit]
         lines.append(f"{d.claim}, {rivals} ({'; '.join(filter(None, sizes))})")
     return lines
 
@@ -92,7 +93,13 @@ def verdicts_markdown(result: Comparison) -> str:
 def _sentence(result: Comparison, difference: Difference) -> str:
     """A difference in words, with its rows if they are not all."""
     rows, every = difference.rows, result.heldout_rows
-    return str(difference) if rows == every else f"{difference} on {rows} of {every} rows, {difference.tokens:,} tokens"
+    if rows == every:
+        return str(difference)
+    return f"{difference} on {rows} of {counted(every, 'row')}, {counted(difference.tokens, 'token')}"
+
+
+def _heldout(result: Comparison) -> str:
+    return counted(result.heldout_rows, "held-out row")
 
 
 def scope(result: Comparison) -> str:
@@ -109,12 +116,12 @@ def scope(result: Comparison) -> str:
 
 
 def _runs(model: Summary) -> str:
-    seeds, rows, name = len(model.seeds), f"{model.train_rows:,.0f} training rows", inert(model.name)
+    seeds, rows, name = len(model.seeds), counted(round(model.train_rows or 0), "training row"), inert(model.name)
     if model.all_rows:
         return f"{name}: {seeds} seeds on all {rows}, so that draws cannot vary"
     if model.draws == seeds:
         return f"{name}: {seeds} draws of {rows}, one seed each"
-    return f"{name}: {seeds} seeds on {'one draw' if model.draws == 1 else f'{model.draws} draws'} of {rows}"
+    return f"{name}: {seeds} seeds on {counted(model.draws, 'draw')} of {rows}"
 
 
 def forgetting(result: Comparison) -> list[str]:
@@ -123,7 +130,7 @@ def forgetting(result: Comparison) -> list[str]:
     lines = []
     for d in result.forgetting:
         how = words.get(d.verdict, f"stayed within ±{d.margin}")
-        rows = f"{d.rows} general questions" + (f" ({d.tokens:,} tokens)" if d.tokens else "")
+        rows = counted(d.rows, "general question") + (f" ({counted(d.tokens, 'token')})" if d.tokens else "")
         rose = [f"it rose on {result.rose[d.b]} of them"] if d.b in result.rose else []
         sizes = "; ".join([f"{d.bounds}; {math.expm1(d.value):+.1%} perplexity", *rose, *filter(None, [d.limit])])
         lines.append(f"{inert(d.b)}: the mean loss on {rows} {how} ({sizes})")
@@ -139,7 +146,7 @@ def rehearsal(difference: Difference) -> str:
         SAME: f"is the same with rehearsal and without, within ±{difference.margin}",
     }
     sizes = "; ".join(filter(None, [difference.bounds, difference.limit]))
-    return f"the loss on {difference.rows} general questions {words[difference.verdict]} ({sizes})"
+    return f"the loss on {counted(difference.rows, 'general question')} {words[difference.verdict]} ({sizes})"
 
 
 def markdown(result: Comparison, figures: list[str], speed: bool = True) -> str:
@@ -177,10 +184,8 @@ def _text(result: Comparison) -> str:
 def basis(result: Comparison) -> str:
     """What the verdicts rest on: rows and tokens, joint intervals, who chose checkpoints, which rivals are missing."""
     groups = {d.clusters for d in result.differences if 0 < d.clusters < d.rows == result.heldout_rows}
-    dependent = f" in {max(groups)} groups" if groups else ""
-    parts = [
-        f"They rest on {result.heldout_rows} held-out rows{dependent} with {result.heldout_tokens:,} trained tokens."
-    ]
+    dependent = f" in {counted(max(groups), 'group')}" if groups else ""
+    parts = [f"They rest on {_heldout(result)}{dependent} with {counted(result.heldout_tokens, 'trained token')}."]
     if result.family > 1:
         included = ", forgetting included," if result.forgetting else ""
         parts.append(f"The intervals of all {result.family} verdicts{included} hold at once.")
@@ -221,9 +226,9 @@ def _setup(result: Comparison) -> str:
     at = f"at revision {quote(revision)}" if revision else "(no revision: local files)"
     return (
         f"Model {quote(name)} {at}, rows of "
-        f"{quote(Path(result.data).name)}:\n{result.heldout_rows} held-out rows with "
-        f"{result.heldout_tokens:,} trained tokens (fingerprint {quote(result.heldout_fingerprint)}), never used for\n"
-        f"training. Differences in {unit}; lower is better."
+        f"{quote(Path(result.data).name)}:\n{_heldout(result)} with "
+        f"{counted(result.heldout_tokens, 'trained token')} (fingerprint {quote(result.heldout_fingerprint)}), "
+        f"never used for\ntraining. Differences in {unit}; lower is better."
     )
 
 

@@ -7,6 +7,7 @@ from qlora_helpers.evaluation.differences import UNSURE, Difference
 from qlora_helpers.evaluation.markup import markdown_table
 from qlora_helpers.evaluation.row_losses import BASE
 from qlora_helpers.quoting import markdown as inert
+from qlora_helpers.wording import counted
 
 
 def verdict_table(result: Comparison) -> str:
@@ -46,5 +47,5 @@ def _remark(result: Comparison, d: Difference) -> str:
     if d.margin and d.verdict not in ("better", "worse", UNSURE):
         parts.append(f"within ±{d.margin}")
     if d.rows != result.heldout_rows:
-        parts.append(f"{d.rows} of {result.heldout_rows} rows, {d.tokens:,} tokens")
+        parts.append(f"{d.rows} of {counted(result.heldout_rows, 'row')}, {counted(d.tokens, 'token')}")
     return "; ".join(parts)

@@ -14,6 +14,7 @@ from qlora_helpers.errors import UserError
 from qlora_helpers.models import hub
 from qlora_helpers.planning import step_time
 from qlora_helpers.runs import RunFolder
+from qlora_helpers.wording import counted, noun
 
 # Parameter with the list of values: the setting that it varies, and that setting's name in tables and in folder names.
 SETTINGS = {
@@ -101,8 +102,8 @@ def train_missing(planned: list[PlannedRun]) -> dict[str, list[RunFolder]]:
     """Print how long the missing runs take, then train them. Returns the runs of each experiment in order of seed."""
     results: dict[str, list[RunFolder]] = {}
     absent, minutes = missing_runs(planned)
-    missing = f"{len(absent)} of {len(planned)} runs missing: {minutes} in total."
-    print(missing if absent else f"All {len(planned)} runs are there: nothing to train.")
+    missing = f"{len(absent)} of {counted(len(planned), 'run')} missing: {minutes} in total."
+    print(missing if absent else f"{counted(len(planned), 'finished run')} found: nothing to train.")
     for item in planned:
         run = item.run
         if not run.finished:
@@ -137,12 +138,12 @@ def training_sizes(config: Config, cleaned: Cleaned, asked: Any = None) -> tuple
         remarks.append(f"sample_counts: {_join(twice)} given more than once, run once")
     left = len(cleaned.train)
     if over := [size for size in sizes if size > left]:
-        remarks.append(f"sample_counts: there are only {left} training rows: {left} instead of {_join(over)}")
+        remarks.append(f"sample_counts: {left} instead of {_join(over)}, the number of training rows")
         sizes = sorted({left, *sizes} - {*over})
     if len(sizes) < 2:
         raise UserError(
             f"sample_counts: a curve needs at least two sizes, but only {_join(sizes)} is left of {_join(wanted)} "
-            f"({left} training rows). Fix: pass smaller sizes."
+            f"({counted(left, 'training row')}). Fix: pass smaller sizes."
         )
     return sizes, remarks
 
@@ -150,7 +151,7 @@ def training_sizes(config: Config, cleaned: Cleaned, asked: Any = None) -> tuple
 def size_settings(config: Config, sample_counts: Iterable[int]) -> list[Setting]:
     """Return one setting per size of the training set, with the config's epochs: more rows also mean more steps."""
     every = dict.fromkeys(sample_counts)
-    return [Setting(f"{size} rows", f"n{size}", config.replace(n_samples=size)) for size in every]
+    return [Setting(f"{size} {noun(size, 'row')}", f"n{size}", config.replace(n_samples=size)) for size in every]
 
 
 def with_steps(config: Config, steps: int) -> Config:
@@ -166,7 +167,9 @@ def equal_step_settings(config: Config, sample_counts: Sequence[int]) -> list[Se
     for setting in size_settings(config, sample_counts):
         rows, longer = setting.config.n_samples or 0, with_steps(setting.config, steps)
         if longer.epochs > config.epochs:
-            setting = Setting(f"{rows} rows, {longer.steps(rows)} steps", f"n{rows}-epochs{longer.epochs}", longer)
+            steps_taken = longer.steps(rows)
+            name = f"{setting.name}, {steps_taken} {noun(steps_taken, 'step')}"
+            setting = Setting(name, f"n{rows}-epochs{longer.epochs}", longer)
         settings.append(setting)
     return settings
 

@@ -20,6 +20,7 @@ from qlora_helpers.experiments import matrix
 from qlora_helpers.experiments.matrix import PlannedRun
 from qlora_helpers.models import hub
 from qlora_helpers.runs import RunFolder
+from qlora_helpers.wording import counted
 
 EXPERIMENTS = {  # notebooks that train a run, with its name and preset
     "05_train_exp1": ("exp1", "tinyllama-guanaco-100"),
@@ -119,8 +120,8 @@ def train(needed: Sequence[PlannedRun], bar: bool = True, parallel: int | None =
         failed = [name for name in outcomes if name is not None]
     if failed:
         raise UserError(
-            f"batch: {len(failed)} of {len(needed)} runs failed ({', '.join(failed)}); the others are finished. "
-            "Fix: correct the errors printed above, then run the same command again."
+            f"batch: {len(failed)} of {counted(len(needed), 'run')} failed ({', '.join(failed)}); the others are "
+            "finished. Fix: correct the errors printed above, then run the same command again."
         )
     return results
 

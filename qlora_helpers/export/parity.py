@@ -21,6 +21,7 @@ from qlora_helpers.evaluation.answers import neutral_generation
 from qlora_helpers.export import gguf_reader
 from qlora_helpers.export.merge import Source
 from qlora_helpers.models import hub, qlora, safetensors_io
+from qlora_helpers.wording import counted
 
 PROMPTS = 20
 NEW_TOKENS = 32  # per greedy answer: two models that differ do so early
@@ -103,7 +104,8 @@ class Parity:
             problems.append(f"{self.same_texts} of {n} answers are identical, below {limits.texts:.0%}")
         # Rounding may change the most likely token, and an end token is one of those. So as many ends may differ.
         if self.same_texts - self.same_stops > (1 - limits.top1) * n:
-            problems.append(f"{self.same_texts - self.same_stops} identical answers end at a different token")
+            others = counted(self.same_texts - self.same_stops, "identical answer")
+            problems.append(f"the end token differs in {others}")
         return problems
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from qlora_helpers.evaluation import model_card
 from qlora_helpers.export import scan
 from qlora_helpers.models import hub, links, qlora
 from qlora_helpers.runs import GGUF, MERGED, RunFolder
+from qlora_helpers.wording import counted
 
 TOKENIZER = ("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
 VOCABULARY = ("vocab.json", "merges.txt", "chat_template.jinja")
@@ -43,7 +44,8 @@ class Push:
         visibility = "public" if self.public else "private"
         sizes = {name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in self.files.items()}
         lines = [f"{size:>15,}  {name}" for name, size in sizes.items()]
-        total = f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files, to {self.repository} ({visibility})"
+        number = counted(len(sizes), "file")
+        total = f"{sum(sizes.values()):>15,}  bytes in {number}, to {self.repository} ({visibility})"
         card = scan.text("README.md", self.files["README.md"])
         return "\n".join([*lines, total, "", "README.md:", "", quoting.terminal(card)])
 

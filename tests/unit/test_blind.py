@@ -27,20 +27,22 @@ def click(panel, choice):
 
 
 def prefer(panel, word):
-    """Click the side whose answer contains `word`."""
-    side = next(i for i, shown in enumerate(panel.answers) if word in shown.value)
-    click(panel, ("left", "right")[side])
+    """Vote for the answer that contains `word`."""
+    place = next(i for i, shown in enumerate(panel.answers) if word in shown.value)
+    click(panel, ("first", "second")[place])
 
 
 def test_clicks_become_votes_and_the_names_appear_at_the_end_only(run):
     panel = Panel(Ballot(ENTRIES, "base", "exp1", run))
+    for name, shown in zip(("first", "second"), panel.answers, strict=True):
+        assert f">{name}<" in shown.value
     everything = []
     for number in range(12):
         everything.append(" ".join([panel.question.value, *(a.value for a in panel.answers), panel.status.value]))
         assert len(blind.read(run / "votes.jsonl")) == number  # written at once
         prefer(panel, "new") if number < 9 else click(panel, ("tie", "skip")[number % 2])
     assert not any("base" in text or "exp1" in text for text in everything)
-    assert "exp1 against base: 9 wins, 0 losses, 1 ties, 2 skipped" in panel.status.value
+    assert "exp1 against base: 9 wins, 0 losses, 1 tie, 2 skipped" in panel.status.value
     assert all(button.disabled for button in panel.buttons.values())
     assert str(blind.results(run)[0]) == str(panel.ballot.result)
 
@@ -52,21 +54,21 @@ def lines(run):
 def test_judging_goes_on_where_it_stopped_and_no_pair_comes_twice(run):
     first = Ballot(ENTRIES, "base", "exp1", run)
     order = list(first.pairs)
-    for choice in ("left", "skip", "tie"):
+    for choice in ("first", "skip", "tie"):
         first.vote(choice)
     again = Ballot([*ENTRIES, *ENTRIES], "base", "exp1", run)
     assert again.left_over == order[3:]
     turned = Ballot(ENTRIES, "exp1", "base", run)
     assert set(turned.left_over) == set(order[3:])
     for _ in order[3:]:
-        again.vote("right")
+        again.vote("second")
     assert len({json.loads(line)["pair"] for line in lines(run)}) == len(lines(run)) == 12
     with pytest.raises(UserError, match="every pair has a vote"):
-        again.vote("left")
+        again.vote("first")
 
 
 def test_new_answers_are_a_new_pair(run):
-    Ballot(ENTRIES[:1], "base", "exp1", run).vote("left")
+    Ballot(ENTRIES[:1], "base", "exp1", run).vote("first")
     changed = [ENTRIES[0] | {"exp1": "newer"}]
     assert len(Ballot(changed, "base", "exp1", run).left_over) == 1
 
@@ -81,17 +83,17 @@ def test_clicks_at_once_lose_no_vote(run):
     assert len(lines(run)) == 12
 
 
-def test_order_and_sides_are_random_but_follow_the_seed(run):
+def test_order_of_pairs_and_answers_is_random_but_follows_the_seed(run):
     def seen(seed):
         ballot = Ballot(
             [{**e, "prompt": f"{e['prompt']}{k}"} for e in ENTRIES for k in range(20)], "base", "exp1", run, seed
         )
-        return [(ballot.pairs[key]["prompt"], ballot.sides(key)[0]) for key in ballot.pairs]
+        return [(ballot.pairs[key]["prompt"], ballot.order(key)[0]) for key in ballot.pairs]
 
     assert seen(0) == seen(0) != seen(1)
     assert [question for question, _ in seen(0)] != sorted(question for question, _ in seen(0))
-    left = sum(name == "base" for _, name in seen(0))
-    assert 90 <= left <= 150  # of 240; a fair coin stays inside in 99.99% of seeds
+    first = sum(name == "base" for _, name in seen(0))
+    assert 90 <= first <= 150  # of 240; a fair coin stays inside in 99.99% of seeds
 
 
 def test_texts_are_escaped_and_names_with_markup_too(run):
@@ -100,7 +102,7 @@ def test_texts_are_escaped_and_names_with_markup_too(run):
         assert "<script>" not in shown.value
         assert "tex2jax_ignore" in shown.value
     assert "(empty)" in "".join(shown.value for shown in panel.answers)
-    click(panel, "left")
+    click(panel, "first")
     assert "<b>" not in panel.status.value
     assert "&lt;b&gt;a" in panel.status.value
 
@@ -119,7 +121,7 @@ def test_equal_answers_are_not_judged(run):
 def test_without_widgets_the_next_pair_is_text_with_how_to_vote(run):
     ballot = blind.judge(ENTRIES[:2], "base", "exp1", run)
     assert "pair 1 of 2" in repr(ballot)
-    assert 'ballot.vote("left")' in repr(ballot)
+    assert 'ballot.vote("first")' in repr(ballot)
     assert "base" not in repr(ballot)
     assert "pair 2 of 2" in repr(ballot.vote("tie"))
     assert "exp1 against base: 0 wins, 0 losses, 2 ties" in repr(ballot.vote("tie"))
@@ -131,7 +133,7 @@ def test_an_error_while_voting_is_shown_and_votes_stay(run):
     panel = Panel(Ballot(ENTRIES, "base", "exp1", run))
     run.path.mkdir()
     (run / "votes.jsonl").write_text("no vote\n")
-    click(panel, "left")
+    click(panel, "first")
     assert "error: votes: line 1 of" in panel.status.value
     assert lines(run) == ["no vote"]
 
@@ -166,7 +168,7 @@ def test_ties_take_their_part_of_the_further_pairs():
 
 
 VOTE = st.fixed_dictionaries(
-    {"pair": st.text(max_size=4), "left": st.sampled_from("ab"), "right": st.sampled_from("bc")}
+    {"pair": st.text(max_size=4), "first": st.sampled_from("ab"), "second": st.sampled_from("bc")}
     | {"vote": st.sampled_from([*blind.CHOICES, "x", 1, None])}
 )
 LINES = st.lists(st.one_of(VOTE.map(json.dumps), st.text(max_size=20), st.just("[]"), st.just("")))
@@ -180,9 +182,9 @@ def read_or_error(path):
 
 
 @given(LINES)
-@example(['{"pair": "p", "left": "a", "right": "b", "vote": "left"}'] * 2)
+@example(['{"pair": "p", "first": "a", "second": "b", "vote": "first"}'] * 2)
 @example(["[" * 100_000])
-@example(['{"pair": "p", "left": "a", "right": "b", "vote": ["left"]}'])
+@example(['{"pair": "p", "first": "a", "second": "b", "vote": ["first"]}'])
 def test_any_file_is_votes_or_a_clear_error(tmp_path_factory, written):
     path = tmp_path_factory.mktemp("votes") / "votes.jsonl"
     path.write_text("\n".join(written), "utf-8", errors="surrogatepass")
@@ -198,7 +200,7 @@ def test_any_file_is_votes_or_a_clear_error(tmp_path_factory, written):
 
 
 def test_votes_on_other_models_do_not_count(run):
-    Ballot(ENTRIES, "base", "exp1", run).vote("left")
+    Ballot(ENTRIES, "base", "exp1", run).vote("first")
     other = Ballot([{**entry, "exp2": "x"} for entry in ENTRIES], "exp1", "exp2", run).vote("tie")
     assert (other.result.ties, other.result.decided) == (1, 0)
     assert [(result.a, result.b) for result in blind.results(run)] == [("base", "exp1"), ("exp1", "exp2")]

@@ -192,7 +192,7 @@ def test_the_minutes_are_said_before_anything_is_trained(trained, config, tmp_pa
     """Of what is missing alone, all runs together."""
     _, trained_runs, needed = trained
     assert matrix.train_missing(needed) == trained_runs
-    assert capsys.readouterr().out == "All 4 runs are there: nothing to train.\n"
+    assert capsys.readouterr().out == "4 finished runs found: nothing to train.\n"
     slow = {"seconds_per_step": 60.0, "n_seeds": 2, "n_answers": 2}
     more = matrix.plan_runs({name: config.replace(n_samples=n, **slow) for name, n in (("a", 8), ("b", 16))}, tmp_path)
 

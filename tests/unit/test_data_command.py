@@ -137,7 +137,7 @@ def test_changes_to_rows_are_printed(data, write_rows):
 @pytest.mark.parametrize(
     ("rows", "options", "says"),
     [
-        (ROWS[:1], (), "0 usable rows are left"),
+        (ROWS[:1], (), "0 usable rows left"),
         (
             [*ROWS[:3], *ROWS[:2], {"instruction": None, "output": "x"}],
             ("--n-heldout", "3"),

@@ -137,7 +137,7 @@ def test_a_setup_shows_what_differs_from_the_preset_and_folds_the_rest(tmp_path)
     shown = notebook.Setup(config, tmp_path, None)
     text, page = repr(shown), shown._repr_html_()
     lines = {line.split()[0]: line for line in text.splitlines()}
-    assert lines["rank"].endswith("3 instead of 16 (parameters)")
+    assert lines["rank"].endswith("3 instead of 16 (cell)")
     assert lines["n_heldout"].endswith("16 instead of 100 (profile)")
     assert "alpha" not in lines
     assert "&lt;b&gt;mine&lt;/b&gt;" in page

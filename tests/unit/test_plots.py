@@ -154,7 +154,7 @@ def test_importing_and_drawing_needs_neither_pyplot_nor_transformers() -> None:
 def test_the_legend_says_how_many_rows_are_cut() -> None:
     assert words(plots.token_lengths(DATA, 64)) == [
         "train: 4 rows, 50% cut",
-        "held-out: 1 rows, 0% cut",
+        "held-out: 1 row, 0% cut",
         "limit: 64 tokens",
     ]
 

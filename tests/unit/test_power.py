@@ -76,7 +76,7 @@ def test_more_rows_do_not_replace_draws():
     assert pilot.rows_for(0.02, 10) < pilot.rows_for(0.02, 5)
     enough = pilot.rows_for(0.02, 5)
     assert pilot.detectable(enough, 5) <= 0.02 < pilot.detectable(enough - 1, 5)
-    assert "2 draw(s): no number of rows" in str(power.Design(0.02, pilot, {2: None}))
+    assert "2 draws: no number of rows" in str(power.Design(0.02, pilot, {2: None}))
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_the_command_plans_from_several_seeds(runs, capsys):
     code, printed = plan(capsys, "--pilot", runs / "s0", runs / "s1", runs / "s2")
     assert code == 0
     assert "s0 against base, 40 held-out rows with 1,200 tokens" in printed.out
-    assert "10 draw(s)" in printed.out
+    assert "10 draws" in printed.out
     assert "3 runs" in printed.out
     _, printed = plan(capsys, "--json", "--pilot", runs / "s0", runs / "s1", runs / "s2")
     planned = json.loads(printed.out)
@@ -122,7 +122,7 @@ def test_one_run_plans_rows_only_and_says_so(runs, capsys):
         code, printed = plan(capsys, *words)
         assert code == 0
         assert "Only the rows are estimated" in printed.out
-        assert "2 draw(s)" not in printed.out
+        assert " 2 draws" not in printed.out
 
 
 def test_without_a_pilot_the_recorded_study_is_assumed(capsys):

@@ -109,7 +109,7 @@ def test_the_table_of_verdicts_keeps_open_ends_and_margins_apart():
         ((0,), {}, "these adapters only"),
         ((0, 1, 2), {"draws": 3}, "exp1: 3 draws of 32 training rows, one seed each"),
         ((0, 1, 2), {"all_rows": True}, "3 seeds on all 32 training rows, so that draws cannot vary"),
-        ((0, 1, 2), {}, "one draw of 32 training rows). Where there is one draw, they do not cover others"),
+        ((0, 1, 2), {}, "1 draw of 32 training rows). Where there is one draw, they do not cover others"),
         ((0, 1, 2, 3), {"draws": 2}, "4 seeds on 2 draws of 32 training rows"),
     ],
 )
@@ -230,7 +230,7 @@ def test_four_answers_are_too_few_and_counted():
     table = report.text_table_markdown(few)
     assert table.startswith("| 4 answers, too few for intervals | ROUGE-L |")
     assert "| exp1 | 0.12 |" in table
-    assert report.answer_differences(few) == "4 answers are too few to compare models by."
+    assert report.answer_differences(few) == "Too few to compare models by: 4 answers."
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,7 @@ def test_a_draw_of_rows_counts_as_a_seed(config, tmp_path):
     assert comparison.arm("d0", runs).labels == (0, 1, 2)
     result = comparison.compare({"d0": runs})
     assert result.table[-1].draws == 3
-    assert "d0: 3 draws of 1 training rows, one seed each" in report.scope(result)
+    assert "d0: 3 draws of 1 training row, one seed each" in report.scope(result)
     stored = runs[1].read("config.json")
     stored["config"] |= {"seed": 0, "draw": 0}
     files.write_json(runs[1] / "config.json", stored)  # the same draw and seed again is no other one

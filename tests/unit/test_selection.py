@@ -89,13 +89,13 @@ def test_a_validation_split_that_is_too_small_is_filled_or_named(prepare, folder
     assert capsys.readouterr().out == ""
     filled = prepare(folder, keep_best=True, n_selection=15)
     assert capsys.readouterr().out == (
-        "The validation split has 10 usable rows, fewer than n_selection=15: 5 training rows that follow in the draw "
-        "are added.\n"
+        "The validation split has 10 usable rows, fewer than n_selection=15: filled up with 5 training rows from "
+        "further on in the draw.\n"
     )
     assert len(filled.selection) == 15
     assert prepare(folder, keep_best=True, n_selection=15, n_samples=None).selection == []
     said = capsys.readouterr().out
-    assert "10 usable rows, fewer than n_selection=15, and 0 training rows are left: it is not used" in said
+    assert "10 usable rows, fewer than n_selection=15, and the draw leaves 0 training rows: it is not used" in said
     assert "set n_selection=10 or a smaller n_samples.\n" in said
     assert len(prepare(folder, keep_best=True, n_selection=10, n_samples=None).selection) == 10
     assert capsys.readouterr().out == ""
@@ -104,7 +104,7 @@ def test_a_validation_split_that_is_too_small_is_filled_or_named(prepare, folder
 def test_a_validation_split_without_a_usable_row_is_named(prepare, write_rows, folder, tmp_path, capsys):
     (tmp_path / "rows" / "validation.jsonl").write_text(json.dumps(ROWS[0]) + "\n")  # a training row as well
     assert len(prepare(folder, keep_best=True, n_selection=8).selection) == 8
-    assert "has 0 usable rows, fewer than n_selection=8: 8 training rows" in capsys.readouterr().out
+    assert "has 0 usable rows, fewer than n_selection=8: filled up with 8 training rows" in capsys.readouterr().out
     prepare(folder)  # chooses nothing
     prepare(write_rows(ROWS), keep_best=True, n_selection=27)  # no validation split
     assert capsys.readouterr().out == ""

@@ -270,7 +270,9 @@ def test_the_first_pass_reads_no_more_rows_than_it_needs(streamed, tokenizer, wr
 def test_a_stream_with_too_few_rows_is_refused_before_training(streamed, tokenizer, tmp_path):
     own = streamed.replace(n_samples=55)
     data = cleaning.prepare(own, tokenizer)
-    with pytest.raises(UserError, match=r"has 54 usable ones \(60 read; 6 × held out.*Fix: n_samples=54 or less"):
+    with pytest.raises(
+        UserError, match=r"but 54 usable in the stream \(60 read; 6 × held out.*Fix: n_samples=54 or less"
+    ):
         trainer.train(own, data, tokenizer, RunFolder(tmp_path / "run"))
     assert not list(tmp_path.glob("base-*"))
 

@@ -34,7 +34,7 @@ def test_sizes_above_the_data_give_way_to_all_there_is(config, cleaned):
     left = len(cleaned.train)
     sizes, remarks = matrix.training_sizes(config, cleaned, [8, 100_000, left + 1])
     assert sizes == [8, left]
-    assert remarks == [f"sample_counts: there are only {left} training rows: {left} instead of {left + 1}, 100000"]
+    assert remarks == [f"sample_counts: {left} instead of {left + 1}, 100000, the number of training rows"]
     assert matrix.training_sizes(config, cleaned, [left, 8]) == ([8, left], [])
 
 
@@ -67,7 +67,7 @@ def test_an_invalid_list_of_sizes_is_refused(config, cleaned, asked, message):
 
 def test_too_few_rows_are_counted(config, tokenizer):
     cleaned = cleaning.clean(config.replace(n_heldout=10_000), tokenizer)
-    with pytest.raises(UserError, match="0 usable rows are left"):
+    with pytest.raises(UserError, match="0 usable rows left"):
         matrix.training_sizes(config.replace(n_heldout=10_000), cleaned)
 
 
