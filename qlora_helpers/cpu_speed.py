@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -84,7 +86,14 @@ def cache_key() -> tuple[Any, ...]:
     import torch
 
     limits = [os.environ.get(name, "") for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")]
-    return (cpu_name(), torch.__version__, torch.get_num_threads(), *limits)
+    return (cpu_name(), torch.__version__, threads(), *limits)
+
+
+def threads() -> int:
+    """Return the threads of all processes that train a run on this machine: as many as one process would have."""
+    import torch
+
+    return torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def measure(n_in: int, n_out: int) -> CpuSpeed:
@@ -93,13 +102,27 @@ def measure(n_in: int, n_out: int) -> CpuSpeed:
     A dtype that is hopelessly slow on a few tokens is not timed on more: without bfloat16 instructions, a single
     product of a large model takes seconds.
     """
-    few = {name: _seconds(name, FEW_TOKENS, n_in, n_out) for name in CANDIDATES}
-    hopeful = [name for name in CANDIDATES if few[name] < HOPELESS * min(few.values())]
-    many = [{name: _seconds(name, TOKENS, n_in, n_out) for name in hopeful} for _ in range(ROUNDS)]
+    with _all_threads():
+        few = {name: _seconds(name, FEW_TOKENS, n_in, n_out) for name in CANDIDATES}
+        hopeful = [name for name in CANDIDATES if few[name] < HOPELESS * min(few.values())]
+        many = [{name: _seconds(name, TOKENS, n_in, n_out) for name in hopeful} for _ in range(ROUNDS)]
     operations = 2 * 2 * n_in * n_out  # per token: a multiplication and an addition, forward and backward
     speed = {name: FEW_TOKENS * operations / few[name] for name in CANDIDATES}
     speed |= {name: TOKENS * operations / min(taken[name] for taken in many) for name in hopeful}
     return CpuSpeed(**{name: round(value / 1e9, 1) or value / 1e9 for name, value in speed.items()})
+
+
+@contextmanager
+def _all_threads() -> Iterator[None]:
+    """Compute with the threads of all processes: the others wait for the one that measures."""
+    import torch
+
+    own = torch.get_num_threads()
+    torch.set_num_threads(threads())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
 
 
 def _seconds(dtype: str, tokens: int, n_in: int, n_out: int) -> float:

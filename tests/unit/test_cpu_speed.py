@@ -95,6 +95,26 @@ def test_the_choice_is_stored_for_this_machine(cache, monkeypatch):
     assert len(json.loads(cache.read_text("utf-8"))) == 2
 
 
+def test_several_processes_choose_as_one_does(cache, monkeypatch):
+    """One of them measures, with the threads of all, and finds what one process has stored."""
+    own, used = torch.get_num_threads(), []
+    monkeypatch.setattr(cpu_speed, "_seconds", lambda *given: used.append(torch.get_num_threads()) or 1.0)
+    try:
+        torch.set_num_threads(2)
+        alone = cpu_speed.lookup.__wrapped__(576, 1536)
+        assert set(used) == {2}
+        torch.set_num_threads(1)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        used.clear()
+        assert cpu_speed.lookup.__wrapped__(576, 1536) == alone
+        assert not used
+        cpu_speed.measure(576, 1536)
+        assert set(used) == {2}
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(own)
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"x": 1}', "null"])
 def test_a_damaged_store_is_measured_again(cache, measured, content):
     measured(SLOW)
