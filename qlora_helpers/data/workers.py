@@ -7,7 +7,8 @@ MANY = 5_000  # items: with fewer, processes take longer to start than they save
 MOST = 8  # processes, each of which holds a copy of what the function needs
 CHUNK = 10_000  # items that a process is given at once, at most
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def shared(function: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item]) -> Iterator[Result]:
