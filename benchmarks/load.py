@@ -5,7 +5,7 @@ usage: python benchmarks/load.py [CASE ...] [--json]
 Cases: compare (200 runs), interval (10,000 rows), answers (10,000 answers), live (100,000 steps), start (1 and 2,000
 runs beside), data (25,000 and 100,000 rows), stream (20 steps on 10,000 and on 1,000,000 rows). Run folders and rows
 are synthetic, written before the clock starts. A process is measured from outside: its wall time, its CPU time and its
-peak resident memory.
+peak resident memory, without that of processes that it starts.
 """
 
 import argparse

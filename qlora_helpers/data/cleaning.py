@@ -5,7 +5,7 @@ The order of the rows depends only on their text and two seeds, not on their ord
 
 import re
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -14,11 +14,12 @@ from qlora_helpers.config import Config
 from qlora_helpers.data import prompts, rendering, sources
 from qlora_helpers.data.cleaned import Cleaned, Data, NearDuplicate, TokenizedRow, fingerprint
 from qlora_helpers.data.leaks import HeldOut, parts
-from qlora_helpers.data.near_duplicates import Index, same_text
+from qlora_helpers.data.near_duplicates import Index, Words, same_text, words_of
 from qlora_helpers.data.prompts import Example
 from qlora_helpers.data.row_checks import NOTHING_TRAINED, OVER, text_reason, token_reason
 from qlora_helpers.data.schema import TEST, VALIDATION, Row
 from qlora_helpers.data.splitting import Fit, Split, in_draw, split_key
+from qlora_helpers.data.workers import shared
 from qlora_helpers.errors import UserError, nearest
 from qlora_helpers.wording import counted
 
@@ -218,18 +219,22 @@ def _fitting(
             yield TokenizedRow(example.row, tokens, prompts.shortened(example, config.max_length).trained), example
 
 
-def _distinct(cleaned: Cleaned, rows: Iterable[Row], config: Config) -> Iterator[Row]:
+def _distinct(cleaned: Cleaned, rows: Sequence[Row], config: Config) -> Iterator[Row]:
     """Yield one row of each group of near duplicates: the first in the order of the split."""
     index = Index(config.near_duplicates, same_text)
     kept: list[Row] = []
-    for row in rows:
-        match = index.first_similar(parts(row))
+    for row, words in zip(rows, shared(_words, rows), strict=True):
+        match = index.first_similar(words)
         if match is None:
             kept.append(row)
             yield row
         else:
             cleaned.drop(row, NEAR_ROW)
             cleaned.near_duplicates.append(NearDuplicate(row, kept[match[0]], match[1], NEAR_ROW))
+
+
+def _words(rows: Sequence[Row]) -> list[Words]:
+    return [words_of(parts(row), same_text) for row in rows]
 
 
 def _rehearsal(

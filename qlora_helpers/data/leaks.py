@@ -12,12 +12,13 @@ Set phrases are left out: greetings, labels and standard replies that many rows 
 import heapq
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from qlora_helpers.data.near_duplicates import PART, Index, normalize, same_question, same_text
 from qlora_helpers.data.schema import Message, Row
+from qlora_helpers.data.workers import shared
 
 NEAR_PROMPT = "prompt nearly the same as a held-out one"
 NEAR_ANSWER = "answer nearly the same as a held-out one"
@@ -81,6 +82,11 @@ class HeldOut:
                 return Leak(self._owners[reason][match[0]], match[1], reason)
         return None
 
+    def leaks(self, rows: Sequence[Row]) -> dict[str, Leak]:
+        """Return the leaks among rows by the rows' ids. Several processes search many rows."""
+        found = shared(partial(_each_leak, self), rows)
+        return {row.id: leak for row, leak in zip(rows, found, strict=True) if leak}
+
     def _texts(self, row: Row) -> Iterator[tuple[str, str]]:
         """Yield the texts of a row that must not be held out and trained on, with the reason each would be a leak."""
         yield NEAR_PROMPT, self._opening(row)
@@ -106,6 +112,10 @@ class HeldOut:
             return frozenset()
         counts = Counter(word for row in sample for word in set(normalize(self._opening(row)).split()))
         return frozenset(word for word, count in counts.items() if count >= COMMON * len(sample))
+
+
+def _each_leak(held: HeldOut, rows: Sequence[Row]) -> list[Leak | None]:
+    return [held.leak(row) for row in rows]
 
 
 def _asked(question: Message) -> str:

@@ -11,13 +11,14 @@ of two tests, because the two kinds of mistake differ in cost:
   was left over falsifies the evaluation.
 """
 
+import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -217,17 +218,35 @@ def _sorted_sentences(words: str) -> list[str]:
     return [sentence for part in parts for sentence in [*part, PART]]
 
 
+def _number(words: Iterable[str]) -> int:
+    """Return a hash of words that is the same in all processes."""
+    return int.from_bytes(hashlib.blake2b(" ".join(words).encode(errors="surrogatepass"), digest_size=8).digest())
+
+
 def _letters(words: str) -> int:
     """Return a number that is equal for texts of which `same_text` may hold: slips keep the first letter."""
-    tokens = words.split()
-    return sum(hash(token[0] if len(token) >= SLIP and token.isalpha() else token) for token in tokens)
+    return _number(sorted([w[0] if len(w) >= SLIP and w.isalpha() else w for w in words.split()]))
 
 
 def _figures(words: str) -> int:
     """Return a number that is equal for texts of which `same_question` may hold: they have the same symbols."""
     if words.replace(" ", "").replace("\n", "").isalpha():  # as most prose, and quickly found
-        return hash(())
-    return hash(tuple(sorted(token for token in _symbols(words) if token not in EMPHASIS)))
+        return _number(())
+    return _number(sorted(token for token in _symbols(words) if token not in EMPHASIS))
+
+
+class Words(NamedTuple):
+    """A normalized text, a number of its tokens in order, and one that is equal for texts that may be the same."""
+
+    text: str
+    tokens: int
+    group: int
+
+
+def words_of(text: str, same: Callable[[str, str], bool]) -> Words:
+    """Return a text as `Index` compares it by the test `same`."""
+    words = normalize(text)
+    return Words(words, _number([words.replace("\n", " ")]), (_letters if same is same_text else _figures)(words))
 
 
 @cache
@@ -267,42 +286,40 @@ class Index:
             # A text is hashed to an array: MinHash keeps the lowest of each permutation, as of single numbers.
             self._signature = MinHash(PERMUTATIONS, hashfunc=_hashes)
 
-    def first_similar(self, text: str, add: bool = True) -> tuple[int, float] | None:
+    def first_similar(self, text: str | Words, add: bool = True) -> tuple[int, float] | None:
         """Return the position and similarity of the first near duplicate of the text among those kept, or None.
 
         If there is none and `add` is true, the text is kept. Kept texts are numbered from 0 in the order they were
-        added.
+        added. `Words` are a text that `words_of` prepared, in this process or another one.
         """
-        words = normalize(text)
-        key = hash(words.replace("\n", " "))
-        if key in self._position:  # the same tokens
-            return self._position[key], 1.0
+        words = text if isinstance(text, Words) else words_of(text, self.same)
+        if words.tokens in self._position:
+            return self._position[words.tokens], 1.0
         candidates, keep = (self._copies if self.same is same_text else self._questions)(words, add)
         for number in candidates:
-            if self.same(words, self.texts[number]):
-                similarity = jaccard(shingles(words), shingles(self.texts[number]))
+            if self.same(words.text, self.texts[number]):
+                similarity = jaccard(shingles(words.text), shingles(self.texts[number]))
                 if similarity >= self.threshold:
                     return number, similarity
         if add:
             keep(len(self.texts))
-            self._position[key] = len(self.texts)
-            self.texts.append(words)
+            self._position[words.tokens] = len(self.texts)
+            self.texts.append(words.text)
         return None
 
-    def _copies(self, words: str, add: bool) -> Candidates:
-        letters = _letters(words)
+    def _copies(self, words: Words, add: bool) -> Candidates:
         if not add:
-            return self._groups.get(letters, ()), int
-        group: list[int] = self._groups.setdefault(letters, [])
+            return self._groups.get(words.group, ()), int
+        group: list[int] = self._groups.setdefault(words.group, [])
         return group, group.append
 
-    def _questions(self, words: str, add: bool) -> Candidates:
-        group = self._groups.get(figures := _figures(words))
+    def _questions(self, words: Words, add: bool) -> Candidates:
+        group = self._groups.get(words.group)
         if group is None:
             if not add:
                 return (), int
-            group = self._groups[figures] = self._new_lsh()
+            group = self._groups[words.group] = self._new_lsh()
         self._signature.clear()
-        self._signature.update_batch([words])
+        self._signature.update_batch([words.text])
         keep = partial(group.insert, minhash=self._signature, check_duplication=False)
         return sorted(group.query(self._signature)), keep

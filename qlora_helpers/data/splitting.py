@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from qlora_helpers.config import Config
 from qlora_helpers.data import prompts
 from qlora_helpers.data.cleaned import Cleaned, NearDuplicate, TokenizedRow
-from qlora_helpers.data.leaks import HeldOut
+from qlora_helpers.data.leaks import HeldOut, Leak
 from qlora_helpers.data.prompts import Example
 from qlora_helpers.data.schema import TEST, VALIDATION, Row
 
@@ -68,7 +68,7 @@ class Split:
                 continue
             for item, example in self.fit([row]):
                 usable += 1
-                if self._is_leak(row):
+                if self._is_leak(row, self._held.leak(row)):
                     continue
                 self._held.add(row)
                 self._groups[row.group] += 1
@@ -84,7 +84,7 @@ class Split:
                 self.cleaned.drop(row, f"validation split, over n_selection={wanted}")
                 continue
             for item, example in self.fit([row]):
-                if not self._is_leak(row):
+                if not self._is_leak(row, self._held.leak(row)):
                     self._keep(example, prompts.heldout_limit(self.config))
                     self.cleaned.selection.append(item)
 
@@ -95,8 +95,10 @@ class Split:
         """
         config, limit = self.config, prompts.heldout_limit(self.config)
         chosen = config.selection_rows - len(self.cleaned.selection)
-        for item, example in self.fit(sorted(self._other_groups(rows), key=self._draw_key)):
-            if self._is_leak(item.row):
+        ordered = sorted(self._other_groups(rows), key=self._draw_key)
+        leaks = self._held.leaks(ordered)
+        for item, example in self.fit(ordered):
+            if self._is_leak(item.row, leaks.get(item.row.id)):
                 continue
             number = len(self.cleaned.train)
             if config.n_samples is None or number < config.n_samples:
@@ -125,8 +127,8 @@ class Split:
             else:
                 yield row
 
-    def _is_leak(self, row: Row) -> bool:
-        leak = self._held.leak(row)
+    def _is_leak(self, row: Row, leak: Leak | None) -> bool:
+        """Record a leak of a row, if there is one, and return whether there is."""
         if leak is not None:
             self._leaks.append(NearDuplicate(row, leak.heldout, leak.similarity, leak.reason))
         return leak is not None

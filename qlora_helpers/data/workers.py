@@ -1,0 +1,29 @@
+"""Share the work on many rows among processes, in the order of the rows."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+MANY = 5_000  # items: with fewer, processes take longer to start than they save
+MOST = 8  # processes, each of which holds a copy of what the function needs
+CHUNK = 10_000  # items that a process is given at once, at most
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def shared(function: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item]) -> Iterator[Result]:
+    """Yield the results of a function of a list, which returns one for each item.
+
+    The function, the items and the results are pickled. The calling script needs no `__main__` guard.
+    """
+    import joblib
+
+    processes = min(MOST, joblib.cpu_count())
+    if len(items) < MANY or processes == 1:
+        yield from function(items)
+        return
+    size = min(CHUNK, -(-len(items) // (2 * processes)))
+    parts = (items[start : start + size] for start in range(0, len(items), size))
+    parallel = joblib.Parallel(processes, batch_size=1, return_as="generator", idle_worker_timeout=10)
+    for results in parallel(joblib.delayed(function)(part) for part in parts):
+        yield from results
