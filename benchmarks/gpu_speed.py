@@ -312,9 +312,8 @@ def measure_in_subprocess(setting: dict[str, Any], model: Path, rows: Path, unsl
     """Run `measure` in a fresh process, so that no contender inherits another's memory."""
     command = [sys.executable, __file__, str(model), str(rows), "--contender", json.dumps(setting)]
     environment = dict(os.environ)
-    if setting["shape"] == LARGE:  # as Unsloth sets it; and cuBLAS takes 32 MiB per stream on an H100, on a T4 8
+    if setting["shape"] == LARGE:  # Unsloth sets it, too
         environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-        environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:2:16:8"
     if setting["name"] == UNSLOTH:
         if unsloth is None:
             return {"failed": "--unsloth is not given"}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import page_parts
+import scale_page
 import speed_page
 
 from qlora_helpers import __main__ as command_line
@@ -468,6 +469,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/presets.md": {"presets": _presets},
     "docs/settings.md": {"settings": _settings},
     "docs/speed.md": {"speed": speed_page.tables},
+    "docs/scale.md": {"scale": scale_page.table},
     "docs/memory.md": {"plan": _plan_output, "known": _known},
 }
 

@@ -15,7 +15,8 @@ GROUPS = {
     "all-linear": "### Adapters on all linear layers, as many rows as fit\n\nbf16, at most 256 tokens per row.",
     "fp16": "### fp16, as on a T4, without compiling\n\nAdapters on queries and values, at most 256 tokens per row.",
     "8b": "### Llama 3.1 8B's shape\n\nbf16, adapters on all linear layers, at most 1,024 tokens per row, eight rows "
-    "per update, activations recomputed. Unsloth has the settings of its notebooks.",
+    "per update, activations recomputed. Unsloth has the settings of its notebooks. Both allocate expandable segments "
+    "(`PYTORCH_CUDA_ALLOC_CONF`), as Unsloth does by itself.",
 }
 
 
@@ -100,7 +101,7 @@ def _beside(lines: list[dict[str, Any]]) -> str:
             f"{line['batch']} × {line['accumulation']}",
             f"{line['tokens_per_second']:,.0f} tokens/s",
             f"{line['tokens_per_second'] / best:.2f}",
-            f"{line['peak_gib']:.1f} GiB",
+            f"{line['peak_gib']:.{1 if best > 10_000 else 2}f} GiB",
         ]
         for line in lines
     ]

@@ -173,7 +173,7 @@ def test_pip_would_change_packages_for_another_trl(machine):
 @pytest.mark.slow
 def test_bootstrap_with_an_uploaded_wheel_would_only_add_packages(machine, monkeypatch, tmp_path):
     """The real cell runs with Colab's Python and a dry run of pip."""
-    ignored = shutil.ignore_patterns(".*", "runs", "results", "build", "*.egg-info")
+    ignored = shutil.ignore_patterns(".*", "runs", "build", "*.egg-info")
     source = shutil.copytree(ROOT, tmp_path / "source", ignore=ignored)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
     subprocess.run(build, check=True)
