@@ -16,7 +16,7 @@ from qlora_helpers.errors import UserError
 from qlora_helpers.evaluation import comparison, losses
 from qlora_helpers.evaluation.differences import Difference
 from qlora_helpers.files import ROOT
-from qlora_helpers.planning import measurements, memory, plan, step_time, tables
+from qlora_helpers.planning import graphs, measurements, memory, plan, step_time, tables
 from qlora_helpers.planning.gpus import GPUS
 from qlora_helpers.planning.workload import Parallel
 from qlora_helpers.runs import RunFolder
@@ -103,6 +103,14 @@ def test_graphs_that_are_asked_for_decide_whether_the_run_fits():
     assert lines["graphs"] == chosen.training["graphs"] > 0.1
     names = ["total with CUDA graphs" in {line["GiB"] for line in tables.parts({"a": one})} for one in (off, auto)]
     assert names == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "short", "tokens"),
+    [(32_000, False, 1024), (32_000, True, 512), (128_256, False, 256), (128_256, True, 128), (10**6, False, 128)],
+)
+def test_logits_of_some_tokens_exist_at_a_time(vocabulary, short, tokens):
+    assert graphs.chunk(vocabulary, short) == tokens
 
 
 def test_only_what_can_be_captured_is_planned_with_graphs():
