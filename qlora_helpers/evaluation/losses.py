@@ -20,6 +20,7 @@ from qlora_helpers.evaluation import answers
 from qlora_helpers.evaluation.answers import Shots
 from qlora_helpers.evaluation.context import RunContext
 from qlora_helpers.evaluation.row_losses import RowLoss, read_losses, to_rows
+from qlora_helpers.models import base as base_model
 from qlora_helpers.models import forward
 from qlora_helpers.planning import memory
 from qlora_helpers.runs import RunFolder
@@ -32,7 +33,7 @@ GENERAL_LENGTH = 512
 def heldout_losses(
     model: Any, examples: list[Example], device: Device, batch_size: int = memory.MOST_ROWS
 ) -> list[RowLoss]:
-    """Loss of every row, in the given order, from the logits of the model's own forward pass.
+    """Loss of every row, in the given order, from the logits of the model's own forward pass; on a CPU in float32.
 
     On a GPU, rows that are shorter than the longest are evaluated more at once than `batch_size`, in no more memory.
     Keeps the model's mode and draws no random numbers.
@@ -43,7 +44,7 @@ def heldout_losses(
     lengths = [len(example.input_ids) for example in examples]
     # A pass on a GPU takes about as long for few tokens as for many, on a CPU as long as its tokens.
     limits = (len(lengths), batch_size * max(lengths, default=0)) if device.kind == "cuda" else (batch_size, math.inf)
-    with torch.inference_mode(), autocast(device):
+    with base_model.evaluating_in_float32(model, device), torch.inference_mode(), autocast(device):
         for batch in forward.batches_by_length(lengths, *limits):
             losses |= dict(zip(batch, _batch_losses(model, [examples[i] for i in batch]), strict=True))
     model.train(was_training)
@@ -134,6 +135,7 @@ def baseline_folder(config: Config, data: Data, device: Device, folder: Path) ->
     depends += [config.double_quant and config.quantization != "none"]
     read = [(len(example.input_ids), example.cut) for example in data.heldout]  # a limit that cuts no row changes none
     depends += [device.dtype, data.heldout_fingerprint, read]
+    depends += ["losses in float32"] if device.kind == "cpu" and device.dtype != "float32" else []
     return RunFolder(folder / f"base-{files.short_hash(depends)}")
 
 

@@ -147,8 +147,9 @@ def rows_in_16_bits(config: Config, device: Device) -> tuple[int, str]:
         gpu = plan.gpu_of(device, config)
         room, needed = gpu.memory, _gib_needed(load, gpu.context)
     else:
-        width = getattr(torch, device.dtype).itemsize
-        room, needed = device.free_gib, iter([(memory.MOST_ROWS, load.shape.parameters * width / GIB)])
+        width = memory.HALF + memory.FULL  # losses on a CPU are computed in float32, see `evaluating_in_float32`
+        needed = iter([(memory.MOST_ROWS, load.shape.parameters * width / GIB)])
+        room = device.free_gib
     for rows, gib in needed:
         if gib <= room:
             return rows, ""

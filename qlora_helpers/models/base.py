@@ -1,6 +1,8 @@
 """The frozen base model, in 4 or 16 bits."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import bitsandbytes as bnb
@@ -114,6 +116,27 @@ def _check_ids(base: Any, config: Config) -> None:
             module.register_forward_pre_hook(check)
 
 
+@contextmanager
+def evaluating_in_float32(model: Any, device: Device) -> Iterator[None]:
+    """On a CPU, let a model compute in float32 while the body runs. On a GPU, change nothing.
+
+    bfloat16 rounds what passes between layers, so that each row's loss gets an error of its own. In the difference
+    between two models these errors do not cancel: the interval of a small change was 2.5 times as wide as in float32.
+    Weights that are stored in 16 bits are copied, which keeps their values. The originals come back afterwards.
+    """
+    if device.kind != "cpu" or device.dtype == "float32":
+        yield
+        return
+    originals = [(tensor, tensor.data) for tensor in _tensors(model)]
+    _compute_in(model, torch.float32)
+    try:
+        yield
+    finally:
+        _compute_in(model, getattr(torch, device.dtype))
+        for tensor, original in originals:
+            tensor.data = original
+
+
 def _compute_in(base: Any, dtype: torch.dtype) -> None:
     """Convert unquantized weights to `dtype`, make quantized weights dequantize directly to `dtype`, with gradients.
 
@@ -123,8 +146,12 @@ def _compute_in(base: Any, dtype: torch.dtype) -> None:
     for module in base.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             packed: Any = module.weight
-            packed.quant_state.dtype = dtype
+            packed.quant_state.dtype = module.compute_dtype = dtype
             module.support_avx512bf16_for_cpu = False
-    for tensor in (*base.parameters(), *base.buffers()):
+    for tensor in _tensors(base):
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             tensor.data = tensor.data.to(dtype)
+
+
+def _tensors(model: Any) -> tuple[torch.Tensor, ...]:
+    return (*model.parameters(), *model.buffers())

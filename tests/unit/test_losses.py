@@ -8,6 +8,7 @@ import torch
 from qlora_helpers.data import cleaning, prompts
 from qlora_helpers.evaluation import losses
 from qlora_helpers.evaluation.row_losses import RowLoss, mean_loss
+from qlora_helpers.models import qlora
 
 
 def one_by_one(built, examples):
@@ -78,6 +79,56 @@ def test_measuring_leaves_no_trace(setup, device):
         assert torch.equal(torch.get_rng_state(), state)
         assert losses.heldout_losses(built, examples, device) == first  # no dropout
     assert not any(p.grad is not None for p in built.parameters())
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_on_a_cpu_losses_are_in_float32(setup, config, device, quantization):
+    """Those of a run that computes in bfloat16 equal those of float32, and its model stays as it was."""
+    _, examples = setup
+    own = config.replace(quantization=quantization)
+
+    def built(dtype):
+        torch.manual_seed(0)
+        model = qlora.attach_lora(qlora.load_base(own, device.computing_in(dtype)), own)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        return model
+
+    def in_bfloat16(model):
+        with torch.no_grad():
+            return model(input_ids=torch.tensor([examples[0].input_ids])).logits
+
+    narrow, wide = built("bfloat16"), built("float32")
+    adapter = {name: p for name, p in narrow.named_parameters() if p.requires_grad}  # the library draws it in bfloat16
+    wide.load_state_dict(adapter, strict=False)
+    before, stored = in_bfloat16(narrow), [(p.data_ptr(), p.dtype) for p in narrow.parameters()]
+    got = losses.heldout_losses(narrow, examples, device.computing_in("bfloat16"))
+    want = losses.heldout_losses(wide, examples, device)
+    assert [row.loss_sum for row in got] == pytest.approx([row.loss_sum for row in want], rel=1e-6)
+    rounded = losses.heldout_losses(narrow, examples, device)  # as if it computed in float32 already
+    assert [row.loss_sum for row in rounded] != pytest.approx([row.loss_sum for row in want], rel=1e-6)
+    assert torch.equal(in_bfloat16(narrow), before)
+    assert [(p.data_ptr(), p.dtype) for p in narrow.parameters()] == stored
+
+
+def test_a_failed_evaluation_leaves_the_model_as_it_was(setup, config, device, monkeypatch):
+    _, examples = setup
+    here = device.computing_in("bfloat16")
+    model = qlora.attach_lora(qlora.load_base(config, here), config)
+    before = [(p.data_ptr(), p.dtype) for p in model.parameters()]
+    monkeypatch.setattr(losses.forward, "logits_at", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        losses.heldout_losses(model, examples, here)
+    assert [(p.data_ptr(), p.dtype) for p in model.parameters()] == before
+
+
+def test_losses_of_other_arithmetic_are_kept_apart(config, data, device, tmp_path):
+    """Those of the base in bfloat16 that earlier versions stored are not read as float32."""
+    narrow = losses.baseline_folder(config, data, device.computing_in("bfloat16"), tmp_path)
+    wide = losses.baseline_folder(config, data, device, tmp_path)
+    on_gpu = dataclasses.replace(device, kind="cuda", dtype="bfloat16")
+    assert len({f.path for f in (narrow, wide, losses.baseline_folder(config, data, on_gpu, tmp_path))}) == 3
 
 
 def test_the_mean_counts_tokens_not_rows():
