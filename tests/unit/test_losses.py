@@ -93,7 +93,7 @@ def test_on_a_cpu_losses_are_in_float32(setup, config, device, quantization):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
-        return model
+        return model.eval()
 
     def in_bfloat16(model):
         with torch.no_grad():
