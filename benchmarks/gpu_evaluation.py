@@ -185,7 +185,8 @@ def main() -> None:
         model = Path(scratch) / "model"
         make_shape(model, args.tokenizer)
         result: dict[str, Any] = {
-            "device": detect().to_dict(), "versions": versions(), "limit_gib": T4_GIB, "measured": [], "compared": []
+            "device": detect().to_dict(), "versions": versions(), "limit_gib": T4_GIB, "rows": args.rows,
+            "answer_tokens": args.tokens, "measured": [], "compared": [],
         }  # fmt: skip
         for dtype in args.dtype:
             pair = [measure_in_subprocess(name, dtype, model, args) for name in PATHS]

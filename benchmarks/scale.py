@@ -1,6 +1,7 @@
 """Measure training on one GPU and on several against the memory plan, or estimate it for up to 64 GPUs.
 
 usage: python benchmarks/scale.py TOKENIZER_FOLDER ROWS.jsonl --out FILE [--gpus 2] [--models llama31-8b]
+                                  [--fast auto off] [--strategies ddp fsdp fsdp-offload]
        python benchmarks/scale.py --model-only
 
 The models have the shapes of known ones and random weights, which change neither speed nor memory. Every GPU gets as
@@ -12,7 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
@@ -31,34 +32,36 @@ from qlora_helpers.planning.sharding import REPLICATED
 from qlora_helpers.planning.workload import ALONE, FULL, STRATEGIES, Parallel
 
 SEED = 0
+EPOCHS = 2  # so that a thousand rows are enough
 SETTINGS: dict[str, Any] = {
     "preset": "tinyllama-guanaco-100", "profile": "gpu", "target_modules": "all-linear", "max_length": 512,
-    "template": "guanaco", "gradient_accumulation": 1, "epochs": 1, "optimizer": "adamw_torch", "n_heldout": 8,
+    "template": "guanaco", "gradient_accumulation": 1, "epochs": EPOCHS, "optimizer": "adamw_torch", "n_heldout": 8,
     "n_answers": 0, "few_shot": False, "save_steps": 1000, "seed": SEED,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Task:
-    """How a model is trained: rows of each GPU per step, steps, and how many of the first do not count."""
+    """How a model is trained: rows of each GPU per step, and steps that count."""
 
     rows: int
     steps: int
-    warmup: int
     own: dict[str, Any]
 
 
 TASKS = {
-    "tinyllama-1.1b": Task(8, steps=50, warmup=20, own={"gradient_checkpointing": False}),
-    "llama31-8b": Task(4, steps=40, warmup=20, own={"gradient_checkpointing": True, "dropout": 0.0}),
+    "tinyllama-1.1b": Task(8, 30, {"gradient_checkpointing": False}),
+    "llama31-8b": Task(4, 20, {"gradient_checkpointing": True, "dropout": 0.0}),
 }
+WARMUP = {"auto": 60, "off": 20}  # steps that do not count; until then, graphs are captured for new lengths of rows
 
 
 def settings_of(name: str, model: Path, rows: Path, parallel: Parallel, fast: str) -> dict[str, Any]:
     """Return the settings of a run of a model in a folder on so many GPUs."""
     task = TASKS[name]
     batch = task.rows * parallel.gpus
-    own = {"model": str(model), "dataset": str(rows), "batch_size": batch, "n_samples": task.steps * batch}
+    samples = (WARMUP[fast] + task.steps) * batch // EPOCHS
+    own = {"model": str(model), "dataset": str(rows), "batch_size": batch, "n_samples": samples}
     return SETTINGS | task.own | own | {"fast": fast}
 
 
@@ -99,6 +102,11 @@ def result_of(run: Path, settings: dict[str, Any], parallel: Parallel, warmup: i
 
 
 def write_shape(name: str, folder: Path, tokenizer_folder: Path) -> None:
+    """Save a model with random weights in the shape of a known one."""
+    write_model(architectures.known(name) or {}, folder, tokenizer_folder)
+
+
+def write_model(known: dict[str, Any], folder: Path, tokenizer_folder: Path) -> None:
     """Save a model with random weights, and a vocabulary that the tokenizer fits into."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -106,7 +114,6 @@ def write_shape(name: str, folder: Path, tokenizer_folder: Path) -> None:
     torch.manual_seed(SEED)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    known = architectures.known(name) or {}
     shape = AutoConfig.for_model(**known | {"vocab_size": max(known["vocab_size"], len(tokenizer))})
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
@@ -114,13 +121,18 @@ def write_shape(name: str, folder: Path, tokenizer_folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def measure(name: str, model: Path, rows: Path, gpus: int) -> Iterator[dict[str, Any]]:
-    """Yield one result per run: one GPU and several with DDP on the fastest path, then all with the library's steps.
+def runs_of(gpus: int, paths: Sequence[str], strategies: Sequence[str]) -> Iterator[tuple[Parallel, str]]:
+    """Yield what is measured: for each path one GPU, if DDP is compared with it, and several; FSDP has no graphs."""
+    for fast in paths:
+        if "ddp" in strategies:
+            yield ALONE, fast
+        for strategy in strategies if fast == "off" else [s for s in strategies if s == "ddp"]:
+            yield Parallel(gpus, strategy), fast
 
-    A failed run yields its error.
-    """
-    fastest = [(parallel, "auto") for parallel in (ALONE, Parallel(gpus))]
-    for parallel, fast in (*fastest, *((one, "off") for one in (ALONE, *(Parallel(gpus, s) for s in STRATEGIES)))):
+
+def measure(name: str, model: Path, rows: Path, runs: Iterable[tuple[Parallel, str]]) -> Iterator[dict[str, Any]]:
+    """Yield one result per run. A failed run yields its error."""
+    for parallel, fast in runs:
         settings = settings_of(name, model, rows, parallel, fast)
         line = {"model": name, "gpus": parallel.gpus, "strategy": parallel.strategy, "fast": fast, "seed": SEED}
         with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +141,7 @@ def measure(name: str, model: Path, rows: Path, gpus: int) -> Iterator[dict[str,
             if done.returncode:
                 yield line | {"error": done.stderr.strip().splitlines()[-5:]}
                 continue
-            yield line | result_of(out, settings, parallel, TASKS[name].warmup)
+            yield line | result_of(out, settings, parallel, WARMUP[fast])
 
 
 @dataclass(frozen=True)
@@ -255,6 +267,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--models", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--fast", nargs="+", default=list(WARMUP), choices=list(WARMUP))
+    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), choices=list(STRATEGIES))
     parser.add_argument("--model-only", action="store_true", help="print the estimates for up to 64 GPUs")
     args = parser.parse_args()
     if args.model_only:
@@ -267,7 +281,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, get_context("spawn")) as pool:
             pool.submit(write_shape, name, Path(folder), args.tokenizer).result()
             pool.shutdown()  # releases the GPU
-            for line in measure(name, Path(folder), args.rows.resolve(), args.gpus):
+            runs = runs_of(args.gpus, args.fast, args.strategies)
+            for line in measure(name, Path(folder), args.rows.resolve(), runs):
                 results.append(line)
                 print(json.dumps(line), flush=True)
                 files.write_json(args.out, {"runs": results})

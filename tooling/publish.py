@@ -469,7 +469,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/presets.md": {"presets": _presets},
     "docs/settings.md": {"settings": _settings},
     "docs/speed.md": {"speed": speed_page.tables},
-    "docs/scale.md": {"scale": scale_page.table},
+    "docs/scale.md": {"scale": scale_page.table, "killed": scale_page.killed},
     "docs/memory.md": {"plan": _plan_output, "known": _known},
 }
 

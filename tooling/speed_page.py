@@ -109,19 +109,26 @@ def _beside(lines: list[dict[str, Any]]) -> str:
 
 
 def _evaluation() -> list[str]:
-    measured = _read("evaluation")
-    names = {"generate": "`generate`, 8 rows at once", "graph": "graph, as many rows as fit"}
-    rows = [
-        [names[line["path"]], line["dtype"], *(f"{seconds:.1f} s" for seconds in line["seconds"].values()),
-         f"{sum(line['seconds'].values()):.1f} s", f"{max(line['peak_gib'].values()):.1f} GiB"]
-        for line in measured["measured"]
-    ]  # fmt: skip
-    first, equal = measured["measured"][0], [pair for pair in measured["compared"] if pair["dtype"] == "float32"]
+    names = {"generate": "`generate`, at most 8 rows at once", "graph": "graph, as many rows as fit"}
+    rows, equal = [], ""
+    for found in (_read("evaluation"), _read("evaluation_float32")):
+        work = f"{found['rows']} × {found['answer_tokens']}, {found['device']['name'].split()[1]}"
+        rows += [
+            [names[line["path"]], line["dtype"], work, *(f"{seconds:.1f} s" for seconds in line["seconds"].values()),
+             f"{sum(line['seconds'].values()):.1f} s", f"{max(line['peak_gib'].values()):.1f} GiB"]
+            for line in found["measured"]
+        ]  # fmt: skip
+        for pair in found["compared"]:
+            share = f"In {pair['dtype']}, graphs take {pair['share_of_time']:.0%} of the time"
+            same = f", and {pair['equal_answers']:.0%} of the answers are equal" if pair["dtype"] == "float32" else ""
+            equal += f"{share}{same}. "
     return [
         "## Evaluations",
-        "TinyLlama's shape: losses of 100 held-out rows, answers of 128 tokens to their questions, and losses on the "
-        f"general questions, up to {first['batch_sizes']['questions']} answers at once, on the same GPU. "
-        + "".join(f"In float32, {pair['equal_answers']:.0%} of the answers are equal. " for pair in equal)
-        + "Command: `python benchmarks/gpu_evaluation.py TOKENIZER ROWS.jsonl --out FILE`.",
-        markdown_table(["answers from", "dtype", "losses", "answers", "general", "together", "memory"], rows),
+        "TinyLlama's shape: losses of held-out rows of up to 2,048 tokens, answers to their questions, and losses on "
+        f"the general questions, limited to {found['limit_gib']} GiB. A batch has as many questions as fit, at most "
+        f"{found['measured'][0]['batch_sizes']['questions']}. {equal}With few short answers, graphs save less. "
+        "Command: `python benchmarks/gpu_evaluation.py TOKENIZER ROWS.jsonl --out FILE`.",
+        markdown_table(
+            ["answers from", "dtype", "rows × tokens", "losses", "answers", "general", "together", "memory"], rows
+        ),
     ]

@@ -147,12 +147,13 @@ def _at_step(workload: Workload) -> dict[str, float]:
 
 
 def _saved(workload: Workload) -> float:
-    """Bytes saved for the backward pass, over all blocks."""
+    """Bytes saved for the backward pass, over all blocks. Graphs keep the inputs of the blocks elsewhere."""
     shape = workload.shape
     last_norm = FULL * shape.hidden * workload.tokens
     if workload.config.gradient_checkpointing:
         width = FULL if shape.family == "bloom" else HALF  # BLOOM's residual stream is in float32
-        return last_norm + shape.layers * width * shape.hidden * workload.tokens
+        inputs = shape.layers if workload.path == "off" else 1  # see training/host_memory.py
+        return last_norm + inputs * width * shape.hidden * workload.tokens
     return last_norm + workload.total(lambda block: _block(workload, block))
 
 

@@ -54,12 +54,16 @@ def at_step(workload: Workload, values: float) -> float:
 
 
 def gathered(workload: Workload, layers: int, head: bool) -> dict[str, float]:
-    """Return the part that FSDP adds: so many of the largest layers, in their storage, and the head if it is in use."""
+    """Return the part that FSDP adds: so many of the largest layers, in their storage, and the head if it is in use.
+
+    The head counts once more, whether it is in use or not: torch gathers it in a buffer of another stream, and what is
+    freed there is not used for anything else.
+    """
     if not workload.parallel.sharded:
         return {}
     shape = workload.shape
     largest = max((_stored(workload, block) for block in shape.blocks), default=0.0)
-    return {"gathered weights": layers * largest + (HALF * shape.vocabulary * shape.hidden if head else 0.0)}
+    return {"gathered weights": layers * largest + (1 + head) * HALF * shape.vocabulary * shape.hidden}
 
 
 def all_gathered(workload: Workload, whole: dict[str, float]) -> dict[str, float]:

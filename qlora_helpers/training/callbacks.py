@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from qlora_helpers import distributed, drive, files, plots
+from qlora_helpers.device import Device, forget_peak
 from qlora_helpers.errors import UserError
 from qlora_helpers.notebook import in_notebook
 from qlora_helpers.planning.step_time import in_words
@@ -45,6 +46,20 @@ class LogWriter(TrainerCallback):
         new, self._written = state.log_history[self._written :], len(state.log_history)
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in new if _is_step(line))
+
+
+class MemoryFromHere(TrainerCallback):
+    """Counts peak memory from the beginning of training, and gives back what is cached until then.
+
+    With FSDP that is the whole model, which every process loads before it keeps a shard.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget the peak so far; the library has prepared model and optimizer."""
+        forget_peak(self.device)
 
 
 class LogBeforeSaving(TrainerCallback):

@@ -8,7 +8,7 @@ gradient clipping and fp16 scaler stay the library's: only the forward and backw
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from qlora_helpers.device import Device, autocast
 from qlora_helpers.models import forward
 from qlora_helpers.planning import graphs
 from qlora_helpers.training.batches import ROUNDING, Batch, Features
+from qlora_helpers.training.host_memory import HostMemory
 
 # Lengths are multiples of a width. The longest row of a batch in random order is nearly always a long one, so that more
 # lengths would save nothing; batches of rows of like length waste 4% instead of 6% with the smaller width.
@@ -73,15 +74,19 @@ class Passes:
         self.model, self.device, self.backward = forward.inner(model), device, backward
         self.head = self.model.get_output_embeddings()
         short = forward.recomputes(self.model)  # of memory
-        self.chunk = graphs.chunk(self.model.config.get_text_config().vocab_size, short)
+        shape = self.model.config.get_text_config()
+        self.chunk, self.width = graphs.chunk(shape.vocab_size, short), shape.hidden_size
         self.scales = [] if short else _plain_scales(self.model)  # they take 4 bytes per 64 weights
+        self.host = HostMemory() if short else None  # for the inputs of the blocks, which are computed again from these
         self.replaced: dict[Any, Callable[..., Any]] = _fused_norms(self.model)  # forward passes of parts of the model
         self.loss_of_chunk = self._loss_sum
 
     def __call__(self, ids: torch.Tensor, labels: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
         """Add the gradients of a batch, (rows, length), and return its loss: the sum over trained tokens by `items`."""
         with self._as_captured():
-            hidden, labels = self._hidden(ids), labels[:, 1:].flatten()
+            with self.host.saving((*ids.shape, self.width)) if self.host else nullcontext():
+                hidden = self._hidden(ids)
+            labels = labels[:, 1:].flatten()
             parts = [part.requires_grad_() for part in hidden.detach().split(self.chunk)]
             losses = []
             for part, wanted in zip(parts, labels.split(self.chunk), strict=True):

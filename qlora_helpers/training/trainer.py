@@ -27,7 +27,7 @@ from qlora_helpers.models.qlora import attach_lora, check_targets, load_base, sa
 from qlora_helpers.planning import compute_dtype, quantization
 from qlora_helpers.runs import RunFolder
 from qlora_helpers.training import batches, checks, crossfit, oom, paths, trl_config
-from qlora_helpers.training.callbacks import CopyToDrive, LogBeforeSaving, LogWriter, Progress, SaveBest
+from qlora_helpers.training.callbacks import CopyToDrive, LogBeforeSaving, LogWriter, MemoryFromHere, Progress, SaveBest
 from qlora_helpers.training.checks import Guard
 from qlora_helpers.training.libraries import (
     Libraries,
@@ -152,7 +152,8 @@ def build_trainer(
     in_memory = data.train if isinstance(data, StreamedData) else data.trained_on
     rows = [batches.as_features(example) for example in in_memory]
     main_only = [Progress("selection" if data.selection else "held-out"), *callbacks]
-    callbacks = [Guard(), LogBeforeSaving(), *(main_only if distributed.is_main() else [])]
+    everywhere = [Guard(), MemoryFromHere(device), LogBeforeSaving()]
+    callbacks = [*everywhere, *(main_only if distributed.is_main() else [])]
     if config.keep_best:
         callbacks.append(SaveBest())
     if config.early_stopping_patience:
@@ -207,7 +208,6 @@ def _fit(trainer: QloraTrainer, context: RunContext) -> None:
         print(f"Resuming from {checkpoint.name}.")
     trainer.evaluations = crossfit.begin(context, checkpoint)
     paths.prepare(trainer, context, checkpoint)
-    forget_peak(trainer.device_)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.graphs = None
 

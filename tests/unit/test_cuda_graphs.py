@@ -287,6 +287,31 @@ def test_activations_are_recomputed_before_paths_are_tried(config, data, tokeniz
     assert ("dropout" in run.read("manifest.json")["training_path"]["reason"]) == bool(dropout)
 
 
+def test_recomputed_blocks_keep_their_inputs_in_the_computers_memory(model):
+    """One buffer for each block, also for longer rows later; losses and gradients stay the same."""
+    plain = Passes(model, detect("float32"), lambda loss: loss.backward())
+    model.enable_input_require_grads()
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    results: dict[bool, list] = {False: [], True: []}
+    for recompute in results:
+        if recompute:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+            passes = Passes(model, detect("float32"), lambda loss: loss.backward())
+        for sizes in ((20, 60, 33, 9), (100, 20, 7, 5), (64, 3, 9)):
+            model.zero_grad()
+            batch = moved(FixedShapes(4, (64, 128))(features(*sizes)), model)
+            compute = passes if recompute else plain
+            loss = compute(batch["input_ids"], batch["labels"], torch.tensor(100.0, device=model.device))
+            results[recompute] += [loss.detach(), *gradients(model)]
+    assert plain.host is None
+    for one, other in zip(results[False], results[True], strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
+    shape = forward.inner(model).config
+    kept = [tuple(buffer.numel() for buffer in buffers) for buffers in passes.host.buffers.values()]
+    assert len(kept) >= shape.num_hidden_layers  # and what the last norm saves
+    assert {*kept} == {(4 * 64 * shape.hidden_size, 4 * 128 * shape.hidden_size)}
+
+
 @needs_gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_graph_recomputes_activations(config, dtype):

@@ -12,7 +12,7 @@ from qlora_helpers import files, options
 from qlora_helpers.__main__ import main
 from qlora_helpers.config import Config
 from qlora_helpers.planning import memory, plan
-from qlora_helpers.planning.workload import ALONE, Parallel
+from qlora_helpers.planning.workload import ALONE, STRATEGIES, Parallel
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -23,7 +23,7 @@ PAGE = (ROOT / "docs" / "scale.md").read_text("utf-8")
 
 def test_a_command_line_gives_the_settings_back(tmp_path):
     settings = scale.settings_of("llama31-8b", tmp_path, tmp_path / "rows.jsonl", Parallel(2, "fsdp"), "off")
-    assert (settings["batch_size"], settings["n_samples"]) == (8, 320)
+    assert (settings["batch_size"], settings["n_samples"]) == (8, 160)
     alone = scale.command(settings, ALONE, tmp_path / "run")
     launched = scale.command(settings, Parallel(2, "fsdp"), tmp_path / "run")
     assert alone[:4] == [sys.executable, "-m", "qlora_helpers", "train"]
@@ -68,12 +68,19 @@ def test_a_failed_run_is_noted_and_the_others_follow(monkeypatch, tmp_path):
         return SimpleNamespace(returncode=1, stderr="one\nerror: out of memory\n")
 
     monkeypatch.setattr(subprocess, "run", fail)
-    lines = list(scale.measure("tinyllama-1.1b", tmp_path, tmp_path / "rows.jsonl", gpus=2))
+    runs = scale.runs_of(2, list(scale.WARMUP), STRATEGIES)
+    lines = list(scale.measure("tinyllama-1.1b", tmp_path, tmp_path / "rows.jsonl", runs))
     assert [(line["gpus"], line["strategy"]) for line in lines] == [
         (1, "ddp"), (2, "ddp"), (1, "ddp"), (2, "ddp"), (2, "fsdp"), (2, "fsdp-offload"),
     ]  # fmt: skip
     assert all(line["error"][-1] == "error: out of memory" for line in lines)
     assert len(commands) == 6
+
+
+def test_parts_of_the_runs_are_measured_alone():
+    assert list(scale.runs_of(2, ["off"], ["fsdp"])) == [(Parallel(2, "fsdp"), "off")]
+    assert list(scale.runs_of(4, ["auto"], ["ddp", "fsdp"])) == [(ALONE, "auto"), (Parallel(4), "auto")]
+    assert list(scale.runs_of(2, ["auto"], ["fsdp-offload"])) == []
 
 
 def test_what_is_sent_by_hand():
