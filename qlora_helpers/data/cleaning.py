@@ -36,6 +36,7 @@ __all__ = [
     "select",
 ]
 
+Measured = tuple[int, int, str | None]  # tokens of a row, those that are trained, and why it is dropped
 NEAR_ROW = "nearly the same as another row"
 SLIPS = 0.05  # largest share of answers equal to the one before that are mistakes rather than other phrasings
 REASONS = 5  # most frequent reasons in an error
@@ -134,7 +135,9 @@ def clean(
     rows = list(_distinct(cleaned, rows, config))
     fit: Fit = partial(_fitting, cleaned, config, tokenizer)
     if callable(n_heldout):
-        known = {item.row.id: (item, None) for item, _ in fit(rows)}
+        measured = zip(rows, shared(partial(_measured, config, tokenizer), rows), strict=True)
+        kept = (_kept(cleaned, row, *one) for row, one in measured)
+        known: dict[str, tuple[TokenizedRow, None]] = {item.row.id: (item, None) for item in kept if item}
         fit = partial(_known, known)
         counts = Counter(row.split == TEST for row in rows if row.id in known)
         most = counts[True] or n_heldout(counts[False])
@@ -208,15 +211,30 @@ def _fitting(
     cleaned: Cleaned, config: Config, tokenizer: Any, rows: Iterable[Row]
 ) -> Iterator[tuple[TokenizedRow, Example]]:
     """Tokenize the rows and yield those with a trained token within `max_length`, encoded up to `heldout_limit`."""
+    for example, measured in _encoded(config, tokenizer, rows):
+        if item := _kept(cleaned, example.row, *measured):
+            yield item, example
+
+
+def _encoded(config: Config, tokenizer: Any, rows: Iterable[Row]) -> Iterator[tuple[Example, Measured]]:
     whole = config.replace(max_length=prompts.heldout_limit(config))
     for example in prompts.encode(rows, whole, tokenizer):
-        tokens = len(example.input_ids) + example.cut
-        if tokens:
-            cleaned.lengths.append(tokens)
-        if reason := token_reason(example, config):
-            cleaned.drop(example.row, reason)
-        else:
-            yield TokenizedRow(example.row, tokens, prompts.shortened(example, config.max_length).trained), example
+        trained = prompts.shortened(example, config.max_length).trained
+        yield example, (len(example.input_ids) + example.cut, trained, token_reason(example, config))
+
+
+def _measured(config: Config, tokenizer: Any, rows: Sequence[Row]) -> list[Measured]:
+    return [measured for _, measured in _encoded(config, tokenizer, rows)]
+
+
+def _kept(cleaned: Cleaned, row: Row, tokens: int, trained: int, reason: str | None) -> TokenizedRow | None:
+    """Return the row with its numbers of tokens, or note why it is dropped."""
+    if tokens:
+        cleaned.lengths.append(tokens)
+    if reason:
+        cleaned.drop(row, reason)
+        return None
+    return TokenizedRow(row, tokens, trained)
 
 
 def _distinct(cleaned: Cleaned, rows: Sequence[Row], config: Config) -> Iterator[Row]:

@@ -70,3 +70,19 @@ def test_texts_prepared_by_several_processes_are_the_same_copies(two):
     index = Index(0.7, same_text)
     assert index.first_similar(first) is None
     assert [index.first_similar(words) for words in copies] == [(0, 1.0)] * 3
+
+
+def test_rows_tokenized_by_several_processes_are_cleaned_alike(config, tokenizer, monkeypatch):
+    """Token counts, reasons and the split, in the order of the rows."""
+    own = config.replace(max_length=48, over_length="drop")
+    alone = cleaning.clean(own, tokenizer, n_heldout=lambda usable: usable // 4)
+    monkeypatch.setattr(workers, "MANY", 2)
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
+    asked = []
+    measured = cleaning._measured
+    monkeypatch.setattr(cleaning, "_measured", lambda *given: asked.append(given) or measured(*given))
+    shared = cleaning.clean(own, tokenizer, n_heldout=lambda usable: usable // 4)
+    assert asked == []  # in this process
+    assert alone.dropped
+    for name in ("lengths", "dropped", "train", "heldout"):
+        assert getattr(alone, name) == getattr(shared, name)
