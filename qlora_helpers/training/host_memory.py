@@ -16,7 +16,7 @@ class HostMemory:
     """
 
     def __init__(self) -> None:
-        self.buffers: dict[int, list[torch.Tensor]] = {}  # by place in the pass, the largest last
+        self.buffers: dict[tuple[int, torch.dtype], list[torch.Tensor]] = {}  # by place in the pass, the largest last
 
     @contextmanager
     def saving(self, shape: tuple[int, ...]) -> Iterator[None]:
@@ -37,7 +37,7 @@ class HostMemory:
             yield
 
     def _buffer(self, place: int, tensor: torch.Tensor) -> torch.Tensor:
-        buffers = self.buffers.setdefault(place, [])
+        buffers = self.buffers.setdefault((place, tensor.dtype), [])
         if not buffers or buffers[-1].numel() < tensor.numel():
             buffers.append(torch.empty(tensor.numel(), dtype=tensor.dtype, pin_memory=tensor.is_cuda))
         return buffers[-1][: tensor.numel()].view(tensor.shape)

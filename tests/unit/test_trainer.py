@@ -21,7 +21,7 @@ from qlora_helpers.evaluation.row_losses import RowLoss, mean_loss, read_losses
 from qlora_helpers.models import qlora
 from qlora_helpers.planning import compute_dtype
 from qlora_helpers.runs import RunFolder
-from qlora_helpers.training import libraries, qlora_trainer, trainer
+from qlora_helpers.training import callbacks, libraries, qlora_trainer, trainer
 
 METRICS = {
     "train_rows", "steps", "epochs", "train_loss", "eval_loss", "base_eval_loss", "trainable_parameters", "seconds",
@@ -465,3 +465,14 @@ def test_a_base_that_computes_otherwise_is_measured_for_itself(config, data, tmp
     assert [device.dtype for device in here] == ["bfloat16", "float32"]
     plain, biased = (losses.baseline_folder(config, data, device, tmp_path) for device in here)
     assert plain.name != biased.name
+
+
+def test_peak_memory_counts_from_the_first_step_on(config, data, tokenizer, run, device, monkeypatch):
+    """After the library has prepared the model: FSDP then has sharded it, and the whole one is only cached."""
+    seen = []
+    monkeypatch.setattr(callbacks, "forget_peak", lambda given: seen.append((given, ready.lr_scheduler is not None)))
+    built = qlora.attach_lora(qlora.load_base(config, device), config)
+    ready = trainer.build_trainer(built, RunContext(config, data, tokenizer, device, run))
+    assert ready.lr_scheduler is None
+    ready.train()
+    assert seen == [(device, True)]
