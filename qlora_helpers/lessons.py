@@ -17,6 +17,7 @@ from qlora_helpers.plots import BLUE, GRAY, ORANGE, PALETTE, VERMILION, new_figu
 LENGTHS = (128, 256, 512, 1024, 2048)  # tokens of a row
 WIDE = 32  # inputs and outputs of the layer in `alpha`
 SCALE = 1024  # of the loss
+HIGHEST = 1.5  # loss that `alpha` shows: with steps that go too far, it has no limit
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # of the positive numbers of fp16, IEEE 754
 
 
@@ -36,14 +37,16 @@ def loss_scaling(scale: float) -> Figure:
         kinds = {"zero": half == 0, "kept": (half > 0) & np.isfinite(half), "infinite": ~np.isfinite(half)}
         for (kind, chosen), color in zip(kinds.items(), (VERMILION, BLUE, ORANGE), strict=True):
             counts, bins = np.histogram(np.log10(scaled[chosen]), np.arange(-14, 14, 0.5))
-            axes.stairs(counts, bins, fill=True, color=color, label=kind)
-        for edge in (SMALLEST, LARGEST):
-            axes.axvline(math.log10(edge), color="black", linestyle="--", linewidth=1)
+            if chosen.any():
+                axes.stairs(counts, bins, fill=True, color=color, label=kind)
+        for edge, label in ((SMALLEST, "fp16's smallest and largest"), (LARGEST, None)):
+            axes.axvline(math.log10(edge), color="black", linestyle="--", linewidth=1, label=label)
         axes.set(title=name, xlim=(-13, 9), xlabel="size of a gradient", ylabel="gradients" if factor == 1 else "")
         axes.set_xticks(range(-12, 7, 6), [f"1e{power}" for power in range(-12, 7, 6)])
         lost.append(1 - kinds["kept"].mean())
     figure.suptitle(f"fp16 loses {lost[0]:.1%} of these gradients;\nwith scaling, {lost[1]:.1%}")
-    figure.legend(*panels[0].get_legend_handles_labels(), title="in fp16", loc="outside lower center", ncols=3)
+    marks = {label: mark for axes in panels for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(marks.values()), list(marks), title="in fp16", loc="outside lower center", ncols=2)
     return figure
 
 
@@ -111,7 +114,8 @@ def alpha(alphas: Sequence[float], rank: int, dropout: float) -> Figure:
     for value, color in zip(alphas, PALETTE, strict=False):
         losses = _trained(value / rank, rank, dropout)
         axes.plot(range(len(losses)), losses, color=color, linewidth=2, label=f"alpha {value:g} = {value / rank:g} r")
-    axes.set(xlabel="step", ylabel="loss (mean squared error)", ylim=(0, 1.5))
+    axes.set(xlabel="step", ylabel="loss (mean squared error)")
+    axes.set_ylim(0, min(axes.get_ylim()[1], HIGHEST))
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 
@@ -175,7 +179,7 @@ def checkpointing(config: Config, gpu: str) -> Figure:
         peaks = [sum(memory.training_parts(memory.workload_of(c)).values()) / memory.GIB for c in configs]
         times.append(step_time.seconds(config.replace(gradient_checkpointing=on), GPUS[gpu]))
         axes.plot(LENGTHS, peaks, "o-", color=color, linewidth=2.5, label=f"checkpointing {'on' if on else 'off'}")
-    axes.axhline(GPUS[gpu].memory, color="black", linestyle="--", linewidth=1, label=f"memory of {gpu}")
+    axes.axhline(GPUS[gpu].memory, color="black", linestyle="--", linewidth=1, label=f"memory of a {gpu.upper()}")
     axes.set(xlabel="tokens of a row", ylabel="planned peak (GiB)", xticks=LENGTHS[1:], ylim=(0, None))
     axes.grid(axis="y")
     figure.suptitle(f"Checkpointing saves memory;\na step takes {times[1] / times[0]:.1f} times as long")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 NUMBERED = re.compile(r"_\d$")
 KINDS = {bool: bool, int: int, float: float, str: str, "Optional[str]": str}  # annotations in a parameters cell
 CELL = "text-align: left; vertical-align: top; padding: 3px 4px"  # of a table of texts
+COMMIT = re.compile(r"([0-9a-f]{12})[0-9a-f]{28}")  # its first digits are enough to know it
 LONG = re.compile(r"\S{12,}")  # a word, such as a commit, that makes a table wider than a phone
 BREAK = re.compile(r"([^\W_]{9}|[/._-])(?=\S)")  # where it may be broken
 MARK = "# Parameters"  # first line of a notebook's parameters cell, and of the cell that papermill injects
@@ -61,7 +62,7 @@ class Setup:
         of_profile = Config.from_params(preset=preset, profile=config.profile).to_dict()
         published = Config(**load_preset(preset)).to_dict() | {"preset_name": preset, "profile": config.profile}
         return [
-            (name, str(value), str(published[name]), "profile" if value == of_profile[name] else "cell")
+            (name, _brief(value), _brief(published[name]), "profile" if value == of_profile[name] else "cell")
             for name, value in config.to_dict().items()
             if value != published[name]
         ]
@@ -93,6 +94,12 @@ def resolve(namespace: Mapping[str, Any], experiment: int | None = None, apart: 
     if use_drive:
         drive.mount()
     return Setup(Config.from_params(**given), runs.workdir(work), run_name)
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    commit = COMMIT.fullmatch(text)
+    return f"{commit[1]}…" if commit else text
 
 
 def texts(rows: list[dict[str, Any]], columns: list[str] | None = None) -> "HTML":

@@ -31,6 +31,7 @@ WIDTH = 4.8  # inches: on a phone, which has about 3, the text of 12 points stil
 BLOCK = 64  # weights that share one scale in NF4
 BINS = np.linspace(-1, 1, 82).tolist()  # an odd number of bins, so that one is centered on zero
 PANELS = 6  # runs in one figure: more take long to draw, and a page of many megabytes
+SMOOTHED = 20  # steps, from which on the training loss is smoothed
 TURN = 0.005  # nats by which the held-out loss must rise above its minimum to be called overfitting
 STYLE = {
     "font.size": 12,
@@ -82,7 +83,8 @@ def new_figure(title: str, height: float, rows: int = 1, columns: int = 1) -> tu
 @styled
 def token_lengths(data: "Data", limit: int) -> Figure:
     """Plot histograms of the full length of training and held-out rows in tokens, and the limit for truncation."""
-    figure, (axes,) = new_figure("Length of the rows", 4.0)
+    cut = sum(e.cut > 0 for e in data.train)
+    figure, (axes,) = new_figure(f"{cut} of {counted(len(data.train), 'training row')} over the limit", 4.0)
     sets = {"train": data.train, "held-out": data.heldout}
     lengths = {name: [len(e.input_ids) + e.cut for e in rows] for name, rows in sets.items()}
     bins = np.linspace(0, max([limit, *lengths["train"], *lengths["held-out"]]), 31).tolist()
@@ -100,16 +102,25 @@ def token_lengths(data: "Data", limit: int) -> Figure:
 def levels(weights: "dict[str, torch.Tensor]", levels: list[float]) -> Figure:
     """Plot the density of weights, divided by the largest in their block, and the 4-bit levels.
 
-    `weights` are tensors of any shape by name. The levels are dense where most weights are.
+    `weights` are tensors of any shape by name. Each is a thin line, and their mean a thick one. The title gives the
+    share of the weights that lie among the inner half of the levels.
     """
-    figure, (axes,) = new_figure("Distribution of the weights, and the 4-bit levels", 4.4)
-    for (name, weight), color in zip(weights.items(), PALETTE * len(weights), strict=False):
+    figure, (axes,) = new_figure("", 4.4)
+    densities, inner = [], sorted(map(abs, levels))[len(levels) // 2 - 1]
+    within = []
+    for weight in weights.values():
         flat = weight.detach().float().cpu().flatten().numpy()
         blocks = flat[: len(flat) // BLOCK * BLOCK].reshape(-1, BLOCK)
         largest = np.abs(blocks).max(axis=1, keepdims=True)
         scaled = blocks / np.where(largest == 0, 1, largest)
-        axes.stairs(np.histogram(scaled, BINS, density=True)[0], BINS, color=color, linewidth=1.8, label=name)
+        densities.append(np.histogram(scaled, BINS, density=True)[0])
+        within.append(float((np.abs(scaled) <= inner).mean()))
+        label = "one layer" if len(densities) == 1 else None
+        axes.stairs(densities[-1], BINS, color=GRAY, linewidth=0.8, alpha=0.6, label=label)
+    axes.stairs(np.mean(densities, axis=0), BINS, color=BLUE, linewidth=2.5, label="mean of the layers")
+    figure.suptitle(f"The inner half of the levels\ncovers {np.mean(within):.0%} of the weights")
     top = axes.get_ylim()[1]
+    axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= top])
     axes.vlines(levels, -0.16 * top, -0.03 * top, color="black", label=f"{len(levels)} levels")
     axes.set(xlabel=f"weight ÷ largest weight in its block of {BLOCK}", ylabel="density")
     axes.set(ylim=(-0.19 * top, top), xticks=(-1, -0.5, 0, 0.5, 1))
@@ -120,8 +131,9 @@ def levels(weights: "dict[str, torch.Tensor]", levels: list[float]) -> Figure:
 @styled
 def round_trip_errors(errors: dict[str, float]) -> Figure:
     """Plot the relative error in percent of weights after quantization and dequantization, by storage."""
-    figure, (axes,) = new_figure("Quantization error", 1.3 + 0.5 * len(errors))
-    _stack(axes, list(errors), {"": list(errors.values())}, [f"{error:.2f} %" for error in errors.values()])
+    least = min(errors, key=errors.__getitem__)
+    figure, (axes,) = new_figure(f"{least} changes the weights least", 1.3 + 0.5 * len(errors))
+    _stack(axes, list(errors), {"": list(errors.values())}, [f"{error:.2f}%" for error in errors.values()])
     axes.set(xlabel="relative error of the weights (%)", ylabel="storage")
     return figure
 
@@ -138,12 +150,14 @@ def trainable_per_layer(counts: dict[str, int]) -> Figure:
 @styled
 def weights_by_module(tables: dict[str, list[dict[str, Any]]]) -> Figure:
     """Plot the memory of the weights by module class, one bar per storage, from rows of `qlora.weight_table`."""
-    figure, (axes,) = new_figure("Memory of the weights", 1.9 + 0.6 * len(tables))
+    figure, (axes,) = new_figure("", 1.9 + 0.6 * len(tables))
     mib = {name: {row["module"]: row["bytes"] / 2**20 for row in rows} for name, rows in tables.items()}
     totals = {name: sum(sizes.values()) for name, sizes in mib.items()}
     modules = sorted({module for sizes in mib.values() for module in sizes})
     widths = {module: [sizes.get(module, 0.0) for sizes in mib.values()] for module in modules}
     whole = max(totals.values())
+    first, last = next(iter(totals)), list(totals)[-1]
+    figure.suptitle(f"{last}: {1 - totals[last] / totals[first]:.0%} less memory than {first}")
     stacks = {  # classes too small to see are left out of the legend
         module if max(sizes) > whole / 100 else f"_{module}": sizes for module, sizes in widths.items()
     }
@@ -187,9 +201,9 @@ def _stack(axes: Axes, names: list[str], parts: dict[str, list[float]], totals: 
 def loss_curves(logs: dict[str, list[dict[str, Any]]]) -> Figure:
     """Plot held-out and training loss by step, one panel per run, on one scale, from the lines of `log.jsonl`.
 
-    The training loss is smoothed; single steps are dots, of which those far from the curve are outside the panel. If
-    the held-out loss rises at the end, its minimum is marked and the steps after it are shaded. The title says what the
-    held-out losses did. Of more than `PANELS` runs, the first ones are shown, and the title says so.
+    The training loss of a long run is smoothed; single steps are dots, of which those far from the curve are outside
+    the panel. If the held-out loss rises at the end, its minimum is marked and the steps after it are shaded. The title
+    says what the held-out losses did. Of more than `PANELS` runs, the first ones are shown, and the title says so.
     """
     shown = {name: _losses(lines) for name, lines in islice(logs.items(), PANELS)}
     title = _outcome([heldout for _, heldout in shown.values()])
@@ -225,7 +239,7 @@ def _losses(lines: list[dict[str, Any]]) -> tuple[dict[int, float], dict[int, fl
 
 def _smooth(train: dict[int, float]) -> list[float]:
     """Means over neighboring steps, a tenth of all; at the ends, over those that are there."""
-    losses, reach = np.array(list(train.values())), len(train) // 20
+    losses, reach = np.array(list(train.values())), len(train) // SMOOTHED
     return [float(losses[max(0, i - reach) : i + reach + 1].mean()) for i in range(len(losses))]
 
 
@@ -243,7 +257,8 @@ def _outcome(runs: list[dict[int, float]]) -> str:
 def _draw_losses(axes: Axes, train: dict[int, float], heldout: dict[int, float]) -> None:
     axes.plot(list(train), list(train.values()), ".", color=BLUE, markersize=3, alpha=0.35)
     if len(train) > 1:  # a single step makes no line
-        axes.plot(list(train), _smooth(train), color=BLUE, linewidth=1.5, label="training, smoothed")
+        label = "training" if len(train) < SMOOTHED else "training, smoothed"
+        axes.plot(list(train), _smooth(train), color=BLUE, linewidth=1.5, label=label)
     losses = list(heldout.values())
     axes.plot(list(heldout), losses, "o-", color=VERMILION, linewidth=2.8, markersize=5, label="not trained on")
     turn = _turning_point(heldout)

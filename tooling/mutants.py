@@ -43,6 +43,8 @@ def prepare(sample: int, seed: int) -> None:
     for name in filter(None, names.split("\0")):
         (TREE / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, TREE / name)
+    for words in (["init", "--quiet"], ["add", "--all", "--force"]):  # tests ask git for the tracked files
+        subprocess.run(["git", *words], cwd=TREE, check=True)
     print("Running the unit tests once, to see which lines each covers …", flush=True)
     contexts = ["--cov=qlora_helpers", "--cov-context=test", "--cov-report="]
     subprocess.run([*PYTEST, *contexts, "tests/unit"], cwd=TREE, check=True)

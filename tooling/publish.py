@@ -441,7 +441,7 @@ def _code(text: str) -> str:
 def _made(result: Comparison) -> str:
     device = result.device
     seeds = ", ".join(map(str, max((line.seeds for line in result.table), key=len)))
-    rows = f"{result.heldout_rows} held-out rows with {result.heldout_tokens:,} trained tokens."
+    rows = f"{result.heldout_rows} held-out rows with {result.heldout_tokens:,} scored tokens."
     return f"{rows} {device['name']}, {device['dtype']}, seeds {seeds}; {page_parts.packages(vars(result))}."
 
 

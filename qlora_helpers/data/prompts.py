@@ -231,14 +231,15 @@ class LabelView:
         colors = {"trained": "rgba(40,160,80,.35)", "masked": "rgba(128,128,128,.18)", "end": "rgba(220,120,0,.55)"}
         spans = "".join(
             f'<span title="{kind}" style="background:{colors[kind]};border-radius:3px;margin-right:1px">'
-            f"{html.escape(text).replace(chr(10), '↵<br>')}</span>"
+            f"{html.escape(text).replace(chr(10), '↵' + chr(10))}</span>"
             for kind, text in self.pieces
         )
         legend = " ".join(
             f'<span style="background:{color};padding:0 .5em;border-radius:3px">{kind}</span>'
             for kind, color in colors.items()
         )
-        return f'<div style="line-height:1.9;font-family:monospace">{legend}<br>{spans}</div>'
+        style = "line-height:1.9;font-family:monospace;white-space:pre-wrap"
+        return f'<div style="{style}">{legend}\n{spans}</div>'
 
 
 def show_labels(example: Example, tokenizer: Any) -> LabelView:

@@ -189,7 +189,7 @@ def _quality(cleaned: Cleaned, used: list[TokenizedRow], config: Config) -> dict
 
 
 def _checks(facts: dict[str, Any]) -> Table:
-    text = "The checks from 'several rounds' on count all readable rows; the others count usable rows."
+    text = "The first checks count usable rows; those from 'several rounds' on count all rows that were read."
     return Table("Quality", text, ("check", "rows"), list(facts["quality"].items()))
 
 
@@ -205,8 +205,9 @@ def _duplicates(cleaned: Cleaned) -> list[Table]:
 def _samples(used: list[TokenizedRow], config: Config) -> Table:
     """Sample rows by a hash of their ids, so that the same data always shows the same rows."""
     drawn = sorted(used, key=lambda item: files.short_hash([config.data_seed, "report", item.row.id]))[:SHOWN]
-    rows = [[item.row.question["content"], item.row.answer, item.tokens] for item in drawn]
-    return Table("Sample rows", "Drawn at random. Read them.", ("first question", "last answer", "tokens"), rows)
+    firsts = [(*(turn["content"] for turn in item.row.rounds[0]), item.tokens) for item in drawn]
+    text = "The first question and its answer, in rows drawn at random. Read them."
+    return Table("Sample rows", text, ("question", "answer", "tokens of the row"), list(map(list, firsts)))
 
 
 def _quote(value: Any) -> str:

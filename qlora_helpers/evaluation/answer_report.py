@@ -17,14 +17,13 @@ def text_table_markdown(result: Comparison) -> str:
     answered = {model.name: model.text for model in result.table if model.text} | result.at_limit
     few = too_few(result)
     lines = [[inert(model), *(_interval(text.get(name), few) for name in names)] for model, text in answered.items()]
-    head = f"{counted(result.answered, 'answer')}, too few for intervals" if few else ""
-    return markdown_table([head, *map(inert, names)], lines) if names else "No held-out question was answered."
+    return markdown_table(["model", *map(inert, names)], lines) if names else "No held-out question was answered."
 
 
 def answer_differences(result: Comparison) -> str:
     """Differences of metrics and scores, answer by answer: a table, and what could have been detected."""
     if too_few(result):
-        return f"Too few to compare models by: {counted(result.answered, 'answer')}."
+        return f"Too few for intervals, and to compare models by: {counted(result.answered, 'answer')}."
     lines, missed = {}, []
     names = list(dict.fromkeys(one.metric for pair in result.answer_differences for one in pair.metrics))
     for pair in result.answer_differences:

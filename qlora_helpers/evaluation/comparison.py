@@ -97,6 +97,11 @@ class Comparison:
         return [d for d in self.differences if self.best_rival.get(d.b) == d.a]
 
     @property
+    def all_differences(self) -> list[Difference]:
+        """What quantizing cost, where it was measured, and the differences."""
+        return [*([self.quantizing] if self.quantizing else []), *self.differences]
+
+    @property
     def family(self) -> int:
         """Number of verdicts whose intervals hold at once."""
         return max((d.family for d in (*self.differences, *self.forgetting)), default=1)

@@ -50,7 +50,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Difference:
-    """Loss of `b` minus loss of `a`, per trained token (nats) or per byte (bits), with its 95% interval.
+    """Loss of `b` minus loss of `a`, per scored token (nats) or per byte (bits), with its 95% interval.
 
     Below zero, `b` is better. `rows` and `tokens` are what it was measured on, `clusters` the number of independent
     groups of rows. `seeds` is the smaller number of training seeds of the two; an untrained model does not count.
@@ -101,10 +101,10 @@ class Difference:
     def claim(self) -> str:
         """The verdict in words, without its size."""
         joint = {UNSURE: "from", SAME: f"within ±{self.margin} as"}.get(self.verdict, "than")
-        return f"{markdown(self.b)} is {self.verdict} {joint} {markdown(self.a)}"
+        return f"{_quoted(self.b)} is {self.verdict} {joint} {_quoted(self.a)}"
 
     def __str__(self) -> str:
-        size = f"; {math.expm1(self.value):+.1%} perplexity" if self.unit == "token" else ""
+        size = f"; {math.expm1(self.value):+z.1%} perplexity" if self.unit == "token" else ""
         limit = f"; {self.limit}" if self.limit else ""
         return f"{self.claim} ({self.bounds}{size}{limit})"
 
@@ -237,6 +237,11 @@ def _summed(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     return sums
 
 
+def _quoted(name: str) -> str:
+    """A name in a sentence: in quotation marks if it holds a comma, such as that of a base model in 16 bits."""
+    return f"“{markdown(name)}”" if "," in name else markdown(name)
+
+
 @plots.styled
 def figure(differences: Sequence[Difference]) -> Figure:
     """Each difference with its 95% interval and verdict. Left of zero is better.
@@ -255,7 +260,6 @@ def figure(differences: Sequence[Difference]) -> Figure:
     colors = {"better": plots.BLUE, "worse": plots.VERMILION}
     places = itertools.count()
     style: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center"}
-    style["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # or the line at zero crosses the text
     for name, group in groups.items():
         axes.text(0, next(places), name, fontweight="bold", **style)
         for d, row in zip(group, places, strict=False):
@@ -264,7 +268,7 @@ def figure(differences: Sequence[Difference]) -> Figure:
             axes.plot(d.value, row + 0.25, marker="|", markersize=12, markeredgewidth=2, color=color)
             words = f"{f'vs {d.a}' if by_model else d.b}: {d.verdict}"
             axes.text(0, row - 0.2, words, color=color, **style)
-    axes.axvline(0, color="black", linewidth=1.5)
+    axes.axvline(0, color="#BBBBBB", linewidth=1.5, zorder=0)  # so light that names can be read across it
     for x, side in ((left / 2, "← better"), (right / 2, "worse →")):
         axes.text(x, 1.02, side, transform=axes.get_xaxis_transform(), ha="center", va="bottom")
     axes.set(xlim=(left, right), ylim=(len(differences) + len(groups) - 0.5, -0.5))

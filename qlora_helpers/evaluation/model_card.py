@@ -13,7 +13,7 @@ from qlora_helpers.evaluation import answer_metrics, differences
 from qlora_helpers.evaluation.differences import Arm, Difference
 from qlora_helpers.evaluation.intervals import Interval
 from qlora_helpers.evaluation.markup import markdown_table
-from qlora_helpers.evaluation.row_losses import BASE, RowLoss, mean_loss, read_losses
+from qlora_helpers.evaluation.row_losses import BASE, IN_16_BITS, RowLoss, mean_loss, read_losses
 from qlora_helpers.models import hub
 from qlora_helpers.runs import RunFolder
 from qlora_helpers.wording import counted
@@ -29,6 +29,8 @@ _CROSS_FITTED = """
 No rows were left to choose a checkpoint on. For the loss of this adapter, each half of the held-out rows judged the
 checkpoint that the other half chose. The adapter itself is the choice of all of them.
 """
+_SCALES = """ROUGE-L and shares are between 0 and 1, BLEU and chrF between 0 and 100. *Length* is in words per word
+of the reference."""
 SHORT = """---
 library_name: {}
 ---
@@ -142,9 +144,11 @@ def _losses(
     after = metrics["eval_loss"], metrics["eval_loss"] - metrics["base_eval_loss"], _read(run.path)
     lines.append([f"with this adapter, on the base model in {stored}", _change(before, *after)])
     if own:
-        gap = mean_loss(own) - metrics["base_eval_loss"]
-        lines.append(["this model, merged in 16 bits", _change(before, mean_loss(own), gap, own)])
-    head = f"loss per trained token on {len(manifest['data']['heldout_ids'])} held-out rows"
+        half = _read(run.path.parent / manifest.get("rivals", {}).get(IN_16_BITS, "no rival"))
+        base_loss = mean_loss(half) if half else metrics["base_eval_loss"]
+        name = f"this model, merged in 16 bits, against the base model in {'16 bits' if half else stored}"
+        lines.append([name, _change(half or before, mean_loss(own), mean_loss(own) - base_loss, own)])
+    head = f"loss per scored token on {len(manifest['data']['heldout_ids'])} held-out rows"
     return markdown_table(["", head], lines)
 
 
@@ -176,7 +180,7 @@ def _answers(run: RunFolder) -> str:
         return ""
     lines = [[name, f"{value.value:.2f}{_bounds(value, '.2f')}"] for name, value in metrics.items()]
     head = f"greedy answers to {answer_metrics.answered(rows)} held-out questions"
-    return f"\n{markdown_table(['', head], lines)}\n"
+    return f"\n{markdown_table(['', head], lines)}\n\n{_SCALES}\n"
 
 
 def _bounds(interval: Interval | Difference, digits: str) -> str:

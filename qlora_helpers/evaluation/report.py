@@ -40,7 +40,7 @@ def table_markdown(result: Comparison, speed: bool = True) -> str:
     """Losses, speed and memory of each model. `speed=False` is for runs that shared a device."""
     seeds = any(len(model.seeds) > 1 for model in result.table)
     columns = {key: how for key, how in _COLUMNS.items() if speed or key not in _SPEED}
-    heads = ["", *(["seeds"] if seeds else []), *(head for head, _ in columns.values())]
+    heads = ["model", *(["seeds"] if seeds else []), *(head for head, _ in columns.values())]
     lines = []
     for model in result.table:
         count = [str(len(model.seeds) or "–")] if seeds else []
@@ -185,7 +185,7 @@ def basis(result: Comparison) -> str:
     """What the verdicts rest on: rows and tokens, joint intervals, who chose checkpoints, which rivals are missing."""
     groups = {d.clusters for d in result.differences if 0 < d.clusters < d.rows == result.heldout_rows}
     dependent = f" in {counted(max(groups), 'group')}" if groups else ""
-    parts = [f"They rest on {_heldout(result)}{dependent} with {counted(result.heldout_tokens, 'trained token')}."]
+    parts = [f"They rest on {_heldout(result)}{dependent} with {counted(result.heldout_tokens, 'scored token')}."]
     if result.family > 1:
         included = ", forgetting included," if result.forgetting else ""
         parts.append(f"The intervals of all {result.family} verdicts{included} hold at once.")
@@ -220,14 +220,14 @@ _LIMITS = (
 
 
 def _setup(result: Comparison) -> str:
-    unit = "nats per trained token" if result.unit == "token" else "bits per byte of the answers"
+    unit = "nats per scored token" if result.unit == "token" else "bits per byte of the answers"
     name, revision = result.model["name"], result.model["revision"]
     name = Path(name).name if Path(name).is_absolute() else name  # of a folder: reports are passed on
     at = f"at revision {quote(revision)}" if revision else "(no revision: local files)"
     return (
         f"Model {quote(name)} {at}, rows of "
         f"{quote(Path(result.data).name)}:\n{_heldout(result)} with "
-        f"{counted(result.heldout_tokens, 'trained token')} (fingerprint {quote(result.heldout_fingerprint)}), "
+        f"{counted(result.heldout_tokens, 'scored token')} (fingerprint {quote(result.heldout_fingerprint)}), "
         f"never used for\ntraining. Differences in {unit}; lower is better."
     )
 
@@ -269,7 +269,7 @@ def write(result: Comparison, experiments: dict[str, list[RunFolder]], folder: P
 
 def _drawn(result: Comparison) -> tuple[list[Difference], str]:
     """The differences in the figure, and a paragraph if they are not all: then those to the best rivals."""
-    every = result.differences
+    every = result.all_differences
     if len(every) <= DRAWN:
         return every, ""
     drawn = (result.headlines or every)[:DRAWN]

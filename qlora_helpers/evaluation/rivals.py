@@ -120,7 +120,8 @@ def _forms(name: str, context: RunContext) -> tuple[Rivals, list[RunContext]]:
             print(f"{OWN_TEMPLATE[name]}: measured on {shares}, which are whole in both prompt formats.")
     except UserError as error:
         absent = {OWN_TEMPLATE[name]: _reason(str(error), context.config)}
-        print(f"{OWN_TEMPLATE[name]}: not measured: {absent[OWN_TEMPLATE[name]]}.")
+        if context.config.template != "auto":  # or it is the form that is measured
+            print(f"{OWN_TEMPLATE[name]}: not measured: {absent[OWN_TEMPLATE[name]]}.")
     folder = context.run.path.parent
     where = {n: losses.baseline_folder(form.config, form.data, form.device, folder) for n, form in forms.items()}
     pending = [form for n, form in forms.items() if not (where[n] / "heldout_losses.jsonl").exists()]

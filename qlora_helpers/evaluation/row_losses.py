@@ -14,7 +14,7 @@ OWN_TEMPLATE = {name: f"{name}, own template" for name in (BASE, IN_16_BITS)}
 
 @dataclass(frozen=True, slots=True)
 class RowLoss:
-    """Loss of one row, summed over its trained tokens in float32 (nats).
+    """Loss of one row, summed over its scored tokens in float32 (nats).
 
     `bytes` is the length of its answers in UTF-8; 0 for a truncated row, since tokenizers truncate at different places.
     Rows of one `group`, such as a document, depend on each other; a row without one is independent.
@@ -28,7 +28,7 @@ class RowLoss:
 
 
 def mean_loss(losses: list[RowLoss]) -> float:
-    """Mean per trained token: long rows count more, as in training."""
+    """Mean per scored token: long rows count more, as in training."""
     return sum(row.loss_sum for row in losses) / sum(row.tokens for row in losses)
 
 

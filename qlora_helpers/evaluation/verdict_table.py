@@ -16,12 +16,12 @@ def verdict_table(result: Comparison) -> str:
     The verdict stands first, where a phone shows it. Empty if nothing was compared.
     """
     names = [model.name for model in result.table]
-    ordered = sorted(result.differences, key=lambda d: names.index(d.b))  # stable: of each model, the rivals first
-    lines = [[*_cells(d), _remark(result, d)] for d in filter(None, [result.quantizing, *ordered])]
+    ordered = sorted(result.all_differences, key=lambda d: names.index(d.b))  # stable: of each model, the rivals first
+    lines = [[*_cells(d), _remark(result, d)] for d in ordered]
     if not lines:
         return ""
     unit = "nats" if result.unit == "token" else "bits per byte"
-    heads = ["", "verdict", "compared with", f"{unit} (95% interval)", "perplexity", ""]
+    heads = ["model", "verdict", "compared with", f"{unit} (95% interval)", "perplexity", "remark"]
     if result.unit == "byte":  # a perplexity per byte would not mean the same for both
         heads, lines = [h for h in heads if h != "perplexity"], [[*line[:4], *line[5:]] for line in lines]
     return markdown_table(heads, lines)
@@ -30,7 +30,7 @@ def verdict_table(result: Comparison) -> str:
 def _cells(d: Difference) -> list[str]:
     low, high = ("no end" if math.isinf(end) else f"{end:+.4f}" for end in (d.low, d.high))
     verdict = f"**{d.verdict}**" if d.verdict in ("better", "worse") else d.verdict
-    return [inert(d.b), verdict, inert(d.a), f"{d.value:+.4f} ({low} to {high})", f"{math.expm1(d.value):+.1%}"]
+    return [inert(d.b), verdict, inert(d.a), f"{d.value:+.4f} ({low} to {high})", f"{math.expm1(d.value):+z.1%}"]
 
 
 def _remark(result: Comparison, d: Difference) -> str:

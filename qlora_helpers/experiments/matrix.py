@@ -102,14 +102,14 @@ def train_missing(planned: list[PlannedRun]) -> dict[str, list[RunFolder]]:
     """Print how long the missing runs take, then train them. Returns the runs of each experiment in order of seed."""
     results: dict[str, list[RunFolder]] = {}
     absent, minutes = missing_runs(planned)
-    missing = f"{len(absent)} of {counted(len(planned), 'run')} missing: {minutes} in total."
+    missing = f"{len(absent)} of {counted(len(planned), 'run')} missing: {minutes} in total, with evaluation."
     print(missing if absent else f"{counted(len(planned), 'finished run')} found: nothing to train.")
     for item in planned:
         run = item.run
         if not run.finished:
             from qlora_helpers.training import trainer  # imports torch and TRL, which finished runs do not need
 
-            print(f"{item.experiment}, seed {item.config.seed}: {item.minutes}")
+            print(f"{item.experiment}, seed {item.config.seed}: training takes {item.minutes}")
             trainer.train(item.config, item.data, item.tokenizer, run)
         results.setdefault(item.experiment, []).append(run)
     return results

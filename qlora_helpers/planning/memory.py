@@ -61,7 +61,7 @@ def _whole(workload: Workload) -> dict[str, float]:
     return {
         "frozen weights": packed / 2 + HALF * (shape.matrices - packed),
         "trained weights": 0.0,
-        "quantisation constants": constants,
+        "quantization constants": constants,
         "embeddings, head, norms": float(HALF * (shape.embeddings + shape.norms + shape.biases - trained_biases)),
         "adapters": float(FULL * _adapter(workload)),
         "trained biases": float(FULL * trained_biases),

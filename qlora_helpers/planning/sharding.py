@@ -10,7 +10,7 @@ in bytes, of one GPU unless the docstring says otherwise.
 from qlora_helpers.planning.shape import Block
 from qlora_helpers.planning.workload import FULL, HALF, Workload
 
-REPLICATED = "quantisation constants"  # attributes of the 4-bit weights and no parameters: FSDP does not shard them
+REPLICATED = "quantization constants"  # attributes of the 4-bit weights and no parameters: FSDP does not shard them
 
 
 def shards(workload: Workload, whole: dict[str, float]) -> dict[str, float]:

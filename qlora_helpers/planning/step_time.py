@@ -46,7 +46,7 @@ def here(config: Config) -> tuple[float, str]:
     speed = cpu_speed.lookup(shape.hidden, shape.intermediate)
     operations = PRODUCTS * shape.multiplied * config.effective_batch * config.max_length
     taken = operations / (REACHED_ON_CPU * getattr(speed, speed.dtype) * 1e9)
-    return taken, f"from the measured speed of this CPU, {getattr(speed, speed.dtype):.0f} GFLOP/s in {speed.dtype}"
+    return taken, f"{getattr(speed, speed.dtype):.0f} GFLOP/s in {speed.dtype}, measured on this CPU"
 
 
 def estimate(config: Config, n_rows: int) -> str:

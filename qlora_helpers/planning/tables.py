@@ -20,8 +20,8 @@ def parts(plans: dict[str, Plan]) -> list[dict[str, Any]]:
     """Return peak memory in GiB, one row per part and one column per method."""
     names = dict.fromkeys(name for planned in plans.values() for name in planned.training)
     lines = {name: [planned.training.get(name, 0.0) for planned in plans.values()] for name in names}
-    lines["training"] = [sum(planned.training.values()) for planned in plans.values()]
-    lines["evaluation"] = [sum(planned.evaluation.values()) for planned in plans.values()]
+    lines["sum: peak in training"] = [sum(planned.training.values()) for planned in plans.values()]
+    lines["peak in evaluation"] = [sum(planned.evaluation.values()) for planned in plans.values()]
     lines["CUDA context"] = [planned.context for planned in plans.values()]
     lines["total"] = [planned.total for planned in plans.values()]
     if any(planned.with_graphs != planned.total for planned in plans.values()):

@@ -37,7 +37,8 @@ class PackedRows:
 
     Positions restart at 0 in every row. transformers derives the row boundaries from them, so no row attends to
     another. A single line has no padding, but attention is quadratic in its length; one line per row is the usual
-    padded batch. The cheapest number of lines is chosen. Logits are computed only at trained positions.
+    padded batch. The cheapest number of lines is chosen. Logits are computed only at trained positions. `tokens` counts
+    those of the rows, without padding.
 
     The three sizes are those of the model: its hidden size, number of blocks and vocabulary size.
     """
@@ -48,7 +49,7 @@ class PackedRows:
 
     def __call__(self, features: Features) -> Batch:
         packings = [split_rows(features, number) for number in range(1, len(features) + 1)]
-        return collate_lines(min(packings, key=self.cost))
+        return {**collate_lines(min(packings, key=self.cost)), "tokens": _length(features)}
 
     def cost(self, lines: list[Features]) -> float:
         """Estimate the time of a step on these lines, in units of `hidden_size` x `layers` operations."""

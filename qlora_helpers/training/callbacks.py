@@ -206,7 +206,7 @@ class LiveLoss(TrainerCallback):
         if not self._before:  # only the file has step 0; it may not be written yet, or no longer be mounted
             with contextlib.suppress(OSError, UserError):
                 self._before = [line for line in self.run.log()[:1] if line["step"] == 0]
-        figure = plots.loss_curves({"this run": [*self._before, *state.log_history]})
+        figure = plots.loss_curves({self.run.name: [*self._before, *state.log_history]})
         if self._handle is None:
             from IPython.display import display
 

@@ -39,7 +39,7 @@ class Choice:
 
     def __str__(self) -> str:
         times = ", ".join(f"{path} {1000 * seconds:.0f} ms" for path, seconds in self.seconds.items())
-        return f"fast={self.path}, {self.reason}" + (f" ({times} a pass)" if times else "") + "."
+        return f"fast={self.path} ({self.reason}{f'; {times} a pass' if times else ''})."
 
 
 def prepare(trainer: Any, context: RunContext, checkpoint: Path | None) -> None:
@@ -135,7 +135,7 @@ def choose(
     changes neither weights nor gradients nor random numbers. What cannot be captured is trained without graphs.
     """
     if device.kind != "cuda" or wanted == "off":
-        return None, Choice("off", "as requested" if wanted == "off" else "needs an NVIDIA or AMD GPU")
+        return None, Choice("off", "as requested" if wanted == "off" else "CUDA graphs need an NVIDIA or AMD GPU")
     passes = Passes(model, device, backward)
     if reason := _unsuitable(model, passes, max(lengths)):
         return None, Choice("off", reason)

@@ -76,11 +76,12 @@ class QloraTrainer(SFTTrainer):
         return 0
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
-        """Count tokens without waiting for the GPU where the collator has counted them."""
-        if "tokens" in inputs:
-            self.state.num_input_tokens_seen += inputs["tokens"]
-        else:
+        """Count tokens without waiting for the GPU where the collator has counted them. The model takes no count."""
+        counted = inputs.pop("tokens", None)
+        if counted is None:
             super()._track_num_input_tokens(inputs)
+        else:
+            self.state.num_input_tokens_seen += counted
 
     def _stop_clock(self) -> None:
         """Add the time since training began or went on: evaluation and saving do not count as training."""

@@ -237,6 +237,7 @@ def _save_results(
         files.flush_all(folder)
     files.flush(run / "log.jsonl")
     files.write_json(run / "metrics.json", metrics)
+    print(f"{run.path.name} is finished and saved.", flush=True)
 
 
 def _heldout_losses(trainer: QloraTrainer, context: RunContext) -> list[RowLoss]:

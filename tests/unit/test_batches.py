@@ -170,7 +170,7 @@ def test_run_takes_the_same_steps_as_with_trls_batches(config, tokenizer, device
     """Losses agree within 1e-3 at every step. Dropout is off, because it would draw other numbers for other shapes."""
     own = config.replace(dropout=0.0, n_samples=16, learning_rate=0.01)
     data = prepare(own, tokenizer)
-    losses = []
+    losses, tokens = [], []
     for number, collate in enumerate((batches.collator, lambda model, device: None)):
         monkeypatch.setattr(batches, "collator", collate)
         built = qlora.attach_lora(qlora.load_base(own, device), own)
@@ -179,5 +179,7 @@ def test_run_takes_the_same_steps_as_with_trls_batches(config, tokenizer, device
         )
         ready.train()
         losses.append([line["loss"] for line in ready.state.log_history if "loss" in line])
+        tokens.append(ready.state.num_input_tokens_seen)
+    assert tokens == [sum(len(example.input_ids) for example in data.train)] * 2  # without padding
     assert len(losses[0]) == 4
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -139,7 +139,7 @@ def test_cpu_keeps_the_librarys_steps(model):
     if here.kind == "cpu":
         assert paths.choose(model, here, None, "auto", 4, (64,), 10) == (
             None,
-            Choice("off", "needs an NVIDIA or AMD GPU"),
+            Choice("off", "CUDA graphs need an NVIDIA or AMD GPU"),
         )
     assert paths.choose(model, here, None, "off", 4, (64,), 10) == (None, Choice("off", "as requested"))
 

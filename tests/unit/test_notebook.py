@@ -147,6 +147,13 @@ def test_a_setup_shows_what_differs_from_the_preset_and_folds_the_rest(tmp_path)
     assert "alpha" in folded
 
 
+def test_a_commit_is_shown_by_its_first_digits_and_whole_among_all_settings(tmp_path):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    shown = notebook.Setup(Config.from_params(profile="cpu", revision=commit), tmp_path, None)
+    assert ("revision", "0123456789ab…") in {(name, value) for name, value, *_ in shown.changes}
+    assert commit in shown._repr_html_().split("<details>")[1]
+
+
 def test_the_published_preset_on_a_gpu_differs_in_what_the_profile_sets(tmp_path):
     shown = notebook.Setup(Config.preset("tinyllama-guanaco-100"), tmp_path, None)
     assert {by for *_, by in shown.changes} == {"profile"}

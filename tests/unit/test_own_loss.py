@@ -35,7 +35,11 @@ def test_the_card_of_a_merged_model_has_its_own_loss(run, config, tokenizer, dev
     model = qlora.load_base(config.replace(model=str(merged), quantization="none"), device)
     own = mean_loss(losses.heldout_losses(model, cleaning.prepare(run.config(), tokenizer).heldout, device))
     table = quoted((merged / "README.md").read_text("utf-8"))
-    assert table["this model, merged in 16 bits"] == pytest.approx(own, abs=1e-4)
+    merged_row = "this model, merged in 16 bits, against the base model in 16 bits"
+    assert table[merged_row] == pytest.approx(own, abs=1e-4)
+    gap = own - table["base, 16 bits"]
+    (change,) = re.findall(rf"{merged_row} \| \S+ \(([+-]\d\.\d{{4}})", (merged / "README.md").read_text("utf-8"))
+    assert float(change) == pytest.approx(gap, abs=2e-4)
     adapted = run.read("metrics.json")["eval_loss"]
     assert table["with this adapter, on the base model in nf4"] == pytest.approx(adapted, abs=1e-4)
     assert abs(own - adapted) > 2e-5  # the two are told apart

@@ -91,7 +91,7 @@ def test_llama_2_70b_by_hand():
     parts = memory.training_parts(load)
     adapter = 16 * (8192 + 8192)
     assert parts["frozen weights"] == 80 * (attention + mlp) / 2 / 2
-    assert parts["quantisation constants"] == 80 * (attention + mlp) / 64 * (1 + 4 / 256)
+    assert parts["quantization constants"] == 80 * (attention + mlp) / 64 * (1 + 4 / 256)
     assert parts["embeddings, head, norms"] == 2 * (2 * 32000 * 8192 + 161 * 8192) / 2
     assert parts["adapters"] == 4 * 80 * adapter / 2
     assert parts["optimizer states"] == 8 * 80 * adapter / 2

@@ -201,9 +201,9 @@ def test_the_title_says_what_graphs_bought_and_the_bars_are_milliseconds(seconds
 @pytest.mark.parametrize(
     ("seconds", "reason", "line", "drawn"),
     [
-        ({}, "needs an NVIDIA or AMD GPU", "Steps: fast=off, needs an NVIDIA or AMD GPU.\n", False),
-        ({"off": 0.12}, "capturing failed: no", "Steps: fast=off, capturing failed: no (off 120 ms a pass).\n", False),
-        ({"off": 0.1, "graphs": 0.2}, "slow", "Steps: fast=off, slow (off 100 ms, graphs 200 ms a pass).\n", True),
+        ({}, "CUDA graphs need a GPU", "fast=off (CUDA graphs need a GPU).\n", False),
+        ({"off": 0.12}, "capturing failed: no", "fast=off (capturing failed: no; off 120 ms a pass).\n", False),
+        ({"off": 0.1, "graphs": 0.2}, "slow", "fast=off (slow; off 100 ms, graphs 200 ms a pass).\n", True),
     ],
 )
 def test_the_notebook_draws_passes_if_several_were_timed(capsys, seconds, reason, line, drawn) -> None:
@@ -279,6 +279,26 @@ def test_of_many_runs_the_first_are_drawn_and_the_title_says_so() -> None:
 )
 def test_the_title_says_what_the_heldout_losses_did(heldout: list[list[float]], title: str) -> None:
     assert plots.loss_curves({str(i): log(one) for i, one in enumerate(heldout)}).get_suptitle() == title
+
+
+@pytest.mark.parametrize(("steps", "label"), [(plots.SMOOTHED - 1, "training"), (plots.SMOOTHED, "training, smoothed")])
+def test_a_short_run_is_not_smoothed_and_not_called_so(steps: int, label: str) -> None:
+    losses = [2 + number % 3 for number in range(steps)]
+    lines = [{"step": number, "loss": loss} for number, loss in enumerate(losses)]
+    drawn = {line.get_label(): line for line in plots.loss_curves({"run": lines}).axes[0].lines}[label]
+    assert (list(drawn.get_ydata()) == losses) is (label == "training")
+
+
+@pytest.mark.parametrize(("levels", "share"), [([-1.0, -0.25, 0.25, 1.0], 0.25), ([-1.0, -0.5, 0.5, 1.0], 0.5)])
+def test_the_title_says_which_share_of_the_weights_the_inner_levels_cover(levels: list[float], share: float) -> None:
+    figure = plots.levels({"w": torch.linspace(-1, 1, 64)}, levels)
+    assert figure.get_suptitle() == f"The inner half of the levels\ncovers {share:.0%} of the weights"
+
+
+def test_titles_of_sizes_and_errors_are_computed() -> None:
+    assert plots.weights_by_module(TABLES).get_suptitle() == "{}: 75% less memory than {}".format(*reversed(TABLES))
+    assert plots.round_trip_errors({"NF4": 9.3, "FP4": 12.1}).get_suptitle() == "NF4 changes the weights least"
+    assert plots.token_lengths(DATA, 64).get_suptitle() == "2 of 4 training rows over the limit"
 
 
 def test_one_wild_step_does_not_flatten_the_curves() -> None:

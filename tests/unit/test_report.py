@@ -90,6 +90,7 @@ def test_the_table_of_verdicts_names_what_each_shows():
         "detectable: 0.1500; 4 of 6 rows, 90 tokens |",
     ]
     assert verdict_table(replace(made, differences=[], quantizing=None)) == ""
+    assert report._drawn(made)[0] == [made.quantizing, *made.differences]  # the figure counts what the table counts
     assert "perplexity" not in verdict_table(replace(made, unit="byte"))
 
 
@@ -151,7 +152,7 @@ def test_missing_rivals_and_the_size_of_the_family_are_stated():
     made = replace(result(), absent={"base, 16 bits": "it needs 16.1 GiB of memory, and 14.6 are there"})
     text = report.markdown(made, [])
     assert "Rivals that were not measured: base, 16 bits (it needs 16.1 GiB" in text
-    assert "They rest on 6 held-out rows with 175 trained tokens." in text
+    assert "They rest on 6 held-out rows with 175 scored tokens." in text
     assert "hold at once" not in text  # of an older version
 
 
@@ -228,9 +229,9 @@ def test_what_the_references_would_get_at_the_limit_is_a_row_of_the_table():
 def test_four_answers_are_too_few_and_counted():
     few = replace(result(rouge=(0.123, -math.inf, math.inf)), answered=4)
     table = report.text_table_markdown(few)
-    assert table.startswith("| 4 answers, too few for intervals | ROUGE-L |")
+    assert table.startswith("| model | ROUGE-L |")
     assert "| exp1 | 0.12 |" in table
-    assert report.answer_differences(few) == "Too few to compare models by: 4 answers."
+    assert report.answer_differences(few) == "Too few for intervals, and to compare models by: 4 answers."
 
 
 @pytest.mark.parametrize(
