@@ -106,9 +106,10 @@ def test_a_run_without_a_screen_prints_one_line_of_progress(config, tokenizer, t
     said = capfd.readouterr()
     assert "it/s" not in said.err
     assert said.out.count("step ") == 1
-    rivals, before, bar, after = said.out.splitlines()  # slow work besides the steps is announced
+    rivals, before, bar, after, end = said.out.splitlines()  # slow work besides the steps is announced
     assert rivals.startswith("Measuring the base model in 16 bits")
     assert before.startswith("Measuring the base model, once")
     assert bar.startswith("step 4 of 4, loss ")
     assert after.startswith("Training is done.")
+    assert end == "run is finished and saved."
     assert "grad_norm" not in said.out
