@@ -3,7 +3,7 @@
 usage: python tooling/mutants.py [--sample 100] [--seed 0] [--minutes M]     (make mutants)
 
 cosmic-ray makes the faults, such as another operator, number or branch, in a copy of the checkout. Each is run against
-the unit tests that cover its line, those of the module's own test file first, for at most 60 s. Results are kept in
+the unit tests that cover its line, those of the module's own test file first, then the fast ones, for at most 60 s. Results are kept in
 build/mutants: the same command goes on where it was stopped. It prints the faults that no test noticed, and exits with
 1 if these are more than one in ten.
 """
@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 from cosmic_ray.commands.init import init
 from cosmic_ray.mutating import mutate_and_test
@@ -28,6 +29,7 @@ from coverage import CoverageData
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "mutants"
 TREE = FOLDER / "tree"
+SECONDS = FOLDER / "seconds.xml"  # of each test
 CORE = (
     "training/*.py", "models/safetensors_io.py", "evaluation/intervals.py", "data/prompts.py", "data/cleaning.py",
     "export/merge.py", "runs.py",
@@ -46,7 +48,7 @@ def prepare(sample: int, seed: int) -> None:
     for words in (["init", "--quiet"], ["add", "--all", "--force"]):  # tests ask git for the tracked files
         subprocess.run(["git", *words], cwd=TREE, check=True)
     print("Running the unit tests once, to see which lines each covers …", flush=True)
-    contexts = ["--cov=qlora_helpers", "--cov-context=test", "--cov-report="]
+    contexts = ["--cov=qlora_helpers", "--cov-context=test", "--cov-report=", f"--junitxml={SECONDS}"]
     subprocess.run([*PYTEST, *contexts, "tests/unit"], cwd=TREE, check=True)
     modules = [path.relative_to(TREE) for pattern in CORE for path in sorted((TREE / "qlora_helpers").glob(pattern))]
     os.chdir(TREE)
@@ -65,7 +67,16 @@ def _place(fault: WorkItem) -> tuple[str, str, int]:
     return str(one.module_path), one.operator_name, one.occurrence
 
 
-def covering(fault: WorkItem, covered: CoverageData) -> list[str]:
+def seconds_of_tests() -> dict[str, float]:
+    """Return how long each test took in the first run."""
+    cases = ElementTree.parse(SECONDS).iter("testcase")
+    return {
+        f"{case.attrib['classname'].replace('.', '/')}.py::{case.attrib['name']}": float(case.attrib["time"])
+        for case in cases
+    }
+
+
+def covering(fault: WorkItem, covered: CoverageData, seconds: dict[str, float]) -> list[str]:
     """Return the tests that run the line of a fault; for a line that no test ran itself, those that run its module."""
     (one,) = fault.mutations
     own = f"test_{one.module_path.stem}.py"
@@ -74,19 +85,20 @@ def covering(fault: WorkItem, covered: CoverageData) -> list[str]:
     found = {context for row in rows for context in lines.get(row, [])} - {""}
     found = found or {context for contexts in lines.values() for context in contexts} - {""}
     tests = {context.rpartition("|")[0] for context in found}  # the name of a test may contain the mark
-    return sorted(tests, key=lambda test: (own not in test, test))
+    return sorted(tests, key=lambda test: (own not in test, seconds.get(test, LIMIT), test))
 
 
 def run(faults: WorkDB, minutes: float) -> None:
     """Test the faults that have no result yet."""
     covered = CoverageData(str(TREE / ".coverage"))
     covered.read()
+    seconds = seconds_of_tests()
     ends = time.monotonic() + 60 * minutes
     command = shlex.join([*PYTEST, "-x", f"@{FOLDER / 'tests.txt'}"])
     for number, fault in enumerate(sorted(faults.pending_work_items, key=_place)):
         if time.monotonic() > ends:
             return
-        tests = covering(fault, covered)
+        tests = covering(fault, covered, seconds)
         (FOLDER / "tests.txt").write_text("\n".join(tests), "utf-8")
         if number == 0:  # a command that fails without a fault would make every fault look noticed
             subprocess.run(shlex.split(command), check=True)
