@@ -3,9 +3,9 @@
 usage: python tooling/mutants.py [--sample 100] [--seed 0] [--minutes M]     (make mutants)
 
 cosmic-ray makes the faults, such as another operator, number or branch, in a copy of the checkout. Each is run against
-the unit tests that cover its line, those of the module's own test file first, then the fast ones, for at most 60 s. Results are kept in
-build/mutants: the same command goes on where it was stopped. It prints the faults that no test noticed, and exits with
-1 if these are more than one in ten.
+the unit tests that cover its line, for at most 60 s: those of the module's own test file first, then the fast ones.
+Results are kept in build/mutants: the same command goes on where it was stopped. It prints the faults that no test
+noticed, and exits with 1 if these are more than one in ten.
 """
 
 import argparse

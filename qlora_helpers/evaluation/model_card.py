@@ -149,7 +149,7 @@ def _losses(
         name = f"this model, merged in 16 bits, against the base model in {'16 bits' if half else stored}"
         lines.append([name, _change(half or before, mean_loss(own), mean_loss(own) - base_loss, own)])
     head = f"loss per scored token on {len(manifest['data']['heldout_ids'])} held-out rows"
-    return markdown_table(["", head], lines)
+    return markdown_table(["model", head], lines)
 
 
 def _reservations(run: RunFolder, config: Config, foreign: bool) -> str:
@@ -180,7 +180,7 @@ def _answers(run: RunFolder) -> str:
         return ""
     lines = [[name, f"{value.value:.2f}{_bounds(value, '.2f')}"] for name, value in metrics.items()]
     head = f"greedy answers to {answer_metrics.answered(rows)} held-out questions"
-    return f"\n{markdown_table(['', head], lines)}\n\n{_SCALES}\n"
+    return f"\n{markdown_table(['metric', head], lines)}\n\n{_SCALES}\n"
 
 
 def _bounds(interval: Interval | Difference, digits: str) -> str:

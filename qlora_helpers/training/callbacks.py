@@ -124,9 +124,8 @@ class Bar:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return (
-            f'<progress value="{self.step}" max="{self.steps}" style="width:16em"></progress> {html.escape(str(self))}'
-        )
+        bar = f'<progress value="{self.step}" max="{self.steps}" style="width:16em"></progress>'
+        return f'{bar} <span style="display:inline-block">{html.escape(str(self))}</span>'  # on a phone, a line below
 
 
 class Progress(TrainerCallback):
