@@ -133,7 +133,7 @@ def test_evaluations_time_and_memory_are_apart_from_trainings(train, monkeypatch
     monkeypatch.setattr(losses, "heldout_losses", use(heldout, 10.0, losses.heldout_losses))
     monkeypatch.setattr(losses, "measure_answers", use(2.0, 100.0, lambda *a: None))
     monkeypatch.setattr(qlora_trainer, "peak_memory_gib", lambda device: peak.gib)
-    for module in (trainer, qlora_trainer):
+    for module in (trainer, qlora_trainer, callbacks):
         monkeypatch.setattr(module, "forget_peak", lambda device: setattr(peak, "gib", 1.0))
     monkeypatch.setattr(qlora_trainer.time, "perf_counter", lambda: now.seconds)
     metrics = train(epochs=1, keep_best=keep_best, seed=7 + int(step)).read("metrics.json")
