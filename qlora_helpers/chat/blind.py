@@ -224,7 +224,7 @@ class Ballot:
         if not (pairs := self.left_over):
             return self.outcome
         question, first, second = self.shown(pairs[0])
-        how = 'To vote: ballot.vote("first"), "second", "tie" or "skip", with ballot = blind.Ballot(…).'
+        how = 'To vote: ballot = blind.Ballot(…), then ballot.vote("first"), or "second", "tie", "skip".'
         return f"{self.progress}\n\n{question}\n\n[first]\n{first}\n\n[second]\n{second}\n\n{how}"
 
 

@@ -87,8 +87,8 @@ def template_warnings(config: Config, tokenizer: Any) -> list[str]:
     if config.template != "auto" and getattr(tokenizer, "chat_template", None):
         lines.append(
             f"template: {config.model} was trained with its own chat template and must learn the {config.template} "
-            "format from scratch. It needs more rows to answer and stop as well, and must be prompted in that format "
-            "afterwards. template=auto uses its own template. Published experiments that use another one are "
+            "format from scratch. It needs more rows to answer and stop equally well, and must be prompted in that "
+            "format afterwards. template=auto uses its own template. Published experiments that use another one are "
             "reproduced unchanged."
         )
     return lines

@@ -176,14 +176,14 @@ def _quality(cleaned: Cleaned, used: list[TokenizedRow], config: Config) -> dict
     given = sum("input" in item.row.question for item in used)
     return {
         "answers under 4 tokens": sum(item.trained < 4 for item in used),
-        "answer of another row": sum(n - 1 for n in answers.values()),
+        "same answer as another row": sum(n - 1 for n in answers.values()),
         "turn markers inside a turn": sum(bool(schema.TURN_MARKER.search(item.row.text)) for item in used),
         "odd number of code fences": sum(item.row.answer.count("```") % 2 for item in used),
         "with an input where most have none": given if 2 * given < len(used) else 0,
         "without an input where most have one": len(used) - given if 2 * given >= len(used) > given else 0,
         "several rounds": sum(len(row.rounds) > 1 for row in rows),
-        "prompt of another row": len(rows) - len({(r.question["content"], r.question.get("input")) for r in rows}),
-        "own system turn": sum(row.messages[0]["role"] == "system" for row in rows),
+        "same prompt as another row": len(rows) - len({(r.question["content"], r.question.get("input")) for r in rows}),
+        "own system prompt": sum(row.messages[0]["role"] == "system" for row in rows),
         **dict(sorted(cleaned.loaded.altered.items())),
     }
 

@@ -23,7 +23,7 @@ def text_table_markdown(result: Comparison) -> str:
 def answer_differences(result: Comparison) -> str:
     """Differences of metrics and scores, answer by answer: a table, and what could have been detected."""
     if too_few(result):
-        return f"Too few for intervals, and to compare models by: {counted(result.answered, 'answer')}."
+        return f"Too few for intervals or comparisons: {counted(result.answered, 'answer')}."
     lines, missed = {}, []
     names = list(dict.fromkeys(one.metric for pair in result.answer_differences for one in pair.metrics))
     for pair in result.answer_differences:

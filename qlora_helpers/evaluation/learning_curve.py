@@ -191,7 +191,7 @@ def against_first(arms: list[Arm]) -> list[Difference]:
 def largest_effect(differences: list[Difference]) -> str:
     """The largest distinguishable difference, in words, or what could have been detected."""
     if not differences:
-        return "No setting was changed."
+        return "No setting was changed: the lists of values are empty."
     together = f"Settings compared together: {len(differences)}."
     seen = [change for change in differences if change.verdict in ("better", "worse")]
     if seen:

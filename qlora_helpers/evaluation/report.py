@@ -37,9 +37,12 @@ _SPEED = ("seconds", "tokens_per_second")
 
 
 def table_markdown(result: Comparison, speed: bool = True) -> str:
-    """Losses, speed and memory of each model. `speed=False` is for runs that shared a device."""
+    """Losses, speed and, of a GPU, memory of each model. `speed=False` is for runs that shared a device."""
     seeds = any(len(model.seeds) > 1 for model in result.table)
-    columns = {key: how for key, how in _COLUMNS.items() if speed or key not in _SPEED}
+    unknown = () if speed else _SPEED
+    if result.device.get("kind") == "cpu":  # the peak of a process, which may have trained other runs before
+        unknown = (*unknown, "peak_memory_gib")
+    columns = {key: how for key, how in _COLUMNS.items() if key not in unknown}
     heads = ["model", *(["seeds"] if seeds else []), *(head for head, _ in columns.values())]
     lines = []
     for model in result.table:
@@ -140,8 +143,8 @@ def forgetting(result: Comparison) -> list[str]:
 def rehearsal(difference: Difference) -> str:
     """A sentence: did rehearsal rows reduce what is forgotten without them?"""
     words = {
-        "better": "is lower with rehearsal than without: it kept something",
-        "worse": "is higher with rehearsal than without: it did not help here",
+        "better": "is lower with rehearsal than without",
+        "worse": "is higher with rehearsal than without",
         UNSURE: "is not distinguishable with rehearsal and without: no effect of it shows",
         SAME: f"is the same with rehearsal and without, within ±{difference.margin}",
     }
@@ -185,7 +188,9 @@ def basis(result: Comparison) -> str:
     """What the verdicts rest on: rows and tokens, joint intervals, who chose checkpoints, which rivals are missing."""
     groups = {d.clusters for d in result.differences if 0 < d.clusters < d.rows == result.heldout_rows}
     dependent = f" in {counted(max(groups), 'group')}" if groups else ""
-    parts = [f"They rest on {_heldout(result)}{dependent} with {counted(result.heldout_tokens, 'scored token')}."]
+    parts = [
+        f"These verdicts rest on {_heldout(result)}{dependent} with {counted(result.heldout_tokens, 'scored token')}."
+    ]
     if result.family > 1:
         included = ", forgetting included," if result.forgetting else ""
         parts.append(f"The intervals of all {result.family} verdicts{included} hold at once.")

@@ -205,14 +205,14 @@ def check(parity: Parity) -> None:
 
 
 def table(compared: Sequence[Parity]) -> str:
-    """Return a Markdown table with a row for each export."""
-    lines = ["| export | same tokens | same ends | equal answers | top-1 | KL mean | KL max | verdict |"]
+    """Return a Markdown table with a row for each export. The verdict stands first, where a phone shows it."""
+    lines = ["| export | verdict | same tokens | same ends | equal answers | top-1 | KL mean | KL max |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for p in compared:
         verdict = "; ".join(p.problems()) or "passes"
         lines.append(
-            f"| {p.name} | {p.same_layout} of {p.prompts} | {'yes' if p.same_ends else 'no'} "
-            f"| {p.same_texts} of {p.prompts} | {p.top1:.1%} | {p.kl:.1e} | {p.kl_max:.1e} | {verdict} |"
+            f"| {p.name} | {verdict} | {p.same_layout} of {p.prompts} | {'yes' if p.same_ends else 'no'} "
+            f"| {p.same_texts} of {p.prompts} | {p.top1:.1%} | {p.kl:.1e} | {p.kl_max:.1e} |"
         )
     return "\n".join(lines)
 

@@ -210,7 +210,7 @@ def test_the_largest_difference_that_is_one_mattered_most():
     assert learning_curve.largest_effect([small, unsure, large]).startswith(
         "Settings compared together: 3. Largest effect: rank 2 is worse than the base set"
     )
-    assert learning_curve.largest_effect([]) == "No setting was changed."
+    assert learning_curve.largest_effect([]) == "No setting was changed: the lists of values are empty."
 
 
 def test_what_could_have_been_detected_is_told_where_nothing_was():

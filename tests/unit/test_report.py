@@ -152,7 +152,7 @@ def test_missing_rivals_and_the_size_of_the_family_are_stated():
     made = replace(result(), absent={"base, 16 bits": "it needs 16.1 GiB of memory, and 14.6 are there"})
     text = report.markdown(made, [])
     assert "Rivals that were not measured: base, 16 bits (it needs 16.1 GiB" in text
-    assert "They rest on 6 held-out rows with 175 scored tokens." in text
+    assert "These verdicts rest on 6 held-out rows with 175 scored tokens." in text
     assert "hold at once" not in text  # of an older version
 
 
@@ -162,9 +162,9 @@ def test_missing_rivals_and_the_size_of_the_family_are_stated():
         (
             -0.3,
             -0.1,
-            "lower with rehearsal than without: it kept something (-0.2000 nats, 95% interval -0.3000 to",
+            "lower with rehearsal than without (-0.2000 nats, 95% interval -0.3000 to",
         ),
-        (0.1, 0.3, "higher with rehearsal than without: it did not help here (+0.2000"),
+        (0.1, 0.3, "higher with rehearsal than without (+0.2000"),
         (-0.1, 0.3, "not distinguishable with rehearsal and without: no effect of it shows (+0.1000"),
         (-math.inf, math.inf, "no effect of it shows (+0.1000 nats, 95% interval no end to no end)"),
     ],
@@ -231,7 +231,7 @@ def test_four_answers_are_too_few_and_counted():
     table = report.text_table_markdown(few)
     assert table.startswith("| model | ROUGE-L |")
     assert "| exp1 | 0.12 |" in table
-    assert report.answer_differences(few) == "Too few for intervals, and to compare models by: 4 answers."
+    assert report.answer_differences(few) == "Too few for intervals or comparisons: 4 answers."
 
 
 @pytest.mark.parametrize(
