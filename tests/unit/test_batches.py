@@ -153,6 +153,18 @@ def test_cheapest_number_of_lines_is_chosen(lengths, shape):
     assert tuple(batch["input_ids"].shape) == shape
 
 
+def test_the_cost_of_a_batch_counts_weights_logits_and_attention():
+    """Several rows in a line need a mask, which makes attention dearer. Few blocks make logits count for more."""
+    packed = batches.PackedRows(hidden_size=16, layers=2, vocabulary=97)
+    one, four = rows_of(12), rows_of(3, 3, 3, 3)
+    logits = 11 * 97 / 2, 4 * 2 * 97 / 2  # columns with a trained token x lines x vocabulary / layers
+    assert packed.cost([one]) == pytest.approx(batches.BLOCK_WEIGHTS * 16 * 12 + logits[0] + batches.CAUSAL * 12 * 12)
+    lines = [[row] for row in four]
+    assert packed.cost(lines) == pytest.approx(batches.BLOCK_WEIGHTS * 16 * 12 + logits[1] + batches.CAUSAL * 12 * 3)
+    masked = packed.cost([four]) - dataclasses.replace(packed, vocabulary=0).cost([one])
+    assert masked == pytest.approx(8 * 97 / 2 + (batches.MASKED - batches.CAUSAL) * 12 * 12)
+
+
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_any_number_of_lines_gives_the_same_loss(number):
     built = tiny("llama").eval()

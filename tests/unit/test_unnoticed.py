@@ -5,9 +5,10 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import filelock
 import pytest
 
-from qlora_helpers import UserError, files
+from qlora_helpers import UserError, files, runs
 from qlora_helpers.data import cleaning, prompts
 from qlora_helpers.evaluation import answers, rivals
 from qlora_helpers.evaluation.row_losses import BASE
@@ -73,6 +74,50 @@ def test_every_setting_of_training_reaches_the_library(config, device, tmp_path,
 def test_warmup_is_a_share_of_the_steps(config, device, tmp_path):
     given = arguments(config.replace(warmup_ratio=0.5, epochs=2), device, tmp_path)
     assert given.warmup_steps == 4  # of 8
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 4), (2, 4), (3, 4)])
+def test_without_eval_steps_there_is_an_evaluation_at_the_end_of_every_epoch(config, device, tmp_path, epochs, steps):
+    given = arguments(config.replace(eval_steps=None, epochs=epochs), device, tmp_path)
+    assert given.eval_steps == steps  # of 16 rows, 4 at a time
+
+
+@pytest.mark.parametrize("rank", [1, 64])
+def test_an_object_that_says_more_or_less_than_the_config_is_refused(config, device, rank):
+    given = libraries.Libraries(lora=libraries.lora_config(config.replace(rank=rank)))
+    with pytest.raises(UserError, match=f"lora: r is {rank} in the cell and {config.rank} in the config"):
+        given.check(config, device, 16)
+    libraries.Libraries(lora=libraries.lora_config(config)).check(config, device, 16)
+
+
+def test_a_run_that_another_process_holds_is_refused_at_once(tmp_path, monkeypatch):
+    asked = []
+
+    def hold(path, timeout):
+        asked.append(timeout)
+        raise filelock.Timeout(str(path))
+
+    monkeypatch.setattr(runs.locks, "hold", hold)
+    with pytest.raises(UserError, match="is in use by another process"), runs.lock(RunFolder(tmp_path / "run")):
+        pass
+    assert asked == [0]
+
+
+@pytest.mark.parametrize(
+    ("offsets", "adjacent"),
+    [
+        ([(0, 2), (2, 4), (4, 6)], True),
+        ([(0, 2), (1, 4), (4, 6)], False),  # overlapping: both are parts of one character
+        ([(0, 2), (3, 4), (4, 6)], False),  # a gap: a space was trimmed
+        ([(1, 2), (2, 4), (4, 6)], False),
+        ([(0, 0), (0, 4), (4, 6)], False),  # a start token
+    ],
+)
+def test_the_short_way_to_labels_is_taken_for_tokens_without_gaps_only(monkeypatch, offsets, adjacent):
+    taken = []
+    monkeypatch.setattr(prompts, "_labels_of_adjacent", lambda *args: taken.append(args) or ([], False))
+    prompts._answer_labels([5, 6, 7], offsets, [(2, 6)], "abcdef")
+    assert bool(taken) is adjacent
 
 
 def test_every_checkpoint_has_an_evaluation_if_the_best_is_kept(config, device, tmp_path):
