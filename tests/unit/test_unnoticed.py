@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import filelock
 import pytest
+import torch
 
 from qlora_helpers import UserError, files, runs
 from qlora_helpers.data import cleaning, prompts
@@ -15,7 +16,7 @@ from qlora_helpers.evaluation.row_losses import BASE
 from qlora_helpers.export import merge, parity
 from qlora_helpers.models import safetensors_io
 from qlora_helpers.runs import RunFolder
-from qlora_helpers.training import callbacks, libraries, trainer
+from qlora_helpers.training import callbacks, libraries, qlora_trainer, trainer
 
 
 def test_a_run_on_a_local_model_notes_the_fingerprint_of_its_weights(
@@ -227,3 +228,24 @@ def test_a_model_folder_without_one_of_its_weight_files_is_refused(tmp_path, los
     for read in (safetensors_io.files, safetensors_io.fingerprint):
         with pytest.raises(UserError, match=rf"has no {lost}\. Fix: download the complete model"):
             read(tmp_path)
+
+
+@pytest.mark.parametrize(("processes", "loss"), [(1, 3.0), (2, 6.0), (3, 9.0)])
+def test_several_processes_exchange_the_gradients_of_their_graphs(monkeypatch, processes, loss):
+    """The library takes the mean of their losses, each of which is a share of the sum."""
+    exchanged = []
+
+    class Graphs:
+        exchange = staticmethod(exchanged.append)
+
+        def __call__(self, *batch):
+            return torch.tensor(3.0)
+
+    monkeypatch.setattr(qlora_trainer.distributed, "count", lambda: processes)
+    state = SimpleNamespace(global_step=0)
+    accelerator = SimpleNamespace(sync_gradients=True)
+    fake = SimpleNamespace(_began=1.0, graphs=Graphs(), accelerator=accelerator, _passes=[], state=state)
+    fake._get_learning_rate = lambda: 0.1
+    batch = {"input_ids": None, "labels": None}
+    assert qlora_trainer.QloraTrainer.training_step(fake, None, batch).item() == loss
+    assert exchanged == [accelerator] * (processes > 1)
