@@ -154,6 +154,7 @@ def test_pictures_of_widgets_for_the_docs(lab, browser):
     """What the widgets look like, with the bundled model and the runs of `make run`."""
 
     def picture(page, name):
+        assert walk.errors(page) == []
         page.locator(".jp-Cell-outputArea").last.screenshot(path=Path(PICTURES) / f"{name}.png")
 
     question = "What is the capital of France?"
@@ -167,6 +168,7 @@ def test_pictures_of_widgets_for_the_docs(lab, browser):
         page.locator(".jp-OutputArea select").wait_for()
         picture(page, "picker")
     code = TRAINING.replace("MODEL", repr("smollm2-135m-instruct")).replace("learning_rate=0.01", "epochs=3")
+    code = code.replace('"run"', '"exp1"')  # another folder than that of the test above
     with running(lab, browser, "docs-training", code, 800) as page:
         page.set_default_timeout(600_000)
         page.get_by_text("[1]:", exact=True).first.wait_for()
