@@ -93,6 +93,7 @@ figures: $(READY)
 # Runs of `make run` are what the pictures show.
 pictures: $(FULL) run
 	QLORA_PICTURES=docs QLORA_PICTURED_RUNS=$(abspath $(OUT))/exp2 $(BIN)/python -m pytest -m slow tests/notebooks/test_browser.py -k pictures
+	$(BIN)/python tooling/attach_pictures.py
 
 # The notebooks as a student sees them. With ARGS=--run, all cells run first, in a browser.
 walk: $(FULL)

@@ -1,6 +1,7 @@
 """What every notebook must be: short cells, one tagged parameters cell, the same bootstrap, outputs in order."""
 
 import ast
+import base64
 import re
 from pathlib import Path
 
@@ -169,3 +170,12 @@ def test_05_and_06_differ_in_their_parameters_only():
         (a, b) for a, b in zip(parameters(first).splitlines(), parameters(second).splitlines(), strict=True) if a != b
     ]
     assert [a.split(":")[0] for a, _ in changed] == ["preset", "run_name"]
+
+
+@pytest.mark.parametrize(("name", "picture"), [("05_train_exp1", "live_plot"), ("07_compare", "picker"), ("11_ship", "chat")])
+def test_notebooks_show_the_pictures_of_their_widgets(name, picture):
+    """Those of docs/, which a browser test makes: `make pictures`."""
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    (attached,) = (cell.attachments for cell in notebook.cells if "attachments" in cell)
+    content = base64.b64decode(attached[f"{picture}.png"]["image/png"])
+    assert content == (FOLDER.parent / "docs" / f"{picture}.png").read_bytes()
