@@ -205,9 +205,9 @@ def _duplicates(cleaned: Cleaned) -> list[Table]:
 def _samples(used: list[TokenizedRow], config: Config) -> Table:
     """Sample rows by a hash of their ids, so that the same data always shows the same rows."""
     drawn = sorted(used, key=lambda item: files.short_hash([config.data_seed, "report", item.row.id]))[:SHOWN]
-    firsts = [(*(turn["content"] for turn in item.row.rounds[0]), item.tokens) for item in drawn]
+    rows = [[*item.row.opening, item.tokens] for item in drawn]
     text = "The first question and its answer, in rows drawn at random. Read them."
-    return Table("Sample rows", text, ("question", "answer", "tokens of the row"), list(map(list, firsts)))
+    return Table("Sample rows", text, ("question", "answer", "tokens of the row"), rows)
 
 
 def _quote(value: Any) -> str:

@@ -87,6 +87,12 @@ class Row:
         return _with_calls(self.messages[-1])
 
     @property
+    def opening(self) -> tuple[str, str]:
+        """The first question and the answer to it, with its tool calls."""
+        question, answer = self.rounds[0]
+        return question["content"], _with_calls(answer)
+
+    @property
     def text(self) -> str:
         """All turns joined by newlines, for comparing whole rows."""
         return "\n".join(f"{_with_calls(m)} {m.get('input', '')}" for m in self.messages)

@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import importlib.util
 import re
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import papermill
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
+spec = importlib.util.spec_from_file_location("attach", FOLDER.parent / "tooling" / "attach_pictures.py")
+attach_pictures = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(attach_pictures)
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 NOTEBOOKS = [pytest.param(nbformat.read(path, as_version=4), id=path.stem) for path in PATHS]
 STORY_LINES = 15
@@ -172,10 +176,10 @@ def test_05_and_06_differ_in_their_parameters_only():
     assert [a.split(":")[0] for a, _ in changed] == ["preset", "run_name"]
 
 
-@pytest.mark.parametrize(("name", "picture"), [("05_train_exp1", "live_plot"), ("07_compare", "picker"), ("11_ship", "chat")])
+@pytest.mark.parametrize(("name", "picture"), attach_pictures.SHOWN.items())
 def test_notebooks_show_the_pictures_of_their_widgets(name, picture):
     """Those of docs/, which a browser test makes: `make pictures`."""
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     (attached,) = (cell.attachments for cell in notebook.cells if "attachments" in cell)
-    content = base64.b64decode(attached[f"{picture}.png"]["image/png"])
-    assert content == (FOLDER.parent / "docs" / f"{picture}.png").read_bytes()
+    content = base64.b64decode(attached[picture]["image/png"])
+    assert content == (FOLDER.parent / "docs" / picture).read_bytes()

@@ -385,3 +385,18 @@ def test_undesirable_rows_reach_neither_training_nor_the_heldout_rows(tokenizer,
     data = cleaning.prepare(Config(dataset=write_rows(rows), n_samples=None, n_heldout=4, max_length=64), tokenizer)
     assert Counter(drop["reason"] for drop in data.dropped) == {"label is false: the answer is not to be learned": 10}
     assert len(data.train + data.heldout) == 20
+
+
+def test_the_opening_is_the_first_question_with_its_answer_and_the_calls_in_it():
+    """An answer that only calls a tool has no text."""
+    turns = (
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Rain in Oslo?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather"}}]},
+        {"role": "tool", "content": "wet"},
+        {"role": "assistant", "content": "Yes."},
+    )
+    question, answer = schema.Row(turns, "line 1").opening
+    assert question == "Rain in Oslo?"
+    assert "weather" in answer
+    assert "Yes." not in answer
