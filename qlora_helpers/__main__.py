@@ -172,7 +172,7 @@ def _batch(**args: Any) -> None:
 
 def _data(out: Path, max_tokens: int, n_heldout: int | None, template: str | None, **params: Any) -> None:
     from qlora_helpers.config import Config
-    from qlora_helpers.data import cleaning, report
+    from qlora_helpers.data import cleaning, report, workers
     from qlora_helpers.models import hub
 
     folder = report.check_output(out, params["dataset"])
@@ -186,8 +186,9 @@ def _data(out: Path, max_tokens: int, n_heldout: int | None, template: str | Non
     except UserError:
         report.write(None, cleaned, folder)  # says why
         raise
-    built = report.build(cleaned, config, tokenizer)
-    report.write(built, cleaned, folder)
+    with workers.without_garbage_collection():
+        built = report.build(cleaned, config, tokenizer)
+        report.write(built, cleaned, folder)
     print(f"layout: {cleaned.loaded.layout}", *(f"columns: {line}" for line in cleaned.loaded.columns), sep="\n")
     altered = [(f"altered: {kind}", count) for kind, count in cleaned.loaded.altered.items()]
     groups = [(f"groups, {built.facts['heldout_groups']:,} of them held out", built.facts["groups"])]

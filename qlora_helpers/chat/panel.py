@@ -71,7 +71,7 @@ class Conversation:
         """Tokens of the conversation in the format of training, up to the start of the next answer: (1, tokens)."""
         base, tokenizer = self.loaded.adapters.model, self.loaded.tokenizer
         text = rendering.render_prompt(turns, self.loaded.configs[name], tokenizer)
-        ids = torch.tensor(prompts.tokenize([text], tokenizer)[0])
+        ids = torch.tensor(prompts.tokenize([text], tokenizer))
         context = getattr(base.config, "max_position_embeddings", None)
         fix = "clear the conversation, or ask a shorter question"
         prompts.check_context(turns[-1]["content"], ids.shape[1], self.new_tokens, context, fix)

@@ -37,7 +37,7 @@ def _start(config: Config, tokenizer: Any) -> str:
     bos = tokenizer.bos_token
     if not starts_with_bos(tokenizer) or prompt.startswith(bos):  # none, or the template already writes it
         return ""
-    (ids,), _ = prompts.tokenize([prompt], tokenizer)
+    (ids,) = prompts.tokenize([prompt], tokenizer)
     for start, text in ((bos, "{{ bos_token }}"), (f"{bos} ", "{{ bos_token + ' ' }}")):
         if tokenizer(start + prompt, add_special_tokens=False)["input_ids"] == ids:
             return text

@@ -15,11 +15,11 @@ from qlora_helpers.data import prompts, rendering, sources
 from qlora_helpers.data.cleaned import Cleaned, Data, NearDuplicate, TokenizedRow, fingerprint
 from qlora_helpers.data.leaks import HeldOut, parts
 from qlora_helpers.data.near_duplicates import Index, Words, same_text, words_of
-from qlora_helpers.data.prompts import Example
+from qlora_helpers.data.prompts import Example, Lengths
 from qlora_helpers.data.row_checks import NOTHING_TRAINED, OVER, text_reason, token_reason
 from qlora_helpers.data.schema import TEST, VALIDATION, Row
 from qlora_helpers.data.splitting import Fit, Split, in_draw, split_key
-from qlora_helpers.data.workers import shared
+from qlora_helpers.data.workers import shared, without_garbage_collection
 from qlora_helpers.errors import UserError, nearest
 from qlora_helpers.wording import counted
 
@@ -36,7 +36,6 @@ __all__ = [
     "select",
 ]
 
-Measured = tuple[int, int, str | None]  # tokens of a row, those that are trained, and why it is dropped
 NEAR_ROW = "nearly the same as another row"
 SLIPS = 0.05  # largest share of answers equal to the one before that are mistakes rather than other phrasings
 REASONS = 5  # most frequent reasons in an error
@@ -113,6 +112,7 @@ def check_enough(cleaned: Cleaned, n_heldout: int, n_samples: int) -> None:
     )
 
 
+@without_garbage_collection()
 def clean(
     config: Config,
     tokenizer: Any,
@@ -136,7 +136,7 @@ def clean(
     fit: Fit = partial(_fitting, cleaned, config, tokenizer)
     if callable(n_heldout):
         measured = zip(rows, shared(partial(_measured, config, tokenizer), rows), strict=True)
-        kept = (_kept(cleaned, row, *one) for row, one in measured)
+        kept = (_kept(cleaned, config, row, lengths) for row, lengths in measured)
         known: dict[str, tuple[TokenizedRow, None]] = {item.row.id: (item, None) for item in kept if item}
         fit = partial(_known, known)
         counts = Counter(row.split == TEST for row in rows if row.id in known)
@@ -211,30 +211,24 @@ def _fitting(
     cleaned: Cleaned, config: Config, tokenizer: Any, rows: Iterable[Row]
 ) -> Iterator[tuple[TokenizedRow, Example]]:
     """Tokenize the rows and yield those with a trained token within `max_length`, encoded up to `heldout_limit`."""
-    for example, measured in _encoded(config, tokenizer, rows):
-        if item := _kept(cleaned, example.row, *measured):
+    whole = config.replace(max_length=prompts.heldout_limit(config))
+    for example in prompts.encode(rows, whole, tokenizer):
+        if item := _kept(cleaned, config, example.row, prompts.lengths(example, config)):
             yield item, example
 
 
-def _encoded(config: Config, tokenizer: Any, rows: Iterable[Row]) -> Iterator[tuple[Example, Measured]]:
-    whole = config.replace(max_length=prompts.heldout_limit(config))
-    for example in prompts.encode(rows, whole, tokenizer):
-        trained = prompts.shortened(example, config.max_length).trained
-        yield example, (len(example.input_ids) + example.cut, trained, token_reason(example, config))
+def _measured(config: Config, tokenizer: Any, rows: Sequence[Row]) -> list[Lengths]:
+    return list(prompts.measure(rows, config, tokenizer))
 
 
-def _measured(config: Config, tokenizer: Any, rows: Sequence[Row]) -> list[Measured]:
-    return [measured for _, measured in _encoded(config, tokenizer, rows)]
-
-
-def _kept(cleaned: Cleaned, row: Row, tokens: int, trained: int, reason: str | None) -> TokenizedRow | None:
+def _kept(cleaned: Cleaned, config: Config, row: Row, lengths: Lengths) -> TokenizedRow | None:
     """Return the row with its numbers of tokens, or note why it is dropped."""
-    if tokens:
-        cleaned.lengths.append(tokens)
-    if reason:
+    if lengths.tokens:
+        cleaned.lengths.append(lengths.tokens)
+    if reason := token_reason(lengths, config):
         cleaned.drop(row, reason)
         return None
-    return TokenizedRow(row, tokens, trained)
+    return TokenizedRow(row, lengths.tokens, lengths.trained)
 
 
 def _distinct(cleaned: Cleaned, rows: Sequence[Row], config: Config) -> Iterator[Row]:

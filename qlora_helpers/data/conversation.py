@@ -14,6 +14,7 @@ Message = dict[str, Any]
 BROKEN = re.compile("[\ud800-\udfff\ufffd\0]")
 # Bell, backspace, escape and its one-byte form, which color, move and erase text in a terminal or a notebook.
 STEERING = re.compile("[\a\b\x1b\x9b]")
+UNREADABLE = re.compile(f"{BROKEN.pattern}|{STEERING.pattern}")
 BLANK_LINES = re.compile(r"\A\s*\n")
 NO_INPUT = {"", "nan", "none", "null", "<na>", "<noinput>"}  # how tables write that a cell is empty
 
@@ -52,10 +53,8 @@ def text(value: Any) -> str:
         return str(value)
     if not isinstance(value, str):
         raise ValueError(f"{type(value).__name__} where text should be")
-    if BROKEN.search(value):
-        raise ValueError("broken encoding")
-    if STEERING.search(value):
-        raise ValueError("codes that steer a terminal")
+    if UNREADABLE.search(value):
+        raise ValueError("broken encoding" if BROKEN.search(value) else "codes that steer a terminal")
     return value
 
 
@@ -188,8 +187,10 @@ def arrange(turns: list[Message], changes: Counter[str]) -> list[Message]:
         raise ValueError("no answer")
     if last < asked:
         raise ValueError("no question before an answer")
-    changes[HEADLESS] += asked > len(system)
-    changes[UNANSWERED] += last + 1 < len(merged)
+    if asked > len(system):
+        changes[HEADLESS] += 1
+    if last + 1 < len(merged):
+        changes[UNANSWERED] += 1
     kept = [*system, *merged[asked : last + 1]]
     if not ALTERNATING.fullmatch("".join(turn["role"][0] for turn in kept)):
         raise ValueError("turns do not alternate between user and assistant")
@@ -198,7 +199,8 @@ def arrange(turns: list[Message], changes: Counter[str]) -> list[Message]:
     learned = [turn.get("learn", True) for turn in kept if turn["role"] == "assistant"]
     if not any(learned):
         raise ValueError("every answer is marked as not to be learned")
-    changes[UNLEARNED] += not all(learned)
+    if not all(learned):
+        changes[UNLEARNED] += 1
     return kept
 
 

@@ -1,23 +1,21 @@
 """Encode rows as tokens and labels, using character offsets to find the trained tokens, and display the result."""
 
 import html
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import groupby, islice, pairwise
-from operator import lt
+from itertools import groupby, islice
 from textwrap import shorten
-from typing import Any
+from typing import Any, NamedTuple
 
 from qlora_helpers.config import BUNDLED_MODEL, Config
-from qlora_helpers.data import rendering
+from qlora_helpers.data import labeling, rendering
 from qlora_helpers.data.builtin_templates import Span, UnplacedAnswer
+from qlora_helpers.data.labeling import IGNORE, Tokens
 from qlora_helpers.data.schema import Row
 from qlora_helpers.errors import UserError
 from qlora_helpers.models import hub
 
-IGNORE = -100  # label ignored by the cross-entropy loss
 BUNDLED_POSITIONS = 8192  # of the bundled model
 BATCH = 1000  # rows tokenized at once: enough to be fast, few enough to limit memory
 
@@ -46,6 +44,14 @@ class Example:
         return len(learned) - learned.count(IGNORE)
 
 
+class Lengths(NamedTuple):
+    """The tokens of a row, those of the first `max_length` that are trained, and the `problem` of its `Example`."""
+
+    tokens: int
+    trained: int
+    problem: str | None
+
+
 def start_tokens(tokenizer: Any) -> list[int]:
     """Return the ids of the tokens that the tokenizer puts before a text."""
     with_special, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
@@ -53,21 +59,19 @@ def start_tokens(tokenizer: Any) -> list[int]:
     return next((with_special[:i] for i in starts if with_special[i : i + len(plain)] == plain), [])
 
 
-def tokenize(texts: list[str], tokenizer: Any) -> tuple[list[list[int]], list[list[Span]]]:
-    """Return token ids and offsets of texts rendered from one template, each with the tokenizer's start tokens once.
+def tokenize(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Return the token ids of texts rendered from one template, each with the tokenizer's start tokens once.
 
     The start tokens are omitted where the chat template already wrote them. An end token is never added.
     """
-    encoded = tokenizer(
-        texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-    )
+    return [tokens.ids for tokens in _tokens(texts, tokenizer)]
+
+
+def _tokens(texts: list[str], tokenizer: Any) -> Iterator[Tokens]:
     head = start_tokens(tokenizer)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    for number, row in enumerate(ids):
-        if head and row[: len(head)] != head:
-            ids[number] = head + row
-            offsets[number] = [(0, 0)] * len(head) + offsets[number]
-    return ids, offsets
+    for encoding in tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).encodings:
+        written = bool(head) and encoding.ids[: len(head)] == head
+        yield Tokens([] if written else head, encoding)
 
 
 def check_context(question: str, tokens: int, answer: int, context: int | None, fix: str) -> None:
@@ -87,16 +91,27 @@ def encode(rows: Iterable[Row], config: Config, tokenizer: Any) -> Iterator[Exam
 
     A row that its template cannot show gets no tokens and a `problem`.
     """
-    rows = iter(rows)
-    template = rendering.template_of(config, tokenizer)
-    while batch := list(islice(rows, BATCH)):
-        rendered = [_render(template, row) for row in batch]
-        tokens = zip(*tokenize([text for text, _, _ in rendered], tokenizer), strict=True)
-        for row, (text, spans, problem), (ids, offsets) in zip(batch, rendered, tokens, strict=True):
-            if problem:
-                yield Example(row, "", [], [], [], 0, problem)
-            else:
-                yield _example(row, text, spans, ids, offsets, config, tokenizer)
+    for item in _rendered(rows, config, tokenizer):
+        yield _example(item, labeling.token_ranges(item.tokens, item.spans), config, tokenizer)
+
+
+def measure(rows: Iterable[Row], config: Config, tokenizer: Any) -> Iterator[Lengths]:
+    """Yield the lengths of each row, in order. This is faster than to encode them, and gives the same numbers."""
+    for item in _rendered(rows, config, tokenizer):
+        ranges = labeling.token_ranges(item.tokens, item.spans)
+        if ranges is None or item.problem:
+            yield lengths(_example(item, ranges, config, tokenizer), config)
+            continue
+        if _all_trained(item.row, config):
+            ranges = [(0, len(item.tokens))]
+        counted = (min(stop, config.max_length) - max(start, 1) for start, stop in ranges)
+        yield Lengths(len(item.tokens), sum(max(0, count) for count in counted), None)
+
+
+def lengths(example: Example, config: Config) -> Lengths:
+    """Return the lengths of a row that was encoded up to `max_length` tokens or more."""
+    trained = shortened(example, config.max_length).trained
+    return Lengths(len(example.input_ids) + example.cut, trained, example.problem)
 
 
 def shortened(example: Example, limit: int) -> Example:
@@ -131,6 +146,24 @@ def positions(config: Config) -> int | None:
     return getattr(loaded, "max_position_embeddings", None)
 
 
+class _Rendered(NamedTuple):
+    row: Row
+    text: str
+    spans: list[Span]  # of the answers in the text
+    problem: str | None
+    tokens: Tokens
+
+
+def _rendered(rows: Iterable[Row], config: Config, tokenizer: Any) -> Iterator[_Rendered]:
+    rows = iter(rows)
+    template = rendering.template_of(config, tokenizer)
+    while batch := list(islice(rows, BATCH)):
+        rendered = [_render(template, row) for row in batch]
+        tokens = _tokens([text for text, _, _ in rendered], tokenizer)
+        for row, one, own in zip(batch, rendered, tokens, strict=True):
+            yield _Rendered(row, *one, own)
+
+
 def _render(template: Any, row: Row) -> tuple[str, list[Span], str | None]:
     try:
         return *template.render(row.messages), None
@@ -138,79 +171,28 @@ def _render(template: Any, row: Row) -> tuple[str, list[Span], str | None]:
         return "", [], str(error)
 
 
-def _example(
-    row: Row, text: str, spans: list[Span], ids: list[int], offsets: list[Span], config: Config, tokenizer: Any
-) -> Example:
-    answer, straddling = _answer_labels(ids, offsets, spans, text)
-    if straddling and (split := _tokenize_apart(text, spans, ids, tokenizer)):
-        ids, offsets = split
-        answer, straddling = _answer_labels(ids, offsets, spans, text)
-    all_learned = all(turn.get("learn", True) for turn in row.messages)
-    labels = list(ids) if config.train_on == "all" and all_learned else answer
+def _all_trained(row: Row, config: Config) -> bool:
+    """Return whether every token of a row is trained."""
+    return config.train_on == "all" and all(turn.get("learn", True) for turn in row.messages)
+
+
+def _example(item: _Rendered, ranges: list[Span] | None, config: Config, tokenizer: Any) -> Example:
+    """Return a row with labels. `ranges` are the tokens of its answers, or None if they have to be searched for."""
+    row, text, spans, problem, tokens = item
+    if problem:
+        return Example(row, "", [], [], [], 0, problem)
+    ids, offsets = tokens.ids, tokens.offsets
+    if ranges is not None:
+        answer, straddling = labeling.in_ranges(ids, ranges), False
+    else:
+        answer, straddling = labeling.answer_labels(ids, offsets, spans, text)
+        if straddling and (split := labeling.tokenize_apart(text, spans, ids, tokenizer)):
+            ids, offsets = split
+            answer, straddling = labeling.answer_labels(ids, offsets, spans, text)
+    learned = list(ids) if _all_trained(row, config) else answer
     keep = config.max_length
     problem = "an answer shares a token with its question" if straddling else None
-    return Example(row, text, ids[:keep], labels[:keep], offsets[:keep], max(0, len(ids) - keep), problem)
-
-
-def _tokenize_apart(
-    text: str, spans: list[Span], whole: list[int], tokenizer: Any
-) -> tuple[list[int], list[Span]] | None:
-    """Tokenize questions and answers separately, as a model meets them: the question is given, the answer generated.
-
-    Returns None if the tokenizer then adds characters, as those do that put a space before every text.
-    """
-    edges = sorted({0, len(text), *(edge for span in spans for edge in span)})
-    ids: list[int] = []
-    offsets: list[Span] = []
-    for start, end in pairwise(edges):
-        part = tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True)
-        ids += part["input_ids"]
-        offsets += [(start + first, start + last) for first, last in part["offset_mapping"]]
-    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
-    head = whole[: len(whole) - len(plain)]
-    if tokenizer.decode(ids) != tokenizer.decode(plain):
-        return None
-    return head + ids, [(0, 0)] * len(head) + offsets
-
-
-def _answer_labels(ids: list[int], offsets: list[Span], spans: list[Span], text: str) -> tuple[list[int], bool]:
-    """Return the labels and whether a token straddles the edge of a span.
-
-    A label is the token id inside the spans and -100 elsewhere. A token can also cover the space after a span: some
-    end tokens absorb it.
-
-    Some tokenizers trim spaces from their offsets. A token is therefore assumed to start where the previous one ended,
-    unless both are parts of one character.
-    """
-    starts, ends = zip(*offsets, strict=True) if offsets else ((), ())
-    if starts[1:] == ends[:-1] and starts[:1] in ((), (0,)) and all(map(lt, starts, ends)):
-        return _labels_of_adjacent(ids, starts, ends, spans, text)
-    labels, previous, straddling = [], 0, False
-    remaining = iter(spans)
-    first, last = next(remaining, (0, 0))
-    for token, (start, end) in zip(ids, offsets, strict=True):
-        begin = start if start < end <= previous else previous
-        while begin >= last > 0 and end > last:
-            first, last = next(remaining, (0, 0))
-        inside = first <= begin < last and (end <= last or text[last:end].isspace())
-        straddling |= not inside and begin < last and end > first
-        labels.append(token if inside else IGNORE)
-        previous = max(previous, end)
-    return labels, straddling
-
-
-def _labels_of_adjacent(
-    ids: list[int], starts: tuple[int, ...], ends: tuple[int, ...], spans: list[Span], text: str
-) -> tuple[list[int], bool]:
-    """The same for tokens that follow each other without gaps, as most do: only those at the edges are looked at."""
-    labels, straddling = [IGNORE] * len(ids), False
-    for first, last in spans:
-        start, stop = bisect_left(starts, first), bisect_left(starts, last)
-        labels[start:stop] = ids[start:stop]
-        straddling |= start > 0 and ends[start - 1] > first and labels[start - 1] == IGNORE
-        if stop > start and ends[stop - 1] > last and not text[last : ends[stop - 1]].isspace():
-            labels[stop - 1], straddling = IGNORE, True
-    return labels, straddling
+    return Example(row, text, ids[:keep], learned[:keep], offsets[:keep], max(0, len(ids) - keep), problem)
 
 
 @dataclass(frozen=True)

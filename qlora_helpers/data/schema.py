@@ -279,7 +279,8 @@ def to_row(record: Any, layout: str, origin: str, altered: Counter[str], given: 
     if tools := conversation.tools(held.get("tools")):
         turns = [turns[0] | {"tools": tools}, *turns[1:]]
     row = Row(tuple(turns), origin, layout, tests=cells.tests(held.get("tests")))
-    altered.update(+changes)
+    if changes:
+        altered.update(+changes)
     return row
 
 

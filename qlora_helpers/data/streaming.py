@@ -79,7 +79,7 @@ class Stream:
     def usable(self, seen: Seen) -> Iterator[Example]:
         """Yield every row that can be trained on, and count the others in `seen`."""
         for example in prompts.encode(self._rows(seen), self.config, self.tokenizer):
-            if reason := row_checks.token_reason(example, self.config):
+            if reason := row_checks.token_reason(prompts.lengths(example, self.config), self.config):
                 seen.skip(reason)
             else:
                 yield example

@@ -1,9 +1,11 @@
 """Share the work on many rows among processes, in the order of the rows."""
 
+import gc
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 MANY = 5_000  # items: with fewer, processes take longer to start than they save
@@ -13,6 +15,18 @@ IDLE = 60  # seconds, after which a process without work ends
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Keep the collector of reference cycles from searching all rows again and again. Rows have no cycles."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def shared(function: Callable[[Sequence[Item]], list[Result]], items: Sequence[Item]) -> Iterator[Result]:

@@ -61,9 +61,7 @@ def generate(
     if not asked:
         return []
     turns = [entry.get("turns") or [{"role": "user", "content": entry["prompt"]}] for entry in asked]
-    prompts, _ = tokenize(
-        [rendering.render_prompt(with_shots(one, shots), config, tokenizer) for one in turns], tokenizer
-    )
+    prompts = tokenize([rendering.render_prompt(with_shots(one, shots), config, tokenizer) for one in turns], tokenizer)
     reader = AnswerReader(config, tokenizer)
     most_tokens = batch_size * memory.question_tokens(config)
     was_training, side = model.training, tokenizer.padding_side

@@ -128,7 +128,7 @@ def adapter_responses(source: Source, device: Device, questions: Sequence[str]) 
     config = source.config.replace(quantization="none")
     tokenizer = hub.saved_tokenizer(source.run.adapter)
     turns = [({"role": "user", "content": question},) for question in questions]
-    ids, _ = prompts.tokenize([rendering.render_prompt(t, config, tokenizer) for t in turns], tokenizer)
+    ids = prompts.tokenize([rendering.render_prompt(t, config, tokenizer) for t in turns], tokenizer)
     context = parse.model_config(source.base / "config.json").get("max_position_embeddings")
     for question, prompt in zip(questions, ids, strict=True):
         prompts.check_context(question, len(prompt), NEW_TOKENS, context, "ask a shorter one")

@@ -138,7 +138,7 @@ def test_rows_are_asked_as_they_are_trained(config, device, tokenizer, make_row,
         (answered,) = answers.generate(torch.nn.Identity(), tokenizer, own, device, [asked_row])
         assert list(answered) == ["prompt", "reference", "answer", "thought", "stopped", "invented", "tokens"]
         ((ids,),) = seen[-1:]
-        ((whole,), _) = prompts.tokenize([example.text], tokenizer)  # `input_ids` are cut
+        (whole,) = prompts.tokenize([example.text], tokenizer)  # `input_ids` are cut
         assert whole[: len(ids)] == ids
         text = tokenizer.decode(ids)
         assert all(part in text for part in ("5", "Be kind.", "2, 3"))

@@ -28,13 +28,13 @@ def prepare(tokenizer, write_rows):
 def tokenized(monkeypatch):
     """Count how often each text is tokenized."""
     counts = Counter()
-    tokenize = prompts.tokenize
+    tokenize = prompts._tokens
 
-    def count(texts, tokenizer, **options):
+    def count(texts, tokenizer):
         counts.update(texts)
-        return tokenize(texts, tokenizer, **options)
+        return tokenize(texts, tokenizer)
 
-    monkeypatch.setattr(prompts, "tokenize", count)
+    monkeypatch.setattr(prompts, "_tokens", count)
     return counts
 
 

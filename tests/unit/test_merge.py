@@ -73,7 +73,7 @@ def test_chat_template_writes_the_format_of_training(config, tokenizer, make_row
     assert got == example.input_ids
     prompt = tokenizer.apply_chat_template(list(row.messages[:1]), chat_template=text, add_generation_prompt=True)
     want = rendering.render_prompt(row.messages[:1], own, tokenizer)
-    assert prompt["input_ids"] == prompts.tokenize([want], tokenizer)[0][0]
+    assert prompt["input_ids"] == prompts.tokenize([want], tokenizer)[0]
 
 
 @pytest.mark.parametrize("template", ["guanaco", "instruction"])

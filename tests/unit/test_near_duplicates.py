@@ -282,10 +282,48 @@ def test_rows_in_one_frame_are_not_all_compared_with_each_other(monkeypatch):
     assert matches([*texts, texts[0].replace("museum", "musuem")]) == {400}
 
 
-def test_the_signature_of_each_text_is_the_minhash_of_its_shingles():
-    index = Index(0.7)
-    for text in ("What is a variable in Python?", "Sum 1 + 2, then print it.", "When is the next train to Bern?"):
-        wanted = MinHash(near_duplicates.PERMUTATIONS, hashfunc=int)
-        wanted.update_batch(shingles(normalize(text)))
+LONG = "When is the next train to Bern? I have to be at the airport of Zurich by six, and it may be late, as often."
+
+
+@pytest.mark.parametrize("text", ["What is a variable in Python?", "Sum 1 + 2, then print it.", "Ah", LONG])
+def test_the_signature_of_each_text_is_the_minhash_of_its_shingles(text):
+    """Of a long text, they are those that begin a token."""
+    flat = normalize(text).replace("\n", " ").casefold()
+    assert (len(flat) > near_duplicates.SHORT) == (text is LONG)
+    starts = [0, *(place + 1 for place, letter in enumerate(flat) if letter == " ")]
+    initial = {number for start in starts for number in shingles(f"{flat}   "[start : start + 4])}
+    wanted = MinHash(near_duplicates.PERMUTATIONS, hashfunc=int)
+    wanted.update_batch(initial if text is LONG else shingles(flat))
+    assert Index(0.7)._signature(normalize(text), text is not LONG).digest().tolist() == wanted.digest().tolist()
+
+
+def misspelled_or_longer(text, rng):
+    """Misspell some long words of a text, or add words to it."""
+    share, words = rng.uniform(0.05, 0.3), text.split()
+    if rng.random() < 0.5:
+        return " ".join(w[:-2] + w[-1] + w[-2] if len(w) > 6 and rng.random() < share else w for w in words)
+    return " ".join(w if rng.random() > share else f"{w} {rng.choice(words)}" for w in words)
+
+
+def _similarity(a, b):
+    return jaccard(shingles(a), shingles(b))
+
+
+@pytest.mark.parametrize("least", [0, 60, 90, 120, 200])
+def test_nearly_all_near_duplicates_are_proposed(least):
+    """Compared with a search of all pairs. Texts of each length, also around the limit of short ones."""
+    rng = random.Random(0)
+    originals = {turn[: least + rng.randint(20, 60)] for text in rows() for turn in text.split(PART)}
+    originals = sorted(text for text in originals if len(text) >= least + 20)
+    kept = {normalize(text) for text in originals}
+    index, alike, found = Index(0.7), 0, 0
+    for text in originals:
         index.first_similar(text)
-        assert index._signature.digest().tolist() == wanted.digest().tolist()
+    for text in originals:
+        other = misspelled_or_longer(text, rng)
+        words = normalize(other)
+        if words not in kept and any(same_question(words, t) and _similarity(words, t) >= 0.7 for t in kept):
+            alike += 1
+            found += index.first_similar(other, add=False) is not None
+    assert alike > 100
+    assert found >= 0.98 * alike

@@ -83,7 +83,7 @@ def test_answers_in_steps_equal_those_of_a_single_call(make_runs, quantization, 
         for name, config in loaded.configs.items():
             turns = (*talk.turns[name], {"role": "user", "content": question})
             text = rendering.render_prompt(turns, config, tokenizer)
-            ids[name] = torch.tensor(prompts.tokenize([text], tokenizer)[0])
+            ids[name] = torch.tensor(prompts.tokenize([text], tokenizer))
         assert finish(talk.ask(f"  {question}\n")) >= 3
         for name, prompt in ids.items():
             expected[name] = alone(experiments, name, prompt)

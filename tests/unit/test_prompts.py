@@ -1,13 +1,11 @@
 """Which tokens are trained, checked against handwritten strings rather than against the code that sets the labels."""
 
-from itertools import pairwise
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_helpers import Config, UserError
-from qlora_helpers.data import prompts, rendering
+from qlora_helpers.data import labeling, prompts, rendering, schema
 
 TWO_ROUNDS = (("Hi there", "Hello!", "And now?", "Bye."), "")
 WITH_INPUT = (("Add these", "5"), "2, 3")
@@ -87,7 +85,7 @@ def test_the_answer_starts_where_the_generation_prompt_ends(words, make_row, cas
     example = encode(row, words, template=template)
     for asked in range(1, len(turns), 2):
         prompt = rendering.render_prompt(row.messages[:asked], config, words)
-        (prompt_ids,), _ = prompts.tokenize([prompt], words)
+        (prompt_ids,) = prompts.tokenize([prompt], words)
         assert example.input_ids[: len(prompt_ids)] == prompt_ids
         assert example.labels[len(prompt_ids) - 1] == -100
         assert example.labels[len(prompt_ids)] != -100
@@ -204,37 +202,99 @@ def test_replacing_the_models_own_template_gives_a_warning(tokenizer):
 def test_a_token_that_is_partly_question_and_partly_answer_is_detected(make_row):
     """If an answer starts in the middle of a token, no label is right for that token."""
     text = "questionanswer"
-    labels, straddling = prompts._answer_labels([1, 2, 3], [(0, 4), (4, 9), (9, 12)], [(5, 12)], text)
+    labels, straddling = labeling.answer_labels([1, 2, 3], [(0, 4), (4, 9), (9, 12)], [(5, 12)], text)
     assert labels == [-100, -100, 3]
     assert straddling
-    assert prompts._answer_labels([1, 2, 3], [(0, 4), (4, 9), (9, 12)], [(4, 12)], text) == ([-100, 2, 3], False)
+    assert labeling.answer_labels([1, 2, 3], [(0, 4), (4, 9), (9, 12)], [(4, 12)], text) == ([-100, 2, 3], False)
 
 
 @pytest.mark.parametrize(("span", "want"), [((300, 301), [-100, 2, 3, -100]), ((301, 302), [-100, -100, -100, 4])])
 def test_all_tokens_of_one_character_get_its_label(span, want):
     text = "a" * 300 + "🎉b"
     offsets = [(0, 300), *((place, place + 1) for place in (300, 300, 301))]
-    assert prompts._answer_labels([1, 2, 3, 4], offsets, [span], text) == (want, False)
+    assert labeling.answer_labels([1, 2, 3, 4], offsets, [span], text) == (want, False)
 
 
 def test_questions_and_answers_tokenized_separately_cover_the_same_text(words):
     """The start token, which covers no character, stays in front."""
     text, spans = "Say yes now.", [(4, 7)]
-    ids, offsets = prompts._tokenize_apart(text, spans, words(text)["input_ids"], words)
+    ids, offsets = labeling.tokenize_apart(text, spans, words(text)["input_ids"], words)
     assert ids[0] == words.bos_token_id
     assert offsets[0] == (0, 0)
     assert words.decode(ids[1:]) == "".join(text[first:last] for first, last in offsets) == text
     assert {4, 7} <= {first for first, _ in offsets}  # no token straddles an edge
 
 
-@given(st.text("ab \n", min_size=1, max_size=20), st.data())
-def test_tokens_without_gaps_get_the_labels_of_any_others(text, draw):
-    """A start token, which covers no character, makes the same tokens ones with a gap."""
-    places = st.sets(st.integers(0, len(text)), max_size=8).map(sorted)
-    edges = sorted({0, len(text), *draw.draw(places)})
-    offsets = list(pairwise(edges))
-    ends = draw.draw(places)
-    spans = list(zip(ends[::2], ends[1::2], strict=False))
-    ids = list(range(1, len(offsets) + 1))
-    (_, *labels), straddling = prompts._answer_labels([99, *ids], [(0, 0), *offsets], spans, text)
-    assert prompts._answer_labels(ids, offsets, spans, text) == (labels, straddling)
+PIECES = ["a", " b", "  ", "\n", "word", " words", "é", "🎉", "🇫🇷", "12", "</s>", "ß", " ", "।"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "llama3", "trimmed"])
+def test_whole_tokens_get_the_labels_that_a_look_at_all_tokens_finds(make_tokenizer, kind):
+    tokenizer = make_tokenizer(kind)
+
+    @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=12).map("".join), st.data())
+    def same_labels(text, draw):
+        edges = sorted(draw.draw(st.sets(st.integers(1, len(text)), max_size=4)))
+        spans = list(zip(edges[::2], edges[1::2], strict=False))
+        (tokens,) = prompts._tokens([text], tokenizer)
+        ranges = labeling.token_ranges(tokens, spans)
+        if ranges is not None:
+            found = labeling.in_ranges(tokens.ids, ranges), False
+            assert found == labeling.answer_labels(tokens.ids, tokens.offsets, spans, text)
+
+    same_labels()
+
+
+@pytest.mark.parametrize(
+    ("offsets", "edges"),
+    [
+        ([(0, 2), (2, 4), (4, 6)], {0: 0, 1: None, 2: 1, 4: 2, 6: 3}),
+        ([(0, 2), (1, 4), (4, 6)], {2: None, 4: 2}),  # overlapping: both are parts of one character
+        ([(0, 2), (3, 4), (4, 6)], {2: None, 3: None, 4: 2}),  # a gap: a space was trimmed
+        ([(1, 2), (2, 4), (4, 6)], {0: None, 2: 1}),
+        ([(0, 2), (2, 2), (2, 4)], {2: None, 4: 3}),  # a token without characters
+        ([(0, 2), (2, 4)], {6: None}),  # the end is not in a token
+    ],
+)
+def test_an_edge_is_where_one_token_ends_and_the_next_begins(offsets, edges):
+    class Encoding:
+        """Of tokens with these offsets, as the library finds a token and its characters."""
+
+        def __len__(self):
+            return len(offsets)
+
+        def char_to_token(self, place):
+            return next((n for n, (start, end) in enumerate(offsets) if start <= place < end), None)
+
+        def token_to_chars(self, number):
+            return offsets[number]
+
+    for start in ([], [7]):
+        tokens = labeling.Tokens(start, Encoding())
+        assert {place: tokens.edge(place) for place in edges} == {
+            place: None if number is None else number + len(start) for place, number in edges.items()
+        }
+
+
+@pytest.mark.parametrize("kind", ["plain", "llama3", "trimmed"])
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+@pytest.mark.parametrize("template", ["guanaco", "auto"])
+def test_rows_are_measured_as_they_are_encoded(make_tokenizer, make_row, kind, template, train_on):
+    """Also where answers share a token with their question, are cut, or are not to be learned."""
+    tokenizer = make_tokenizer(kind)
+    rows = [make_row(*turns, given=given) for turns, given in (TWO_ROUNDS, WITH_INPUT, HEADING, UNICODE, CODE)]
+    unlearned = [dict(turn) for turn in rows[0].messages]
+    unlearned[1]["learn"] = False
+    rows.append(schema.Row(tuple(unlearned), "line 9"))
+    for limit in (8, 16, 512):
+        config = Config(template=template, train_on=train_on, max_length=limit)
+        whole = prompts.encode(rows, config.replace(max_length=512), tokenizer)
+        assert list(prompts.measure(rows, config, tokenizer)) == [prompts.lengths(one, config) for one in whole]
+
+
+def test_rows_that_are_measured_are_not_converted(tokenizer, make_row, monkeypatch):
+    """This is what makes it faster: most rows have answers of whole tokens."""
+    rows = [make_row(*turns, given=given) for turns, given in (TWO_ROUNDS, WITH_INPUT, HEADING)]
+    want = [prompts.lengths(one, Config()) for one in prompts.encode(rows, Config(), tokenizer)]
+    monkeypatch.setattr(labeling.Tokens, "offsets", property(lambda tokens: pytest.fail("offsets were converted")))
+    assert list(prompts.measure(rows, Config(), tokenizer)) == want

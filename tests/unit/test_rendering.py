@@ -315,7 +315,7 @@ def test_start_tokens_come_once_and_end_tokens_are_never_added(adds):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=pattern, special_tokens=ids)
     head = [tokenizer.convert_tokens_to_ids(start)] if start else []
     assert prompts.start_tokens(tokenizer) == head
-    (plain, written), _ = prompts.tokenize(["Good.", f"{start or ''}Good."], tokenizer)
+    plain, written = prompts.tokenize(["Good.", f"{start or ''}Good."], tokenizer)
     assert plain == written == [*head, *tokenizer("Good.", add_special_tokens=False)["input_ids"]]
 
 

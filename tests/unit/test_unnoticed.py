@@ -104,23 +104,6 @@ def test_a_run_that_another_process_holds_is_refused_at_once(tmp_path, monkeypat
     assert asked == [0]
 
 
-@pytest.mark.parametrize(
-    ("offsets", "adjacent"),
-    [
-        ([(0, 2), (2, 4), (4, 6)], True),
-        ([(0, 2), (1, 4), (4, 6)], False),  # overlapping: both are parts of one character
-        ([(0, 2), (3, 4), (4, 6)], False),  # a gap: a space was trimmed
-        ([(1, 2), (2, 4), (4, 6)], False),
-        ([(0, 0), (0, 4), (4, 6)], False),  # a start token
-    ],
-)
-def test_the_short_way_to_labels_is_taken_for_tokens_without_gaps_only(monkeypatch, offsets, adjacent):
-    taken = []
-    monkeypatch.setattr(prompts, "_labels_of_adjacent", lambda *args: taken.append(args) or ([], False))
-    prompts._answer_labels([5, 6, 7], offsets, [(2, 6)], "abcdef")
-    assert bool(taken) is adjacent
-
-
 def test_every_checkpoint_has_an_evaluation_if_the_best_is_kept(config, device, tmp_path):
     given = arguments(config.replace(keep_best=True, eval_steps=2, save_steps=3), device, tmp_path)
     assert (given.eval_steps, given.save_steps) == (2, 4)

@@ -1,5 +1,6 @@
 """Work shared among processes: the same results in the same order, wherever it is called from."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from qlora_helpers.data import cleaning, workers
 from qlora_helpers.data.leaks import NEAR_ANSWER, HeldOut
 from qlora_helpers.data.near_duplicates import Index, same_text
 from qlora_helpers.data.schema import Row
+from qlora_helpers.data.workers import without_garbage_collection
 from qlora_helpers.files import ROOT
 
 
@@ -86,3 +88,22 @@ def test_rows_tokenized_by_several_processes_are_cleaned_alike(config, tokenizer
     assert alone.dropped
     for name in ("lengths", "dropped", "train", "heldout"):
         assert getattr(alone, name) == getattr(shared, name)
+
+
+def test_the_garbage_collector_is_as_it_was_afterwards():
+    def fail():
+        with without_garbage_collection():
+            assert not gc.isenabled()
+            raise ValueError
+
+    assert gc.isenabled()
+    with pytest.raises(ValueError, match=""):
+        fail()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with without_garbage_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
