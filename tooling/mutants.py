@@ -31,8 +31,8 @@ FOLDER = ROOT / "build" / "mutants"
 TREE = FOLDER / "tree"
 SECONDS = FOLDER / "seconds.xml"  # of each test
 CORE = (
-    "training/*.py", "models/safetensors_io.py", "evaluation/intervals.py", "data/prompts.py", "data/cleaning.py",
-    "export/merge.py", "runs.py",
+    "training/*.py", "models/safetensors_io.py", "evaluation/intervals.py", "data/labeling.py", "data/prompts.py",
+    "data/cleaning.py", "export/merge.py", "runs.py",
 )  # fmt: skip
 LIMIT = 60.0  # seconds per fault
 SURVIVE = 0.1  # largest share of faults that no test may notice

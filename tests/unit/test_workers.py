@@ -94,10 +94,10 @@ def test_the_garbage_collector_is_as_it_was_afterwards():
     def fail():
         with without_garbage_collection():
             assert not gc.isenabled()
-            raise ValueError
+            raise ValueError("unreadable")
 
     assert gc.isenabled()
-    with pytest.raises(ValueError, match=""):
+    with pytest.raises(ValueError, match="unreadable"):
         fail()
     assert gc.isenabled()
     gc.disable()
