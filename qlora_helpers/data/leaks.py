@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from qlora_helpers.data.near_duplicates import PART, Index, normalize, same_question, same_text
+from qlora_helpers.data.near_duplicates import Index, same_question, same_text
+from qlora_helpers.data.normal_form import PART, normalize
 from qlora_helpers.data.schema import Message, Row
 from qlora_helpers.data.workers import shared
 

@@ -10,16 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_helpers.data import near_duplicates
-from qlora_helpers.data.near_duplicates import (
-    PART,
-    Index,
-    is_slip,
-    jaccard,
-    normalize,
-    same_question,
-    same_text,
-    shingles,
-)
+from qlora_helpers.data.near_duplicates import Index, is_slip, jaccard, same_question, same_text, shingles
+from qlora_helpers.data.normal_form import PART, normalize
 from qlora_helpers.data.schema import parse_guanaco
 from qlora_helpers.data.sources import sample_data
 
