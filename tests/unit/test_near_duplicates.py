@@ -166,6 +166,12 @@ def test_another_wording_is_the_same_question_but_another_row(other):
     assert not same_text(*words)
 
 
+def test_short_words_may_be_added_to_either_question():
+    words = [normalize(text) for text in (QUESTION, f"So {QUESTION}")]
+    assert same_question(*words)
+    assert same_question(*words[::-1])
+
+
 def test_a_word_of_its_own_on_both_sides_makes_another_question():
     other = normalize("How do I find all the folders that changed today?")
     assert not same_question(normalize(QUESTION), other)

@@ -225,6 +225,24 @@ def test_questions_and_answers_tokenized_separately_cover_the_same_text(words):
     assert {4, 7} <= {first for first, _ in offsets}  # no token straddles an edge
 
 
+@pytest.mark.parametrize("mark", [" ", "~"])  # before and after all letters
+def test_questions_and_answers_are_not_tokenized_separately_if_that_adds_characters(mark):
+    class Marking:
+        """A tokenizer that puts a mark before every text. Its tokens are characters."""
+
+        def __call__(self, text, **options):
+            places = [(0, 0), *((n, n + 1) for n in range(len(text)))]
+            return {"input_ids": [ord(letter) for letter in mark + text], "offset_mapping": places}
+
+        def decode(self, ids):
+            return "".join(map(chr, ids))
+
+    text = "Say yes now."
+    whole = Marking()(text)["input_ids"]
+    assert labeling.tokenize_apart(text, [(4, 7)], whole, Marking()) is None
+    assert labeling.tokenize_apart(text, [], whole, Marking()) is not None  # undivided
+
+
 PIECES = ["a", " b", "  ", "\n", "word", " words", "é", "🎉", "🇫🇷", "12", "</s>", "ß", " ", "।"]
 
 
@@ -298,3 +316,9 @@ def test_rows_that_are_measured_are_not_converted(tokenizer, make_row, monkeypat
     want = [prompts.lengths(one, Config()) for one in prompts.encode(rows, Config(), tokenizer)]
     monkeypatch.setattr(labeling.Tokens, "offsets", property(lambda tokens: pytest.fail("offsets were converted")))
     assert list(prompts.measure(rows, Config(), tokenizer)) == want
+
+
+@pytest.mark.parametrize("model", ["a/model", "zzz/model"])
+def test_the_positions_of_a_model_that_is_not_at_hand_are_unknown(model):
+    assert prompts.positions(Config()) == prompts.BUNDLED_POSITIONS
+    assert prompts.positions(Config(model=model)) is None
