@@ -208,8 +208,8 @@ class Index:
     Two texts are near duplicates if their similarity is at least `threshold` and `same` holds for their normalized
     forms. For `same_text`, candidates are all texts with the same tokens up to slips. For `same_question`, they are
     texts with the same symbols that MinHash proposes: for short texts by all 4-grams, for others by those that begin a
-    token. It uses a threshold 0.1 lower, so that it rarely misses a near duplicate: at 0.6, it proposes 99% of the
-    pairs whose similarity is exactly 0.7.
+    token. It uses a threshold 0.1 lower, so that it rarely misses a near duplicate: at 0.6, it has 25 bands of 5, which
+    propose 1 - (1 - 0.7^5)^25 = 99% of the pairs that share exactly 0.7 of those 4-grams.
     """
 
     threshold: float
@@ -218,7 +218,8 @@ class Index:
 
     def __post_init__(self) -> None:
         self._position: dict[int, int] = {}
-        self._groups: dict[Any, Any] = {}  # texts that `same` may hold for: a list of their numbers, or MinHashes
+        # Texts that `same` may hold for: a list of their numbers, or MinHashes of long or of short ones.
+        self._groups: dict[int | tuple[int, bool], Any] = {}
         if self.same is not same_text:
             from datasketch import MinHash, MinHashLSH
 
